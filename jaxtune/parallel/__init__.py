@@ -1,0 +1,19 @@
+"""The device mesh: its axes, how parameters and batches lie on it, and how many hosts become one program."""
+
+from jaxtune.parallel.batches import batch_sharding, place
+from jaxtune.parallel.mesh import AXES, BATCH_AXES, axis_size, constrain, make_mesh
+from jaxtune.parallel.rules import RULES, match_rules, shardings, state_specs
+
+__all__ = [
+    'AXES',
+    'BATCH_AXES',
+    'RULES',
+    'axis_size',
+    'batch_sharding',
+    'constrain',
+    'make_mesh',
+    'match_rules',
+    'place',
+    'shardings',
+    'state_specs',
+]

@@ -1,0 +1,62 @@
+"""Placing a global batch on the mesh: every process reads only the rows that its own devices need."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.errors import UserError
+from jaxtune.parallel.mesh import BATCH_AXES
+
+
+def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """Rows over `data` and `fsdp`, length over `sequence`."""
+    return NamedSharding(mesh, P(BATCH_AXES, *(('sequence',) if ndim > 1 else ())))
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int, seq_len: int) -> None:
+    """Refuses sizes that the mesh cannot divide, naming the key.
+
+    Raises:
+      UserError: a micro-batch does not divide over `data` and `fsdp`, or the length over `sequence`.
+    """
+    rows = mesh.shape['data'] * mesh.shape['fsdp']
+    if batch_size % accumulate:
+        raise UserError(f'train.batch_size={batch_size}: expected a multiple of train.accumulate={accumulate}')
+    if (batch_size // accumulate) % rows:
+        raise UserError(
+            f'train.batch_size={batch_size} in {accumulate} micro-batches of {batch_size // accumulate}: expected a '
+            f'multiple of mesh.data x mesh.fsdp = {rows} in each'
+        )
+    if seq_len % mesh.shape['sequence']:
+        raise UserError(f'data.seq_len={seq_len}: expected a multiple of mesh.sequence={mesh.shape["sequence"]}')
+
+
+def place(rows: Callable[[int, int], dict[str, np.ndarray]], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Builds the global batch from the rows that this process holds.
+
+    Args:
+      rows: `(low, high) -> {field: [high - low, ...]}`, rows of the global batch.
+      batch_size: rows of the global batch.
+      mesh: where to put it.
+
+    Returns:
+      `{field: [batch, ...]}` as global arrays.
+    """
+    starts = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    bounds = [(index[0].start or 0, batch_size if index[0].stop is None else index[0].stop) for index in starts]
+    low, high = min(bound[0] for bound in bounds), max(bound[1] for bound in bounds)
+    local = rows(low, high)
+
+    def global_array(value: np.ndarray) -> jax.Array:
+        shape = (batch_size, *value.shape[1:])
+
+        def read(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return value[(slice(start - low, stop - low), *index[1:])]
+
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, value.ndim), read)
+
+    return {name: global_array(value) for name, value in local.items()}

@@ -1,0 +1,75 @@
+"""The mesh of devices and the names of its axes."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jaxtune.errors import UserError
+
+AXES = ('data', 'fsdp', 'tensor', 'sequence')
+BATCH_AXES = ('data', 'fsdp')
+
+# What a dimension of an activation is -> the mesh axes that divide it.
+_LOGICAL = {'batch': BATCH_AXES, 'length': ('sequence',), 'heads': ('tensor',), 'mlp': ('tensor',), 'vocab': ('tensor',)}
+
+
+def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
+    """Sizes of the axes in `AXES` order, with the one -1 filled in.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    shape = [int(sizes[axis]) for axis in AXES]
+    text = ', '.join(f'mesh.{axis}={size}' for axis, size in zip(AXES, shape, strict=True))
+    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+        raise UserError(f'{text}: expected positive sizes, at most one of them -1')
+    known = math.prod(size for size in shape if size != -1)
+    if devices % known or (-1 not in shape and known != devices):
+        raise UserError(f'{text}: the sizes must multiply to the number of devices, which is {devices}')
+    return tuple(devices // known if size == -1 else size for size in shape)
+
+
+def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes `data`, `fsdp`, `tensor`, `sequence` over all devices (or those given).
+
+    Args:
+      sizes: axis name -> size; one may be -1, the rest of the devices.
+      devices: default `jax.devices()`.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    given = devices is not None
+    devices = devices if given else jax.devices()
+    shape = mesh_shape(sizes, len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    if given:
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types)
+
+
+def axis_size(*axes: str) -> int:
+    """Product of the sizes of mesh axes in the mesh that is set (1 without a mesh)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """Hints how an activation is divided: one of `batch`, `length`, `heads`, `mlp`, `vocab` or None a dimension.
+
+    Axes that are manual here (inside `shard_map`) or that do not divide the dimension are left out; without a mesh it
+    returns `x` as it is.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    spec = []
+    for size, dim in zip(x.shape, dims, strict=True):
+        axes = tuple(axis for axis in _LOGICAL.get(dim, ()) if types.get(axis) == AxisType.Auto)
+        spec.append(axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None)
+    if not any(spec):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

@@ -1,0 +1,110 @@
+"""Ordered regular expressions on parameter paths decide how each leaf is divided over the mesh."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.errors import UserError
+
+# The first match wins. Kernels are `[in, out]` and stacked ones `[layers, in, out]`: specs are aligned to the last
+# dimensions, so one rule serves both. Column-parallel kernels divide their output over `tensor`, row-parallel ones
+# their input, so that a block needs one reduction (Megatron-LM, arXiv:1909.08053); the other dimension goes to `fsdp`.
+RULES: tuple[tuple[str, P], ...] = (
+    (r'(norm|layernorm|LayerNorm)[^/]*/(scale|bias)$', P()),
+    (r'/(scale|bias)$', P()),
+    (r'(o_proj|down_proj)/kernel$', P('tensor', 'fsdp')),
+    (r'/kernel$', P('fsdp', 'tensor')),
+    (r'embed_positions/embedding$', P(None, 'fsdp')),
+    (r'/embedding$', P('tensor', 'fsdp')),
+)
+
+LARGE = 2**20  # elements; a leaf this large must not be copied to every device without being asked for
+
+
+def path_name(path: Sequence) -> str:
+    """A key path of `jax.tree_util` as `a/b/c`."""
+    return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
+
+
+def _fit(spec: P, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
+    """Aligns a spec to the last dimensions and leaves out axes that do not divide theirs."""
+    entries = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
+    fitted = []
+    for size, entry in zip(shape, entries, strict=True):
+        axes = (entry,) if isinstance(entry, str) else (entry or ())
+        parts = math.prod(mesh_shape.get(axis, 1) for axis in axes)
+        fitted.append(entry if parts > 1 and size % parts == 0 else None)
+    return P(*fitted)
+
+
+def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, large: int = LARGE):
+    """The tree of `PartitionSpec`s of a parameter tree.
+
+    Args:
+      shapes: tree of arrays or `jax.ShapeDtypeStruct`s.
+      mesh: the mesh whose axes the rules name.
+      rules: ordered `(regex, spec)`; a spec is aligned to a leaf's last dimensions.
+      large: leaves with at least this many elements must be divided where the mesh has `fsdp` or `tensor` > 1.
+
+    Raises:
+      UserError: a leaf that no rule matches, or a large leaf that would be copied to every device.
+    """
+    sizes = dict(mesh.shape)
+    divided = sizes.get('fsdp', 1) * sizes.get('tensor', 1) > 1
+
+    def spec_of(path, leaf):
+        name = path_name(path)
+        for pattern, rule in rules:
+            if re.search(pattern, name):
+                spec = _fit(rule, leaf.shape, sizes)
+                break
+        else:
+            raise UserError(f'parameter {name} {tuple(leaf.shape)}: no partition rule matches this path')
+        if divided and math.prod(leaf.shape) >= large and not any(spec):
+            raise UserError(
+                f'parameter {name} {tuple(leaf.shape)} would be copied to every device: expected mesh.fsdp='
+                f'{sizes["fsdp"]} or mesh.tensor={sizes["tensor"]} to divide one of its dimensions'
+            )
+        return spec
+
+    return jax.tree_util.tree_map_with_path(spec_of, shapes)
+
+
+def state_specs(state_shapes, param_shapes, param_specs):
+    """Specs of an optimizer state: a leaf under a parameter's path lies as that parameter does.
+
+    A leaf that lacks one of the parameter's dimensions (Adafactor's row and column moments) keeps the specs of the
+    others; what belongs to no parameter (counters) is replicated.
+    """
+    flat_shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes)}
+    is_spec: Callable = lambda x: isinstance(x, P)  # noqa: E731
+    flat_specs = {
+        path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(param_specs, is_leaf=is_spec)
+    }
+
+    def spec_of(path, leaf):
+        keys = path_name(path).split('/')
+        name = next(
+            (name for start in range(len(keys)) if (name := '/'.join(keys[start:])) in flat_shapes),
+            None,
+        )
+        if name is None:
+            return P()
+        shape, spec = flat_shapes[name], flat_specs[name]
+        if leaf.shape == shape:
+            return spec
+        for dropped in range(len(shape)):
+            if leaf.shape == shape[:dropped] + shape[dropped + 1 :]:
+                return P(*(entry for i, entry in enumerate(spec) if i != dropped))
+        return P()
+
+    return jax.tree_util.tree_map_with_path(spec_of, state_shapes)
+
+
+def shardings(specs, mesh: Mesh):
+    """A tree of `PartitionSpec`s as a tree of `NamedSharding`s on `mesh`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
