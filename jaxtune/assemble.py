@@ -1,0 +1,101 @@
+"""Putting the parts of a recipe together: tokenizer, model and parameters on the mesh."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxtune import models
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.errors import UserError
+from jaxtune.models import hf
+from jaxtune.parallel import match_rules, shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A model with its parameters on the mesh, its tokenizer, and where they came from."""
+
+    model: models.Model
+    params: Any
+    specs: Any
+    tokenizer: Any
+    fresh: frozenset[str]
+    folder: str
+
+
+def model_folder(path: str) -> str:
+    """The Hugging Face folder that `model.path` means: a workdir stands for its `export/`."""
+    folder = pathlib.Path(path)
+    if (folder / 'export' / 'config.json').is_file():
+        return str(folder / 'export')
+    if (folder / 'checkpoints').is_dir():
+        raise UserError(f'model.path={path}: the run in this workdir has not finished; expected its export/')
+    return path
+
+
+def tokenizer_folder(config: ConfigDict) -> str:
+    """What `tokenizer.path` means: a workdir stands for its `tokenizer/` or `export/`; empty is the model's own."""
+    path = config.tokenizer.path or (model_folder(config.model.path) if config.model.path else '')
+    if not path:
+        raise UserError("tokenizer.path='': expected a folder, a hub id, @STAGE or 'bytes' for a model from scratch")
+    for part in ('tokenizer', 'export'):
+        if (pathlib.Path(path) / part).is_dir():
+            return str(pathlib.Path(path) / part)
+    return path
+
+
+def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
+    """The model of a recipe without its parameters, and the folder they are in ('' from scratch).
+
+    Raises:
+      UserError: no model is named, the tokenizer does not fit, or a row is longer than the model's positions.
+    """
+    settings = config.model
+    if settings.path:
+        folder = model_folder(settings.path)
+        fields = models.read_config(folder)
+    else:
+        folder, own = '', settings.config.to_dict()
+        if not own:
+            raise UserError("model.path='': expected a model folder, or model.config with model_type to start from scratch")
+        # A multiple of 64 keeps the matrix units whole; no token ever has these last numbers.
+        own.setdefault('vocab_size', -(-len(tokenizer) // 64) * 64)
+        for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+            own.setdefault(name, getattr(tokenizer, name))
+        fields = models.read_config(own)
+    tokenizers.check_vocab(tokenizer, fields['vocab_size'])
+    model = models.build(
+        fields,
+        param_dtype=settings.param_dtype,
+        compute_dtype=settings.compute_dtype,
+        remat=settings.remat,
+        attention=settings.attention,
+    )
+    limit = model.config.max_positions
+    if limit and config.data.seq_len > limit:
+        raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions")
+    return model, folder
+
+
+def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
+    """Tokenizer, model and parameters, each parameter straight on its devices.
+
+    Raises:
+      UserError: whatever is wrong with the model or tokenizer named by the recipe.
+    """
+    tokenizer = tokenizers.load(tokenizer_folder(config))
+    model, folder = open_model(config, tokenizer)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    specs = match_rules(shapes, mesh)
+    placed = shardings(specs, mesh)
+    if folder:
+        params, fresh = hf.load(folder, model, placed, config.model.param_dtype)
+    else:
+        # A plain array keeps initialisation independent of how the mesh divides it.
+        params = jax.jit(model.init, out_shardings=placed)(jax.random.key(config.seed))
+        fresh = frozenset()
+    return Assembly(model, params, specs, tokenizer, frozenset(fresh), folder)

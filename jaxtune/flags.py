@@ -1,0 +1,112 @@
+"""The command line: `--config RECIPE.py --workdir DIR --overwrite --config.KEY=VALUE …`."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from jaxtune import config as recipes
+from jaxtune.errors import UserError
+
+USAGE = 'python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--overwrite] [--config.KEY=VALUE ...]'
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a person typed."""
+
+    recipe: str
+    workdir: pathlib.Path
+    overwrite: bool
+    configs: dict[str, ConfigDict]
+    argv: tuple[str, ...]
+
+
+def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Takes `--config PATH` out of the arguments: the recipe must be read before its keys can be flags."""
+    path, rest, words = '', [], iter(argv)
+    for word in words:
+        if word in ('--config', '-config'):
+            path = next(words, '')
+        elif match := re.match(r'--?config=(.*)', word):
+            path = match[1]
+        else:
+            rest.append(word)
+    if not path:
+        raise UserError(f'--config: expected a recipe. Usage: {USAGE}')
+    return path, rest
+
+
+def _free(path: str) -> bool:
+    kinds = recipes.SCHEMA.items()
+    return any(isinstance(kind, recipes.Free) and path.startswith(f'{key}.') for key, kind in kinds)
+
+
+def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]) -> ConfigDict:
+    """Every key that may be given as a flag, with a value of its type."""
+    values = recipes.defaults()
+    common = {name: value for name, value in recipe.items() if name != 'stages' and name not in stages}
+    recipes.lay_over(values, recipes.flatten(common))
+    for stage in stages:
+        values[stage] = recipes.defaults()
+        recipes.lay_over(values[stage], recipes.flatten(recipe[stage]), f'{stage}.')
+    for path in named:
+        *parents, last = path.split('.')
+        stage = parents[0] if parents and parents[0] in stages else ''
+        own = path[len(stage) + 1 :] if stage else path
+        if own not in recipes.SCHEMA and not _free(own):
+            near = recipes.nearest(own, recipes.SCHEMA)
+            prefix = f'{stage}.' if stage else ''
+            hint = f'; the nearest valid key is config.{prefix}{near}' if near else ''
+            raise UserError(f'--config.{path}: unknown key{hint}')
+        if _free(own):  # the type of a key that no recipe names is read off the value
+            node = values
+            for parent in parents:
+                node = node.setdefault(parent, ConfigDict(type_safe=False))
+            if last not in node:
+                node[last] = recipes.placeholder()
+    return values
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Reads the command line.
+
+    Raises:
+      UserError: no recipe, an unknown key, an impossible value.
+    """
+    recipe_path, rest = _recipe_path(argv[1:])
+    recipe = recipes.read_recipe(recipe_path)
+    stages = recipes.stage_names(recipe)
+    named = [match[1] for word in rest if (match := re.match(r'--?(?:no)?config\.([^=]+)', word))]
+    holder = flags.FlagValues()
+    flags.DEFINE_string('workdir', '', 'where results go', flag_values=holder)
+    flags.DEFINE_boolean('overwrite', False, 'start anew in a workdir of another recipe', flag_values=holder)
+    values = _flag_values(recipe, stages, named)
+    config_flags.DEFINE_config_dict('config', values, flag_values=holder)
+    config_flag = holder['config']
+    try:
+        others = _parse_with(holder, [argv[0], *rest])
+    except flags.Error as error:
+        raise UserError(f'{" ".join(str(error).split())}') from None
+    if others:
+        raise UserError(f'{others[0]!r}: expected flags only. Usage: {USAGE}')
+    overrides: dict[str, Any] = config_flags.get_override_values(config_flag)
+    workdir = holder.workdir or f'runs/{pathlib.Path(recipe_path).stem}'
+    configs = recipes.resolve(recipe, overrides)
+    return Command(recipe_path, pathlib.Path(workdir), holder.overwrite, configs, tuple(argv))
+
+
+def _parse_with(holder: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Parses with `sys.argv` set to the same words: config_flags finds its overrides there."""
+    import sys
+
+    saved, sys.argv = sys.argv, argv
+    try:
+        return holder(argv)[1:]
+    finally:
+        sys.argv = saved

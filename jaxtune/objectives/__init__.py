@@ -1,0 +1,27 @@
+"""Training objectives: how examples become a batch, and a loss as sums. A new one is a module here and a line below.
+
+An objective is a module with
+
+- `dataset(config, split, tokenizer, cache) -> grain.MapDataset` of rows, each a dict of arrays `[length]`;
+- `loss(model, params, batch, rng) -> (sum, count, metrics)`: the summed loss and the number of what it was summed over
+  (float32 scalars), so that accumulation and many devices give exactly the big batch's mean; `metrics` are further sums
+  over the same count (`accuracy`: correct predictions).
+"""
+
+import importlib
+from types import ModuleType
+
+from jaxtune.errors import UserError
+
+OBJECTIVES = {'causal_lm': 'jaxtune.objectives.causal_lm'}
+
+
+def get(name: str) -> ModuleType:
+    """The module of an objective.
+
+    Raises:
+      UserError: this version does not have it.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(f'objective={name!r}: not in this version; expected one of {", ".join(OBJECTIVES)}')
+    return importlib.import_module(OBJECTIVES[name])

@@ -1,0 +1,70 @@
+"""Running the tasks of a recipe in order, each in its own folder, and finding one stage's output from another."""
+
+import copy
+import importlib
+import pathlib
+
+from ml_collections import ConfigDict
+
+from jaxtune import config as recipes
+from jaxtune import console, workdir
+from jaxtune.errors import UserError
+from jaxtune.flags import Command
+
+# Each task is `run(config, workdir, command) -> metrics of result.json`, in the module named here.
+TASKS = {
+    'prepare': 'jaxtune.data.prepare',
+    'train': 'jaxtune.train',
+    'evaluate': 'jaxtune.evaluate',
+    'generate': 'jaxtune.generate',
+    'export': 'jaxtune.export',
+    'compile': 'jaxtune.compile',
+}
+
+
+def point_to_stages(config: ConfigDict, root: pathlib.Path) -> ConfigDict:
+    """A copy in which `@NAME` is the folder of the stage NAME."""
+    config = copy.deepcopy(config)
+    for path in recipes.REFERENCES:
+        value = recipes.config_get(config, path)
+        if value.startswith('@'):
+            parent, last = path.rsplit('.', 1)
+            recipes.config_get(config, parent)[last] = str(root / value[1:])
+    return config
+
+
+def run(command: Command) -> None:
+    """Runs every stage that has not finished yet."""
+    staged = '' not in command.configs
+    results = {}
+    for name in command.configs:
+        if command.configs[name].task not in TASKS:
+            prefix = f'{name}.' if name else ''
+            raise UserError(f'{prefix}task={command.configs[name].task!r}: expected one of {", ".join(TASKS)}')
+    for name, config in command.configs.items():
+        folder = command.workdir / name if name else command.workdir
+        if staged:
+            console.note(f'stage {name} ({config.task}) in {folder}')
+        finished = workdir.claim(folder, config, command.overwrite, console.is_primary())
+        if finished is None:
+            module = importlib.import_module(TASKS[config.task])
+            finished = module.run(point_to_stages(config, command.workdir), folder, command)
+        else:
+            console.note(f'already done: {folder}/result.json (another --workdir or --overwrite starts anew)')
+        results[name] = finished
+    if staged and console.is_primary():
+        from jaxtune.report import write_report
+
+        last = list(results)[-1]
+        metrics = {f'{name}/{key}': value for name, result in results.items() for key, value in result['metrics'].items()}
+        workdir.write_json(
+            command.workdir / 'result.json',
+            {
+                'task': 'stages',
+                'status': 'done',
+                'step': results[last]['step'],
+                'metrics': metrics,
+                'stages': list(results),
+            },
+        )
+        write_report(command.workdir)

@@ -1,0 +1,114 @@
+"""The pure functions that are jitted: one update, one evaluated batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.optim import Schedule, clip
+from jaxtune.parallel import BATCH_AXES
+from jaxtune.weights.tree import combine
+
+# {'step': int32, 'trainable': tree, 'opt_state': tree}: what an update changes, and so what a checkpoint holds.
+State = dict[str, Any]
+Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+
+
+def init_state(trainable, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first update."""
+    return {'step': jnp.zeros((), jnp.int32), 'trainable': trainable, 'opt_state': optimizer.init(trainable)}
+
+
+def _micro_batches(batch: dict[str, jax.Array], accumulate: int) -> dict[str, jax.Array]:
+    """`[batch, ...]` as `[accumulate, batch / accumulate, ...]`.
+
+    Every `accumulate`-th row goes to one micro-batch: then each device cuts up its own rows and none of them moves.
+    """
+
+    def cut(x):
+        x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return x
+        length = ('sequence',) if x.ndim > 2 else ()
+        return jax.lax.with_sharding_constraint(x, P(None, BATCH_AXES, *length))
+
+    return jax.tree.map(cut, batch)
+
+
+def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int):
+    """Gradient of the summed loss with its sums, over micro-batches.
+
+    Returns:
+      `(grads, (sum, count, metrics))`, all of them sums over the whole batch.
+    """
+
+    def summed(trainable, batch, rng):
+        total, count, metrics = loss(combine(trainable, frozen), batch, rng)
+        return total, (total, count, metrics)
+
+    grad = jax.grad(summed, has_aux=True)
+    if accumulate == 1:
+        return grad(trainable, batch, rng)
+    micro = _micro_batches(batch, accumulate)
+    rngs = jax.random.split(rng, accumulate)
+    shapes = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], micro), rng)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(sums, xs):
+        return jax.tree.map(jnp.add, sums, grad(trainable, *xs)), None
+
+    return jax.lax.scan(add, zeros, (micro, rngs))[0]
+
+
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    rate: Schedule,
+    *,
+    seed: int,
+    accumulate: int = 1,
+    clip_norm: float = 0.0,
+) -> Callable[[State, Any, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+    """One update as a pure function `(state, frozen, batch) -> (state, metrics)`.
+
+    Args:
+      loss: `(params, batch, rng) -> (sum, count, metrics)`.
+      optimizer: from `optim.make_optimizer`.
+      rate: its schedule, for the log.
+      seed: randomness of update `t` is a function of (seed, t).
+      accumulate: micro-batches that the batch is cut into.
+      clip_norm: global norm of the mean gradient at most; 0 = off.
+    """
+
+    def train_step(state: State, frozen, batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state['step'])
+        grads, (total, count, sums) = gradients(loss, state['trainable'], frozen, batch, rng, accumulate)
+        scale = 1.0 / jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
+        norm = optax.global_norm(grads)
+        grads = clip(grads, norm, clip_norm)
+        updates, opt_state = optimizer.update(grads, state['opt_state'], state['trainable'])
+        trainable = optax.apply_updates(state['trainable'], updates)
+        metrics = {
+            'loss': total * scale,
+            'grad_norm': norm,
+            'learning_rate': jnp.asarray(rate(state['step']), jnp.float32),
+            **{name: value * scale for name, value in sums.items()},
+        }
+        return {'step': state['step'] + 1, 'trainable': trainable, 'opt_state': opt_state}, metrics
+
+    return train_step
+
+
+def make_eval_step(loss: Loss) -> Callable[[Any, Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+    """One evaluated batch as a pure function `(trainable, frozen, batch) -> sums` (`loss`, `count`, metrics)."""
+
+    def eval_step(trainable, frozen, batch):
+        total, count, sums = loss(combine(trainable, frozen), batch, jax.random.key(0))
+        return {'loss': total, 'count': count, **sums}
+
+    return eval_step

@@ -1,0 +1,94 @@
+"""A workdir: what a run leaves there, and whether the same command may go on in it."""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxtune.config import differing
+from jaxtune.errors import UserError
+
+OURS = ('checkpoints', 'export', 'adapter', 'tensorboard', 'cache', 'train', 'eval', 'tokenizer')
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    with os.fdopen(handle, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file, or None where there is none.
+
+    Raises:
+      UserError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f'{path}: expected JSON: {error}') from None
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool, primary: bool = True) -> dict | None:
+    """Opens a workdir for a recipe and leaves `config.json` there.
+
+    Args:
+      workdir: made if it is not there.
+      config: the full recipe.
+      overwrite: a workdir of another recipe is emptied instead of refused.
+      primary: whether this process writes (process 0 of a pod).
+
+    Returns:
+      `result.json` of the finished run with this very recipe, or None if there is work to do.
+
+    Raises:
+      UserError: the workdir holds another recipe's run, or something else's files.
+    """
+    stored = read_json(workdir / 'config.json')
+    if stored is not None:
+        names = differing(stored, config)
+        if names and not overwrite:
+            raise UserError(
+                f'{workdir}: holds a run of another recipe; these keys differ: {"; ".join(names)}. Expected the same '
+                'recipe, another --workdir, or --overwrite'
+            )
+        if names and primary:
+            for entry in workdir.iterdir():
+                if entry.is_dir() and not entry.is_symlink() and entry.name in OURS:
+                    shutil.rmtree(entry)
+                elif entry.is_file():
+                    entry.unlink()
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f'--workdir={workdir}: expected a folder')
+    result = read_json(workdir / 'result.json') if stored is not None else None
+    if primary:
+        try:
+            write_json(workdir / 'config.json', json.loads(config.to_json()))
+        except OSError as error:
+            raise UserError(f'--workdir={workdir}: cannot write there: {error.strerror}') from None
+    same_length = stored is not None and stored['train'] == json.loads(config.to_json())['train']
+    return result if result and result.get('status') == 'done' and same_length else None
+
+
+def write_result(workdir: pathlib.Path, task: str, step: int, metrics: dict, status: str = 'done') -> dict:
+    """Writes `result.json`, the last file of a run."""
+    result = {'task': task, 'status': status, 'step': step, 'metrics': metrics}
+    write_json(workdir / 'result.json', result)
+    return result
