@@ -1,0 +1,376 @@
+"""Cross-entropy over a vocabulary without ever holding all logits.
+
+The projection to the vocabulary and its loss run together over chunks of tokens, so memory is `chunk x vocab` instead
+of `batch x length x vocab`. Where every token's share in the loss is known beforehand, the gradient is made in the same
+pass: three matrix products instead of the four of a backward pass that computes the logits again (Wijmans et al. 2024,
+"Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, has the idea of a fused loss).
+
+On a mesh every device keeps its own tokens and its own part of the vocabulary: a chunk exchanges one number a token
+over `tensor`, and the kernel's gradient is summed over the batch axes once, after the last chunk.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+# Elements of one chunk's float32 logits (32 MiB), and the fewest tokens for which the kernel's gradient, read and
+# written once a chunk, costs little beside the products.
+_CHUNK_ELEMENTS = 2**23
+_CHUNK_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is fixed when the loss is traced."""
+
+    chunk: int
+    vocab_major: bool
+    scale: float
+    softcap: float | None
+    batch_axes: tuple[str, ...] = ()
+    length_axes: tuple[str, ...] = ()
+    vocab_axes: tuple[str, ...] = ()
+    scatter_axes: tuple[str, ...] = ()
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        return self.batch_axes + self.length_axes
+
+    @property
+    def kernel_spec(self) -> P:
+        return P(self.vocab_axes, None) if self.vocab_major else P(None, self.vocab_axes)
+
+    @property
+    def gradient_spec(self) -> P:
+        vocab, width = self.vocab_axes, self.scatter_axes
+        return P(vocab, width) if self.vocab_major else P(width, vocab)
+
+
+def cross_entropy(
+    hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, *, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of the targets' negative log-likelihoods.
+
+    Args:
+      hidden: `[batch, length, d_model]`, after the final norm.
+      head: `Model.head(params)`: `kernel` (`[vocab, d_model]` if `vocab_major`, else `[d_model, vocab]`), `bias`
+        (`[vocab]` or None), `softcap`, `scale`.
+      targets: `[batch, length]` int32; any value where the weight is 0.
+      weights: `[batch, length]` float32.
+      chunk: tokens at a time on one device; by default what gives logits of 32 MiB, at least 512.
+
+    Returns:
+      `(loss_sum, correct_sum)`: float32 scalars, `sum(weights * nll)` in nats and the weighted number of targets whose
+      logit is the largest. Differentiable in `hidden`, `kernel`, `bias` and `weights`.
+    """
+    plan = _plan(hidden, head, chunk)
+    targets = jnp.clip(targets, 0, _vocab(head) - 1)
+    return _cross_entropy(plan, hidden, head.kernel, head.bias, targets, weights.astype(jnp.float32))
+
+
+def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
+    """Log-probability of every target.
+
+    Args:
+      hidden: `[batch, length, d_model]`, after the final norm.
+      head: as for `cross_entropy`.
+      targets: `[batch, length]` int32, each in `[0, vocab)`.
+      chunk: as for `cross_entropy`.
+
+    Returns:
+      `[batch, length]` float32, in nats. Differentiable in `hidden`, `kernel` and `bias`; the backward pass computes
+      the logits again, chunk by chunk.
+    """
+    return _token_logprobs(_plan(hidden, head, chunk), hidden, head.kernel, head.bias, targets)
+
+
+def _vocab(head: Any) -> int:
+    return head.kernel.shape[0 if head.vocab_major else 1]
+
+
+def _plan(hidden: jax.Array, head: Any, chunk: int | None) -> _Plan:
+    vocab = _vocab(head)
+    scale = 1.0 if head.scale is None else float(head.scale)
+    softcap = None if not head.softcap else float(head.softcap)
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = () if mesh.empty else mesh.axis_names
+    if auto:
+        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        auto = tuple(axis for axis in auto if types[axis] == AxisType.Auto and mesh.shape[axis] > 1)
+
+    def dividing(size: int, *axes: str) -> tuple[str, ...]:
+        axes = tuple(axis for axis in axes if axis in auto)
+        return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+    batch, length, width = hidden.shape
+    batch_axes, length_axes = dividing(batch, 'data', 'fsdp'), dividing(length, 'sequence')
+    vocab_axes = dividing(vocab, 'tensor')
+    scatter_axes = dividing(width, 'fsdp') if 'fsdp' in batch_axes else ()
+    if chunk is None:
+        parts = math.prod(mesh.shape[axis] for axis in vocab_axes)
+        chunk = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS * parts // vocab)
+    axes = (batch_axes, length_axes, vocab_axes, scatter_axes)
+    return _Plan(chunk, bool(head.vocab_major), scale, softcap, *axes)
+
+
+def _per_device(plan: _Plan, function, in_specs, out_specs):
+    """Runs a function on each device's tokens and vocabulary, the mesh axes in the plan being manual."""
+    axes = set(plan.token_axes + plan.vocab_axes)
+    if not axes:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+
+
+def _specs(plan: _Plan, bias) -> tuple[P, P, P | None, P]:
+    """Specs of hidden, kernel, bias and of what has one value a token."""
+    tokens = P(plan.batch_axes, plan.length_axes)
+    return P(*tokens, None), plan.kernel_spec, None if bias is None else P(plan.vocab_axes), tokens
+
+
+def _chunks(plan: _Plan, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`[batch, length, ...]` as `[chunks, tokens, ...]`, filled up with zeros."""
+    tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    count = max(1, math.ceil(tokens / plan.chunk))
+    size = math.ceil(tokens / count)
+
+    def cut(x):
+        x = x.reshape(tokens, *x.shape[2:])
+        if count * size != tokens:
+            x = jnp.pad(x, ((0, count * size - tokens),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(count, size, *x.shape[1:])
+
+    return tuple(cut(x) for x in arrays)
+
+
+def _uncut(x: jax.Array, batch: int, length: int) -> jax.Array:
+    """Undoes `_chunks`."""
+    x = x.reshape(-1, *x.shape[2:])
+    return x[: batch * length].reshape(batch, length, *x.shape[1:])
+
+
+def _logits(plan: _Plan, hidden, kernel, bias):
+    """Float32 logits `[tokens, vocab on this device]`."""
+    dims = (((1,), (1 if plan.vocab_major else 0,)), ((), ()))
+    logits = lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32)
+    if plan.scale != 1.0:
+        logits = logits * plan.scale
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    if plan.softcap is not None:
+        logits = plan.softcap * jnp.tanh(logits / plan.softcap)
+    return logits
+
+
+def _local_targets(plan: _Plan, targets, vocab: int):
+    """Target ids counted from this device's first token of the vocabulary; those elsewhere fall outside."""
+    return targets - lax.axis_index(plan.vocab_axes) * vocab if plan.vocab_axes else targets
+
+
+def _score(plan: _Plan, logits, targets):
+    """`(largest logit, exp(logits - largest), their sum, the target's logit)` over the whole vocabulary."""
+    vocab = logits.shape[-1]
+    inside = (targets >= 0) & (targets < vocab)
+    picked = jnp.take_along_axis(logits, jnp.clip(targets, 0, vocab - 1)[:, None], axis=-1)
+    largest = logits.max(-1, keepdims=True)
+    if plan.vocab_axes:
+        largest = lax.pmax(largest, plan.vocab_axes)
+    exps = jnp.exp(logits - largest)
+    total = exps.sum(-1, keepdims=True)
+    if plan.vocab_axes:
+        picked = lax.psum(jnp.where(inside[:, None], picked, 0.0), plan.vocab_axes)
+        total = lax.psum(total, plan.vocab_axes)
+    return largest, exps, total, picked
+
+
+def _logit_gradient(plan: _Plan, logits, probabilities, targets, weights):
+    """Gradient of `sum(weights * nll)` in the product of hidden and kernel, and in the bias's place."""
+    onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
+    grad = (probabilities - onehot) * weights[:, None]
+    if plan.softcap is not None:
+        grad = grad * (1.0 - jnp.square(logits / plan.softcap))
+    return grad * plan.scale if plan.scale != 1.0 else grad, grad
+
+
+def _pull(plan: _Plan, grad, hidden, kernel, sums, wanted):
+    """Gradient of one chunk's hidden; adds its kernel's and bias's to `sums`."""
+    (product, plain), (d_kernel, d_bias) = grad, sums
+    product = product.astype(hidden.dtype)
+    d_hidden = None
+    if wanted[0]:
+        dims = (((1,), (0 if plan.vocab_major else 1,)), ((), ()))
+        d_hidden = lax.dot_general(product, kernel, dims, preferred_element_type=hidden.dtype)
+    if wanted[1]:
+        pair = (product, hidden) if plan.vocab_major else (hidden, product)
+        d_kernel += lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    if wanted[2]:
+        d_bias += plain.sum(0)
+    return d_hidden, (d_kernel, d_bias)
+
+
+def _zeros(kernel, bias, wanted):
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
+    return d_kernel, jnp.zeros(bias.shape, jnp.float32) if wanted[2] else None
+
+
+def _collect(plan: _Plan, d_hidden, sums, shape, wanted):
+    """Sums the gradients over the devices that share them, once."""
+    d_kernel, d_bias = sums
+    if wanted[0]:
+        d_hidden = _uncut(d_hidden, *shape)
+        if plan.vocab_axes:
+            d_hidden = lax.psum(d_hidden, plan.vocab_axes)
+    if wanted[1]:
+        rest = tuple(axis for axis in plan.token_axes if axis not in plan.scatter_axes)
+        if rest:
+            d_kernel = lax.psum(d_kernel, rest)
+        if plan.scatter_axes:
+            width = 1 if plan.vocab_major else 0
+            d_kernel = lax.psum_scatter(d_kernel, plan.scatter_axes, scatter_dimension=width, tiled=True)
+    if wanted[2] and plan.token_axes:
+        d_bias = lax.psum(d_bias, plan.token_axes)
+    return d_hidden, d_kernel, d_bias
+
+
+def _loss_and_gradients(plan: _Plan, wanted, hidden, kernel, bias, targets, weights):
+    """`(loss, correct, nll [batch, length], (d_hidden, d_kernel, d_bias))`, a gradient being None if not wanted."""
+
+    def device(hidden, kernel, bias, targets, weights):
+        cast = kernel.astype(hidden.dtype)
+        targets = _local_targets(plan, targets, cast.shape[0 if plan.vocab_major else 1])
+
+        def step(carry, chunk):
+            loss, correct, sums = carry
+            hidden, targets, weights = chunk
+            logits = _logits(plan, hidden, cast, bias)
+            largest, exps, total, picked = _score(plan, logits, targets)
+            nll = (jnp.log(total) + largest - picked)[:, 0]
+            right = (picked >= largest)[:, 0]
+            d_hidden = None
+            if any(wanted):
+                grad = _logit_gradient(plan, logits, exps / total, targets, weights)
+                d_hidden, sums = _pull(plan, grad, hidden, cast, sums, wanted)
+            return (loss + (weights * nll).sum(), correct + (weights * right).sum(), sums), (nll, d_hidden)
+
+        zero = jnp.zeros((), jnp.float32)
+        carry = (zero, zero, _zeros(cast, bias, wanted))
+        (loss, correct, sums), (nll, d_hidden) = lax.scan(step, carry, _chunks(plan, hidden, targets, weights))
+        if plan.token_axes:
+            loss, correct = lax.psum((loss, correct), plan.token_axes)
+        shape = hidden.shape[:2]
+        return loss, correct, _uncut(nll, *shape), _collect(plan, d_hidden, sums, shape, wanted)
+
+    specs = _specs(plan, bias)
+    hidden_spec, _, bias_spec, token_spec = specs
+    gradient_specs = (hidden_spec, plan.gradient_spec, bias_spec)
+    gradient_specs = tuple(spec if want else None for spec, want in zip(gradient_specs, wanted, strict=True))
+    out_specs = (P(), P(), token_spec, gradient_specs)
+    function = _per_device(plan, device, (*specs, token_spec), out_specs)
+    return function(hidden, kernel, bias, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(plan, hidden, kernel, bias, targets, weights):
+    return _loss_and_gradients(plan, (False,) * 3, hidden, kernel, bias, targets, weights)[:2]
+
+
+def _cross_entropy_forward(plan, hidden, kernel, bias, targets, weights):
+    wanted = (hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed)
+    arrays = [None if x is None else x.value for x in (hidden, kernel, bias, targets, weights)]
+    loss, correct, nll, gradients = _loss_and_gradients(plan, wanted, *arrays)
+    gradients = tuple(
+        None if gradient is None else gradient.astype(x.dtype)
+        for gradient, x in zip(gradients, arrays[:3], strict=True)
+    )
+    return (loss, correct), (gradients, nll if weights.perturbed else None)
+
+
+def _cross_entropy_backward(plan, residuals, cotangents):
+    gradients, nll = residuals
+    scale = cotangents[0]
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        return (None,) * 5
+    gradients = [None if gradient is None else gradient * scale.astype(gradient.dtype) for gradient in gradients]
+    return (*gradients, None, None if nll is None else nll * scale)
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
+
+
+def _logprobs(plan: _Plan, hidden, kernel, bias, targets):
+    """`(log-probability, logsumexp)`, each `[batch, length]`."""
+
+    def device(hidden, kernel, bias, targets):
+        cast = kernel.astype(hidden.dtype)
+        targets = _local_targets(plan, targets, cast.shape[0 if plan.vocab_major else 1])
+
+        def step(_, chunk):
+            hidden, targets = chunk
+            largest, _, total, picked = _score(plan, _logits(plan, hidden, cast, bias), targets)
+            lse = jnp.log(total) + largest
+            return None, ((picked - lse)[:, 0], lse[:, 0])
+
+        _, values = lax.scan(step, None, _chunks(plan, hidden, targets))
+        return tuple(_uncut(x, *hidden.shape[:2]) for x in values)
+
+    specs = _specs(plan, bias)
+    return _per_device(plan, device, specs, (specs[-1], specs[-1]))(hidden, kernel, bias, targets)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logprobs(plan, hidden, kernel, bias, targets):
+    return _logprobs(plan, hidden, kernel, bias, targets)[0]
+
+
+def _token_logprobs_forward(plan, hidden, kernel, bias, targets):
+    # `wanted` is told to the backward pass by the structure of the residuals: a bool would be traced.
+    wanted = (hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed)
+    marks = tuple(() if want else None for want in wanted)
+    arrays = [None if x is None else x.value for x in (hidden, kernel, bias, targets)]
+    logprobs, lse = _logprobs(plan, *arrays)
+    return logprobs, (*arrays, lse, marks)
+
+
+def _token_logprobs_backward(plan, residuals, cotangent):
+    hidden, kernel, bias, targets, lse, marks = residuals
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return (None,) * 4
+    wanted = tuple(mark is not None for mark in marks)
+
+    def device(hidden, kernel, bias, targets, lse, cotangent):
+        cast = kernel.astype(hidden.dtype)
+        targets = _local_targets(plan, targets, cast.shape[0 if plan.vocab_major else 1])
+
+        def step(sums, chunk):
+            hidden, targets, lse, cotangent = chunk
+            logits = _logits(plan, hidden, cast, bias)
+            # Filled-up tokens have lse 0; their cotangent is 0, but exp of their logits must stay finite.
+            exps = jnp.exp(jnp.minimum(logits - lse[:, None], 0.0))
+            grad = _logit_gradient(plan, logits, exps, targets, -cotangent)
+            d_hidden, sums = _pull(plan, grad, hidden, cast, sums, wanted)
+            return sums, d_hidden
+
+        chunks = _chunks(plan, hidden, targets, lse, cotangent)
+        sums, d_hidden = lax.scan(step, _zeros(cast, bias, wanted), chunks)
+        return _collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
+
+    specs = _specs(plan, bias)
+    hidden_spec, _, bias_spec, token_spec = specs
+    out_specs = (hidden_spec, plan.gradient_spec, bias_spec)
+    out_specs = tuple(spec if want else None for spec, want in zip(out_specs, wanted, strict=True))
+    function = _per_device(plan, device, (*specs, token_spec, token_spec), out_specs)
+    gradients = function(hidden, kernel, bias, targets, lse, cotangent)
+    gradients = (
+        None if gradient is None else gradient.astype(x.dtype)
+        for gradient, x in zip(gradients, (hidden, kernel, bias), strict=True)
+    )
+    return (*gradients, None)
+
+
+_token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward, symbolic_zeros=True)
