@@ -1,0 +1,159 @@
+"""Attention: picks an implementation, and runs it on each device's own rows and heads of a mesh."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.errors import UserError
+from jaxtune.models import flash
+from jaxtune.models.blockwise import SAVED_NAMES, Pattern, Places, blockwise
+
+__all__ = ['SAVED_NAMES', 'attention', 'chosen']
+
+# Bytes of scores that the plain path holds at a time: what stays in a CPU's cache, or keeps an accelerator busy.
+_BUDGET = {'cpu': 2**21}
+_ACCELERATOR_BUDGET = 2**29
+
+_chosen: dict[str, None] = {}
+
+
+def chosen() -> tuple[str, ...]:
+    """Names of the implementations that were traced in this process, in order: `xla`, `splash`, `cudnn`."""
+    return tuple(_chosen)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    scale: float,
+    softcap: float | None = None,
+    window: int | jax.Array | None = None,
+    implementation: str = 'auto',
+    self_attention: bool = True,
+    causal: bool = True,
+) -> jax.Array:
+    """Attention with grouped queries within segments (Vaswani et al. 2017; Ainslie et al. 2023, arXiv:2305.13245).
+
+    A query sees the keys of its own segment whose position is not after its own (if `causal`) and less than `window`
+    before it. A query of segment 0 (padding), or without any such key, gets 0 and passes no gradient.
+
+    Args:
+      q: `[batch, length, heads, head_dim]`.
+      k: `[batch, keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
+      v: like `k`.
+      q_positions: `[batch, length]` int32; `k_positions`: `[batch, keys]`.
+      q_segments: `[batch, length]` int32; `k_segments`: `[batch, keys]`.
+      scale: factor on the scores, usually `head_dim ** -0.5`.
+      softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118); None = off.
+      window: sliding window in tokens (a traced int32 scalar where it differs by layer); None = off.
+      implementation: `xla` (blocks, memory linear in length), `flash` (splash attention on TPU, cuDNN on GPU) or
+        `auto`: flash where it can run.
+      self_attention: queries and keys are the same tokens in the same order, positions rising within a segment.
+        False for a cache or another sequence.
+      causal: False lets a query see later keys too.
+
+    Returns:
+      `[batch, length, heads, head_dim]` in the dtype of `q`.
+
+    Raises:
+      UserError: `flash` was asked for and cannot run here; names `model.attention`.
+    """
+    call = flash.Call(
+        dtype=q.dtype,
+        length=q.shape[1],
+        keys=k.shape[1],
+        head_dim=q.shape[3],
+        softcap=softcap,
+        window=window if window is None or isinstance(window, int) else 'traced',
+        self_attention=self_attention,
+        causal=causal,
+        platform=_platform(),
+        sequence=_axis_size('sequence'),
+    )
+    name = _choose(implementation, call)
+    _chosen[name] = None
+
+    traced = None if window is None or isinstance(window, int) else window
+    mesh = _Division(q.shape, k.shape)
+    pattern = Pattern(
+        scale=float(scale),
+        softcap=softcap,
+        window=window if isinstance(window, int) else None,
+        causal=causal,
+        aligned=self_attention and not mesh.length,
+        budget=_BUDGET.get(call.platform, _ACCELERATOR_BUDGET),
+    )
+    function = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
+    places = Places(q_positions, k_positions, q_segments, k_segments, traced)
+    return mesh.run(lambda q, k, v, places: function(q, k, v, places, pattern), q, k, v, places)
+
+
+def _choose(implementation: str, call: flash.Call) -> str:
+    if implementation == 'xla':
+        return 'xla'
+    name, why_not = flash.available(call)
+    if not why_not:
+        return name
+    if implementation == 'flash':
+        raise UserError(f'model.attention=flash: {why_not}; expected model.attention=auto or xla here')
+    return 'xla'
+
+
+def _axis_size(axis: str) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get(axis, 1)
+
+
+def _platform() -> str:
+    """Where the traced program will run: the mesh knows it when compiling for a machine that is not there."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+class _Division:
+    """How the arrays lie on the mesh: rows over `data` and `fsdp`, queries over `sequence`, heads over `tensor`.
+
+    Keys and values are gathered over `sequence`: every query must see all of them.
+    """
+
+    def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]):
+        mesh = jax.sharding.get_abstract_mesh()
+        types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        self.axes = tuple(axis for axis in types if types[axis] == AxisType.Auto)
+        if mesh.empty or mesh.size == 1:
+            self.axes = ()
+
+        def dividing(size: int, *axes: str) -> tuple[str, ...]:
+            axes = tuple(axis for axis in axes if axis in self.axes and mesh.shape[axis] > 1)
+            return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+        self.batch, self.length = dividing(q_shape[0], 'data', 'fsdp'), dividing(q_shape[1], 'sequence')
+        self.heads = dividing(q_shape[2], 'tensor')
+        # Fewer key heads than devices on `tensor`: each device needs the one that its query heads share.
+        parts = math.prod(mesh.shape[axis] for axis in self.heads)
+        self.repeat = parts // math.gcd(k_shape[2], parts)
+        if q_shape[2] % (k_shape[2] * self.repeat):
+            self.heads, self.repeat = (), 1
+
+    def run(self, function: Callable[..., jax.Array], q, k, v, places: Places) -> jax.Array:
+        if not self.axes:
+            return function(q, k, v, places)
+        if self.repeat > 1:
+            k, v = jnp.repeat(k, self.repeat, axis=2), jnp.repeat(v, self.repeat, axis=2)
+        queries, keys = P(self.batch, self.length, self.heads, None), P(self.batch, None, self.heads, None)
+        q_places, k_places = P(self.batch, self.length), P(self.batch, None)
+        window = None if places.window is None else P()
+        specs = (queries, keys, keys, Places(q_places, k_places, q_places, k_places, window))
+        divided = jax.shard_map(function, in_specs=specs, out_specs=queries, axis_names=set(self.axes), check_vma=False)
+        return divided(q, k, v, places)

@@ -1,0 +1,156 @@
+"""Fused attention kernels: splash attention on TPU (Pallas), cuDNN's on GPU.
+
+FlashAttention: Dao 2023, arXiv:2307.08691.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxtune.models.blockwise import Pattern, Places
+
+_BLOCKS = (512, 256, 128)  # of queries and keys a splash kernel works on; a length must be a multiple of one
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What decides whether a kernel can run.
+
+    Attributes:
+      dtype: of the queries.
+      length: queries; `keys`: keys; `head_dim`: width of a head.
+      softcap: None without.
+      window: None, a number of tokens, or `traced`.
+      self_attention: queries and keys are the same tokens.
+      causal: keys after the query are hidden.
+      platform: `cpu`, `gpu` or `tpu`.
+      sequence: devices that the length is divided over.
+    """
+
+    dtype: jnp.dtype
+    length: int
+    keys: int
+    head_dim: int
+    softcap: float | None
+    window: int | str | None
+    self_attention: bool
+    causal: bool
+    platform: str
+    sequence: int
+
+
+def available(call: Call) -> tuple[str, str]:
+    """`(name, '')` of the kernel that can run a call, or `('', why none can)`."""
+    if call.platform not in ('tpu', 'gpu'):
+        return '', f'there is no fused attention kernel for {call.platform}'
+    if not call.self_attention or call.length != call.keys:
+        return '', 'the fused kernels attend within one sequence, not to a cache or to another sequence'
+    if call.sequence > 1:
+        return '', f'the fused kernels do not divide the length, and mesh.sequence={call.sequence}'
+    if call.window == 'traced':
+        return '', 'the fused kernels need the same sliding window in every layer'
+    return _splash_runs(call) if call.platform == 'tpu' else _cudnn_runs(call)
+
+
+def _splash_runs(call: Call) -> tuple[str, str]:
+    if call.length % _BLOCKS[-1]:
+        return '', f'the TPU kernel needs a multiple of {_BLOCKS[-1]} tokens, and data.seq_len={call.length}'
+    if call.window is not None and not call.causal:
+        return '', 'a sliding window is implemented for causal attention'
+    return 'splash', ''
+
+
+def _cudnn_runs(call: Call) -> tuple[str, str]:
+    if call.dtype not in (jnp.bfloat16, jnp.float16):
+        return '', f'cuDNN attention runs in bfloat16, and model.compute_dtype={jnp.dtype(call.dtype).name}'
+    if call.softcap is not None:
+        return '', 'cuDNN attention has no soft cap on the scores'
+    if call.head_dim > 128 or call.head_dim % 8:
+        return '', f'cuDNN attention needs a head_dim of at most 128 and a multiple of 8, not {call.head_dim}'
+    if call.length % 2:
+        return '', f'cuDNN attention needs an even length, and data.seq_len={call.length}'
+    if call.window is not None and not call.causal:
+        return '', 'a sliding window is implemented for causal attention'
+    return 'cudnn', ''
+
+
+def _named(*arrays: jax.Array) -> list[jax.Array]:
+    return [checkpoint_name(x, f'attention_{name}') for x, name in zip(arrays, 'qkv', strict=True)]
+
+
+def _without_padding(out: jax.Array, places: Places) -> jax.Array:
+    """Padding sees padding inside the kernels; its rows are 0, so that it passes no gradient either."""
+    return jnp.where((places.q_segments > 0)[:, :, None, None], out, 0)
+
+
+@functools.lru_cache(maxsize=32)
+def _splash_kernel(heads: int, length: int, causal: bool, window: int | None, softcap: float | None, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    shape = (length, length)
+    if not causal:
+        mask = masks.FullMask(shape)
+    elif window is None:
+        mask = masks.CausalMask(shape)
+    else:
+        mask = masks.LocalMask(shape, (window - 1, 0), 0)
+    size = next(size for size in _BLOCKS if length % size == 0)
+    blocks = kernels.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    with jax.ensure_compile_time_eval():
+        return kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=blocks,
+            attn_logits_soft_cap=softcap,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name='attention_out',
+            interpret=interpret,
+        )
+
+
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, interpret: bool = False
+) -> jax.Array:
+    """Splash attention on one TPU's rows and heads; shapes as in `blockwise`."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    kernel = _splash_kernel(q.shape[2], q.shape[1], pattern.causal, pattern.window, pattern.softcap, interpret)
+    q = q * jnp.asarray(pattern.scale, q.dtype)
+    q, k, v = _named(*(x.swapaxes(1, 2) for x in (q, k, v)))
+    segments = kernels.SegmentIds(places.q_segments, places.k_segments)
+    out = jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
+    return _without_padding(out.astype(q.dtype), places)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern) -> jax.Array:
+    """cuDNN's attention on one GPU's rows and heads; shapes as in `blockwise`.
+
+    Segments are a mask `[batch, 1, length, length]` in the compute dtype: one byte pair a pair of tokens, shared by
+    the heads.
+    """
+    q, k, v = _named(q, k, v)
+    same = places.q_segments[:, None, :, None] == places.k_segments[:, None, None, :]
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=same,
+        scale=pattern.scale,
+        is_causal=pattern.causal,
+        local_window_size=None if pattern.window is None else (pattern.window - 1, 0),
+        implementation='cudnn',
+    )
+    return _without_padding(checkpoint_name(out, 'attention_out'), places)

@@ -1,0 +1,237 @@
+"""Attention against the plain formula: values, gradients, meshes, kernels, memory."""
+
+import re
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.errors import UserError
+from jaxtune.models import flash
+from jaxtune.models.attention import attention, chosen
+from jaxtune.models.blockwise import Pattern, Places, blockwise
+from jaxtune.parallel import make_mesh
+
+
+def plain(q, k, v, places, scale, softcap=None, window=None, causal=True):
+    """The formula over all pairs, `[batch, length, heads, head_dim]`."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum('blhd,bshd->bhls', q, k) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    distance = places['q_positions'][:, :, None] - places['k_positions'][:, None]
+    seen = (places['q_segments'][:, :, None] == places['k_segments'][:, None]) & (places['q_segments'] > 0)[:, :, None]
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= abs(distance) < window
+    seen = seen[:, None]
+    chances = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e9)), 0)
+    return jnp.einsum('bhls,bshd->blhd', chances, v)
+
+
+def packed(rng, batch, length):
+    """Positions and segments of rows with a few documents and padding at the end."""
+    segments, positions = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
+    for row in range(batch):
+        cuts = sorted(rng.integers(1, length + 1, size=3))
+        start = 0
+        for number, end in enumerate(cuts, 1):
+            segments[row, start:end] = number
+            positions[row, start:end] = np.arange(end - start)
+            start = end
+    return positions, segments
+
+
+def example(seed, batch, length, heads, kv_heads, width):
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(batch, length, heads, width)).astype(np.float32)
+    k, v = (rng.normal(size=(batch, length, kv_heads, width)).astype(np.float32) for _ in 'kv')
+    positions, segments = packed(rng, batch, length)
+    places = dict(q_positions=positions, k_positions=positions, q_segments=segments, k_segments=segments)
+    return (q, k, v), places, rng.normal(size=q.shape).astype(np.float32)
+
+
+def with_gradients(function, arrays, cotangent):
+    out, pull = jax.vjp(function, *arrays)
+    return out, *pull(cotangent)
+
+
+def close(ours, theirs, tolerance=1e-5):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert np.isfinite(a).all()
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() <= tolerance * max(1.0, np.abs(np.asarray(b)).max())
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(
+    seed=st.integers(0, 9),
+    batch=st.sampled_from([1, 2, 6]),
+    length=st.sampled_from([1, 7, 131, 300]),
+    groups=st.sampled_from([1, 3]),
+    kv_heads=st.sampled_from([1, 2]),
+    softcap=st.sampled_from([None, 2.0]),
+    window=st.sampled_from([None, 1, 40]),
+    traced=st.booleans(),
+    causal=st.booleans(),
+)
+def test_equals_the_plain_formula(seed, batch, length, groups, kv_heads, softcap, window, traced, causal):
+    arrays, places, cotangent = example(seed, batch, length, groups * kv_heads, kv_heads, 8)
+
+    def ours(q, k, v):
+        limit = jnp.int32(window) if window is not None and traced else window
+        return attention(q, k, v, **places, scale=0.3, softcap=softcap, window=limit, causal=causal)
+
+    def theirs(q, k, v):
+        return plain(q, k, v, places, 0.3, softcap, window, causal)
+
+    got = with_gradients(jax.jit(ours), arrays, cotangent)
+    close(got, with_gradients(jax.jit(theirs), arrays, cotangent))
+    padding = places['q_segments'] == 0
+    for x in got:
+        assert not np.asarray(x)[padding].any()
+
+
+def test_queries_against_a_cache():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(3, 2, 4, 8)).astype(np.float32)
+    k, v = (rng.normal(size=(3, 20, 2, 8)).astype(np.float32) for _ in 'kv')
+    places = dict(
+        q_positions=np.array([[4, 5], [19, 20], [0, 1]], np.int32),
+        k_positions=np.broadcast_to(np.arange(20, dtype=np.int32), (3, 20)),
+        q_segments=np.ones((3, 2), np.int32),
+        k_segments=np.ones((3, 20), np.int32),
+    )
+    got = attention(q, k, v, **places, scale=0.3, window=6, self_attention=False)
+    close([got], [plain(q, k, v, places, 0.3, window=6)])
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'heads', 'kv_heads'),
+    [
+        ((8, 1, 1, 1), 2, 1),
+        ((2, 2, 2, 1), 4, 2),
+        ((1, 2, 2, 2), 4, 2),
+        ((1, 1, 4, 2), 8, 2),
+        ((1, 2, 1, 4), 3, 1),
+        ((1, 1, 4, 2), 6, 3),
+    ],
+    ids=str,
+)
+def test_any_mesh_gives_the_same(sizes, heads, kv_heads):
+    arrays, places, cotangent = example(1, 8, 24, heads, kv_heads, 8)
+    mesh = make_mesh(dict(zip(('data', 'fsdp', 'tensor', 'sequence'), sizes, strict=True)), jax.devices()[:8])
+
+    def ours(q, k, v, places, window):
+        return attention(q, k, v, **places, scale=0.3, window=window, softcap=4.0)
+
+    with jax.set_mesh(mesh):
+        batch = NamedSharding(mesh, P(('data', 'fsdp'), 'sequence'))
+        placed = jax.device_put((*arrays, cotangent), batch)
+        where = jax.device_put(places, batch)
+
+        @jax.jit
+        def run(q, k, v, cotangent, places, window):
+            return with_gradients(lambda *a: ours(*a, places, window), (q, k, v), cotangent)
+
+        got = run(*placed, where, jnp.int32(9))
+    reference = with_gradients(lambda *a: plain(*a, places, 0.3, 4.0, 9), arrays, cotangent)
+    close(got, reference)
+
+
+def test_batch_that_the_mesh_does_not_divide():
+    arrays, places, cotangent = example(2, 3, 10, 2, 2, 8)
+    mesh = make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1, 'sequence': 1}, jax.devices()[:8])
+    reference = with_gradients(lambda *a: plain(*a, places, 0.3), arrays, cotangent)
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda *a: with_gradients(lambda *b: attention(*b, **places, scale=0.3), a[:3], a[3]))(
+            *arrays, cotangent
+        )
+    close(got, reference)
+
+
+def test_never_holds_all_scores():
+    batch, length, heads = 4, 1024, 4
+    x = jax.ShapeDtypeStruct((batch, length, heads, 16), jnp.float32)
+    p = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def loss(q, k, v, positions, segments):
+        places = dict(q_positions=positions, k_positions=positions, q_segments=segments, k_segments=segments)
+        return attention(q, k, v, **places, scale=0.25).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, p, p).compile().as_text()
+    sizes = [np.prod([int(n) for n in dims.split(',')]) for dims in re.findall(r'(?:f32|pred)\[([\d,]+)\]', text)]
+    assert max(sizes) <= heads * length * length // 4
+
+
+@pytest.mark.parametrize('window', [None, 100])
+def test_splash_kernel_equals_blockwise(window):
+    (q, k, v), places, cotangent = example(3, 2, 256, 4, 2, 128)
+    where = Places(**places)
+    pattern = Pattern(scale=0.1, softcap=5.0, window=window)
+    got = with_gradients(lambda *a: flash.splash(*a, where, pattern, interpret=True), (q, k, v), cotangent)
+    close(got, with_gradients(lambda *a: blockwise(*a, where, pattern), (q, k, v), cotangent), 2e-5)
+
+
+def test_flash_says_why_it_cannot_run():
+    arrays, places, _ = example(4, 1, 8, 2, 2, 8)
+    with pytest.raises(UserError, match=r'model\.attention=flash: .*cpu'):
+        attention(*arrays, **places, scale=0.3, implementation='flash')
+    attention(*arrays, **places, scale=0.3, implementation='auto')
+    assert chosen() == ('xla',)
+
+
+@pytest.mark.parametrize(
+    ('change', 'kernel', 'reason'),
+    [
+        ({}, 'splash', ''),
+        ({'length': 100, 'keys': 100}, '', 'data.seq_len'),
+        ({'window': 'traced'}, '', 'sliding window'),
+        ({'sequence': 2}, '', 'mesh.sequence'),
+        ({'self_attention': False}, '', 'cache'),
+        ({'platform': 'gpu'}, 'cudnn', ''),
+        ({'platform': 'gpu', 'dtype': jnp.float32}, '', 'model.compute_dtype=float32'),
+        ({'platform': 'gpu', 'softcap': 30.0}, '', 'soft cap'),
+        ({'platform': 'gpu', 'head_dim': 256}, '', 'head_dim'),
+    ],
+)
+def test_which_kernel_can_run(change, kernel, reason):
+    values = dict(
+        dtype=jnp.bfloat16,
+        length=1024,
+        keys=1024,
+        head_dim=64,
+        softcap=None,
+        window=None,
+        self_attention=True,
+        causal=True,
+        platform='tpu',
+        sequence=1,
+    )
+    name, why_not = flash.available(flash.Call(**{**values, **change}))
+    assert name == kernel
+    assert reason in why_not
+    assert bool(name) != bool(why_not)
+
+
+def test_remat_that_saves_the_named_values_does_not_run_forward_twice():
+    arrays, places, _ = example(5, 2, 16, 2, 2, 8)
+
+    def loss(*arrays):
+        return attention(*arrays, **places, scale=0.3).sum()
+
+    from jaxtune.models.attention import SAVED_NAMES
+
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+    kept = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(*arrays)
+    again = jax.make_jaxpr(jax.grad(jax.checkpoint(loss)))(*arrays)
+    assert str(kept).count('dot_general') == 7
+    assert str(again).count('dot_general') == 9
+    chex.assert_trees_all_close(jax.grad(jax.checkpoint(loss, policy=policy))(*arrays), jax.grad(loss)(*arrays))
