@@ -54,7 +54,7 @@ def example(seed, batch, length, heads, kv_heads, width):
     q = rng.normal(size=(batch, length, heads, width)).astype(np.float32)
     k, v = (rng.normal(size=(batch, length, kv_heads, width)).astype(np.float32) for _ in 'kv')
     positions, segments = packed(rng, batch, length)
-    places = dict(q_positions=positions, k_positions=positions, q_segments=segments, k_segments=segments)
+    places = {'q_positions': positions, 'k_positions': positions, 'q_segments': segments, 'k_segments': segments}
     return (q, k, v), places, rng.normal(size=q.shape).astype(np.float32)
 
 
@@ -103,12 +103,12 @@ def test_queries_against_a_cache():
     rng = np.random.default_rng(0)
     q = rng.normal(size=(3, 2, 4, 8)).astype(np.float32)
     k, v = (rng.normal(size=(3, 20, 2, 8)).astype(np.float32) for _ in 'kv')
-    places = dict(
-        q_positions=np.array([[4, 5], [19, 20], [0, 1]], np.int32),
-        k_positions=np.broadcast_to(np.arange(20, dtype=np.int32), (3, 20)),
-        q_segments=np.ones((3, 2), np.int32),
-        k_segments=np.ones((3, 20), np.int32),
-    )
+    places = {
+        'q_positions': np.array([[4, 5], [19, 20], [0, 1]], np.int32),
+        'k_positions': np.broadcast_to(np.arange(20, dtype=np.int32), (3, 20)),
+        'q_segments': np.ones((3, 2), np.int32),
+        'k_segments': np.ones((3, 20), np.int32),
+    }
     got = attention(q, k, v, **places, scale=0.3, window=6, self_attention=False)
     close([got], [plain(q, k, v, places, 0.3, window=6)])
 
@@ -163,7 +163,7 @@ def test_never_holds_all_scores():
     p = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
     def loss(q, k, v, positions, segments):
-        places = dict(q_positions=positions, k_positions=positions, q_segments=segments, k_segments=segments)
+        places = {'q_positions': positions, 'k_positions': positions, 'q_segments': segments, 'k_segments': segments}
         return attention(q, k, v, **places, scale=0.25).sum()
 
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, p, p).compile().as_text()
@@ -203,18 +203,18 @@ def test_flash_says_why_it_cannot_run():
     ],
 )
 def test_which_kernel_can_run(change, kernel, reason):
-    values = dict(
-        dtype=jnp.bfloat16,
-        length=1024,
-        keys=1024,
-        head_dim=64,
-        softcap=None,
-        window=None,
-        self_attention=True,
-        causal=True,
-        platform='tpu',
-        sequence=1,
-    )
+    values = {
+        'dtype': jnp.bfloat16,
+        'length': 1024,
+        'keys': 1024,
+        'head_dim': 64,
+        'softcap': None,
+        'window': None,
+        'self_attention': True,
+        'causal': True,
+        'platform': 'tpu',
+        'sequence': 1,
+    }
     name, why_not = flash.available(flash.Call(**{**values, **change}))
     assert name == kernel
     assert reason in why_not
