@@ -232,6 +232,6 @@ def test_remat_that_saves_the_named_values_does_not_run_forward_twice():
     policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
     kept = jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(*arrays)
     again = jax.make_jaxpr(jax.grad(jax.checkpoint(loss)))(*arrays)
-    assert str(kept).count('dot_general') == 7
-    assert str(again).count('dot_general') == 9
+    assert str(kept).count('dot_general') == 8
+    assert str(again).count('dot_general') == 10
     chex.assert_trees_all_close(jax.grad(jax.checkpoint(loss, policy=policy))(*arrays), jax.grad(loss)(*arrays))
