@@ -1,0 +1,291 @@
+"""The decoder: one module for every family, their differences in `DecoderConfig`.
+
+Layers are scanned: parameters are stacked on a leading axis and one block is compiled, however many there are.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtune.models import rope as rotary
+from jaxtune.models.attention import attention
+from jaxtune.models.decoder_families import FAMILIES, DecoderConfig, decoder_config
+from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, RMSNorm
+from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.parallel import constrain
+
+# What the backward pass keeps instead of computing it again: nothing, or products and what attention's own backward
+# pass reads.
+_POLICIES = {
+    'full': None,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse'),
+    ),
+}
+
+_NO_WINDOW = 2**30  # beyond every position
+
+Cache = dict[str, jax.Array] | None
+
+
+class Context(NamedTuple):
+    """What all layers share: where queries and keys are, and the rotary angles `(cos, sin)` or None."""
+
+    q_positions: jax.Array
+    q_segments: jax.Array
+    k_positions: jax.Array
+    k_segments: jax.Array
+    rope: tuple[jax.Array, jax.Array] | None
+
+
+class Layer(NamedTuple):
+    """What differs between layers beside parameters: the number from 0, and the window."""
+
+    index: jax.Array
+    window: jax.Array
+
+
+class _Part(nn.Module):
+    """What every part of a decoder is told."""
+
+    config: DecoderConfig
+    param_dtype: jnp.dtype
+    dtype: jnp.dtype
+    implementation: str = 'auto'
+
+    def dense(self, name: str, features: int, use_bias: bool, residual: bool = False) -> Dense:
+        stddev = self.config.initializer_range * (self.config.residual_init_scale if residual else 1.0)
+        return Dense(features, use_bias, stddev, self.param_dtype, name=name)
+
+    def embed(self, name: str, rows: int) -> Embed:
+        c = self.config
+        return Embed(rows, c.d_model, c.initializer_range, self.param_dtype, self.dtype, name=name)
+
+    def norm(self, name: str | None):
+        if name is None:
+            return lambda x: x
+        if self.config.norm == 'layer':
+            return LayerNorm(self.config.norm_epsilon, self.param_dtype, name=name)
+        return RMSNorm(self.config.norm_epsilon, self.param_dtype, self.config.norm_offset, name=name)
+
+    def same(self) -> tuple:
+        return self.config, self.param_dtype, self.dtype, self.implementation
+
+
+class Attention(_Part):
+    """Self-attention `[batch, length, d_model]`, with a cache or without."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache, layer: Layer, context: Context) -> tuple[jax.Array, Cache]:
+        c = self.config
+        q, k, v = self.project(x)
+        if context.rope is not None:
+            q, k = rotary.rotate(q, *context.rope), rotary.rotate(k, *context.rope)
+        if c.scale_by_layer:
+            q = q / (layer.index + 1).astype(q.dtype)
+        if cache is not None:
+            cache = _write(cache, k, v, layer, context)
+            k, v = cache['k'][layer.index].astype(q.dtype), cache['v'][layer.index].astype(q.dtype)
+        y = attention(
+            q,
+            k,
+            v,
+            q_positions=context.q_positions,
+            k_positions=context.k_positions,
+            q_segments=context.q_segments,
+            k_segments=context.k_segments,
+            scale=c.attention_scale,
+            softcap=c.attention_softcap,
+            window=c.windows[0] if len(set(c.windows)) == 1 else layer.window,
+            implementation=self.implementation,
+            self_attention=cache is None,
+        )
+        y = y.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        return self.dense('o_proj', c.d_model, c.o_bias, residual=True)(y), cache
+
+    def project(self, x: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values `[batch, length, heads, head_dim]`, normed where the family does so."""
+        c = self.config
+        q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        if c.fused_qkv:
+            fused = self.dense('qkv_proj', q_width + 2 * kv_width, c.qkv_bias)(x)
+            qkv = jnp.split(fused, (q_width, q_width + kv_width), axis=-1)
+        else:
+            widths = {'q_proj': q_width, 'k_proj': kv_width, 'v_proj': kv_width}
+            qkv = [self.dense(name, width, c.qkv_bias)(x) for name, width in widths.items()]
+        if c.qk_norm == 'all':
+            qkv[:2] = self.norm('q_norm')(qkv[0]), self.norm('k_norm')(qkv[1])
+        qkv = [y.reshape(*y.shape[:2], -1, c.head_dim) for y in qkv]
+        if c.qk_norm == 'head':
+            qkv[:2] = self.norm('q_norm')(qkv[0]), self.norm('k_norm')(qkv[1])
+        return [constrain(y, 'batch', 'length', 'heads', None) for y in qkv]
+
+
+def _write(cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context) -> Cache:
+    """Puts keys and values into the slots of their positions; those of padding go nowhere."""
+    rows = jnp.arange(k.shape[0])[:, None]
+    slots = jnp.where(context.q_segments > 0, context.q_positions, cache['k'].shape[2])
+    return {
+        name: cache[name].at[layer.index, rows, slots].set(new.astype(cache[name].dtype), mode='drop')
+        for name, new in (('k', k), ('v', v))
+    }
+
+
+class MLP(_Part):
+    """Feed-forward layer, gated (Shazeer 2020, arXiv:2002.05202) or not."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
+        if c.fused_gate_up:
+            gate, up = jnp.split(self.dense('gate_up_proj', 2 * c.d_ff, c.mlp_bias)(x), 2, axis=-1)
+            y = activation(gate) * up
+        elif c.gated:
+            y = activation(self.dense('gate_proj', c.d_ff, c.mlp_bias)(x)) * self.dense('up_proj', c.d_ff, c.mlp_bias)(
+                x
+            )
+        else:
+            y = activation(self.dense('up_proj', c.d_ff, c.mlp_bias)(x))
+        y = constrain(y, 'batch', 'length', 'mlp')
+        return self.dense('down_proj', c.d_model, c.mlp_bias, residual=True)(y)
+
+
+class Block(_Part):
+    """One layer: attention and feed-forward, each added to the residual."""
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, Cache], layer: Layer, context: Context):
+        x, cache = carry
+        before_attention, after_attention, before_mlp, after_mlp = self.config.norm_names
+        y, cache = Attention(*self.same(), name='self_attn')(self.norm(before_attention)(x), cache, layer, context)
+        x = x + self.norm(after_attention)(y)
+        y = MLP(*self.same(), name='mlp')(self.norm(before_mlp)(x))
+        x = x + self.norm(after_mlp)(y)
+        return (constrain(x, 'batch', 'length', None), cache), None
+
+
+class Decoder(_Part):
+    """Tokens `[batch, length]` to hidden states `[batch, length, d_model]` after the final norm."""
+
+    remat: str = 'none'
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache = None):
+        c = self.config
+        x = self.embed('embed_tokens', c.vocab_size)(tokens)
+        if c.embed_scale is not None:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if c.rope is None:
+            x = x + self.embed('embed_positions', c.max_positions)(positions)
+        x = constrain(x, 'batch', 'length', None)
+
+        angles = None if c.rope is None else rotary.angles(c.rope, positions)
+        context = Context(positions, segments, positions, segments, angles)
+        if cache is not None:
+            slots = jnp.broadcast_to(jnp.arange(cache['k'].shape[2]), (tokens.shape[0], cache['k'].shape[2]))
+            seen = (segments > 0).astype(segments.dtype)
+            context = Context(positions, seen, slots, jnp.ones_like(slots), angles)
+        windows = [_NO_WINDOW if window is None else window for window in c.windows]
+        layers = Layer(jnp.arange(c.num_layers), jnp.asarray(windows, jnp.int32))
+
+        # In a scan the loop itself keeps XLA from merging the second computation with the first.
+        block = Block if self.remat == 'none' else nn.remat(Block, policy=_POLICIES[self.remat], prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={'params': 0},
+            split_rngs={'params': True, 'dropout': True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+        )
+        (x, cache), _ = scanned(*self.same(), name='layers')((x, cache), layers, context)
+        x = self.norm('norm')(x)
+        if not c.tied and self.is_initializing():
+            self.dense('lm_head', c.vocab_size, False)(x)
+        return Outputs(x, cache)
+
+
+def _init(module: Decoder, rng: jax.Array) -> Any:
+    place = jnp.zeros((1, 1), jnp.int32)
+    return module.init(rng, place, place, place + 1)['params']
+
+
+def _forward(module: Decoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:
+    tokens = batch['tokens']
+    positions, segments = batch.get('positions'), batch.get('segments')
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segments is None:
+        segments = jnp.ones_like(tokens)
+    rngs = None if rng is None else {'dropout': rng}
+    return module.apply({'params': params}, tokens, positions, segments, cache, rngs=rngs)
+
+
+def _head(config: DecoderConfig, params: Any) -> Head:
+    if config.tied:
+        return Head(params['embed_tokens']['embedding'], softcap=config.logit_softcap, vocab_major=True)
+    return Head(params['lm_head']['kernel'], softcap=config.logit_softcap)
+
+
+def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:
+    shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
+    return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
+
+
+def _flops(config: DecoderConfig, shapes: Any, length: int) -> float:
+    products = sum(leaf.size for path, leaf in leaf_paths(shapes).items() if path.endswith('kernel'))
+    products += config.vocab_size * config.d_model if config.tied else 0
+    keys = sum(min(length, window or length) for window in config.windows)
+    return 6.0 * products + 12.0 * config.num_heads * config.head_dim * keys
+
+
+def _tensors(model_type: str, shapes: Any) -> dict[str, Tensor]:
+    family = FAMILIES[model_type]
+    tensors = {}
+    for path in leaf_paths(shapes):
+        module, leaf = path.rsplit('/', 1)
+        name = f'{family.modules[module]}.{"bias" if leaf == "bias" else "weight"}'
+        tensors[path] = Tensor(name, leaf == 'kernel' and (family.transposed or module == 'lm_head'))
+    return tensors
+
+
+def check(fields: Mapping[str, Any]) -> None:
+    """Raises `BadField` if a field's value is impossible here."""
+    decoder_config(fields)
+
+
+def build(
+    fields: Mapping[str, Any], *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, remat: str, attention: str
+) -> Model:
+    """The model of Hugging Face's config fields.
+
+    Raises:
+      BadField: a field's value is impossible here.
+    """
+    config, family = decoder_config(fields), FAMILIES[fields['model_type']]
+    module = Decoder(config, param_dtype, compute_dtype, attention, remat)
+    # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
+    init = functools.partial(_init, Decoder(config, param_dtype, compute_dtype, 'xla'))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return Model(
+        hf_config=dict(fields),
+        architecture=family.architecture,
+        kind='decoder',
+        config=config,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        shapes=shapes,
+        init=init,
+        forward=functools.partial(_forward, module),
+        make_head=functools.partial(_head, config),
+        make_cache=functools.partial(_cache, config, compute_dtype),
+        count_flops=functools.partial(_flops, config, shapes),
+        tensors=_tensors(fields['model_type'], shapes),
+        base_prefix=family.base_prefix,
+        ignored=family.ignored,
+        heads=('lm_head',),
+    )

@@ -1,0 +1,354 @@
+"""Hugging Face folders in and out: safetensors tensor by tensor, each straight to its devices and dtype.
+
+Nothing that a folder holds is unpickled or executed: pickled weights are refused and code is ignored.
+"""
+
+import collections
+import fnmatch
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.errors import UserError
+from jaxtune.models import hub
+from jaxtune.models.fields import config_json
+from jaxtune.models.model import Model, Params, Tensor, leaf_paths
+from jaxtune.models.safetensors import Entry, read_header, write_file
+
+_SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
+_PICKLED = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl', '*.msgpack', '*.h5')
+_PART_BYTES = 2**27  # of a tensor, on its way from the file to a device
+_SHARD_BYTES = 5_000_000_000
+
+
+def load(
+    path: str | os.PathLike,
+    model: Model,
+    shardings: Params | None = None,
+    dtype: str | np.dtype | None = None,
+    rng: jax.Array | None = None,
+) -> tuple[Params, set[str]]:
+    """Reads a model's parameters. Every process reads only what its own devices hold.
+
+    Args:
+      path: a folder or hub id with `model.safetensors` or its sharded index.
+      model: the model of that folder's `config.json`.
+      shardings: tree of shardings like the parameters'; None = all on the first device.
+      dtype: what the parameters become; default the model's `param_dtype`.
+      rng: key for parameters that the folder lacks.
+
+    Returns:
+      `(params, fresh)`: the tree, and the paths of heads that the folder lacks and that were initialised instead.
+
+    Raises:
+      UserError: no such folder, no safetensors, only pickled weights, a truncated file, tensors that are missing,
+        unknown or of another shape.
+    """
+    folder = hub.resolve(os.fspath(path))
+    sources, fresh = _match(model, _entries(folder), folder)
+    dtype = np.dtype(dtype or model.param_dtype)
+    one_device = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = leaf_paths(model.shapes)
+    placed = dict.fromkeys(shapes, one_device) if shardings is None else leaf_paths(shardings)
+
+    # In the files' own order, which a disk or a network reads fastest.
+    order = sorted(
+        (str(entry.path), entry.offset, leaf, i) for leaf in sources for i, entry in enumerate(sources[leaf])
+    )
+    leaves: dict[str, jax.Array] = {}
+    pending = None
+    for _, _, leaf, layer in order:
+        tensor, sharding, shape = model.tensors[leaf], placed[leaf], shapes[leaf].shape
+        if leaf not in leaves:
+            leaves[leaf] = _empty(shape, dtype, sharding)
+        spread = _part_sharding(tensor, sharding)
+        for part, start in _parts(sources[leaf][layer], spread):
+            jax.block_until_ready(pending)  # two parts at most are on their way: one read, one written
+            leaves[leaf] = pending = _put(tensor, sharding, start is not None)(leaves[leaf], part, layer, start or 0)
+    jax.block_until_ready(pending)
+    if fresh:
+        key = jax.random.key(0) if rng is None else rng
+        make = jax.jit(
+            lambda key: {leaf: leaf_paths(model.init(key))[leaf].astype(dtype) for leaf in sorted(fresh)},
+            out_shardings={leaf: placed[leaf] for leaf in sorted(fresh)},
+        )
+        leaves |= make(key)
+    return _tree({leaf: leaves[leaf] for leaf in shapes}), fresh
+
+
+def save(
+    path: str | os.PathLike,
+    model: Model,
+    params: Params,
+    extra_files_from: str | os.PathLike | None = None,
+    dtype: str | np.dtype | None = None,
+    max_shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes a folder that `transformers` loads; an older one at `path` is replaced at the end, in one step.
+
+    With several processes all call it, and the first one writes.
+
+    Args:
+      path: the folder.
+      model: the model.
+      params: its parameters, plain arrays.
+      extra_files_from: a folder whose tokenizer, chat template and generation settings go along.
+      dtype: what the tensors become; default as they are.
+      max_shard_bytes: beyond this the weights are cut into several files with an index.
+    """
+    path = pathlib.Path(path)
+    leaves = leaf_paths(params)
+    if set(leaves) != set(model.tensors):
+        raise ValueError(
+            f'expected exactly the parameters of the model, not {sorted(set(leaves) ^ set(model.tensors))}'
+        )
+    writes = jax.process_index() == 0
+    partial = path.with_name(f'.{path.name}.partial')
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    plan = list(_plan(model, leaves, dtype))
+    files = _cut(plan, max_shard_bytes)
+    for name, tensors in files.items():
+        specs = {entry.name: (entry.dtype, entry.shape) for entry in tensors}
+        values = (_fetch(entry, writes) for entry in tensors)
+        if writes:
+            write_file(partial / name, specs, values)
+        else:
+            collections.deque(values, maxlen=0)
+    if writes:
+        if len(files) > 1:
+            weight_map = {entry.name: name for name, tensors in files.items() for entry in tensors}
+            index = {'metadata': {'total_size': sum(entry.nbytes for entry in plan)}, 'weight_map': weight_map}
+            (partial / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n', 'utf-8')
+        _write_companions(partial, model, extra_files_from, str(plan[0].dtype))
+        _replace(partial, path)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f'saved {path}')
+
+
+def _entries(folder: pathlib.Path) -> dict[str, Entry]:
+    """All tensors of a folder by name."""
+    index = folder / _INDEX
+    if (folder / _SINGLE).is_file():
+        names = [_SINGLE]
+    elif index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text('utf-8'))['weight_map'].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{index}: expected a JSON object with a weight_map') from None
+    else:
+        names = sorted(file.name for file in folder.glob('*.safetensors'))
+    if not names:
+        pickled = sorted(file.name for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, p) for p in _PICKLED))
+        if pickled:
+            raise UserError(
+                f'{folder}: only pickled weights ({pickled[0]}), which are never loaded because they can run code; '
+                'expected model.safetensors'
+            )
+        raise UserError(f'{folder}: no model.safetensors and no {_INDEX}')
+    entries: dict[str, Entry] = {}
+    for name in names:
+        if name != os.path.basename(name) or not (folder / name).is_file():
+            raise UserError(f'{folder}: the file {name} that {_INDEX} names is missing')
+        entries |= read_header(folder / name)
+    return entries
+
+
+def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> tuple[dict[str, list[Entry]], set[str]]:
+    """Which tensors make which parameter: one, or one a layer."""
+    shapes = leaf_paths(model.shapes)
+    sources, fresh, used = {}, set(), set()
+    for leaf, tensor in model.tensors.items():
+        layers, shape = (shapes[leaf].shape[0], shapes[leaf].shape[1:]) if tensor.stacked else (1, shapes[leaf].shape)
+        shape = shape[::-1] if tensor.transposed else shape
+        names = [tensor.name.format(layer) for layer in range(layers)]
+        found = [name if name in entries else name.removeprefix(model.base_prefix) for name in names]
+        missing = [name for name, there in zip(names, found, strict=True) if there not in entries]
+        if missing and len(missing) == layers and leaf.split('/')[0] in model.heads:
+            fresh.add(leaf)
+            continue
+        if missing:
+            raise UserError(f'{folder}: tensor {missing[0]} is missing; expected {list(shape)}')
+        for name in found:
+            if entries[name].shape != shape:
+                raise UserError(
+                    f'{folder}: tensor {name} is {list(entries[name].shape)}; by config.json expected {list(shape)}'
+                )
+        sources[leaf] = [entries[name] for name in found]
+        used.update(found)
+    unused = [name for name in entries if name not in used and not any(re.search(p, name) for p in model.ignored)]
+    stacks = {tensor.name.split('{}')[0] for tensor in model.tensors.values() if tensor.stacked}
+    stacks |= {stack.removeprefix(model.base_prefix) for stack in stacks}
+    for name in unused:
+        if name.startswith(tuple(stacks)):
+            raise UserError(f'{folder}: tensor {name} has no place in the model that config.json describes')
+    if unused:
+        logging.getLogger(__name__).warning('%s: %d tensors are not used, such as %s', folder, len(unused), unused[0])
+    return sources, fresh
+
+
+def _tree(leaves: Mapping[str, Any]) -> Params:
+    tree: dict[str, Any] = {}
+    for leaf, value in leaves.items():
+        *parents, name = leaf.split('/')
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+@functools.cache
+def _empty_maker(shape: tuple[int, ...], dtype: np.dtype, sharding):
+    return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)
+
+
+def _empty(shape, dtype, sharding) -> jax.Array:
+    return _empty_maker(shape, dtype, sharding)()
+
+
+def _part_sharding(tensor: Tensor, sharding):
+    """How one layer's tensor lies, as the file has it, when the stacked parameter lies as `sharding` says."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = list(sharding.spec)[1 if tensor.stacked else 0 :]
+    if tensor.transposed:
+        spec = (spec + [None] * (2 - len(spec)))[::-1]
+    return NamedSharding(sharding.mesh, P(*spec))
+
+
+def _parts(entry: Entry, sharding) -> Iterator[tuple[jax.Array, int | None]]:
+    """A tensor on its devices: whole, or where its rows lie together in parts of rows, with each part's first row."""
+    rows = entry.shape[0] if entry.shape else 1
+    count = -(-math.prod(entry.shape) * entry.dtype.itemsize // _PART_BYTES)
+    divided = isinstance(sharding, NamedSharding) and len(sharding.spec) and sharding.spec[0] is not None
+    size = rows if divided or count <= 1 else -(-rows // count)
+    for first in range(0, rows, size):
+        shape = (min(size, rows - first), *entry.shape[1:]) if entry.shape else ()
+        yield _on_devices(entry, first, shape, sharding), first if size < rows else None
+
+
+def _on_devices(entry: Entry, first: int, shape: tuple[int, ...], sharding) -> jax.Array:
+    read: dict[str, np.ndarray] = {}
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in read:  # devices that hold the same part share one reading
+            if index:
+                start, stop, _ = index[0].indices(shape[0])
+                moved = (slice(first + start, first + stop), *index[1:])
+            values = entry.read(moved if index else ())
+            read[str(index)] = values.astype(np.float32) if values.dtype == np.float64 else values
+        return read[str(index)]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+@functools.cache
+def _put(tensor: Tensor, sharding, in_parts: bool):
+    """Compiled: writes a part of a tensor into its parameter in place."""
+
+    def put(leaf: jax.Array, part: jax.Array, layer, start) -> jax.Array:
+        part = (part.T if tensor.transposed else part).astype(leaf.dtype)
+        starts = [0] * leaf.ndim
+        if in_parts:  # a start that is known to be 0 keeps divided dimensions where they are
+            starts[-1 if tensor.transposed else int(tensor.stacked)] = start
+        if tensor.stacked:
+            part, starts[0] = part[None], layer
+        return jax.lax.dynamic_update_slice(leaf, part, starts)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+class _Write:
+    """One tensor to write: its name, where its values are, and what it becomes."""
+
+    def __init__(self, tensor: Tensor, leaf: jax.Array, layer: int | None, dtype: np.dtype):
+        self.tensor, self.leaf, self.layer, self.dtype = tensor, leaf, layer, dtype
+        self.name = tensor.name if layer is None else tensor.name.format(layer)
+        shape = leaf.shape if layer is None else leaf.shape[1:]
+        self.shape = shape[::-1] if tensor.transposed else shape
+        self.nbytes = math.prod(shape) * dtype.itemsize
+
+
+def _plan(model: Model, leaves: Mapping[str, jax.Array], dtype) -> Iterator[_Write]:
+    """All tensors, layer by layer."""
+    stacked = [leaf for leaf, tensor in model.tensors.items() if tensor.stacked]
+    single = [leaf for leaf in model.tensors if leaf not in stacked]
+    layers = max((leaves[leaf].shape[0] for leaf in stacked), default=0)
+    for leaf, layer in itertools.chain(
+        ((leaf, None) for leaf in single),
+        ((leaf, layer) for layer in range(layers) for leaf in stacked if layer < leaves[leaf].shape[0]),
+    ):
+        yield _Write(model.tensors[leaf], leaves[leaf], layer, np.dtype(dtype or leaves[leaf].dtype))
+
+
+def _cut(plan: list[_Write], max_bytes: int) -> dict[str, list[_Write]]:
+    groups, size = [[]], 0
+    for write in plan:
+        if groups[-1] and size + write.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(write)
+        size += write.nbytes
+    if len(groups) == 1:
+        return {_SINGLE: groups[0]}
+    return {f'model-{i + 1:05d}-of-{len(groups):05d}.safetensors': group for i, group in enumerate(groups)}
+
+
+@functools.cache
+def _take(stacked: bool, transposed: bool, dtype: np.dtype, sharding):
+    def take(leaf: jax.Array, layer) -> jax.Array:
+        value = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
+        return (value.T if transposed else value).astype(dtype)
+
+    return jax.jit(take, out_shardings=sharding)
+
+
+def _fetch(write: _Write, wanted: bool) -> np.ndarray | None:
+    """A tensor's values in this process's memory, gathered from all processes where they are divided among several."""
+    leaf = write.leaf
+    remote = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    sharding = NamedSharding(leaf.sharding.mesh, P()) if remote else None
+    value = _take(write.layer is not None, write.tensor.transposed, write.dtype, sharding)(leaf, write.layer or 0)
+    if not wanted:
+        return None
+    return np.asarray(value.addressable_data(0) if remote else value)
+
+
+def _write_companions(folder: pathlib.Path, model: Model, source, dtype: str) -> None:
+    if source is not None:
+        source = hub.resolve(os.fspath(source))
+        for name in hub.COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    (folder / 'config.json').write_text(config_json(model.hf_config, model.architecture, dtype), 'utf-8')
+    generation = folder / 'generation_config.json'
+    if not generation.exists():
+        names = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+        values = {name: model.hf_config[name] for name in names if model.hf_config.get(name) is not None}
+        generation.write_text(json.dumps(values, indent=2) + '\n', 'utf-8')
+
+
+def _replace(new: pathlib.Path, path: pathlib.Path) -> None:
+    old = path.with_name(f'.{path.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

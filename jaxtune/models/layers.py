@@ -1,0 +1,104 @@
+"""The small modules that every model is made of. Parameters may be arrays or typed leaves (see `jaxtune.weights`)."""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtune.weights import dot, lookup
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'gelu': partial(jax.nn.gelu, approximate=False),
+    'gelu_new': jax.nn.gelu,
+    'gelu_pytorch_tanh': jax.nn.gelu,
+    'gelu_fast': jax.nn.gelu,
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
+    'relu': jax.nn.relu,
+    'relu2': lambda x: jnp.square(jax.nn.relu(x)),
+    'sigmoid': jax.nn.sigmoid,
+    'silu': jax.nn.silu,
+    'swish': jax.nn.silu,
+    'tanh': jnp.tanh,
+}
+
+
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: jnp.dtype):
+    """A parameter of `module`: what the tree holds under `name`, of whatever kind; initialised where it holds nothing.
+
+    `self.param` alone would refuse a typed leaf, whose inner shapes differ from the initialiser's.
+    """
+    if module.has_variable('params', name):
+        return module.get_variable('params', name)
+    return module.param(name, init, shape, dtype)
+
+
+class Dense(nn.Module):
+    """Linear layer `[..., in] -> [..., features]`; parameters `kernel [in, features]`, maybe `bias [features]`."""
+
+    features: int
+    use_bias: bool
+    stddev: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        kernel = parameter(self, 'kernel', nn.initializers.normal(self.stddev), shape, self.param_dtype)
+        y = dot(x, kernel)
+        if self.use_bias:
+            bias = parameter(self, 'bias', nn.initializers.zeros, (self.features,), self.param_dtype)
+            y = y + bias.astype(y.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """Rows of a table for integer ids `[...] -> [..., features]`; parameter `embedding [rows, features]`."""
+
+    rows: int
+    features: int
+    stddev: float
+    param_dtype: jnp.dtype
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(self.stddev)
+        table = parameter(self, 'embedding', init, (self.rows, self.features), self.param_dtype)
+        return lookup(table, ids, self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension in float32; parameter `scale`, to which `offset` is added.
+
+    Zhang and Sennrich 2019, arXiv:1910.07467; Gemma stores the scale less one (`offset=1`).
+    """
+
+    epsilon: float
+    param_dtype: jnp.dtype
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = parameter(self, 'scale', init, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last dimension in float32; parameters `scale` and `bias` (Ba et al. 2016)."""
+
+    epsilon: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = parameter(self, 'scale', nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,143 @@
+"""What the rest of the house knows of a model: pure functions of a parameter tree."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = Any
+
+
+def leaf_paths(tree: Params) -> dict[str, Any]:
+    """Leaves of a tree of plain dicts by path `a/b/c`; a typed leaf counts as one."""
+    if not isinstance(tree, dict):
+        return {'': tree}
+    return {
+        f'{name}/{rest}' if rest else name: leaf
+        for name, subtree in tree.items()
+        for rest, leaf in leaf_paths(subtree).items()
+    }
+
+
+class Outputs(NamedTuple):
+    """What a forward pass gives: `hidden [batch, length, d_model]` after the final norm, and the cache or None."""
+
+    hidden: jax.Array
+    cache: dict[str, jax.Array] | None = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['kernel', 'bias'],
+    meta_fields=['softcap', 'scale', 'vocab_major'],
+)
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The projection to the vocabulary: `logits = cap(scale * hidden @ kernel + bias)`.
+
+    Attributes:
+      kernel: `[vocab, d_model]` if `vocab_major` (a tied embedding), else `[d_model, vocab]`.
+      bias: `[vocab]` or None.
+      softcap: `softcap * tanh(logits / softcap)` (Gemma 2), or None.
+      scale: factor on the product.
+      vocab_major: which way the kernel lies.
+    """
+
+    kernel: jax.Array
+    bias: jax.Array | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    vocab_major: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a parameter lies in a Hugging Face folder.
+
+    Attributes:
+      name: the tensor's name, with `{}` for the layer's number if the parameter is stacked.
+      transposed: the tensor is `[out, in]` where the parameter is `[in, out]`.
+    """
+
+    name: str
+    transposed: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return '{}' in self.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model without its parameters.
+
+    Attributes:
+      hf_config: Hugging Face's config fields, all of them.
+      architecture: the class in `transformers`.
+      kind: `decoder`, `encoder` or `encdec`.
+      config: the same, normalised over families: `vocab_size`, `d_model`, `num_layers`, `max_positions`, …
+      param_dtype: what parameters are kept in.
+      compute_dtype: what activations and matrix products use.
+      shapes: the parameter tree as `jax.ShapeDtypeStruct`s.
+      init: `rng -> params`, Hugging Face's initialisation; pure.
+      tensors: parameter path -> where it lies in a Hugging Face folder.
+      base_prefix: the part of tensor names that a folder of the model without its head leaves out (`model.`).
+      ignored: regular expressions of tensors in a folder that are no parameters (buffers of older versions).
+      heads: first parts of the paths that a folder may lack, to be initialised instead.
+    """
+
+    hf_config: Mapping[str, Any]
+    architecture: str
+    kind: str
+    config: Any
+    param_dtype: jnp.dtype
+    compute_dtype: jnp.dtype
+    shapes: Params
+    init: Callable[[jax.Array], Params]
+    forward: Callable[..., Outputs]
+    make_head: Callable[[Params], Head]
+    make_cache: Callable[[int, int], dict[str, jax.Array]]
+    count_flops: Callable[[int], float]
+    tensors: Mapping[str, Tensor]
+    base_prefix: str = ''
+    ignored: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    def apply(self, params: Params, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:
+        """The forward pass.
+
+        Args:
+          params: the parameter tree; kernels may be typed leaves.
+          batch: `tokens [batch, length]` int32; maybe `positions` (default 0, 1, …) and `segments` (default 1; 0 is
+            padding, tokens see only their own segment).
+          cache: from `init_cache`; a token's slot is its position, its keys and values are written there, and it sees
+            the slots up to its own. Padding writes nothing.
+          rng: key for dropout of added weights, or None.
+        """
+        return self.forward(params, batch, cache=cache, rng=rng)
+
+    def head(self, params: Params) -> Head:
+        """The projection to the vocabulary."""
+        return self.make_head(params)
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """All logits `[..., vocab]` in float32: for sampling; losses go through `objectives.cross_entropy`."""
+        head = self.head(params)
+        kernel = head.kernel.astype(hidden.dtype)
+        dims = (((hidden.ndim - 1,), (1 if head.vocab_major else 0,)), ((), ()))
+        logits = jax.lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32) * head.scale
+        if head.bias is not None:
+            logits = logits + head.bias.astype(jnp.float32)
+        return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
+
+    def init_cache(self, batch: int, max_length: int) -> dict[str, jax.Array]:
+        """An empty cache: `k` and `v`, each `[layers, batch, max_length, kv_heads, head_dim]`."""
+        return self.make_cache(batch, max_length)
+
+    def flops_per_token(self, length: int) -> float:
+        """Training FLOPs a token of rows of `length`: 6 a parameter in a product and 12 x heads x head_dim x keys a
+        layer (PaLM's appendix B, Chowdhery et al. 2022, arXiv:2204.02311)."""
+        return self.count_flops(length)

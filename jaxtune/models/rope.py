@@ -1,0 +1,162 @@
+"""Rotary position embeddings and the scalings of their frequencies (Su et al. 2021, arXiv:2104.09864)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TYPES = ('default', 'linear', 'dynamic', 'yarn', 'longrope', 'llama3')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Frequencies of one model, fixed when it is built.
+
+    Attributes:
+      frequencies: `[rotary_dim / 2]` radians a position.
+      long_frequencies: LongRoPE's frequencies for rows that reach beyond `original_positions`, else None.
+      original_positions: positions of the pretraining, for LongRoPE.
+      factor: multiplies cosine and sine (YaRN's and LongRoPE's attention factor).
+    """
+
+    frequencies: tuple[float, ...]
+    long_frequencies: tuple[float, ...] | None = None
+    original_positions: int = 0
+    factor: float = 1.0
+
+
+def make_rope(parameters: Mapping, rotary_dim: int, max_positions: int) -> Rope:
+    """Frequencies from Hugging Face's `rope_parameters`.
+
+    Args:
+      parameters: `rope_type`, `rope_theta` and what the type needs (`factor`, `original_max_position_embeddings`, …).
+      rotary_dim: how many of a head's dimensions turn.
+      max_positions: the model's `max_position_embeddings`.
+
+    Raises:
+      ValueError: an unknown type, or a key that its type needs is missing.
+    """
+    kind, theta = parameters.get('rope_type', 'default'), float(parameters['rope_theta'])
+    if kind not in TYPES:
+        raise ValueError(f'rope_type={kind!r}: expected one of {", ".join(TYPES)}')
+    try:
+        return _SCALINGS[kind](parameters, theta, rotary_dim, max_positions)
+    except KeyError as error:
+        raise ValueError(f'rope_type={kind!r} needs the key {error.args[0]!r}') from None
+
+
+def _powers(theta: float, dim: int) -> np.ndarray:
+    return theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+
+def _rope(frequencies: np.ndarray, **rest) -> Rope:
+    return Rope(tuple(float(f) for f in frequencies), **rest)
+
+
+def _default(parameters, theta, dim, max_positions):
+    return _rope(1.0 / _powers(theta, dim))
+
+
+def _linear(parameters, theta, dim, max_positions):
+    return _rope(1.0 / _powers(theta, dim) / parameters['factor'])
+
+
+def _dynamic(parameters, theta, dim, max_positions):
+    # NTK-aware scaling changes the base only for rows beyond max_positions, which no batch here has.
+    parameters['factor']
+    return _default(parameters, theta, dim, max_positions)
+
+
+def _yarn(parameters, theta, dim, max_positions):
+    """Peng et al. 2023, arXiv:2309.00071."""
+    original = parameters['original_max_position_embeddings']
+    factor = parameters['factor'] or max_positions / original
+
+    def magnitude(scale, weight=1.0):
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    attention_factor = parameters.get('attention_factor')
+    if attention_factor is None:
+        top, bottom = parameters.get('mscale'), parameters.get('mscale_all_dim')
+        attention_factor = magnitude(factor, top) / magnitude(factor, bottom) if top and bottom else magnitude(factor)
+
+    def dimension_of(rotations):
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(parameters.get('beta_fast') or 32), dimension_of(parameters.get('beta_slow') or 1)
+    if parameters.get('truncate', True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 * (low == high)
+    slow = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    powers = _powers(theta, dim)
+    return _rope(slow / (factor * powers) + (1 - slow) / powers, factor=attention_factor)
+
+
+def _longrope(parameters, theta, dim, max_positions):
+    """Ding et al. 2024, arXiv:2402.13753."""
+    original = parameters['original_max_position_embeddings']
+    factor = parameters.get('factor') or max_positions / original
+    attention_factor = parameters.get('attention_factor')
+    if attention_factor is None:
+        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    short, long = (
+        1.0 / (np.asarray(parameters[name], np.float64) * _powers(theta, dim))
+        for name in ('short_factor', 'long_factor')
+    )
+    return _rope(
+        short,
+        long_frequencies=tuple(float(f) for f in long),
+        original_positions=original,
+        factor=attention_factor,
+    )
+
+
+def _llama3(parameters, theta, dim, max_positions):
+    """Low frequencies are divided by `factor`, high ones kept, those between blended (Llama 3.1)."""
+    frequencies = 1.0 / _powers(theta, dim)
+    low, high = parameters['low_freq_factor'], parameters['high_freq_factor']
+    turns = parameters['original_max_position_embeddings'] * frequencies / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return _rope(kept * frequencies + (1 - kept) * frequencies / parameters['factor'])
+
+
+_SCALINGS = {
+    'default': _default,
+    'linear': _linear,
+    'dynamic': _dynamic,
+    'yarn': _yarn,
+    'longrope': _longrope,
+    'llama3': _llama3,
+}
+
+
+def angles(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every position's angles.
+
+    Args:
+      rope: the model's frequencies.
+      positions: `[batch, length]` int32.
+
+    Returns:
+      `(cos, sin)`, each `[batch, length, rotary_dim / 2]` float32.
+    """
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    if rope.long_frequencies is not None:
+        # A row decides for itself, so that it does not depend on the rows beside it.
+        is_long = positions.max(axis=-1, keepdims=True) >= rope.original_positions
+        frequencies = jnp.where(is_long[..., None], jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
+    turned = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(turned) * rope.factor, jnp.sin(turned) * rope.factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the first `rotary_dim` dimensions of `[batch, length, heads, head_dim]`, pairing halves, in float32."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
