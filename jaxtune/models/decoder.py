@@ -184,7 +184,7 @@ class Decoder(_Part):
             x = x + self.embed('embed_positions', c.max_positions)(positions)
         x = constrain(x, 'batch', 'length', None)
 
-        angles = None if c.rope is None else rotary.angles(c.rope, positions)
+        angles = None if c.rope is None else rotary.angles(c.rope, jnp.where(segments > 0, positions, 0))
         context = Context(positions, segments, positions, segments, angles)
         if cache is not None:
             slots = jnp.broadcast_to(jnp.arange(cache['k'].shape[2]), (tokens.shape[0], cache['k'].shape[2]))
@@ -254,7 +254,7 @@ def _tensors(model_type: str, shapes: Any) -> dict[str, Tensor]:
 
 
 def check(fields: Mapping[str, Any]) -> None:
-    """Raises `BadField` if a field's value is impossible here."""
+    """Raises `FieldError` if a field's value is impossible here."""
     decoder_config(fields)
 
 
@@ -264,7 +264,7 @@ def build(
     """The model of Hugging Face's config fields.
 
     Raises:
-      BadField: a field's value is impossible here.
+      FieldError: a field's value is impossible here.
     """
     config, family = decoder_config(fields), FAMILIES[fields['model_type']]
     module = Decoder(config, param_dtype, compute_dtype, attention, remat)

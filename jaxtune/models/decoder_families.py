@@ -6,7 +6,7 @@ A new family is a function and a line in `FAMILIES`.
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from jaxtune.models.fields import BadField, Fields
+from jaxtune.models.fields import FieldError, Fields
 from jaxtune.models.layers import ACTIVATIONS
 from jaxtune.models.rope import Rope, make_rope
 
@@ -68,7 +68,7 @@ class Family:
     """How a family's folders are read.
 
     Attributes:
-      config: fields -> `DecoderConfig`; raises `BadField`.
+      config: fields -> `DecoderConfig`; raises `FieldError`.
       architecture: the class in `transformers`.
       modules: canonical module -> Hugging Face module, `{}` standing for the layer's number.
       base_prefix: what a folder of the model without its head leaves out.
@@ -88,7 +88,7 @@ def _rope_of(fields: Fields, rotary_dim: int) -> Rope:
     try:
         return make_rope(fields['rope_parameters'], rotary_dim, fields['max_position_embeddings'])
     except ValueError as error:
-        raise BadField('rope_parameters', str(error)) from None
+        raise FieldError('rope_parameters', str(error)) from None
 
 
 def _windows(fields: Fields) -> tuple[int | None, ...]:
@@ -97,7 +97,7 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
     kinds = fields.get('layer_types') or ['sliding_attention'] * layers
     known = ('full_attention', 'sliding_attention')
     if len(kinds) != layers or not set(kinds) <= set(known):
-        raise BadField('layer_types', f'expected {layers} names, each {" or ".join(known)}')
+        raise FieldError('layer_types', f'expected {layers} names, each {" or ".join(known)}')
     return tuple(window if kind == 'sliding_attention' else None for kind in kinds)
 
 
@@ -152,7 +152,7 @@ def qwen3(fields: Fields) -> DecoderConfig:
 def gemma2(fields: Fields) -> DecoderConfig:
     """Gemma 2 (arXiv:2408.00118)."""
     if fields.get('use_bidirectional_attention'):
-        raise BadField('use_bidirectional_attention', 'expected False: this model is trained as a decoder')
+        raise FieldError('use_bidirectional_attention', 'expected False: this model is trained as a decoder')
     return _llama_like(
         fields,
         windows=_windows(fields),
@@ -192,7 +192,7 @@ def olmo2(fields: Fields) -> DecoderConfig:
 def gpt2(fields: Fields) -> DecoderConfig:
     """GPT-2 (Radford et al. 2019). Its dropout is not applied."""
     if fields.get('add_cross_attention'):
-        raise BadField('add_cross_attention', 'expected False: this model is trained as a decoder')
+        raise FieldError('add_cross_attention', 'expected False: this model is trained as a decoder')
     d_model, heads, layers = fields['n_embd'], fields['n_head'], fields['n_layer']
     return DecoderConfig(
         vocab_size=fields['vocab_size'],
@@ -274,18 +274,18 @@ def decoder_config(fields: Fields) -> DecoderConfig:
     """The normalised config of Hugging Face fields.
 
     Raises:
-      BadField: a field's value is impossible here.
+      FieldError: a field's value is impossible here.
     """
     config = FAMILIES[fields['model_type']].config(fields)
     if config.num_heads % config.num_kv_heads:
-        raise BadField('num_key_value_heads', f'expected a divisor of num_attention_heads={config.num_heads}')
+        raise FieldError('num_key_value_heads', f'expected a divisor of num_attention_heads={config.num_heads}')
     if config.activation not in ACTIVATIONS:
         name = next(name for name in ('hidden_act', 'hidden_activation', 'activation_function') if name in fields)
-        raise BadField(name, f'expected one of {", ".join(ACTIVATIONS)}')
+        raise FieldError(name, f'expected one of {", ".join(ACTIVATIONS)}')
     if config.rope is not None and config.head_dim % 2:
-        raise BadField('head_dim', f'expected an even number, got {config.head_dim}')
+        raise FieldError('head_dim', f'expected an even number, got {config.head_dim}')
     if any(window is not None and window < 1 for window in config.windows):
-        raise BadField('sliding_window', 'expected at least 1, or None')
+        raise FieldError('sliding_window', 'expected at least 1, or None')
     if config.num_layers < 1:
-        raise BadField('num_hidden_layers', 'expected at least 1')
+        raise FieldError('num_hidden_layers', 'expected at least 1')
     return config

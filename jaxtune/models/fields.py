@@ -1,4 +1,4 @@
-"""Hugging Face config fields: read through `transformers`' config classes, so that defaults are theirs; written back."""
+"""Hugging Face config fields, read through `transformers`' config classes so that defaults are theirs; written back."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ _DROPPED = (
 )
 
 
-class BadField(ValueError):
+class FieldError(ValueError):
     """A config field is impossible: its name, and what was expected."""
 
     def __init__(self, name: str, expected: str):
@@ -42,7 +42,7 @@ def read_fields(source: str | Fields, model_types: Collection[str], check: Calla
     Args:
       source: where from.
       model_types: the known ones.
-      check: raises `BadField` for values that the model cannot have.
+      check: raises `FieldError` for values that the model cannot have.
 
     Raises:
       UserError: names the key (`model.config.KEY`, or the file and its key) and what was expected.
@@ -78,7 +78,7 @@ def read_fields(source: str | Fields, model_types: Collection[str], check: Calla
         fields.pop(name, None)
     try:
         check(fields)
-    except BadField as error:
+    except FieldError as error:
         raise UserError(f'{where}{error.name}={fields.get(error.name)!r}: {error.expected}') from None
     return fields
 

@@ -32,3 +32,8 @@ def initialize() -> None:
         )
     else:
         jax.distributed.initialize()
+
+
+def is_primary() -> bool:
+    """Whether this process prints and writes (without starting JAX's backends where there is only one)."""
+    return not many_processes() or jax.process_index() == 0

@@ -1,0 +1,59 @@
+"""Compiling the step ahead of time, and choosing how many micro-batches fit in memory by what the compiler reports."""
+
+from collections.abc import Callable
+
+import jax
+import psutil
+
+from jaxtune import console
+from jaxtune.errors import UserError
+
+
+def peak_bytes(compiled) -> int:
+    """Bytes a device needs while it runs a compiled function: arguments, outputs not aliased to them, temporaries."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def available_bytes() -> int:
+    """Memory of one device; on the CPU, its share of what the machine has free or holds in this process."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if 'bytes_limit' in stats:
+        return int(stats['bytes_limit'])
+    return (psutil.virtual_memory().available + psutil.Process().memory_info().rss) // jax.local_device_count()
+
+
+def compile_step(make: Callable[[int], Callable], args: tuple, accumulate: int | str, rows: int):
+    """Traces and compiles once for a given number of micro-batches, or tries 1, 2, 4 … until one fits.
+
+    Args:
+      make: number of micro-batches -> jitted function.
+      args: what it will be called with (arrays or shapes).
+      accumulate: the number, or 'auto'.
+      rows: rows of the batch that fall to one device: the most micro-batches there can be.
+
+    Returns:
+      `(accumulate, compiled)`.
+
+    Raises:
+      UserError: not even one row a micro-batch fits.
+    """
+    if accumulate != 'auto':
+        return accumulate, make(accumulate).lower(*args).compile()
+    limit = available_bytes()
+    for count in (n for n in range(1, rows + 1) if rows % n == 0):
+        compiled = make(count).lower(*args).compile()
+        needed = peak_bytes(compiled)
+        if needed <= 0.92 * limit:
+            return count, compiled
+        console.note(f'train.accumulate={count} needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB a device')
+    raise UserError(
+        f'train.batch_size: even one row a micro-batch needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB a '
+        'device: expected a shorter data.seq_len, model.remat=full, model.param_dtype=bfloat16, or a larger mesh.fsdp'
+    )

@@ -1,0 +1,72 @@
+"""Scoring held-out data: sums over all batches, divided once."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtune.parallel import place
+
+# Measures for which more is better; all others are losses.
+_RISING = ('accuracy', 'reward', 'bleu', 'f1', 'exact_match', 'margin')
+
+
+def rises(metric: str) -> bool:
+    """Whether a larger value of a metric is better."""
+    return any(word in metric for word in _RISING)
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Runs the evaluation step over a loader.
+
+    Attributes:
+      step: compiled `(trainable, frozen, batch) -> sums`.
+      loader: the held-out rows.
+      mesh: where batches go.
+      batches: at most so many; 0 = all.
+      text_bytes: UTF-8 bytes of the held-out documents, where all of them are scored, else 0.
+      unscored_bits: bits charged for the tokens that have no prediction (each document's first).
+    """
+
+    step: Callable
+    loader: Any
+    mesh: Mesh
+    batches: int = 0
+    text_bytes: int = 0
+    unscored_bits: float = 0.0
+
+    def __len__(self) -> int:
+        return min(self.batches, len(self.loader)) if self.batches else len(self.loader)
+
+    def run(self, trainable, frozen, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Metrics `eval/loss` (nats a scored token), `eval/perplexity`, `eval/tokens` and the objective's own."""
+        totals: dict[str, float] = {}
+        waiting: list[dict[str, jax.Array]] = []
+
+        def drain(keep: int) -> None:
+            while len(waiting) > keep:
+                for name, value in waiting.pop(0).items():
+                    totals[name] = totals.get(name, 0.0) + float(np.float64(value))
+
+        size = self.loader.batch_size
+        for t in range(len(self)):
+            batch = place(lambda low, high, t=t: self.loader.rows(t, low, high), size, self.mesh)
+            waiting.append(self.step(trainable, frozen, batch))
+            drain(1)  # one batch is always under way while the next is read
+            advance()
+        drain(0)
+        return self._metrics(totals)
+
+    def _metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        count, loss = totals.pop('count'), totals.pop('loss')
+        mean = loss / max(count, 1.0)
+        metrics = {'eval/loss': mean, 'eval/perplexity': math.exp(min(mean, 700.0)), 'eval/tokens': int(count)}
+        if self.text_bytes and len(self) == len(self.loader):
+            metrics['eval/bits_per_byte'] = (loss / math.log(2) + self.unscored_bits) / self.text_bytes
+        metrics.update({f'eval/{name}': value / max(count, 1.0) for name, value in totals.items()})
+        return metrics
