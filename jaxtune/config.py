@@ -257,6 +257,13 @@ def _unknown(path: str, prefix: str = '') -> UserError:
     return UserError(f'{prefix}{path}: unknown key' + (f'; the nearest valid key is {prefix}{near}' if near else ''))
 
 
+def child(node: ConfigDict, name: str) -> ConfigDict:
+    """The subtree under a name, made if it is not there."""
+    if name not in node:
+        node[name] = ConfigDict(type_safe=False)
+    return node[name]
+
+
 def defaults() -> ConfigDict:
     """All keys with their defaults."""
     config = ConfigDict(type_safe=False)
@@ -264,7 +271,7 @@ def defaults() -> ConfigDict:
         *parents, last = path.split('.')
         node = config
         for parent in parents:
-            node = node.setdefault(parent, ConfigDict(type_safe=False))
+            node = child(node, parent)
         node[last] = ConfigDict(type_safe=False) if isinstance(key, Free) else copy.deepcopy(key.default)
     return config
 
@@ -312,7 +319,7 @@ def lay_over(config: ConfigDict, changes: Mapping[str, Any], prefix: str = '') -
         *parents, last = path.split('.')
         node = config
         for parent in parents:
-            node = node.setdefault(parent, ConfigDict(type_safe=False))
+            node = child(node, parent)
         node[last] = value
 
 
@@ -432,6 +439,17 @@ def _check_references(config: ConfigDict, earlier: tuple[str, ...], prefix: str)
         if value.startswith('@') and value[1:] not in earlier:
             names = ', '.join(f'@{name}' for name in earlier) or 'none'
             raise UserError(f'{prefix}{path}={value!r}: expected the name of an earlier stage ({names})')
+
+
+def point_to_stages(config: ConfigDict, root: pathlib.Path) -> ConfigDict:
+    """A copy in which `@NAME` is the folder of the stage NAME below `root`."""
+    config = copy.deepcopy(config)
+    for path in REFERENCES:
+        value = config_get(config, path)
+        if value.startswith('@'):
+            parent, last = path.rsplit('.', 1)
+            config_get(config, parent)[last] = str(root / value[1:])
+    return config
 
 
 def differing(old: Mapping, new: ConfigDict) -> list[str]:

@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from jaxtune.data.loader import Loader
+from jaxtune.errors import UserError
 from jaxtune.parallel import place
 
 # Measures for which more is better; all others are losses.
@@ -70,3 +73,22 @@ class Evaluator:
             metrics['eval/bits_per_byte'] = (loss / math.log(2) + self.unscored_bits) / self.text_bytes
         metrics.update({f'eval/{name}': value / max(count, 1.0) for name, value in totals.items()})
         return metrics
+
+
+def make_evaluator(config: ConfigDict, mesh: Mesh, rows, step: Callable, batch_size: int) -> Evaluator:
+    """An `Evaluator` over held-out rows, in batches of `eval.batch_size` or the size given.
+
+    Raises:
+      UserError: the mesh does not divide the batch.
+    """
+    batch_size = config.eval.batch_size or batch_size
+    per = mesh.shape['data'] * mesh.shape['fsdp']
+    if batch_size % per:
+        raise UserError(f'eval.batch_size={batch_size}: expected a multiple of mesh.data x mesh.fsdp = {per}')
+    loader = Loader(rows, batch_size, config.seed, shuffle=False)
+    source = getattr(rows, 'tokens', None)
+    text_bytes = unscored = 0
+    if source is not None:
+        text_bytes = source.text_bytes
+        unscored = rows.unscored_tokens * math.log2(source.vocab_size)
+    return Evaluator(step, loader, mesh, config.eval.batches, text_bytes, unscored)

@@ -1,9 +1,11 @@
 """The command line: `--config RECIPE.py --workdir DIR --overwrite --config.KEY=VALUE …`."""
 
+import contextlib
 import dataclasses
 import pathlib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -67,7 +69,7 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
         if _free(own):  # the type of a key that no recipe names is read off the value
             node = values
             for parent in parents:
-                node = node.setdefault(parent, ConfigDict(type_safe=False))
+                node = recipes.child(node, parent)
             if last not in node:
                 node[last] = recipes.placeholder()
     return values
@@ -87,10 +89,12 @@ def parse(argv: Sequence[str]) -> Command:
     flags.DEFINE_string('workdir', '', 'where results go', flag_values=holder)
     flags.DEFINE_boolean('overwrite', False, 'start anew in a workdir of another recipe', flag_values=holder)
     values = _flag_values(recipe, stages, named)
-    config_flags.DEFINE_config_dict('config', values, flag_values=holder)
-    config_flag = holder['config']
+    words = [argv[0], *rest]
     try:
-        others = _parse_with(holder, [argv[0], *rest])
+        with _sys_argv(words):
+            config_flags.DEFINE_config_dict('config', values, flag_values=holder)
+            config_flag = holder['config']
+            others = holder(words)[1:]
     except flags.Error as error:
         raise UserError(f'{" ".join(str(error).split())}') from None
     if others:
@@ -101,12 +105,11 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(recipe_path, pathlib.Path(workdir), holder.overwrite, configs, tuple(argv))
 
 
-def _parse_with(holder: flags.FlagValues, argv: list[str]) -> list[str]:
-    """Parses with `sys.argv` set to the same words: config_flags finds its overrides there."""
-    import sys
-
-    saved, sys.argv = sys.argv, argv
+@contextlib.contextmanager
+def _sys_argv(words: list[str]) -> Iterator[None]:
+    """Puts words in `sys.argv`: config_flags finds its overrides there when the flag is defined."""
+    saved, sys.argv = sys.argv, words
     try:
-        return holder(argv)[1:]
+        yield
     finally:
         sys.argv = saved

@@ -1,10 +1,6 @@
 """Running the tasks of a recipe in order, each in its own folder, and finding one stage's output from another."""
 
-import copy
 import importlib
-import pathlib
-
-from ml_collections import ConfigDict
 
 from jaxtune import config as recipes
 from jaxtune import console, workdir
@@ -22,17 +18,6 @@ TASKS = {
 }
 
 
-def point_to_stages(config: ConfigDict, root: pathlib.Path) -> ConfigDict:
-    """A copy in which `@NAME` is the folder of the stage NAME."""
-    config = copy.deepcopy(config)
-    for path in recipes.REFERENCES:
-        value = recipes.config_get(config, path)
-        if value.startswith('@'):
-            parent, last = path.rsplit('.', 1)
-            recipes.config_get(config, parent)[last] = str(root / value[1:])
-    return config
-
-
 def run(command: Command) -> None:
     """Runs every stage that has not finished yet."""
     staged = '' not in command.configs
@@ -48,7 +33,7 @@ def run(command: Command) -> None:
         finished = workdir.claim(folder, config, command.overwrite, console.is_primary())
         if finished is None:
             module = importlib.import_module(TASKS[config.task])
-            finished = module.run(point_to_stages(config, command.workdir), folder, command)
+            finished = module.run(recipes.point_to_stages(config, command.workdir), folder, command)
         else:
             console.note(f'already done: {folder}/result.json (another --workdir or --overwrite starts anew)')
         results[name] = finished

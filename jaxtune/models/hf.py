@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -94,6 +94,7 @@ def save(
     model: Model,
     params: Params,
     extra_files_from: str | os.PathLike | None = None,
+    add_files: Callable[[pathlib.Path], Any] | None = None,
     dtype: str | np.dtype | None = None,
     max_shard_bytes: int = _SHARD_BYTES,
 ) -> None:
@@ -106,6 +107,7 @@ def save(
       model: the model.
       params: its parameters, plain arrays.
       extra_files_from: a folder whose tokenizer, chat template and generation settings go along.
+      add_files: writes more files into the folder before it takes its place.
       dtype: what the tensors become; default as they are.
       max_shard_bytes: beyond this the weights are cut into several files with an index.
     """
@@ -135,6 +137,8 @@ def save(
             index = {'metadata': {'total_size': sum(entry.nbytes for entry in plan)}, 'weight_map': weight_map}
             (partial / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n', 'utf-8')
         _write_companions(partial, model, extra_files_from, str(plan[0].dtype))
+        if add_files is not None:
+            add_files(partial)
         _replace(partial, path)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils

@@ -3,11 +3,20 @@
 import pathlib
 
 import grain
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxtune.data import open_tokens
 from jaxtune.data.packing import concat_rows, window_rows
 from jaxtune.objectives.cross_entropy import cross_entropy
+
+
+def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """What one row of a batch holds."""
+    shape = (config.data.seq_len,)
+    dtypes = dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), np.int32) | {'weights': np.float32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
 def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> grain.MapDataset:

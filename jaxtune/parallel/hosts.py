@@ -11,7 +11,9 @@ def many_processes() -> bool:
     """Whether the environment says that this process is one of several."""
     if any(os.environ.get(name, '1') not in ('', '0', '1') for name in _CLUSTER_SIGNS):
         return True
-    return ',' in os.environ.get('TPU_WORKER_HOSTNAMES', '') or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
+    workers = os.environ.get('TPU_WORKER_HOSTNAMES', '')
+    # Off a TPU, an installed libtpu leaves a sentence in that variable.
+    return (',' in workers and ' ' not in workers) or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
 
 
 def initialize() -> None:

@@ -1,0 +1,122 @@
+"""Times one update of a small Llama, and another trainer's beside it in the same run.
+
+    python benchmarks/train_step.py [full] [--steps 5] [--batch 8] [--length 512] [--beside "COMMAND"]
+
+The model is a Llama of 29.5 M parameters (hidden 512, MLP 1376, 8 layers, 8 heads, vocabulary 8192, tied), float32,
+AdamW, no padding, random tokens. Prints one JSON line a method: the median step time in seconds, tokens per second,
+and the process's peak resident memory in MiB. With `--beside`, the command (which prints lines of the same shape) runs
+before and after, since machines drift, and a last line gives the ratio to the mean of both.
+"""
+
+import argparse
+import json
+import resource
+import shlex
+import statistics
+import subprocess
+import time
+
+CONFIG = {
+    'model_type': 'llama',
+    'vocab_size': 8192,
+    'hidden_size': 512,
+    'intermediate_size': 1376,
+    'num_hidden_layers': 8,
+    'num_attention_heads': 8,
+    'num_key_value_heads': 8,
+    'max_position_embeddings': 1024,
+    'tie_word_embeddings': True,
+}
+
+
+def measure(method: str, steps: int, batch_size: int, length: int, accumulate: int) -> dict:
+    """Seconds of one update, two updates for warming up left out."""
+    import jax
+    import numpy as np
+
+    from jaxtune import config as recipes
+    from jaxtune import methods, models
+    from jaxtune.parallel import make_mesh, place
+    from jaxtune.program import make_program
+    from jaxtune.weights import tree
+
+    config = recipes.defaults()
+    changes = {'method.name': method, 'train.batch_size': batch_size, 'train.accumulate': accumulate}
+    recipes.lay_over(config, {**changes, 'data.seq_len': length, 'optimizer.schedule': 'constant', 'optimizer.lr': 1e-4})
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        model = models.build(models.read_config(CONFIG))
+        params = jax.jit(model.init)(jax.random.key(0))
+        transform = methods.get(method)
+        params = transform.init(params, config.method, jax.random.key(1))
+        trainable, frozen = tree.partition(params, transform.trains)
+        del params
+        program = make_program(config, mesh, model, trainable, steps)
+        state = program.init_state(trainable)
+        step = program.train_step(accumulate).lower(state, frozen, program.batch_shapes()).compile()
+        tokens = np.random.default_rng(0).integers(0, CONFIG['vocab_size'], (batch_size, length)).astype(np.int32)
+        rows = {
+            'tokens': tokens,
+            'targets': np.roll(tokens, -1, axis=1),
+            'weights': np.ones(tokens.shape, np.float32) * (np.arange(length) < length - 1),
+            'positions': np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
+            'segments': np.ones(tokens.shape, np.int32),
+        }
+        rows['weights'] = rows['weights'].astype(np.float32)
+        batch = place(lambda low, high: {name: value[low:high] for name, value in rows.items()}, batch_size, mesh)
+        seconds = []
+        for _ in range(steps + 2):
+            start = time.perf_counter()
+            state, metrics = step(state, frozen, batch)
+            metrics['loss'].block_until_ready()
+            jax.block_until_ready(state['step'])
+            seconds.append(time.perf_counter() - start)
+    step_seconds = statistics.median(seconds[2:])
+    return {
+        'peer': 'jaxtune',
+        'method': method,
+        'step_seconds': round(step_seconds, 3),
+        'tokens_per_second': round(batch_size * length / step_seconds, 1),
+        'peak_rss_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def beside(command: str) -> list[dict]:
+    """Runs another trainer's benchmark and returns its lines, printed as they come."""
+    lines = []
+    with subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith('{'):
+                lines.append(json.loads(line))
+                print(line, end='', flush=True)
+    if process.returncode or not lines:
+        raise SystemExit(f'{command}: exit status {process.returncode}, {len(lines)} lines')
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('method', nargs='?', default='full', choices=['full'])
+    parser.add_argument('--steps', type=int, default=5)
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--length', type=int, default=512)
+    parser.add_argument('--accumulate', type=int, default=1)
+    parser.add_argument('--beside', default='', metavar='COMMAND')
+    args = parser.parse_args()
+    others = beside(args.beside) if args.beside else []
+    ours = measure(args.method, args.steps, args.batch, args.length, args.accumulate)
+    print(json.dumps(ours), flush=True)
+    if others:
+        others += beside(args.beside)
+        theirs = [line for line in others if line['method'] == args.method]
+        rate = statistics.mean(line['tokens_per_second'] for line in theirs)
+        memory = statistics.mean(line['peak_rss_mib'] for line in theirs)
+        ratios = {
+            'tokens_per_second_ratio': round(ours['tokens_per_second'] / rate, 3),
+            'peak_rss_ratio': round(ours['peak_rss_mib'] / memory, 3),
+        }
+        print(json.dumps({'method': args.method, 'beside': theirs[0]['peer'], **ratios}), flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,239 @@
+"""`task=compile`: the training step compiled ahead of time for hardware that need not be there, and whether it fits."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxtune import console, runinfo
+from jaxtune.assemble import open_model, tokenizer_folder
+from jaxtune.compiled import available_bytes, peak_bytes
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.models.attention import chosen
+from jaxtune.parallel import make_mesh
+from jaxtune.parallel.batches import check_batch
+from jaxtune.parallel.topology import topology_devices, usable_bytes
+from jaxtune.program import Program, abstract_params, make_program, with_shardings
+from jaxtune.report import write_report
+from jaxtune.units import amount, duration, size
+from jaxtune.workdir import write_json, write_result
+
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+# The schedule must end somewhere; the compiled step is the same wherever it does.
+_SOME_STEPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What the compiler said of one way to cut the batch.
+
+    Attributes:
+      accumulate: micro-batches an update.
+      fits: whether a device holds it.
+      peak_bytes: what a device needs: arguments, outputs that reuse no argument, temporaries.
+      argument_bytes: state, frozen parameters and batch on a device.
+      temp_bytes: activations, gradients and the like.
+      seconds: to trace and compile.
+      text: the compiled program; '' where the compiler gave up for lack of memory.
+    """
+
+    accumulate: int
+    fits: bool
+    peak_bytes: int
+    argument_bytes: int
+    temp_bytes: int
+    seconds: float
+    text: str
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+    """Compiles, reports, and returns `result.json`'s content; `compile.json` holds its metrics.
+
+    No weights are read and no parameter is allocated. That it does not fit is a result, not an error.
+
+    Raises:
+      UserError: the recipe, the topology or the model is wrong.
+    """
+    name = config.compile.topology
+    mesh = make_mesh(config.mesh, topology_devices(name) if name else None)
+    limit = usable_bytes(name) if name else int(0.92 * available_bytes())
+    check_batch(mesh, config.train.batch_size, next(_micro_batches(config, mesh)), config.data.seq_len)
+    info = runinfo.RunInfo(command, config, mesh)
+    # Before the mesh is set: nothing could run on devices that are not there, not even the making of a random key.
+    model, _ = open_model(config, _tokenizer(config))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        trainable, frozen = abstract_params(config, mesh, model)
+        program = make_program(config, mesh, model, trainable, config.train.steps or _SOME_STEPS)
+        info.describe_model(model, (trainable, frozen), trainable, program.shapes['opt_state'])
+        for count in _micro_batches(config, mesh):
+            with info.timed('compile'):
+                attempt = compile_for(program, frozen, count, limit)
+            console.note(
+                f'train.accumulate={count}: needs {size(attempt.peak_bytes)} of {size(limit)} a device, '
+                f'compiled in {duration(attempt.seconds)}'
+            )
+            if attempt.fits:
+                break
+    metrics = {
+        'fits': attempt.fits,
+        'peak_bytes_per_device': attempt.peak_bytes,
+        'argument_bytes': attempt.argument_bytes,
+        'temp_bytes': attempt.temp_bytes,
+        'seconds_to_compile': round(attempt.seconds, 2),
+        # XLA's own count has the body of the scan over layers once.
+        'flops_per_step': model.flops_per_token(config.data.seq_len) * config.train.batch_size * config.data.seq_len,
+    }
+    if not console.is_primary():
+        return {'task': 'compile', 'status': 'done', 'step': 0, 'metrics': metrics}
+    found = collectives(attempt.text)
+    _show(config, mesh, model, attempt, limit, metrics, found)
+    beside = {
+        'accumulate': attempt.accumulate,
+        'attention': list(chosen()),
+        'available_bytes': limit,
+        'collectives': {kind: dataclasses.asdict(entry) for kind, entry in found.items()},
+        'device_kind': mesh.devices.flat[0].device_kind,
+        'mesh': dict(mesh.shape),
+    }
+    write_json(workdir / 'compile.json', metrics | beside)
+    info.write(workdir)
+    counts = {f'collectives/{kind}': entry.count for kind, entry in found.items()}
+    result = write_result(workdir, 'compile', 0, metrics | {'accumulate': attempt.accumulate} | counts)
+    write_report(workdir)
+    print(json.dumps(metrics), flush=True)
+    return result
+
+
+def _micro_batches(config: ConfigDict, mesh: Mesh) -> Iterator[int]:
+    """The numbers of micro-batches to try: the recipe's, or each that divides a device's rows."""
+    if config.train.accumulate != 'auto':
+        yield config.train.accumulate
+        return
+    rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+    yield from (n for n in range(1, max(rows, 1) + 1) if rows % n == 0)
+
+
+def _tokenizer(config: ConfigDict) -> Any:
+    """The tokenizer, where the recipe names one or the model's vocabulary depends on it; else None."""
+    known = config.model.path or 'vocab_size' in config.model.config
+    return tokenizers.load(tokenizer_folder(config)) if config.tokenizer.path or not known else None
+
+
+def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> Attempt:
+    """Compiles the step of a program for its mesh.
+
+    Args:
+      program: the recipe's step and state.
+      frozen: shapes of the parameters that do not train, with their shardings.
+      accumulate: micro-batches an update.
+      limit: bytes that a device has for it.
+    """
+    args = (with_shardings(program.shapes, program.placed), frozen, program.batch_shapes())
+    start = time.perf_counter()
+    lowered = program.train_step(accumulate).lower(*args)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith('RESOURCE_EXHAUSTED'):
+            raise
+        # XLA's TPU compiler refuses what does not fit and says how much it would take.
+        argument, needed = _bytes_on_a_device(args), refused_bytes(str(error))
+        needed = max(needed, limit + 1)
+        return Attempt(
+            accumulate, False, needed, argument, max(needed - argument, 0), time.perf_counter() - start, ''
+        )
+    memory, needed = compiled.memory_analysis(), peak_bytes(compiled)
+    return Attempt(
+        accumulate,
+        needed <= limit,
+        needed,
+        int(memory.argument_size_in_bytes),
+        int(memory.temp_size_in_bytes),
+        time.perf_counter() - start,
+        compiled.as_text(),
+    )
+
+
+def _bytes_on_a_device(args: Any) -> int:
+    sizes = (
+        leaf.dtype.itemsize * _elements(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(args)
+    )
+    return sum(sizes)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def refused_bytes(message: str) -> int:
+    """Bytes that a program would take, from the message with which XLA refuses it; 0 where it does not say."""
+    found = re.search(r'Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available', message)
+    if not found:
+        return 0
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return int(float(number) * 1024 ** ('KMGT'.index(unit) + 1))
+
+
+@dataclasses.dataclass
+class Collective:
+    """Collectives of one kind in a compiled program.
+
+    Attributes:
+      count: instructions; those in the body of a loop count once.
+      largest_bytes: the largest one's result on a device.
+      largest: its shape, such as `bf16[4096,14336]`.
+    """
+
+    count: int = 0
+    largest_bytes: int = 0
+    largest: str = ''
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """The collectives of a compiled program by kind, from its text."""
+    found = {kind: Collective() for kind in COLLECTIVES}
+    inside = ''
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            inside = line
+        match = re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
+        if not match:
+            continue
+        # On TPU a reduce-scatter is an all-reduce fused with the slice that it keeps.
+        kind = 'reduce-scatter' if 'all-reduce-scatter' in inside else match[2]
+        entry = found[kind]
+        entry.count += 1
+        for shape in re.findall(r'([a-z]+\d*)\[([\d,]*)\]', match[1]):
+            bits = re.search(r'\d+', shape[0])
+            nbytes = _elements(tuple(int(n) for n in shape[1].split(',') if n)) * (int(bits[0]) if bits else 8) // 8
+            if nbytes > entry.largest_bytes:
+                entry.largest_bytes, entry.largest = nbytes, f'{shape[0]}[{shape[1]}]'
+    return found
+
+
+def _show(config, mesh: Mesh, model, attempt: Attempt, limit: int, metrics: dict, found: dict[str, Collective]) -> None:
+    sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
+    kinds = [f'{entry.count} {kind} (largest {entry.largest})' for kind, entry in found.items() if entry.count]
+    console.facts(
+        [
+            ('devices', f'{mesh.size} x {mesh.devices.flat[0].device_kind}' + (f'; mesh {sizes}' if sizes else '')),
+            ('attention', ', '.join(chosen())),
+            ('batch', f'{config.train.batch_size} x {config.data.seq_len} in {attempt.accumulate} micro-batches'),
+            ('arguments', f'{size(attempt.argument_bytes)} a device: state, frozen parameters, batch'),
+            ('temporaries', f'{size(attempt.temp_bytes)} a device'),
+            ('peak', f'{size(attempt.peak_bytes)} of {size(limit)}: {"fits" if attempt.fits else "does not fit"}'),
+            ('work', f'{amount(metrics["flops_per_step"])}FLOP an update'),
+            ('collectives', ', '.join(kinds)),
+        ]
+    )

@@ -1,0 +1,284 @@
+"""What a person sees on the terminal: notes, facts, tables and progress bars, from process 0 only."""
+
+import contextlib
+import logging
+import os
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.text import Text
+
+WIDTH = 80
+# A bar is drawn at most so often, however fast it advances; a line of a log comes at most so often.
+_DRAW_SECONDS = 0.1
+_LINE_SECONDS = 30.0
+_CHATTY = (
+    'absl', 'datasets', 'datatrove', 'etils', 'filelock', 'flax', 'fsspec', 'grain', 'httpx', 'huggingface_hub', 'jax',
+    'multiprocess', 'orbax', 'peft', 'tensorboardX', 'tensorstore', 'torch', 'transformers', 'urllib3',
+)  # fmt: skip
+
+_primary = True
+_console = Console(highlight=False, emoji=False)
+_shared: '_Shared | None' = None
+
+
+def quiet_logs() -> None:
+    """Silences the libraries below us: their errors still reach the terminal, their chatter does not.
+
+    What the environment already says (`TRANSFORMERS_VERBOSITY=info`) is left as it is.
+    """
+    for name, value in {
+        'TF_CPP_MIN_LOG_LEVEL': '2',
+        'TPU_STDERR_LOG_LEVEL': '3',
+        'TPU_MIN_LOG_LEVEL': '3',
+        'GRPC_VERBOSITY': 'ERROR',
+        'TRANSFORMERS_VERBOSITY': 'error',
+        'TRANSFORMERS_NO_ADVISORY_WARNINGS': '1',
+        'DATASETS_VERBOSITY': 'error',
+        'HF_DATASETS_DISABLE_PROGRESS_BARS': '1',
+        'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+        'HF_HUB_DISABLE_TELEMETRY': '1',
+    }.items():
+        os.environ.setdefault(name, value)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings('ignore', module=rf'{name}\b')
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_stderrthreshold(absl_logging.ERROR)
+
+
+def set_primary(primary: bool) -> None:
+    """Says whether this process is the one that prints and writes (process 0 of a pod)."""
+    global _primary
+    _primary = bool(primary)
+
+
+def is_primary() -> bool:
+    """Whether this process prints and writes."""
+    return _primary
+
+
+def note(text: str) -> None:
+    """Prints one line, never cut; above the bars where some are live. Brackets in it mean nothing."""
+    if _primary:
+        _console.print(Text(str(text)), soft_wrap=True)
+        _flush()
+
+
+def facts(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Prints names and values in two columns; a long value goes on below itself, a long word is never broken."""
+    pairs = [(str(name), str(value)) for name, value in pairs if value not in (None, '')]
+    if not (_primary and pairs):
+        return
+    indent = max(len(name) for name, _ in pairs) + 2
+    for name, value in pairs:
+        lines = [
+            line
+            for part in value.split('\n')
+            for line in textwrap.wrap(part, WIDTH - indent, break_long_words=False, break_on_hyphens=False) or ['']
+        ]
+        text = Text(f'{name:<{indent}}', style='dim')
+        text.append(f'\n{" " * indent}'.join(lines), style='not dim')
+        _console.print(text, soft_wrap=True)
+    _flush()
+
+
+def table(rows: Sequence[Sequence[Any]]) -> None:
+    """Prints rows in aligned columns, the first row as their titles; numbers stand to the right."""
+    rows = [[f'{cell:,}' if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    if not (_primary and rows):
+        return
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell[:1].isdigit() or cell[:1] in ('-', '+') for cell in column[1:]) for column in columns]
+    for i, row in enumerate(rows):
+        cells = (
+            f'{cell:>{width}}' if to_right else f'{cell:<{width}}'
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        _console.print(Text('  '.join(cells).rstrip(), style='' if i else 'dim'), soft_wrap=True)
+    _flush()
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:07`, `3:12:07`."""
+    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def _flush() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+
+
+class Bar:
+    """A count on its way to its total: what `progress` yields; this plain one shows nothing."""
+
+    def __init__(self, total: int, title: str, unit: str, initial: int = 0):
+        self.total, self.title, self.unit = total, title, unit
+        self.initial = self.done = initial
+        self.fields: dict[str, Any] = {}
+        self.began = time.monotonic()
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        """Counts `n` more; fields (`loss='2.345'`) stay on show until they are given again."""
+        self.done += n
+        if fields:
+            self.fields.update(fields)
+        self._moved()
+
+    def _moved(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Shows the end."""
+
+    @property
+    def percent(self) -> int:
+        return int(100 * self.done / self.total) if self.total else 100
+
+    def rate(self) -> str:
+        """Units a second since the bar was opened, evaluations and saves included, so that the time left is honest."""
+        elapsed, moved = time.monotonic() - self.began, self.done - self.initial
+        if not moved or elapsed <= 0:
+            return f'- {self.unit}/s'
+        rate = moved / elapsed
+        return f'{rate:,.{0 if rate >= 100 else 1}f} {self.unit}/s' if rate >= 1 else f'{1 / rate:.1f} s/{self.unit}'
+
+    def times(self) -> str:
+        """Elapsed and left: `2:30<3:05`."""
+        elapsed, moved = time.monotonic() - self.began, self.done - self.initial
+        left = clock(elapsed / moved * (self.total - self.done)) if moved else '-:--'
+        return f'{clock(elapsed)}<{left}'
+
+    def words(self) -> str:
+        """The fields: `loss=2.345 tokens=1,234/s`."""
+        return ' '.join(f'{name}={value}' for name, value in self.fields.items())
+
+
+class _Lines(Bar):
+    """Progress in a log: a line each tenth of the way, but not more often than every half minute."""
+
+    def __init__(self, *args, inner: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._inner = inner
+        self._said, self._said_at = self.done, self.began
+
+    def _moved(self) -> None:
+        if (self.done - self._said) * 10 >= self.total and time.monotonic() - self._said_at >= _LINE_SECONDS:
+            self._say()
+
+    def _say(self) -> None:
+        self._said, self._said_at = self.done, time.monotonic()
+        parts = [f'{self.title} {self.done:,}/{self.total:,} {self.percent}%', self.rate(), self.times(), self.words()]
+        note('  '.join(part for part in parts if part))
+
+    def close(self) -> None:
+        # An evaluation of a few seconds, say, needs no line of its own.
+        if self.done > self._said and (not self._inner or time.monotonic() - self.began >= _LINE_SECONDS):
+            self._say()
+
+
+class _Drawn(Bar):
+    """A bar on a terminal."""
+
+    def __init__(self, *args, live: '_Shared', **kwargs):
+        super().__init__(*args, **kwargs)
+        self._live, self._drawn_at = live, 0.0
+        self._task = live.progress.add_task(self.title, total=self.total, completed=self.done, bar=self)
+
+    def _moved(self) -> None:
+        now = time.monotonic()
+        if now - self._drawn_at >= _DRAW_SECONDS:
+            self._drawn_at = now
+            self._live.progress.update(self._task, completed=self.done)
+
+    def close(self) -> None:
+        progress = self._live.progress
+        progress.update(self._task, completed=self.done)
+        if self._live.depth > 1:
+            progress.remove_task(self._task)
+        else:
+            progress.stop_task(self._task)
+
+
+class _Column(ProgressColumn):
+    """A text read off the bar itself."""
+
+    max_refresh = 0.25
+
+    def __init__(self, text, style: str = ''):
+        super().__init__()
+        self._text, self._style = text, style
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text(task.fields['bar']), style=self._style, no_wrap=True, overflow='ellipsis')
+
+
+class _Shared:
+    """The one live display; a terminal has room for one, so inner bars are further lines of it."""
+
+    def __init__(self):
+        self.depth = 0
+        self.progress = Progress(
+            _Column(lambda bar: bar.title),
+            BarColumn(bar_width=max(6, min(40, _console.width - 74))),
+            _Column(lambda bar: f'{bar.percent}%'),
+            _Column(lambda bar: f'{bar.done}/{bar.total}'),
+            _Column(Bar.rate, 'cyan'),
+            _Column(Bar.times, 'dim'),
+            _Column(Bar.words),
+            console=_console,
+            refresh_per_second=4,
+        )
+
+
+@contextlib.contextmanager
+def progress(total: int, title: str, unit: str, initial: int = 0) -> Iterator[Bar]:
+    """Shows a count on its way: a bar on a terminal, now and then a line in a log, nothing on other processes.
+
+    Args:
+      total: where it ends.
+      title: what is under way (`train`).
+      unit: what is counted (`step`).
+      initial: where it begins (a resumed run).
+
+    Yields:
+      A `Bar`. One opened inside another is drawn below it and goes when it is done.
+    """
+    global _shared
+    if not _primary:
+        yield Bar(total, title, unit, initial)
+        return
+    outermost = _shared is None
+    live = _shared = _shared or _Shared()
+    live.depth += 1
+    terminal = _console.is_terminal and not _console.is_dumb_terminal
+    if terminal and outermost:
+        live.progress.start()
+    bar = None
+    try:
+        if terminal:
+            bar = _Drawn(total, title, unit, initial, live=live)
+        else:
+            bar = _Lines(total, title, unit, initial, inner=not outermost)
+        yield bar
+    finally:
+        try:
+            if bar is not None:
+                bar.close()
+        finally:
+            live.depth -= 1
+            if outermost:
+                _shared = None
+                if terminal:
+                    live.progress.stop()

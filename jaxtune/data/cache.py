@@ -1,0 +1,115 @@
+"""`open_tokens`: the tokens of a split, from a prepare stage's folder or tokenised once into the workdir's cache."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxtune import console
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.documents import Documents, open_documents
+from jaxtune.data.tokens import Tokens, TokenWriter
+from jaxtune.errors import UserError
+from jaxtune.parallel.hosts import many_processes
+
+_PATIENCE_MS = 7 * 24 * 3600 * 1000
+
+
+def open_tokens(path: str, split: str, tokenizer, config: ConfigDict, cache: pathlib.Path) -> Tokens:
+    """The tokens of `data.train` or `data.eval`.
+
+    Args:
+      path: a prepare stage's workdir, or any documents (`jaxtune.data.documents.open_documents`).
+      split: `'train'` or `'eval'`.
+      tokenizer: what encodes; a prepared folder must have been made with the same.
+      config: the recipe; `data.append_eos` and `data.text_key` are read.
+      cache: documents are tokenised into a folder of their own in here, and found again while they, the tokenizer and
+        these keys stay the same. Of several processes the first does it for all that see its disk.
+
+    Raises:
+      UserError: no such data, no text in it, or a prepared folder of another tokenizer.
+    """
+    key = f'data.{split}'
+    prepared = _prepared(path, split, key)
+    if prepared is not None:
+        return _checked(Tokens.open(prepared), f'{key}={path}', tokenizer, config.data.append_eos)
+    documents = open_documents(path, key, config.data.text_key)
+    settings = [documents.identity, tokenizers.fingerprint(tokenizer), config.data.append_eos, split == 'eval']
+    folder = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    once(lambda: (folder / 'meta.json').is_file(), lambda: _tokenise(documents, folder, tokenizer, config, split), key)
+    return Tokens.open(folder)
+
+
+def once(there: Callable[[], bool], build: Callable[[], None], what: str) -> None:
+    """Builds something on disk: process 0 for all, then those that do not see its disk for themselves.
+
+    Raises:
+      UserError: in every process, if process 0 cannot build it.
+    """
+    several = many_processes() and jax.process_count() > 1
+    problem = None
+    if not several or jax.process_index() == 0:
+        try:
+            if not there():
+                build()
+        except UserError as error:
+            if not several:
+                raise
+            problem = error
+    if several:
+        from jax.experimental import multihost_utils
+        from orbax.checkpoint import multihost
+
+        # Through the coordination service: a collective gives up after seconds, tokenising may take hours.
+        multihost.get_barrier_sync_fn()(key=f'jaxtune:{what}', timeout_ms=_PATIENCE_MS)
+        failed = multihost_utils.broadcast_one_to_all(np.int32(problem is not None))
+        if failed:
+            raise problem or UserError(f'{what}: process 0 cannot read the data; see its message')
+        if not there():
+            build()
+        multihost.get_barrier_sync_fn()(key=f'jaxtune:{what}:all', timeout_ms=_PATIENCE_MS)
+
+
+def _prepared(path: str, split: str, key: str) -> pathlib.Path | None:
+    """The split's folder where `path` is a prepare stage's workdir."""
+    workdir = pathlib.Path(path).expanduser() if path else None
+    if workdir is None or not workdir.is_dir():
+        return None
+    if (workdir / split / 'meta.json').is_file():
+        return workdir / split
+    other = {'train': 'eval', 'eval': 'train'}[split]
+    if (workdir / other / 'meta.json').is_file():
+        raise UserError(f'{key}={path}: the prepared folder has no {split}/; expected data.eval_fraction > 0 there')
+    try:
+        unfinished = json.loads((workdir / 'config.json').read_text(encoding='utf-8')).get('task') == 'prepare'
+    except (OSError, ValueError, AttributeError):
+        unfinished = False
+    if unfinished:
+        raise UserError(f'{key}={path}: the prepare run in this workdir has not finished; expected its {split}/')
+    return None
+
+
+def _checked(tokens: Tokens, name: str, tokenizer, append_eos: bool) -> Tokens:
+    if tokens.fingerprint != tokenizers.fingerprint(tokenizer):
+        raise UserError(
+            f'{name}: was prepared with another tokenizer (of {tokens.vocab_size} tokens) than this run uses (of '
+            f'{tokenizers.vocab_size(tokenizer)}); expected tokenizer.path to name the one it was prepared with'
+        )
+    if tokens.append_eos != append_eos:
+        raise UserError(
+            f'{name}: was prepared with data.append_eos={tokens.append_eos}; expected the same here, not {append_eos}'
+        )
+    return tokens
+
+
+def _tokenise(documents: Documents, folder: pathlib.Path, tokenizer, config: ConfigDict, split: str) -> None:
+    count, _ = documents.measure()  # finds a broken line before an hour of work, and how much there is to do
+    writer = TokenWriter(folder, tokenizer, config.data.append_eos, documents.name, gzip=split == 'eval')
+    with console.progress(count, f'tokenise data.{split}', 'document') as bar, writer:
+        for text in documents:
+            writer.add(text)
+            bar.advance(1)

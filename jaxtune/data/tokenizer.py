@@ -1,0 +1,164 @@
+"""Tokenizers: opened from a folder or the hub, made of bytes, or trained (byte-level BPE)."""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+
+from jaxtune.errors import UserError
+
+PAD, EOS = '<pad>', '<eos>'
+
+# What a folder with a tokenizer holds at least one of.
+_FILES = (
+    'sentencepiece.bpe.model',
+    'spiece.model',
+    'tokenizer.json',
+    'tokenizer.model',
+    'tokenizer_config.json',
+    'vocab.json',
+    'vocab.txt',
+)
+
+# The split of Qwen2 (GPT-4's, but digit by digit): in a folder whose model_type is qwen2, transformers uses that one
+# whatever the tokenizer's own file says, so that only this one gives the same ids everywhere.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def load(path: str) -> PreTrainedTokenizerFast:
+    """Opens a tokenizer.
+
+    Args:
+      path: a folder, a hub id, or `'bytes'`: id = byte for 0..255, then `<pad>` and `<eos>`; no file is needed.
+
+    Raises:
+      UserError: there is none, or `transformers` cannot open it. Code that comes with a tokenizer is never run.
+    """
+    if path == 'bytes':
+        return _quiet(_bytes())
+    folder = pathlib.Path(path).expanduser()
+    kind = AutoTokenizer
+    if folder.is_dir():
+        held = {name for name in _FILES if (folder / name).is_file()}
+        if not held:
+            raise UserError(
+                f'tokenizer.path={path}: holds no tokenizer; expected tokenizer.json or one of its kind there'
+            )
+        if held == {'vocab.json'} and (folder / 'merges.txt').is_file():
+            kind = GPT2TokenizerFast  # GPT-2's two original files, which name no class
+        path, where = str(folder), f'tokenizer.path={path}'
+    elif folder.exists() or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', path):
+        raise UserError(f"tokenizer.path={path}: no such folder; expected a tokenizer's folder, a hub id or 'bytes'")
+    else:
+        where = f'tokenizer.path={path}: no such folder, and from the hub'
+    try:
+        tokenizer = kind.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # network, damaged files, missing packages: each raises its own
+        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f'{where}: cannot be opened: {reason}') from None
+    return _quiet(tokenizer)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) that gives every text back unchanged.
+
+    Args:
+      texts: the training documents, read once.
+      vocab_size: entries at most, of which 0 is `<pad>`, 1 is `<eos>` and 256 are bytes; little text gives fewer.
+    """
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), 'isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return _quiet(_wrap(bpe))
+
+
+def check_vocab(tokenizer, vocab_size: int) -> None:
+    """Refuses a tokenizer that makes ids for which the model has no row; rows that no token uses are fine.
+
+    Raises:
+      UserError: a token's id is `vocab_size` or more.
+    """
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if largest >= vocab_size:
+        raise UserError(
+            f'tokenizer.path: token {token!r} has id {largest}, but the model has vocab_size={vocab_size}: expected '
+            f"the model's own tokenizer, or a model with vocab_size >= {largest + 1}"
+        )
+
+
+def vocab_size(tokenizer) -> int:
+    """The smallest number of model rows that covers every token's id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fingerprint(tokenizer) -> str:
+    """A hash of what turns text into ids: the same for a tokenizer that was saved and opened again."""
+    backend = getattr(tokenizer, 'backend_tokenizer', None)
+    if backend is None:
+        state = {'class': type(tokenizer).__name__, 'vocab': sorted(tokenizer.get_vocab().items())}
+    else:
+        state = json.loads(backend.to_str())
+        for name in ('version', 'truncation', 'padding', 'decoder'):
+            state.pop(name, None)
+    text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def encode_batch(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of each text as `tokenizer(text)` gives them, its BOS or EOS where it adds one; uses all cores."""
+    backend = getattr(tokenizer, 'backend_tokenizer', None)
+    if backend is None:
+        return [tokenizer(text)['input_ids'] for text in texts]
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=True)]
+
+
+def _bytes() -> PreTrainedTokenizerFast:
+    # Byte-level BPE writes byte b as one printable character: its own where it has one, else the next from 256 on.
+    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([PAD, EOS])
+    return _wrap(tokenizer)
+
+
+def _wrap(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
+    """In transformers' clothes. No BOS: a document's first token is not predicted."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=EOS,  # as GPT-2 has it: never made of bytes, but some classes add a token of their own where it lacks
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _quiet(tokenizer):
+    """Without the warning on texts longer than the model: they are cut into rows later."""
+    warned = getattr(tokenizer, 'deprecation_warnings', None)
+    if warned is not None:
+        warned['sequence-length-is-longer-than-the-specified-maximum'] = True
+    return tokenizer

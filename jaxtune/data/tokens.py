@@ -1,0 +1,191 @@
+"""Token files: every document's ids one after the other in a memory-mapped file, with an index of where each begins."""
+
+import array
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.errors import UserError
+
+# Above this the reference compression takes longer than it is worth.
+GZIP_LIMIT = 64 << 20
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 21, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A folder of tokens, open for reading.
+
+    Attributes:
+      tokens: ids, memory-mapped, `[tokens]`, uint16 or uint32.
+      offsets: where each document begins, and the end, int64 `[documents + 1]`.
+      text_bytes: UTF-8 bytes of the documents.
+      vocab_size: one more than the largest id the tokenizer has.
+      gzip_bits_per_byte: what `gzip -9` makes of the documents joined by newlines; None if it was not measured.
+      fingerprint: of the tokenizer (`jaxtune.data.tokenizer.fingerprint`).
+      append_eos: whether documents end with the tokenizer's EOS.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    text_bytes: int
+    vocab_size: int
+    gzip_bits_per_byte: float | None = None
+    fingerprint: str = ''
+    append_eos: bool = True
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        """The ids of one document."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @classmethod
+    def open(cls, folder: pathlib.Path) -> 'Tokens':
+        """Maps a folder that `TokenWriter` made.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        try:
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            offsets = np.load(folder / 'offsets.npy', allow_pickle=False)
+            dtype = {'uint16': np.uint16, 'uint32': np.uint32}[meta['dtype']]
+            tokens = np.memmap(folder / 'tokens.bin', dtype, 'r', shape=(meta['tokens'],))
+            whole = (folder / 'tokens.bin').stat().st_size == tokens.nbytes and offsets[-1] == meta['tokens']
+            fields = [
+                meta[name] for name in ('text_bytes', 'vocab_size', 'gzip_bits_per_byte', 'tokenizer', 'append_eos')
+            ]
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise UserError(f'{folder}: expected tokens as a prepare stage writes them: {error}') from None
+        if not whole:
+            raise UserError(f'{folder}: damaged: tokens.bin or offsets.npy is not as long as meta.json says')
+        return cls(tokens, offsets, *fields)
+
+
+class TokenWriter:
+    """Tokenises documents into a folder that appears whole or not at all.
+
+    Used as a context manager: leaving it without an exception puts the folder in place (instead of an older one).
+
+    Args:
+      folder: where it will be.
+      tokenizer: what encodes.
+      append_eos: end every document with the tokenizer's EOS, where it does not do so itself.
+      source: where the documents come from, noted in `meta.json`.
+      gzip: measure what `gzip -9` makes of them, up to `GZIP_LIMIT` bytes.
+
+    Raises:
+      UserError: `append_eos` and the tokenizer has no EOS.
+    """
+
+    def __init__(self, folder: pathlib.Path, tokenizer, append_eos: bool, source: str = '', gzip: bool = False):
+        self.eos = tokenizer.eos_token_id if append_eos else None
+        if append_eos and self.eos is None:
+            raise UserError('data.append_eos=True: the tokenizer has no EOS token; expected data.append_eos=False')
+        self.folder, self.tokenizer, self.source, self.append_eos = folder, tokenizer, source, append_eos
+        self.vocab_size = tokenizers.vocab_size(tokenizer)
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self.text_bytes, self.lengths = 0, array.array('q')
+        self.pending: list[str] = []
+        self.pending_characters = 0
+        self.gzip = zlib.compressobj(9, wbits=31) if gzip else None
+        self.gzip_bytes = 0
+
+    def __enter__(self) -> 'TokenWriter':
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = self.folder.with_name(f'.{self.folder.name}.{os.getpid()}')
+        for left in self.folder.parent.glob(f'.{self.folder.name}.*'):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self.temporary.mkdir()
+        self.file = (self.temporary / 'tokens.bin').open('wb')
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self.file.close()
+                self._finish()
+        finally:
+            self.file.close()
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def add(self, text: str) -> None:
+        """Takes one document more."""
+        data = text.encode()
+        if self.gzip is not None:
+            self._measure(data)
+        self.text_bytes += len(data)
+        self.pending.append(text)
+        self.pending_characters += len(text)
+        if self.pending_characters >= _BATCH_CHARACTERS or len(self.pending) >= _BATCH_DOCUMENTS:
+            self._flush()
+
+    def add_all(self, texts: Iterable[str]) -> None:
+        """Takes many documents."""
+        for text in texts:
+            self.add(text)
+
+    def _measure(self, data: bytes) -> None:
+        if self.text_bytes + len(data) > GZIP_LIMIT:
+            self.gzip = None
+            return
+        first = not self.lengths and not self.pending
+        self.gzip_bytes += len(self.gzip.compress(data if first else b'\n' + data))
+
+    def _flush(self) -> None:
+        for ids in tokenizers.encode_batch(self.tokenizer, self.pending):
+            if self.append_eos and (not ids or ids[-1] != self.eos):
+                ids = [*ids, self.eos]
+            self.lengths.append(len(ids))
+            np.asarray(ids, self.dtype).tofile(self.file)
+        self.pending, self.pending_characters = [], 0
+
+    def _finish(self) -> None:
+        offsets = np.zeros(len(self.lengths) + 1, np.int64)
+        np.cumsum(self.lengths, out=offsets[1:])
+        np.save(self.temporary / 'offsets.npy', offsets, allow_pickle=False)
+        ratio = None
+        if self.gzip is not None and self.text_bytes:
+            ratio = 8 * (self.gzip_bytes + len(self.gzip.flush())) / self.text_bytes
+        meta = {
+            'documents': len(self.lengths),
+            'tokens': int(offsets[-1]),
+            'text_bytes': self.text_bytes,
+            'gzip_bits_per_byte': ratio,
+            'dtype': np.dtype(self.dtype).name,
+            'vocab_size': self.vocab_size,
+            'tokenizer': tokenizers.fingerprint(self.tokenizer),
+            'append_eos': self.append_eos,
+            'source': self.source,
+        }
+        (self.temporary / 'meta.json').write_text(
+            json.dumps(meta, indent=2, ensure_ascii=False) + '\n', encoding='utf-8'
+        )
+        replace_folder(self.temporary, self.folder)
+
+
+def replace_folder(new: pathlib.Path, folder: pathlib.Path) -> None:
+    """Moves a folder to its place, instead of one that is there."""
+    try:
+        os.rename(new, folder)
+    except OSError:
+        # A rename cannot replace a folder that holds something.
+        old = folder.with_name(f'.{folder.name}.old')
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+        os.rename(new, folder)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,177 @@
+"""`task=generate`: completions of the prompts in `data.eval`, in their order, to `samples.jsonl`."""
+
+import itertools
+import json
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from jaxtune import console, runinfo
+from jaxtune.assemble import Assembly, assemble
+from jaxtune.data.documents import open_documents
+from jaxtune.errors import UserError
+from jaxtune.metrics import peak_memory_bytes
+from jaxtune.parallel import make_mesh, place
+from jaxtune.report import write_report
+from jaxtune.sampling import Sampling, from_config, pad_prompts, sample
+from jaxtune.workdir import write_result
+
+HELD_OUT = 'eval.jsonl'
+SHOWN = 2  # completions printed at the end
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+    """Completes every prompt; returns `result.json`'s content. A stopped run goes on after its last whole batch.
+
+    Raises:
+      UserError: the recipe, the prompts or the model is wrong.
+    """
+    mesh = make_mesh(config.mesh)
+    info = runinfo.RunInfo(command, config, mesh)
+    rows = mesh.shape['data'] * mesh.shape['fsdp']
+    if config.generate.batch_size % rows:
+        raise UserError(
+            f'generate.batch_size={config.generate.batch_size}: expected a multiple of mesh.data x mesh.fsdp = {rows}'
+        )
+    with jax.set_mesh(mesh):
+        with info.timed('load'):
+            parts = assemble(config, mesh)
+        info.describe_model(parts.model, parts.params, None, None)
+        sampling = from_config(config.generate, parts.tokenizer, parts.model)
+        prompts = read_prompts(config, parts)
+        started = time.perf_counter()
+        tokens = _complete(config, workdir, mesh, parts, sampling, prompts, info)
+        seconds = time.perf_counter() - started
+    metrics = {
+        'generate/prompts': len(prompts),
+        'generate/completions': len(prompts) * config.generate.samples,
+        'generate/tokens': tokens,
+        'generate/tokens_per_second': tokens / seconds,
+        'memory/peak_bytes': peak_memory_bytes(),
+    }
+    if not console.is_primary():
+        return {'task': 'generate', 'status': 'done', 'step': 0, 'metrics': metrics}
+    os.replace(_partial(workdir), workdir / 'samples.jsonl')
+    info.write(workdir)
+    result = write_result(workdir, 'generate', 0, metrics)
+    write_report(workdir)
+    _show(workdir / 'samples.jsonl')
+    console.note(f'made {workdir}/samples.jsonl: {metrics["generate/completions"]} completions, {tokens:,} tokens')
+    return result
+
+
+def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[str, list[int]]]:
+    """The prompts of `data.eval` as text and token ids, cut to `generate.prompt_tokens`.
+
+    Raises:
+      UserError: none, an empty one, or one that leaves no room for the completion in the model's positions.
+    """
+    settings = config.generate
+    text_key = 'prompt' if config.data.format == 'prompt' else config.data.text_key
+    prepared = pathlib.Path(config.data.eval) / HELD_OUT
+    texts = open_documents(str(prepared) if prepared.is_file() else config.data.eval, 'data.eval', text_key)
+    prompts = []
+    limit = parts.model.config.max_positions
+    for number, text in enumerate(itertools.islice(texts, settings.prompts or None), 1):
+        if settings.prompt_tokens:
+            # A token is rarely longer than this; tokenising whole books for their first words takes long.
+            text = text[: 64 * settings.prompt_tokens]
+        ids = parts.tokenizer(text).input_ids
+        if settings.prompt_tokens:
+            ids = ids[: settings.prompt_tokens]
+            text = parts.tokenizer.decode(ids, skip_special_tokens=True)
+        if not ids:
+            raise UserError(f'data.eval={config.data.eval}: prompt {number} is empty; expected at least one token')
+        if limit and len(ids) + settings.max_new_tokens > limit:
+            raise UserError(
+                f'data.eval={config.data.eval}: prompt {number} has {len(ids)} tokens; with generate.max_new_tokens='
+                f"{settings.max_new_tokens} expected at most the model's {limit} positions (generate.prompt_tokens cuts)"
+            )
+        prompts.append((text, ids))
+    if not prompts:
+        raise UserError(f'data.eval={config.data.eval}: holds no prompt; expected at least one')
+    return prompts
+
+
+def _partial(workdir: pathlib.Path) -> pathlib.Path:
+    return workdir / '.samples.partial.jsonl'
+
+
+def _finished_lines(path: pathlib.Path, batch_size: int) -> list[dict]:
+    """Samples of whole batches that an earlier run left; a torn or surplus end is cut off the file."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b'\n')[:-1]
+    lines = lines[: len(lines) // batch_size * batch_size]
+    with open(path, 'r+b') as file:
+        file.truncate(sum(len(line) + 1 for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+def _complete(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    parts: Assembly,
+    sampling: Sampling,
+    prompts: list[tuple[str, list[int]]],
+    info: runinfo.RunInfo,
+) -> int:
+    """Samples batch by batch, appending to the partial file; returns the number of tokens sampled."""
+    tokenizer, batch_size = parts.tokenizer, config.generate.batch_size
+    root = jax.random.key(config.seed)
+
+    def run_batch(params, batch):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch['number'])
+        return sample(parts.model, sampling, params, batch['prompts'], batch['lengths'], keys)
+
+    sampler = jax.jit(run_batch, out_shardings=NamedSharding(mesh, P()))
+    work = [prompt for prompt in prompts for _ in range(config.generate.samples)]
+    done = _finished_lines(_partial(workdir), batch_size)
+    tokens = sum(len(tokenizer(line['completion']).input_ids) for line in done)
+    with (
+        open(_partial(workdir) if console.is_primary() else os.devnull, 'a', encoding='utf-8') as file,
+        console.progress(len(work), 'generate', 'completion', initial=len(done)) as bar,
+    ):
+        for first in range(len(done), len(work), batch_size):
+            chosen = work[first : first + batch_size]
+            filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
+            ids, lengths = pad_prompts([prompt for _, prompt in filled], sampling.pad_id)
+            arrays = {'prompts': ids, 'lengths': lengths, 'number': np.arange(first, first + batch_size, dtype=np.int32)}
+            rows = place(lambda low, high, a=arrays: {k: v[low:high] for k, v in a.items()}, batch_size, mesh)
+            with info.timed('generate'):
+                completions = jax.tree.map(np.asarray, sampler(parts.params, rows))
+            for row, (text, prompt) in enumerate(chosen):
+                new = completions.tokens[row, : completions.lengths[row]].tolist()
+                tokens += len(new)
+                completion = decode_continuation(tokenizer, prompt, new)
+                line = {'prompt': text, 'completion': completion, 'score': None, 'step': 0}
+                file.write(json.dumps(line, ensure_ascii=False) + '\n')
+            file.flush()
+            bar.advance(len(chosen))
+    return tokens
+
+
+def decode_continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text that new tokens add to a prompt's.
+
+    Decoded by themselves they could lose what depends on the text before: a leading space, half a character.
+    """
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _show(path: pathlib.Path) -> None:
+    with open(path, encoding='utf-8') as file:
+        for line in itertools.islice(file, SHOWN):
+            pair = json.loads(line)
+            prompt, completion = pair['prompt'][-200:], pair['completion'][:400]
+            console.note(f'\n{prompt} ▸{completion}')
+    console.note('')

@@ -1,0 +1,167 @@
+"""Devices that are not there: the TPU slices and GPUs that XLA compiles for without having one."""
+
+import dataclasses
+import difflib
+import glob
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from jaxtune.errors import UserError
+
+# GiB of a device's memory that XLA's TPU compiler hands out; the rest of the HBM is the runtime's. v2, v3, v4 and
+# tpu7x show each of a chip's two cores as a device of its own.
+TPU_GIB = {'v2': 7.48, 'v3': 15.48, 'v4': 15.25, 'v5e': 15.75, 'v5p': 95.73, 'v6e': 31.24, 'tpu7x': 94.74}
+_TPU_EXAMPLES = 'v5e:4x4, v5p:2x2x1, v6e:16x16, tpu7x:2x2x1'
+
+# What a program can count on of a GPU's memory: the driver, the CUDA context and NCCL's buffers take the rest.
+_GPU_USABLE = 0.92
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A GPU as its datasheet has it.
+
+    Attributes:
+      title: as its driver names it.
+      capability: CUDA compute capability.
+      cores: streaming multiprocessors.
+      memory: bytes that CUDA reports as the device's total.
+      bandwidth: of that memory, bytes a second.
+      l2: bytes of second-level cache.
+      clock: boost clock in GHz.
+    """
+
+    title: str
+    capability: tuple[int, int]
+    cores: int
+    memory: float
+    bandwidth: float
+    l2: int
+    clock: float
+
+
+_MIB = 2**20
+CARDS = {
+    't4': Card('Tesla T4', (7, 5), 40, 15.6e9, 320e9, 4 * _MIB, 1.59),
+    'a100-40g': Card('NVIDIA A100-SXM4-40GB', (8, 0), 108, 42.3e9, 1555e9, 40 * _MIB, 1.41),
+    'a100-80g': Card('NVIDIA A100-SXM4-80GB', (8, 0), 108, 84.9e9, 2039e9, 40 * _MIB, 1.41),
+    'a10g': Card('NVIDIA A10G', (8, 6), 80, 23.6e9, 600e9, 6 * _MIB, 1.71),
+    'rtx3090': Card('NVIDIA GeForce RTX 3090', (8, 6), 82, 25.3e9, 936e9, 6 * _MIB, 1.70),
+    'l4': Card('NVIDIA L4', (8, 9), 58, 23.6e9, 300e9, 48 * _MIB, 2.04),
+    'l40s': Card('NVIDIA L40S', (8, 9), 142, 47.6e9, 864e9, 96 * _MIB, 2.52),
+    'rtx4090': Card('NVIDIA GeForce RTX 4090', (8, 9), 128, 25.3e9, 1008e9, 72 * _MIB, 2.52),
+    'h100': Card('NVIDIA H100 80GB HBM3', (9, 0), 132, 84.9e9, 3352e9, 50 * _MIB, 1.98),
+    'h200': Card('NVIDIA H200', (9, 0), 132, 150e9, 4800e9, 60 * _MIB, 1.98),
+    'b200': Card('NVIDIA B200', (10, 0), 148, 191e9, 7700e9, 126 * _MIB, 1.97),
+    'rtx5090': Card('NVIDIA GeForce RTX 5090', (12, 0), 170, 33.6e9, 1792e9, 96 * _MIB, 2.41),
+}
+
+# Of a streaming multiprocessor, by compute capability: KiB of shared memory, threads, float32 units (CUDA C++
+# Programming Guide, "Technical Specifications per Compute Capability").
+_MULTIPROCESSOR = {
+    (7, 5): (64, 1024, 64),
+    (8, 0): (164, 2048, 64),
+    (8, 6): (100, 1536, 128),
+    (8, 9): (100, 1536, 128),
+    (9, 0): (228, 2048, 128),
+    (10, 0): (228, 2048, 128),
+    (12, 0): (100, 1536, 128),
+}
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """Devices to compile for, without having them.
+
+    Args:
+      name: `v5e:4x4`, `v5p:2x2x1` … for a TPU slice, its chips along each axis; `cuda:h200x8` … for GPUs, one host's
+        at most 8 or whole hosts of 8.
+
+    Raises:
+      UserError: no such hardware, or the package that compiles for it is not installed; names `compile.topology`.
+    """
+    kind, _, shape = name.partition(':')
+    if kind == 'cuda':
+        return _cuda(name, *_card(name, shape))
+    if kind in TPU_GIB:
+        return _tpu(name)
+    near = difflib.get_close_matches(kind, [*TPU_GIB, 'cuda'], 1, 0.4)
+    hint = f' (nearest: {near[0]})' if near else ''
+    raise UserError(f'compile.topology={name!r}: expected a TPU such as {_TPU_EXAMPLES}, or GPUs such as cuda:h200x8{hint}')
+
+
+def usable_bytes(name: str) -> int:
+    """Bytes of memory that a program can use on each device of a topology that `topology_devices` knows."""
+    kind, _, shape = name.partition(':')
+    if kind == 'cuda':
+        return int(_card(name, shape)[0].memory * _GPU_USABLE)
+    return int(TPU_GIB[kind] * 2**30)
+
+
+def _tpu(name: str) -> list[jax.Device]:
+    if not re.fullmatch(r'[^:]+:\d+(x\d+){1,2}', name):
+        raise UserError(f'compile.topology={name!r}: expected its chips along each axis, such as {_TPU_EXAMPLES}')
+    if not glob.glob('/dev/accel*') and not glob.glob('/dev/vfio/[0-9]*'):
+        # Otherwise libtpu asks around for the host that it is on, and complains.
+        for key, value in (('ACCELERATOR_TYPE', 'v5litepod-1'), ('WORKER_HOSTNAMES', 'localhost'), ('SKIP_MDS_QUERY', '1')):
+            os.environ.setdefault(f'TPU_{key}', value)
+    try:
+        return list(topologies.get_topology_desc(name, platform='tpu').devices)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition(': ')[2].splitlines()[0]
+        raise UserError(f'compile.topology={name!r}: expected a slice such as {_TPU_EXAMPLES}: {reason}') from None
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"compile.topology={name!r}: needs libtpu, expected `pip install 'jaxtune[tpu]'`: {error}"
+        ) from None
+
+
+def _card(name: str, shape: str) -> tuple[Card, int]:
+    card, _, count = shape.rpartition('x')
+    if card not in CARDS or not re.fullmatch(r'[1-9]\d*', count):
+        raise UserError(f'compile.topology={name!r}: expected cuda:CARDxNUMBER, CARD one of {", ".join(CARDS)}')
+    if int(count) > 8 and int(count) % 8:
+        raise UserError(f'compile.topology={name!r}: expected at most 8 GPUs, or a multiple of 8 (hosts of 8)')
+    return CARDS[card], int(count)
+
+
+def _cuda(name: str, card: Card, count: int) -> list[jax.Device]:
+    # The plugin checks the driver and the libraries of this machine otherwise; it has neither to have a GPU.
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
+    hosts = max(1, count // 8)
+    try:
+        description = topologies.get_topology_desc(
+            topology_name=name,
+            platform='cuda',
+            target_config=target_config(card),
+            topology=f'1x{hosts}x{count // hosts}',
+        )
+    except NotImplementedError:
+        raise UserError(
+            f"compile.topology={name!r}: needs JAX's CUDA plugin, expected `pip install 'jaxtune[cuda]'`"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f'compile.topology={name!r}: the CUDA plugin refuses it: {str(error).splitlines()[0]}') from None
+    return list(description.devices)
+
+
+def target_config(card: Card) -> str:
+    """XLA's `GpuTargetConfigProto` of a card, as text."""
+    shared, threads, units = _MULTIPROCESSOR[card.capability]
+    shared *= 1024
+    optin = shared - (1024 if card.capability >= (8, 0) else 0)  # the runtime keeps 1 KiB a block
+    major, minor = card.capability
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
+  threads_per_core_limit: {threads} core_count: {card.cores} fpus_per_core: {units}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {card.bandwidth:.0f} l2_cache_size: {card.l2} clock_rate_ghz: {card.clock}
+  device_memory_size: {card.memory:.0f} cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{card.title}"
+"""

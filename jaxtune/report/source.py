@@ -1,0 +1,126 @@
+"""What a report is made of: the files of one workdir, read as far as they are there."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.config import SCHEMA, Free
+from jaxtune.metrics import read_metrics
+from jaxtune.workdir import read_json
+
+Points = list[tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One run's files.
+
+    Attributes:
+      name: the stage's name, or the workdir's.
+      config: `config.json`, {} where there is none; so for the others.
+      result: `result.json`.
+      run: `run.json`.
+      curves: metric -> `(step, value)` in the order of steps, from `metrics.jsonl`.
+      samples: the objects of `samples.jsonl`.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    run: Mapping[str, Any]
+    curves: Mapping[str, Points]
+    samples: list[Mapping[str, Any]]
+
+    @property
+    def task(self) -> str:
+        return self.result.get('task') or self.config.get('task') or 'train'
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        return self.result.get('metrics') or {}
+
+    def key(self, path: str, default: Any = None) -> Any:
+        """The recipe's value at a dotted path."""
+        node: Any = self.config
+        for part in path.split('.'):
+            if not isinstance(node, Mapping) or part not in node:
+                return default
+            node = node[part]
+        return node
+
+    def metric(self, name: str) -> float | None:
+        """A final metric: from the result, else the curve's last value."""
+        value = self.metrics.get(name)
+        if value is None and self.curves.get(name):
+            value = self.curves[name][-1][1]
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    @property
+    def gzip(self) -> float | None:
+        """Bits a byte of gzip -9 on the held-out documents."""
+        names = [name for name in self.metrics if name.endswith('gzip_bits_per_byte')]
+        return self.metric(names[0]) if names else self.run.get('gzip_bits_per_byte')
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median over the run, which the first, slow updates do not spoil."""
+        values = sorted(value for _, value in self.curves.get('train/tokens_per_second', ()))
+        if values:
+            return values[len(values) // 2]
+        return next((self.metric(name) for name in self.metrics if name.endswith('tokens_per_second')), None)
+
+    def recipe(self) -> list[tuple[str, Any, Any]]:
+        """`(key, value, default)` of every key; the fields of a free subtree are keys of their own without default."""
+        rows = []
+        for path, key in SCHEMA.items():
+            if isinstance(key, Free):
+                rows += [(name, value, None) for name, value in _flat(self.key(path, {}), path)]
+                continue
+            value = self.key(path, key.default)
+            rows.append((path, tuple(value) if isinstance(value, list) else value, key.default))
+        return rows
+
+
+def _flat(value: Any, path: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(path, value)]
+    return [row for name, inner in value.items() for row in _flat(inner, f'{path}.{name}')]
+
+
+def _samples(path: pathlib.Path) -> list[Mapping[str, Any]]:
+    rows = []
+    try:
+        lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    except OSError:
+        return rows
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the torn end of a run that was killed
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _curves(path: pathlib.Path) -> dict[str, Points]:
+    curves: dict[str, dict[float, float]] = {}
+    for row in read_metrics(path):
+        for name, value in row.items():
+            if name != 'step' and isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+                curves.setdefault(name, {})[row['step']] = value
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def read(folder: pathlib.Path, name: str = '') -> Source:
+    """Reads a workdir; whatever is missing is empty."""
+    return Source(
+        name or folder.absolute().name,
+        read_json(folder / 'config.json') or {},
+        read_json(folder / 'result.json') or {},
+        read_json(folder / 'run.json') or {},
+        _curves(folder / 'metrics.jsonl'),
+        _samples(folder / 'samples.jsonl'),
+    )

@@ -1,0 +1,154 @@
+"""Sampling from a decoder: one jitted prefill of the prompts and one `lax.while_loop` over a key-value cache."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxtune.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, and when a completion ends.
+
+    Attributes:
+      max_new_tokens: length of a completion at most.
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only the k likeliest; 0 = all.
+      top_p: only the likeliest that together reach this probability (Holtzman et al. 2019, arXiv:1904.09751); 1 = all.
+      stop_ids: tokens that end a completion, themselves part of it.
+      pad_id: what follows a completion's end.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+
+def from_config(config: ConfigDict, tokenizer, model: Model) -> Sampling:
+    """The sampling of a recipe's `generate`; the model's and the tokenizer's end tokens stop it."""
+    stops: set[int] = set()
+    for ids in (tokenizer.eos_token_id, model.hf_config.get('eos_token_id')):
+        stops.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    pad = tokenizer.pad_token_id
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_ids=tuple(sorted(stops)),
+        pad_id=0 if pad is None else pad,
+    )
+
+
+class Completions(NamedTuple):
+    """What was sampled.
+
+    Attributes:
+      tokens: `[batch, max_new_tokens]` int32, padded after the end.
+      lengths: `[batch]` int32, tokens of each completion with its stop token.
+      logprobs: `[batch, max_new_tokens]` float32, log-probability of each token under the model itself (temperature 1,
+        nothing cut off), 0 after the end.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    logprobs: jax.Array
+
+
+def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Sets the logits `[..., vocab]` that `top_k` and `top_p` leave out to -inf; the likeliest always stays."""
+    if 0 < top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1.0:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        chances = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(chances, axis=-1) - chances
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Next tokens `[batch]` for float32 logits `[batch, vocab]` and one key a row."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def sample(
+    model: Model, sampling: Sampling, params: Any, prompts: jax.Array, lengths: jax.Array, keys: jax.Array
+) -> Completions:
+    """Completes prompts; pure, one compile per shape. What a row gets depends on its own prompt and key alone.
+
+    Args:
+      model: a decoder.
+      sampling: how.
+      params: its parameters.
+      prompts: `[batch, length]` int32, padded right.
+      lengths: `[batch]` int32, tokens of each prompt, at least 1.
+      keys: `[batch]` typed random keys.
+    """
+    batch, width = prompts.shape
+    limit = sampling.max_new_tokens
+    stops = jnp.asarray(sampling.stop_ids, jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
+    inputs = {'tokens': prompts, 'positions': places, 'segments': (places < lengths[:, None]).astype(jnp.int32)}
+    outputs = model.apply(params, inputs, cache=model.init_cache(batch, width + limit))
+    last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+
+    def take(state, hidden, t):
+        """Draws token `t` from the hidden state before it."""
+        logits = model.logits(params, hidden)
+        now = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), now[:, None], axis=-1)[:, 0]
+        running = ~state['done']
+        return {
+            **state,
+            'tokens': state['tokens'].at[:, t].set(jnp.where(running, now, sampling.pad_id)),
+            'logprobs': state['logprobs'].at[:, t].set(jnp.where(running, logprob, 0.0)),
+            'lengths': state['lengths'] + running,
+            'done': state['done'] | jnp.isin(now, stops),
+            'now': now,
+            't': t + 1,
+        }
+
+    def more(state):
+        return (state['t'] < limit) & ~state['done'].all()
+
+    def step(state):
+        inputs = {
+            'tokens': state['now'][:, None],
+            'positions': (lengths + state['t'] - 1)[:, None],
+            'segments': (~state['done']).astype(jnp.int32)[:, None],
+        }
+        outputs = model.apply(params, inputs, cache=state['cache'])
+        return take({**state, 'cache': outputs.cache}, outputs.hidden[:, 0], state['t'])
+
+    state = {
+        'cache': outputs.cache,
+        'tokens': jnp.full((batch, limit), sampling.pad_id, jnp.int32),
+        'logprobs': jnp.zeros((batch, limit), jnp.float32),
+        'lengths': jnp.zeros(batch, jnp.int32),
+        'done': jnp.zeros(batch, bool),
+    }
+    state = jax.lax.while_loop(more, step, take(state, last, jnp.int32(0)))
+    return Completions(state['tokens'], state['lengths'], state['logprobs'])
+
+
+def pad_prompts(prompts: list[list[int]], pad_id: int, multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as `[batch, length]` int32, padded right to a multiple so that few shapes are compiled, and lengths."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = np.full((len(prompts), -(-longest // multiple) * multiple), pad_id, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, np.asarray([len(prompt) for prompt in prompts], np.int32)

@@ -1,0 +1,127 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.errors import UserError
+
+BYTES = tokenizers.load('bytes')
+TEXTS = ['def f(x):\n\treturn x + 12  # naïve\r\n', '漢字 and \U0001f600\u200d', "  don't  do,  that !  \n\n", '']
+CORPUS = [*TEXTS, 'the quick brown fox jumps over the lazy dog, the quick one\n' * 20, 'return the quick value\n' * 9]
+BPE = tokenizers.train_bpe(CORPUS, 320)
+
+
+@given(st.text())
+def test_bytes_are_ids_and_come_back(text):
+    ids = BYTES(text)['input_ids']
+    if '<' not in text:
+        assert ids == list(text.encode())
+    assert BYTES.decode(ids) == text
+
+
+@given(st.text())
+def test_bpe_comes_back(text):
+    assert BPE.decode(BPE(text)['input_ids']) == text
+
+
+def test_bpe_merges_and_special_tokens():
+    assert (BPE.pad_token_id, BPE.eos_token_id, BPE.bos_token_id) == (0, 1, None)
+    assert len(BPE) == 320
+    assert len(BPE('the quick brown fox')['input_ids']) < 12
+    assert (BYTES.pad_token_id, BYTES.eos_token_id, len(BYTES)) == (256, 257, 258)
+
+
+def test_training_is_the_same_in_every_process():
+    code = (
+        'import sys, hashlib; from jaxtune.data import tokenizer as t;'
+        "texts = [f'{i*i} and {i%7} is the {i}th of these lines' for i in range(2000)];"
+        'print(t.fingerprint(t.train_bpe(texts, 600)))'
+    )
+    runs = [subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert len({run.stdout for run in runs}) == 1
+    assert len(runs[0].stdout.strip()) == 32
+
+
+@pytest.mark.parametrize('tokenizer', [BYTES, BPE], ids=['bytes', 'bpe'])
+@pytest.mark.parametrize('model_type', ['', 'llama', 'gpt2', 'mistral', 'qwen2', 'qwen3', 'gemma2', 'phi3', 'olmo2'])
+def test_transformers_opens_an_export_with_the_same_ids(tokenizer, model_type, tmp_path):
+    tokenizer.save_pretrained(str(tmp_path))
+    if model_type:
+        (tmp_path / 'config.json').write_text(json.dumps({'model_type': model_type}))
+    again = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    for text in CORPUS:
+        assert again(text)['input_ids'] == tokenizer(text)['input_ids']
+        assert again.decode(again(text)['input_ids']) == text
+    assert (again.eos_token_id, again.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizers.vocab_size(again) == tokenizers.vocab_size(tokenizer)
+
+
+def test_fingerprint_survives_saving_and_tells_apart(tmp_path):
+    BPE.save_pretrained(str(tmp_path))
+    again = tokenizers.load(str(tmp_path))
+    assert tokenizers.fingerprint(again) == tokenizers.fingerprint(BPE)
+    again('some text', truncation=True, max_length=3)
+    assert tokenizers.fingerprint(again) == tokenizers.fingerprint(BPE)
+    assert tokenizers.fingerprint(BYTES) != tokenizers.fingerprint(BPE)
+    again.eos_token = '<pad>'
+    assert tokenizers.fingerprint(again) != tokenizers.fingerprint(BPE)
+
+
+def test_batches_are_not_truncated_or_padded(tmp_path):
+    again = tokenizers.load('bytes')
+    again(['abc', 'a'], truncation=True, max_length=2, padding=True)
+    assert tokenizers.encode_batch(again, ['abc', 'a']) == [[97, 98, 99], [97]]
+
+
+def test_batch_is_what_transformers_gives(shared):
+    tokenizer = tokenizers.load(str(shared / 'data/checkpoints/stories260K/hf'))
+    assert tokenizers.encode_batch(tokenizer, TEXTS) == [tokenizer(text)['input_ids'] for text in TEXTS]
+    assert tokenizers.encode_batch(tokenizer, ['Once'])[0][0] == tokenizer.bos_token_id
+
+
+def test_gpt2_original_files(shared):
+    tokenizer = tokenizers.load(str(shared / 'data/tokenizers/gpt2'))
+    assert tokenizer('hello world')['input_ids'] == [31373, 995]
+
+
+def test_long_texts_give_no_warning(tmp_path, caplog):
+    BYTES.save_pretrained(str(tmp_path))
+    settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings | {'model_max_length': 8}))
+    tokenizer = tokenizers.load(str(tmp_path))
+    assert tokenizer.model_max_length == 8
+    transformers.logging.enable_propagation()
+    try:
+        tokenizer('longer than eight bytes')
+    finally:
+        transformers.logging.disable_propagation()
+    assert 'longer' not in caplog.text
+
+
+def test_check_vocab():
+    tokenizers.check_vocab(BYTES, 258)
+    tokenizers.check_vocab(BYTES, 320)
+    with pytest.raises(UserError, match=r'id 257.*vocab_size=257.*vocab_size >= 258'):
+        tokenizers.check_vocab(BYTES, 257)
+    assert tokenizers.vocab_size(BYTES) == 258
+
+
+def test_errors_name_the_key(tmp_path):
+    (tmp_path / 'broken').mkdir()
+    (tmp_path / 'broken' / 'tokenizer.json').write_text('{')
+    (tmp_path / 'empty').mkdir()
+    for path, words in {
+        str(tmp_path / 'nowhere'): 'no such folder',
+        str(tmp_path / 'empty'): 'holds no tokenizer',
+        str(tmp_path / 'broken'): 'cannot be opened',
+        'no-such-owner/no-such-tokenizer': 'no such folder, and from the hub',
+    }.items():
+        with pytest.raises(UserError, match=words) as caught:
+            tokenizers.load(path)
+        assert str(caught.value).startswith(f'tokenizer.path={path}')
+        assert '\n' not in str(caught.value)

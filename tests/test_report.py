@@ -1,0 +1,186 @@
+"""`report.html`: well formed, alone, escaped, with what was measured."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from jaxtune import config as recipes
+from jaxtune import console
+from jaxtune.report import charts, write_report
+
+VOID = {'meta', 'link', 'br', 'img', 'input', 'hr'}
+EVIL = '<script>alert("x")</script> & </pre>'
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are balanced; collects the tags and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words, self.json = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == ('script', {'type': 'application/json'}) and self.open[-1] == 'script':
+            self.json.append(json.loads(data))
+        elif not self.open or self.open[-1] not in ('script', 'style'):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return ' '.join(''.join(self.words).split())
+
+
+def recipe(task='train', **keys):
+    config = recipes.defaults()
+    recipes.lay_over(config, {'task': task, **{name.replace('__', '.'): value for name, value in keys.items()}})
+    return json.loads(config.to_json())
+
+
+def trained(folder, updates=1200):
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps(recipe(optimizer__lr=0.125, data__train=EVIL)))
+    with (folder / 'metrics.jsonl').open('w') as file:
+        for step in range(1, updates + 1):
+            row = {'step': step, 'train/loss': 9.0 / step + 2, 'train/mfu': 0.5, 'memory/peak_bytes': 1 << 30}
+            file.write(json.dumps(row) + '\n')
+            if step % 400 == 0:
+                row = {'step': step, 'eval/loss': 2.25 if step == 800 else 2.5}
+                file.write(json.dumps(row) + '\n')
+        file.write(json.dumps({'step': updates, 'train/grad_norm': None}) + '\n{"step": 99')
+    metrics = {'eval/loss': 2.5, 'eval/perplexity': 12.18, 'eval/bits_per_byte': 1.5, 'x/gzip_bits_per_byte': 2.0}
+    result = {'task': 'train', 'status': 'done', 'step': updates, 'metrics': metrics}
+    (folder / 'result.json').write_text(json.dumps(result))
+    run = {'command': 'python -m jaxtune.main --config a.py', 'seconds': 100.0, 'phases': {'step': 75.0, 'odd': 5.0}}
+    (folder / 'run.json').write_text(json.dumps(run))
+    return folder
+
+
+def page(folder):
+    write_report(folder)
+    text = (folder / 'report.html').read_text()
+    return Page(text), text
+
+
+def test_a_training_run(tmp_path):
+    read, text = page(trained(tmp_path / 'run'))
+    for part in ('2.500', '12.18', '1.500', '25 % below the 2.000 of gzip -9', '1 min 40 s', 'best 2.250 at 800'):
+        assert part in read.text, part
+    assert re.search(r'optimizer.lr\W+code\W+td\W+td\W+code\W+0\.125\b', text)
+    assert 'python -m jaxtune.main --config a.py' in read.text
+    assert 'training steps 1 min 15 s 75 %' in read.text
+    assert 'everything else 20 s 20 %' in read.text
+
+
+def test_nothing_is_fetched(tmp_path):
+    read, text = page(trained(tmp_path / 'run'))
+    for tag, attributes in read.tags:
+        for name in ('src', 'href', 'srcset', 'action', 'data', 'xlink:href'):
+            assert attributes.get(name, '#').startswith(('#', 'data:,')), (tag, attributes)
+    assert not re.search(r'https?:|@import|url\(|fetch\(|import\(', text)
+
+
+def test_the_curves_are_there_and_not_too_long(tmp_path):
+    read, _ = page(trained(tmp_path / 'run'))
+    drawn = [attributes['d'] for tag, attributes in read.tags if tag == 'path' and 'line' in attributes['class']]
+    counts = [len(re.findall(r'[ML]', path)) for path in drawn]
+    assert len(counts) == 3, 'loss, MFU, memory'
+    assert all(100 < count <= 500 for count in counts)
+    dots = [attributes['d'] for tag, attributes in read.tags if tag == 'path' and attributes['class'] == 'dot eval']
+    assert dots[0].count('M') == 3, 'an evaluation each'
+    loss = read.json[0]['series']
+    assert loss[1] == [[400, 2.5], [800, 2.25], [1200, 2.5]]
+    assert loss[0][-1] == pytest.approx([1200, 9 / 1200 + 2], rel=1e-4)
+
+
+def test_what_people_wrote_is_text(tmp_path):
+    folder = tmp_path / '<b>run'
+    trained(folder)
+    with (folder / 'samples.jsonl').open('w') as file:
+        file.write(json.dumps({'prompt': EVIL, 'completion': 'and ' + EVIL, 'score': 0.5, 'step': 0}) + '\n')
+        chat = [{'role': 'user', 'content': 'hi <i>'}]
+        file.write(json.dumps({'prompt': chat, 'completion': None, 'score': None, 'step': 0}) + '\n')
+    read, text = page(folder)
+    assert 'alert("x")</script>' not in text
+    assert f'{EVIL}and {EVIL}' in read.text
+    assert 'user: hi <i>' in read.text
+    assert 'score 0.5000' in read.text
+    assert len([tag for tag, _ in read.tags if tag in ('b', 'i')]) > 0
+    assert '<b>run' not in text
+
+
+def test_a_workdir_of_stages(tmp_path):
+    trained(tmp_path / 'zeta')
+    (tmp_path / 'alpha').mkdir()
+    (tmp_path / 'alpha' / 'config.json').write_text(json.dumps(recipe('generate')))
+    (tmp_path / 'alpha' / 'samples.jsonl').write_text(json.dumps({'prompt': 'once', 'completion': ' upon'}) + '\n')
+    (tmp_path / 'data').mkdir()
+    metrics = {'data/documents': 1234, 'data/bytes_per_token': 4.25, 'data/eval_gzip_bits_per_byte': 2.125}
+    result = {'task': 'prepare', 'status': 'done', 'step': 0, 'metrics': metrics}
+    (tmp_path / 'data' / 'result.json').write_text(json.dumps(result))
+    root = {'task': 'stages', 'status': 'done', 'step': 0, 'metrics': {}, 'stages': ['data', 'zeta', 'alpha']}
+    (tmp_path / 'result.json').write_text(json.dumps(root))
+    read, _ = page(tmp_path)
+    ids = [attributes['id'] for tag, attributes in read.tags if tag == 'section' and 'id' in attributes]
+    assert ids == ['data', 'zeta', 'alpha']
+    for part in ('1.23K', '4.25', '2.125', 'best 2.250', 'once upon', 'stage 2 of 3 · train'):
+        assert part in read.text, part
+
+
+@pytest.mark.parametrize('task', ['train', 'generate', 'evaluate', 'prepare', 'compile'])
+def test_missing_files_are_fine(tmp_path, task):
+    read, _ = page(tmp_path)
+    assert 'not finished' in read.text
+    (tmp_path / 'config.json').write_text(json.dumps(recipe(task)))
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "train/loss": 2.0}\n')
+    read, _ = page(tmp_path)
+    assert task in read.text
+
+
+def test_other_processes_write_nothing(tmp_path):
+    console.set_primary(False)
+    try:
+        write_report(tmp_path)
+    finally:
+        console.set_primary(True)
+    assert not (tmp_path / 'report.html').exists()
+
+
+def test_downsampling_keeps_spikes_and_ends():
+    points = [(float(x), 1.0) for x in range(10_000)]
+    points[4321] = (4321.0, 50.0)
+    points[4400] = (4400.0, -50.0)
+    kept = charts.downsample(points)
+    assert len(kept) <= charts.MOST_POINTS
+    assert kept[0] == points[0]
+    assert kept[-1] == points[-1]
+    assert {points[4321], points[4400]} <= set(kept)
+    assert kept == sorted(kept)
+
+
+def test_smoothing_neither_lags_nor_shifts():
+    line = [(float(x), 3.0 * x) for x in range(200)]
+    assert [y for _, y in charts.smooth(line)] == pytest.approx([y for _, y in line])
+    noise = [(float(x), float(x % 2)) for x in range(200)]
+    assert [y for _, y in charts.smooth(noise)][50:150] == pytest.approx([0.5] * 100, abs=0.1)
+
+
+def test_ticks_are_round():
+    assert charts.ticks(0.0, 1.0) == [0.0, 0.5, 1.0]
+    assert charts.ticks(2.31, 9.8) == [4.0, 6.0, 8.0]
+    assert charts.ticks(3.0, 3.0) == [3.0]
