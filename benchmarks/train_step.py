@@ -14,6 +14,7 @@ import resource
 import shlex
 import statistics
 import subprocess
+import sys
 import time
 
 CONFIG = {
@@ -42,7 +43,9 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
 
     config = recipes.defaults()
     changes = {'method.name': method, 'train.batch_size': batch_size, 'train.accumulate': accumulate}
-    recipes.lay_over(config, {**changes, 'data.seq_len': length, 'optimizer.schedule': 'constant', 'optimizer.lr': 1e-4})
+    recipes.lay_over(
+        config, {**changes, 'data.seq_len': length, 'optimizer.schedule': 'constant', 'optimizer.lr': 1e-4}
+    )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = models.build(models.read_config(CONFIG))
@@ -81,16 +84,19 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     }
 
 
-def beside(command: str) -> list[dict]:
-    """Runs another trainer's benchmark and returns its lines, printed as they come."""
+def run(command: list[str]) -> list[dict]:
+    """Runs a benchmark in a process of its own and returns its lines, printed as they come.
+
+    This process stays small: a child's peak memory counts what its parent held when it was started.
+    """
     lines = []
-    with subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith('{'):
                 lines.append(json.loads(line))
                 print(line, end='', flush=True)
     if process.returncode or not lines:
-        raise SystemExit(f'{command}: exit status {process.returncode}, {len(lines)} lines')
+        raise SystemExit(f'{shlex.join(command)}: exit status {process.returncode}, {len(lines)} lines')
     return lines
 
 
@@ -103,19 +109,20 @@ def main() -> None:
     parser.add_argument('--accumulate', type=int, default=1)
     parser.add_argument('--beside', default='', metavar='COMMAND')
     args = parser.parse_args()
-    others = beside(args.beside) if args.beside else []
-    ours = measure(args.method, args.steps, args.batch, args.length, args.accumulate)
-    print(json.dumps(ours), flush=True)
-    if others:
-        others += beside(args.beside)
-        theirs = [line for line in others if line['method'] == args.method]
-        rate = statistics.mean(line['tokens_per_second'] for line in theirs)
-        memory = statistics.mean(line['peak_rss_mib'] for line in theirs)
-        ratios = {
-            'tokens_per_second_ratio': round(ours['tokens_per_second'] / rate, 3),
-            'peak_rss_ratio': round(ours['peak_rss_mib'] / memory, 3),
-        }
-        print(json.dumps({'method': args.method, 'beside': theirs[0]['peer'], **ratios}), flush=True)
+    if not args.beside:
+        print(json.dumps(measure(args.method, args.steps, args.batch, args.length, args.accumulate)), flush=True)
+        return
+    other, ours = shlex.split(args.beside), [sys.executable, __file__, args.method]
+    for name in ('steps', 'batch', 'length', 'accumulate'):
+        ours += [f'--{name}', str(getattr(args, name))]
+    lines = run(other) + run(ours) + run(other)
+    mine = next(line for line in lines if line['peer'] == 'jaxtune')
+    theirs = [line for line in lines if line['peer'] != 'jaxtune' and line['method'] == args.method]
+    ratios = {
+        f'{name}_ratio': round(mine[name] / statistics.mean(line[name] for line in theirs), 3)
+        for name in ('tokens_per_second', 'peak_rss_mib')
+    }
+    print(json.dumps({'method': args.method, 'beside': theirs[0]['peer'], **ratios}), flush=True)
 
 
 if __name__ == '__main__':

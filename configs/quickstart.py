@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
 
     config.prepare = ConfigDict()
     config.prepare.task = 'prepare'
-    config.prepare.data = ConfigDict({'train': 'python-stdlib', 'vocab_size': 4096})
+    config.prepare.data = ConfigDict({'train': 'python-stdlib', 'vocab_size': 4096, 'eval_fraction': 0.05})
 
     config.pretrain = ConfigDict()
     config.pretrain.task = 'train'

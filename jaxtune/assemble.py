@@ -61,7 +61,9 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
     else:
         folder, own = '', settings.config.to_dict()
         if not own:
-            raise UserError("model.path='': expected a model folder, or model.config with model_type to start from scratch")
+            raise UserError(
+                "model.path='': expected a model folder, or model.config with model_type to start from scratch"
+            )
         # A multiple of 64 keeps the matrix units whole; no token ever has these last numbers.
         own.setdefault('vocab_size', -(-len(tokenizer) // 64) * 64)
         for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):

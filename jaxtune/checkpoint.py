@@ -33,6 +33,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep), policies.BestN(get_metric_fn=score, n=1)]
             ),
+            best_fn=score,  # without it no metrics are written, and a resumed run would forget which was the best
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             step_prefix=None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import time
@@ -147,9 +148,7 @@ def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> A
         # XLA's TPU compiler refuses what does not fit and says how much it would take.
         argument, needed = _bytes_on_a_device(args), refused_bytes(str(error))
         needed = max(needed, limit + 1)
-        return Attempt(
-            accumulate, False, needed, argument, max(needed - argument, 0), time.perf_counter() - start, ''
-        )
+        return Attempt(accumulate, False, needed, argument, max(needed - argument, 0), time.perf_counter() - start, '')
     memory, needed = compiled.memory_analysis(), peak_bytes(compiled)
     return Attempt(
         accumulate,
@@ -163,17 +162,8 @@ def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> A
 
 
 def _bytes_on_a_device(args: Any) -> int:
-    sizes = (
-        leaf.dtype.itemsize * _elements(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(args)
-    )
+    sizes = (leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(args))
     return sum(sizes)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def refused_bytes(message: str) -> int:
@@ -216,7 +206,7 @@ def collectives(text: str) -> dict[str, Collective]:
         entry.count += 1
         for shape in re.findall(r'([a-z]+\d*)\[([\d,]*)\]', match[1]):
             bits = re.search(r'\d+', shape[0])
-            nbytes = _elements(tuple(int(n) for n in shape[1].split(',') if n)) * (int(bits[0]) if bits else 8) // 8
+            nbytes = math.prod(int(n) for n in shape[1].split(',') if n) * (int(bits[0]) if bits else 8) // 8
             if nbytes > entry.largest_bytes:
                 entry.largest_bytes, entry.largest = nbytes, f'{shape[0]}[{shape[1]}]'
     return found

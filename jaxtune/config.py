@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_dict
 from jaxtune.errors import UserError
 
 
-class Wrong(ValueError):
+class ExpectedError(ValueError):
     """A value is impossible; the text says what was expected."""
 
 
@@ -30,7 +30,7 @@ def _one_of(*names: str) -> Check:
     def check(value):
         if value not in names:
             near = difflib.get_close_matches(str(value), names, 1)
-            raise Wrong(f'one of {", ".join(names)}' + (f' (nearest: {near[0]})' if near else ''))
+            raise ExpectedError(f'one of {", ".join(names)}' + (f' (nearest: {near[0]})' if near else ''))
         return value
 
     return check
@@ -48,9 +48,9 @@ def _int(low: int | None = None, *words: str, high: int | None = None) -> Check:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise Wrong(expected)
+            raise ExpectedError(expected)
         if (low is not None and value < low) or (high is not None and value > high):
-            raise Wrong(expected)
+            raise ExpectedError(expected)
         return value
 
     return check
@@ -63,11 +63,11 @@ def _float(low: float | None = None, high: float | None = None, *, above: float 
 
     def check(value):
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Wrong(expected)
+            raise ExpectedError(expected)
         value = float(value)
         outside = (low is not None and value < low) or (high is not None and value > high)
         if value != value or outside or (above is not None and value <= above):
-            raise Wrong(expected)
+            raise ExpectedError(expected)
         return value
 
     return check
@@ -75,13 +75,13 @@ def _float(low: float | None = None, high: float | None = None, *, above: float 
 
 def _bool(value):
     if not isinstance(value, bool):
-        raise Wrong('True or False')
+        raise ExpectedError('True or False')
     return value
 
 
 def _str(value):
     if not isinstance(value, str):
-        raise Wrong('a text')
+        raise ExpectedError('a text')
     return value
 
 
@@ -91,11 +91,11 @@ def _names(value):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise Wrong("a name or a tuple of names such as ('q_proj','v_proj')") from None
+            raise ExpectedError("a name or a tuple of names such as ('q_proj','v_proj')") from None
     if isinstance(value, str):
         return value
     if not isinstance(value, tuple | list) or not all(isinstance(name, str) for name in value):
-        raise Wrong("a name or a tuple of names such as ('q_proj','v_proj')")
+        raise ExpectedError("a name or a tuple of names such as ('q_proj','v_proj')")
     return tuple(value)
 
 
@@ -105,7 +105,7 @@ def _layers(value):
         return value
     if isinstance(value, tuple | list) and value and all(isinstance(i, int) and i >= 0 for i in value):
         return tuple(value)
-    raise Wrong("'all', a range such as '4:8', or a tuple of layer numbers")
+    raise ExpectedError("'all', a range such as '4:8', or a tuple of layer numbers")
 
 
 _axis = _int(-1)
@@ -114,7 +114,7 @@ _axis = _int(-1)
 def _mesh(value):
     value = _axis(value)
     if value == 0:
-        raise Wrong('a size >= 1, or -1 for all remaining devices')
+        raise ExpectedError('a size >= 1, or -1 for all remaining devices')
     return value
 
 
@@ -218,7 +218,9 @@ SCHEMA: dict[str, Key | Free] = {
     'generate.top_p': Key(1.0, _float(above=0, high=1), 'sample among the likeliest of this total probability'),
     'generate.samples': Key(1, _int(1), 'completions a prompt'),
     'generate.prompts': Key(0, _int(0), 'at most so many prompts; 0 = all'),
-    'generate.prompt_tokens': Key(0, _int(0), 'the first so many tokens of each text are the prompt; 0 = the whole text'),
+    'generate.prompt_tokens': Key(
+        0, _int(0), 'the first so many tokens of each text are the prompt; 0 = the whole text'
+    ),
     'generate.batch_size': Key(8, _int(1), 'prompts sampled together'),
     'rl.rollouts': Key(64, _int(1), 'completions sampled an update'),
     'rl.group': Key(8, _int(2), 'grpo: completions a prompt'),
@@ -283,7 +285,7 @@ def flatten(config: Mapping, prefix: str = '') -> dict[str, Any]:
         path = f'{prefix}{name}'
         if isinstance(SCHEMA.get(path), Free):
             flat[path] = value.to_dict() if isinstance(value, ConfigDict) else value
-        elif isinstance(value, Mapping) or isinstance(value, ConfigDict):
+        elif isinstance(value, Mapping | ConfigDict):
             if path not in SCHEMA and not any(key.startswith(path + '.') for key in SCHEMA):
                 raise _unknown(path)
             flat.update(flatten(value, path + '.'))
@@ -310,7 +312,7 @@ def lay_over(config: ConfigDict, changes: Mapping[str, Any], prefix: str = '') -
                 raise _unknown(path, prefix)
             try:
                 value = SCHEMA[path].check(value)
-            except Wrong as error:
+            except ExpectedError as error:
                 raise UserError(f'{prefix}{path}={value!r}: expected {error}') from None
         elif path == free:
             if not isinstance(value, Mapping):

@@ -51,6 +51,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     info.write(workdir)
     result = write_result(workdir, 'evaluate', 0, metrics)
     write_report(workdir)
-    console.facts([(name, f'{value:,}' if isinstance(value, int) else f'{value:.6g}') for name, value in metrics.items()])
+    console.facts(
+        [(name, f'{value:,}' if isinstance(value, int) else f'{value:.6g}') for name, value in metrics.items()]
+    )
     console.note(f'made {workdir}/result.json and {workdir}/report.html')
     return result

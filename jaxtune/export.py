@@ -68,7 +68,9 @@ def from_checkpoint(source: pathlib.Path, config: ConfigDict, mesh: Mesh):
     method = methods.get(recipe.method.name)
     trainable, frozen = abstract_params(recipe, mesh, model)
     program = make_program(recipe, mesh, model, trainable, max(1, recipe.train.steps))
-    checkpoints = Checkpoints(source / 'checkpoints', recipe.checkpoint.keep, recipe.eval.metric, rises(recipe.eval.metric))
+    checkpoints = Checkpoints(
+        source / 'checkpoints', recipe.checkpoint.keep, recipe.eval.metric, rises(recipe.eval.metric)
+    )
     step = checkpoints.newest()
     if step is None:
         raise UserError(f'model.path={source}: the run has saved no checkpoint yet')

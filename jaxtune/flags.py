@@ -96,13 +96,28 @@ def parse(argv: Sequence[str]) -> Command:
             config_flag = holder['config']
             others = holder(words)[1:]
     except flags.Error as error:
-        raise UserError(f'{" ".join(str(error).split())}') from None
+        raise _refused(str(error), stages) from None
     if others:
         raise UserError(f'{others[0]!r}: expected flags only. Usage: {USAGE}')
     overrides: dict[str, Any] = config_flags.get_override_values(config_flag)
     workdir = holder.workdir or f'runs/{pathlib.Path(recipe_path).stem}'
     configs = recipes.resolve(recipe, overrides)
     return Command(recipe_path, pathlib.Path(workdir), holder.overwrite, configs, tuple(argv))
+
+
+def _refused(text: str, stages: Sequence[str]) -> UserError:
+    """What absl says of a flag; of a key's value, what the key expects."""
+    found = re.match(r'flag --config\.([\w.-]+)=(.*?): ', text)
+    if found:
+        path, value = found.groups()
+        stage, _, rest = path.partition('.')
+        key = recipes.SCHEMA.get(rest if stage in stages else path)
+        if isinstance(key, recipes.Key):
+            try:
+                key.check(value)
+            except recipes.ExpectedError as error:
+                return UserError(f'--config.{path}={value!r}: expected {error}')
+    return UserError(' '.join(text.split()))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxtune import console, runinfo
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.data.documents import open_documents
+from jaxtune.data.prepare import HELD_OUT
 from jaxtune.errors import UserError
 from jaxtune.metrics import peak_memory_bytes
 from jaxtune.parallel import make_mesh, place
@@ -22,7 +23,6 @@ from jaxtune.report import write_report
 from jaxtune.sampling import Sampling, from_config, pad_prompts, sample
 from jaxtune.workdir import write_result
 
-HELD_OUT = 'eval.jsonl'
 SHOWN = 2  # completions printed at the end
 
 
@@ -90,8 +90,9 @@ def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[str, list[in
             raise UserError(f'data.eval={config.data.eval}: prompt {number} is empty; expected at least one token')
         if limit and len(ids) + settings.max_new_tokens > limit:
             raise UserError(
-                f'data.eval={config.data.eval}: prompt {number} has {len(ids)} tokens; with generate.max_new_tokens='
-                f"{settings.max_new_tokens} expected at most the model's {limit} positions (generate.prompt_tokens cuts)"
+                f'data.eval={config.data.eval}: prompt {number} has {len(ids)} tokens; expected at most the '
+                f"model's {limit} positions less generate.max_new_tokens={settings.max_new_tokens} "
+                '(generate.prompt_tokens cuts prompts)'
             )
         prompts.append((text, ids))
     if not prompts:
@@ -143,7 +144,11 @@ def _complete(
             chosen = work[first : first + batch_size]
             filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
             ids, lengths = pad_prompts([prompt for _, prompt in filled], sampling.pad_id)
-            arrays = {'prompts': ids, 'lengths': lengths, 'number': np.arange(first, first + batch_size, dtype=np.int32)}
+            arrays = {
+                'prompts': ids,
+                'lengths': lengths,
+                'number': np.arange(first, first + batch_size, dtype=np.int32),
+            }
             rows = place(lambda low, high, a=arrays: {k: v[low:high] for k, v in a.items()}, batch_size, mesh)
             with info.timed('generate'):
                 completions = jax.tree.map(np.asarray, sampler(parts.params, rows))

@@ -61,25 +61,19 @@ def _muon(config: ConfigDict) -> optax.GradientTransformation:
         return 'muon' if name.endswith('kernel') and 'lm_head' not in name and leaf.ndim >= 2 else 'adam'
 
     adam = optax.scale_by_adam(0.9, config.b2 or 0.95, config.eps)
-    return optax.partition(
-        {'muon': matrices, 'adam': adam}, lambda tree: jax.tree_util.tree_map_with_path(label, tree)
-    )
+    return optax.partition({'muon': matrices, 'adam': adam}, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
 
 
 _RULES = {
     'adamw': _adam,
-    'adafactor': lambda config: optax.chain(
-        optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0)
-    ),
+    'adafactor': lambda config: optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0)),
     'lion': lambda config: optax.scale_by_lion(config.b1 or 0.9, config.b2 or 0.99),
     'muon': _muon,
     'sgd': lambda config: optax.trace(config.b1 or 0.9),
 }
 
 
-def make_optimizer(
-    config: ConfigDict, steps: int, fresh: frozenset[str] = frozenset()
-) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, steps: int, fresh: frozenset[str] = frozenset()) -> optax.GradientTransformation:
     """The update rule of a recipe's `optimizer`.
 
     Args:

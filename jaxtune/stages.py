@@ -41,7 +41,9 @@ def run(command: Command) -> None:
         from jaxtune.report import write_report
 
         last = list(results)[-1]
-        metrics = {f'{name}/{key}': value for name, result in results.items() for key, value in result['metrics'].items()}
+        metrics = {
+            f'{name}/{key}': value for name, result in results.items() for key, value in result['metrics'].items()
+        }
         workdir.write_json(
             command.workdir / 'result.json',
             {

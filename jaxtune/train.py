@@ -93,7 +93,9 @@ class Run:
         with self.info.timed('data'):
             rows = self.objective.dataset(config, 'eval', self.parts.tokenizer, self.workdir / 'cache')
         self.gzip_bits_per_byte = getattr(getattr(rows, 'tokens', None), 'gzip_bits_per_byte', None)
-        return make_evaluator(config, self.mesh, rows, self.program.eval_step(), config.train.batch_size // self.accumulate)
+        return make_evaluator(
+            config, self.mesh, rows, self.program.eval_step(), config.train.batch_size // self.accumulate
+        )
 
     def to_the_end(self) -> dict:
         """Resumes where a checkpoint is, trains, exports, reports."""
@@ -108,6 +110,7 @@ class Run:
                 self.checkpoints.wait()
         finally:
             self.writer.close()
+            self.info.write(self.workdir)
         result = self._finish(step)
         self.checkpoints.close()
         return result
@@ -138,7 +141,8 @@ class Run:
             for t in range(self.start, self.steps):
                 with self.info.timed('data'):
                     batch = next(batches)
-                self.state, metrics = self.step(self.state, self.frozen, batch)
+                with self.info.timed('step'):
+                    self.state, metrics = self.step(self.state, self.frozen, batch)
                 done = t + 1
                 if pending:  # read one update late, so that the devices never wait for the host
                     watch.see(*pending)
@@ -190,8 +194,6 @@ class Run:
 
     def _leave(self, step: int) -> None:
         self.checkpoints.wait()
-        self.writer.close()
-        self.info.write(self.workdir)
         console.note(f'stopped by SIGTERM after update {step}: checkpoint saved, the same command continues')
         sys.exit(interrupt.STATUS)
 

@@ -62,14 +62,16 @@ class Watch:
         norms = [metrics['grad_norm'] for metrics in before]
         if not before and step == 1:
             cause = (
-                'the very first batch gives it, so the weights handed in or the precision are at fault: expected finite '
-                f'tensors in model.path={run.config.model.path!r}, or model.compute_dtype=float32'
+                'the very first batch gives it, so the weights handed in or the precision are at fault: expected '
+                f'finite tensors in model.path={run.config.model.path!r}, or model.compute_dtype=float32'
             )
         elif norms and max(norms) > 10 * norms[0]:
             cause = f'the gradient norm rose from {norms[0]:.3g} to {max(norms):.3g} before it: expected a smaller '
             cause += f'optimizer.lr than {settings.lr:g}, or more warm-up than {settings.warmup_steps} updates'
         else:
-            cause = f'it came at once: expected a smaller optimizer.lr than {settings.lr:g}, optimizer.clip_norm > 0, or '
+            cause = (
+                f'it came at once: expected a smaller optimizer.lr than {settings.lr:g}, optimizer.clip_norm > 0, or '
+            )
             cause += 'model.compute_dtype=float32'
         run.checkpoints.wait()
         newest = run.checkpoints.newest()

@@ -22,8 +22,11 @@ from jaxtune.data.cache import once
 from jaxtune.data.documents import Documents, open_documents
 from jaxtune.data.tokens import Tokens, TokenWriter, replace_folder
 from jaxtune.errors import UserError
+from jaxtune.report import write_report
+from jaxtune.runinfo import RunInfo
 from jaxtune.workdir import read_json, write_result
 
+HELD_OUT = 'eval.jsonl'  # the held-out documents as text
 DROPPED, TRAIN, EVAL = 0, 1, 2
 
 
@@ -42,11 +45,15 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
 
 
 def _prepare(config: ConfigDict, workdir: pathlib.Path, command) -> None:
+    info = RunInfo(command, config)
     documents = collect(config)
     console.note(f'reading {documents.name}; writing to {workdir}')
-    plan = Plan(documents, config.data.min_chars, config.data.eval_fraction)
-    tokenizer = _tokenizer(config, plan, workdir / 'tokenizer')
-    _write(config, plan, tokenizer, workdir)
+    with info.timed('collect'):
+        plan = Plan(documents, config.data.min_chars, config.data.eval_fraction)
+    with info.timed('tokenizer'):
+        tokenizer = _tokenizer(config, plan, workdir / 'tokenizer')
+    with info.timed('tokenise'):
+        _write(config, plan, tokenizer, workdir)
 
     train = Tokens.open(workdir / 'train')
     held_out = Tokens.open(workdir / 'eval') if plan.count(EVAL) else None
@@ -64,8 +71,9 @@ def _prepare(config: ConfigDict, workdir: pathlib.Path, command) -> None:
     }
     if held_out and held_out.gzip_bits_per_byte is not None:
         metrics['data/eval_gzip_bits_per_byte'] = held_out.gzip_bits_per_byte
+    info.write(workdir)
     write_result(workdir, 'prepare', 0, metrics)
-    _report(workdir)
+    write_report(workdir)
     _say(metrics, workdir, staged=getattr(command, 'workdir', workdir) != workdir)
 
 
@@ -178,20 +186,14 @@ def _write(config: ConfigDict, plan: Plan, tokenizer, workdir: pathlib.Path) -> 
                 train.add(text)
                 bar.advance(1)
             return
-        prompts = workdir / '.eval.jsonl'
+        prompts = workdir / f'.{HELD_OUT}'
         with held_out, prompts.open('w', encoding='utf-8') as file:
             for side, text in plan:
                 (train if side == TRAIN else held_out).add(text)
                 if side == EVAL:
                     file.write(json.dumps({'text': text}, ensure_ascii=False) + '\n')
                 bar.advance(1)
-        os.replace(prompts, workdir / 'eval.jsonl')
-
-
-def _report(workdir: pathlib.Path) -> None:
-    from jaxtune.report import write_report
-
-    write_report(workdir)
+        os.replace(prompts, workdir / HELD_OUT)
 
 
 def _say(metrics: dict, workdir: pathlib.Path, staged: bool) -> None:

@@ -3,7 +3,7 @@
 An objective is a module with
 
 - `row(config) -> {field: jax.ShapeDtypeStruct}`: what one row of a batch holds;
-- `dataset(config, split, tokenizer, cache) -> grain.MapDataset` of rows, each a dict of arrays `[length]`;
+- `dataset(config, split, tokenizer, cache) -> rows`: numbered dicts of arrays, a `grain` source or `MapDataset`;
 - `loss(model, params, batch, rng) -> (sum, count, metrics)`: the summed loss and the number of what it was summed over
   (float32 scalars), so that accumulation and many devices give exactly the big batch's mean; `metrics` are further sums
   over the same count (`accuracy`: correct predictions).

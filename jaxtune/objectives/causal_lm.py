@@ -2,13 +2,12 @@
 
 import pathlib
 
-import grain
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxtune.data import open_tokens
-from jaxtune.data.packing import concat_rows, window_rows
+from jaxtune.data.packing import Rows, concat_rows, window_rows
 from jaxtune.objectives.cross_entropy import cross_entropy
 
 
@@ -19,11 +18,11 @@ def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
-def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> grain.MapDataset:
+def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> Rows:
     """Rows of `data.train` or `data.eval`.
 
-    Training with packing cuts the stream of documents every `seq_len` tokens; evaluation cuts each document into windows
-    of its own, so that the loss of a document does not depend on its neighbours.
+    Training with packing cuts the stream of documents every `seq_len` tokens; evaluation cuts each document into
+    windows of its own, so that the loss of a document does not depend on its neighbours.
     """
     tokens = open_tokens(config.data[split], split, tokenizer, config, cache)
     if split == 'train' and config.data.packing:

@@ -12,7 +12,13 @@ AXES = ('data', 'fsdp', 'tensor', 'sequence')
 BATCH_AXES = ('data', 'fsdp')
 
 # What a dimension of an activation is -> the mesh axes that divide it.
-_LOGICAL = {'batch': BATCH_AXES, 'length': ('sequence',), 'heads': ('tensor',), 'mlp': ('tensor',), 'vocab': ('tensor',)}
+_LOGICAL = {
+    'batch': BATCH_AXES,
+    'length': ('sequence',),
+    'heads': ('tensor',),
+    'mlp': ('tensor',),
+    'vocab': ('tensor',),
+}
 
 
 def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:

@@ -89,7 +89,9 @@ def topology_devices(name: str) -> list[jax.Device]:
         return _tpu(name)
     near = difflib.get_close_matches(kind, [*TPU_GIB, 'cuda'], 1, 0.4)
     hint = f' (nearest: {near[0]})' if near else ''
-    raise UserError(f'compile.topology={name!r}: expected a TPU such as {_TPU_EXAMPLES}, or GPUs such as cuda:h200x8{hint}')
+    raise UserError(
+        f'compile.topology={name!r}: expected a TPU such as {_TPU_EXAMPLES}, or GPUs such as cuda:h200x8{hint}'
+    )
 
 
 def usable_bytes(name: str) -> int:
@@ -104,8 +106,13 @@ def _tpu(name: str) -> list[jax.Device]:
     if not re.fullmatch(r'[^:]+:\d+(x\d+){1,2}', name):
         raise UserError(f'compile.topology={name!r}: expected its chips along each axis, such as {_TPU_EXAMPLES}')
     if not glob.glob('/dev/accel*') and not glob.glob('/dev/vfio/[0-9]*'):
-        # Otherwise libtpu asks around for the host that it is on, and complains.
-        for key, value in (('ACCELERATOR_TYPE', 'v5litepod-1'), ('WORKER_HOSTNAMES', 'localhost'), ('SKIP_MDS_QUERY', '1')):
+        # Otherwise libtpu asks around for the host that it is on, complains, and lets one process in at a time.
+        os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+        for key, value in (
+            ('ACCELERATOR_TYPE', 'v5litepod-1'),
+            ('WORKER_HOSTNAMES', 'localhost'),
+            ('SKIP_MDS_QUERY', '1'),
+        ):
             os.environ.setdefault(f'TPU_{key}', value)
     try:
         return list(topologies.get_topology_desc(name, platform='tpu').devices)
@@ -143,7 +150,9 @@ def _cuda(name: str, card: Card, count: int) -> list[jax.Device]:
             f"compile.topology={name!r}: needs JAX's CUDA plugin, expected `pip install 'jaxtune[cuda]'`"
         ) from None
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f'compile.topology={name!r}: the CUDA plugin refuses it: {str(error).splitlines()[0]}') from None
+        raise UserError(
+            f'compile.topology={name!r}: the CUDA plugin refuses it: {str(error).splitlines()[0]}'
+        ) from None
     return list(description.devices)
 
 

@@ -1,0 +1,164 @@
+"""Ahead-of-time compiling: topologies by name, what the compiler reports, and whether it fits."""
+
+import importlib.util
+import json
+import types
+
+import jax
+import pytest
+
+from jaxtune import compile as compile_task
+from jaxtune import config as recipes
+from jaxtune.errors import UserError
+from jaxtune.parallel.topology import CARDS, TPU_GIB, target_config, topology_devices, usable_bytes
+
+KEYS = {'fits', 'peak_bytes_per_device', 'argument_bytes', 'temp_bytes', 'seconds_to_compile', 'flops_per_step'}
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason="needs libtpu, which compiles for TPUs: pip install 'jaxtune[tpu]'",
+)
+
+
+def recipe(**changes):
+    config = recipes.defaults()
+    fields = {
+        'model_type': 'llama', 'vocab_size': 256, 'hidden_size': 64, 'intermediate_size': 128, 'num_hidden_layers': 2,
+        'num_attention_heads': 4, 'num_key_value_heads': 2, 'max_position_embeddings': 128,
+    }  # fmt: skip
+    fields |= changes.pop('fields', {})
+    settings = {'task': 'compile', 'model.config': fields, 'data.seq_len': 128, 'train.batch_size': 8}
+    recipes.lay_over(config, settings | {name.replace('__', '.'): value for name, value in changes.items()})
+    return config
+
+
+def compiled(config, workdir, capsys) -> dict:
+    """Runs the task; returns the line that it prints, checked against the files that it leaves."""
+    workdir.mkdir(exist_ok=True)
+    command = types.SimpleNamespace(argv=('jaxtune',), recipe='recipe.py', workdir=workdir, overwrite=False)
+    capsys.readouterr()
+    result = compile_task.run(config, workdir, command)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(printed) == KEYS
+    assert result == json.loads((workdir / 'result.json').read_text())
+    assert (result['task'], result['status']) == ('compile', 'done')
+    for written in (result['metrics'], json.loads((workdir / 'compile.json').read_text())):
+        assert {name: written[name] for name in KEYS} == printed
+    assert printed['peak_bytes_per_device'] >= printed['argument_bytes'] > 0
+    return printed
+
+
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('v5x:4x4', 'nearest: v5'),
+        ('h200', 'cuda:h200x8'),
+        ('v5e', 'chips along each axis'),
+        ('v5e:16', 'chips along each axis'),
+        ('cuda:h300x8', 'CARD one of t4, a100-40g'),
+        ('cuda:h200', 'cuda:CARDxNUMBER'),
+        ('cuda:h200x0', 'cuda:CARDxNUMBER'),
+        ('cuda:h200x12', 'at most 8 GPUs, or a multiple of 8'),
+        pytest.param('v5e:3x3', 'not divisible', marks=needs_libtpu),
+    ],
+)
+def test_a_topology_that_cannot_be_is_one_line(name, expected):
+    with pytest.raises(UserError) as caught:
+        topology_devices(name)
+    assert str(caught.value).startswith(f"compile.topology='{name}': expected")
+    assert expected in str(caught.value)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(('name', 'extra'), [('v5e:2x2', 'jaxtune[tpu]'), ('cuda:h200x8', 'jaxtune[cuda]')])
+def test_a_missing_plugin_names_its_extra(monkeypatch, name, extra):
+    def missing(*args, platform, **kwargs):
+        raise RuntimeError('not installed') if platform == 'tpu' else NotImplementedError('not implemented')
+
+    monkeypatch.setattr('jax.experimental.topologies.get_topology_desc', missing)
+    with pytest.raises(
+        UserError, match=rf"compile.topology='{name}': needs .*pip install '{extra[:7]}\[{extra[8:-1]}\]'"
+    ):
+        topology_devices(name)
+
+
+def test_every_card_has_its_multiprocessor():
+    for name, card in CARDS.items():
+        text = target_config(card)
+        assert f'core_count: {card.cores} ' in text
+        assert 0.85 * card.memory < usable_bytes(f'cuda:{name}x8') < card.memory
+    assert 'shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448' in target_config(CARDS['h200'])
+
+
+@needs_libtpu
+def test_tpu_slices_by_name():
+    for name, count, hosts in (('v5e:1x1', 1, 1), ('v5e:16x16', 256, 64), ('v5p:2x2x1', 4, 1), ('v6e:4x4', 16, 4)):
+        devices = topology_devices(name)
+        assert (len(devices), len({device.process_index for device in devices})) == (count, hosts)
+        assert devices[0].platform == 'tpu'
+        assert usable_bytes(name) == int(TPU_GIB[name.partition(':')[0]] * 2**30)
+
+
+def test_local_devices_without_a_topology(tmp_path, capsys):
+    printed = compiled(recipe(mesh__data=2, mesh__fsdp=-1, optimizer__name='sgd'), tmp_path, capsys)
+    assert printed['fits']
+    tokens, parameters = 8 * 128, 256 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert printed['flops_per_step'] == pytest.approx(tokens * (6 * parameters + 2 * 12 * 64 * 128), rel=0.5)
+    counted = json.loads((tmp_path / 'compile.json').read_text())['collectives']
+    assert counted['all-gather']['count'] + counted['all-reduce']['count'] > 0
+    assert len(jax.devices()) == 8
+
+
+@needs_libtpu
+def test_a_small_model_fits_a_tpu_and_a_huge_one_does_not(tmp_path, capsys):
+    settings = {'compile__topology': 'v5e:2x2', 'mesh__data': 1, 'mesh__fsdp': 4}
+    settings |= {'model__compute_dtype': 'bfloat16', 'model__attention': 'flash', 'model__remat': 'full'}
+    small = compiled(recipe(**settings), tmp_path / 'small', capsys)
+    assert small['fits']
+    assert small['peak_bytes_per_device'] < 2**27
+    assert json.loads((tmp_path / 'small' / 'compile.json').read_text())['device_kind'] == 'TPU v5 lite'
+
+    fields = {'hidden_size': 1024, 'intermediate_size': 4096, 'num_hidden_layers': 1000}
+    huge = compiled(recipe(fields=fields, train__accumulate=1, **settings), tmp_path / 'huge', capsys)
+    assert not huge['fits']
+    assert huge['peak_bytes_per_device'] > usable_bytes('v5e:2x2')
+    assert (
+        huge['argument_bytes'] > 1000 * (3 * 1024 * 4096) * 4 * 3 // 4
+    )  # weights and two moments in float32 on 4 chips
+
+
+def test_the_compiler_s_refusals_are_read():
+    assert (
+        compile_task.refused_bytes('Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.') == 20.5 * 2**30
+    )
+    text = 'the total memory required for HLO temporaries (512.00G) exceeds available HBM (15.75G)'
+    assert compile_task.refused_bytes(text) == 512 * 2**30
+    assert compile_task.refused_bytes('out of luck') == 0
+
+
+def test_collectives_are_counted_by_kind():
+    found = compile_task.collectives(
+        '%all-reduce-scatter.1 (p: f32[8]) -> f32[4] {\n'
+        '  %x.0 = f32[8]{0} all-reduce(%p), to_apply=%add\n'
+        'ENTRY %main (p: f32[8]) -> f32[8] {\n'
+        '  %x.1 = (bf16[2,4]{1,0}, bf16[4,4]{1,0}) all-gather-start(%p), dimensions={0}\n'
+        '  %x.2 = bf16[4,4]{1,0} all-gather-done(%x.1)\n'
+        '  %x.3 = f32[] all-reduce(%x.2), to_apply=%add\n'
+    )
+    assert {kind: entry.count for kind, entry in found.items() if entry.count} == {
+        'all-gather': 1, 'all-reduce': 1, 'reduce-scatter': 1,
+    }  # fmt: skip
+    assert (found['all-gather'].largest, found['all-gather'].largest_bytes) == ('bf16[4,4]', 32)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'named'),
+    [
+        ({'train__batch_size': 4, 'mesh__data': 8}, 'train.batch_size=4'),
+        ({'mesh__fsdp': 3}, 'mesh.fsdp=3'),
+        ({'data__seq_len': 256}, 'data.seq_len=256'),
+    ],
+)
+def test_impossible_recipes_are_refused(tmp_path, changes, named):
+    with pytest.raises(UserError, match=named):
+        compile_task.run(recipe(**changes), tmp_path, None)

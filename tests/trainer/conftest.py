@@ -1,0 +1,23 @@
+"""Small recipes on small text, for the tests of the trainer as a whole."""
+
+import pathlib
+import random
+
+import pytest
+from runs import WORDS
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory) -> pathlib.Path:
+    """A folder with `train.jsonl` and `eval.jsonl`: sentences of a small vocabulary, many short documents."""
+    import json
+
+    folder = tmp_path_factory.mktemp('corpus')
+    rng = random.Random(0)
+    for name, documents in (('train', 60), ('eval', 9)):
+        lines = []
+        for _ in range(documents):
+            words = [rng.choice(WORDS) for _ in range(rng.randint(5, 60))]
+            lines.append(json.dumps({'text': ' '.join(words) + '.'}))
+        (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
+    return folder

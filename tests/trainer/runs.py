@@ -1,0 +1,130 @@
+"""Running a recipe inside a test: on a mesh of this process, or as a command of its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxtune import config as recipes
+from jaxtune.flags import Command
+from jaxtune.models.safetensors import read_header
+from jaxtune.parallel import AXES, make_mesh
+from jaxtune.train import Run
+
+WORDS = [
+    'the',
+    'quick',
+    'brown',
+    'fox',
+    'jumps',
+    'over',
+    'a',
+    'lazy',
+    'dog',
+    'while',
+    'seven',
+    'grey',
+    'geese',
+    'fly',
+    'home',
+    'to',
+    'their',
+    'warm',
+    'nest',
+]
+
+# What each objective trains here: a new one joins every test of the trainer by a line.
+MODELS = {
+    'causal_lm': {
+        'model_type': 'llama',
+        'hidden_size': 32,
+        'intermediate_size': 64,
+        'num_hidden_layers': 2,
+        'num_attention_heads': 4,
+        'num_key_value_heads': 2,
+        'max_position_embeddings': 128,
+        'tie_word_embeddings': False,
+    },
+}
+OBJECTIVES = tuple(MODELS)
+
+
+def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dict:
+    """A small run's keys, flat; `changes` have `__` for the dot."""
+    return {
+        'objective': objective,
+        'tokenizer.path': 'bytes',
+        'model.config': MODELS[objective],
+        'data.train': str(corpus / 'train.jsonl'),
+        'data.eval': str(corpus / 'eval.jsonl'),
+        'data.seq_len': 64,
+        'train.steps': 20,
+        'train.batch_size': 16,
+        'train.accumulate': 1,
+        'optimizer.lr': 1e-2,
+        'optimizer.warmup_steps': 3,
+        'log.every': 1,
+        **{name.replace('__', '.'): value for name, value in changes.items()},
+    }
+
+
+def full_config(keys: dict) -> ConfigDict:
+    config = recipes.defaults()
+    recipes.lay_over(config, keys)
+    return config
+
+
+def train(keys: dict, workdir: pathlib.Path, sizes=(1, 1, 1, 1)) -> dict:
+    """Trains on a mesh of `[data, fsdp, tensor, sequence]` sizes; returns `result.json`'s content."""
+    config = full_config(keys)
+    count = 1
+    for size in sizes:
+        count *= size
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:count])
+    command = Command('recipe.py', workdir, False, {'': config}, ('jaxtune',))
+    workdir.mkdir(parents=True, exist_ok=True)
+    with jax.set_mesh(mesh):
+        return Run(config, workdir, mesh, command).to_the_end()
+
+
+def metrics(workdir: pathlib.Path, name: str) -> list[float]:
+    """All values of a metric, in order."""
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def write_recipe(path: pathlib.Path, keys: dict) -> pathlib.Path:
+    """A recipe file of flat keys."""
+    lines = ['from ml_collections import ConfigDict', '', '', 'def get_config():', '    config = ConfigDict()']
+    made = set()
+    for key, value in keys.items():
+        *parents, _ = key.split('.')
+        for depth in range(1, len(parents) + 1):
+            node = '.'.join(parents[:depth])
+            if node not in made:
+                lines.append(f'    config.{node} = ConfigDict()')
+                made.add(node)
+        text = f'ConfigDict({value!r})' if isinstance(value, dict) else repr(value)
+        lines.append(f'    config.{key} = {text}')
+    path.write_text('\n'.join([*lines, '    return config', '']))
+    return path
+
+
+def start(recipe_path: pathlib.Path, workdir: pathlib.Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+    """The command, in a process of its own."""
+    environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    }
+    words = [sys.executable, '-m', 'jaxtune.main', '--config', str(recipe_path), '--workdir', str(workdir), *flags]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def exported(workdir: pathlib.Path) -> dict[str, bytes]:
+    """The bytes of every exported tensor."""
+    entries = read_header(workdir / 'export' / 'model.safetensors')
+    return {name: entry.read().tobytes() for name, entry in entries.items()}

@@ -1,0 +1,163 @@
+"""What a person may hand in wrong: one line on stderr that names it and says what was expected, exit status 2."""
+
+import json
+import pathlib
+import pickle
+import shutil
+
+import pytest
+from runs import recipe, write_recipe
+
+from jaxtune import main, models
+from jaxtune.data import tokenizer as tokenizers
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory) -> pathlib.Path:
+    """A small model folder with a byte tokenizer."""
+    import jax
+
+    from jaxtune.models import hf
+
+    folder = tmp_path_factory.mktemp('model') / 'small'
+    fields = {'model_type': 'llama', 'vocab_size': 320, 'hidden_size': 32, 'intermediate_size': 64}
+    fields |= {'num_hidden_layers': 2, 'num_attention_heads': 4, 'max_position_embeddings': 128}
+    built = models.build(models.read_config(fields))
+    hf.save(folder, built, jax.jit(built.init)(jax.random.key(0)))
+    tokenizers.load('bytes').save_pretrained(str(folder))
+    return folder
+
+
+class Case:
+    """One mistake: it changes a good recipe, a copy of the model folder, or the command line."""
+
+    def __init__(self, name, *expected, keys=None, flags=(), break_model=None, break_data=None):
+        self.name, self.expected, self.keys, self.flags = name, expected, keys or {}, flags
+        self.break_model, self.break_data = break_model, break_data
+
+
+def _only(folder, *names):
+    for file in folder.iterdir():
+        if file.name not in names and 'token' not in file.name:
+            file.unlink()
+
+
+def _without_weights(folder):
+    (folder / 'model.safetensors').unlink()
+
+
+def _pickled(folder):
+    _without_weights(folder)
+    (folder / 'pytorch_model.bin').write_bytes(pickle.dumps({'never': 'read'}))
+
+
+def _truncated(folder):
+    file = folder / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _edit_config(**fields):
+    def edit(folder):
+        path = folder / 'config.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
+
+
+def _broken_line(folder):
+    with open(folder / 'train.jsonl', 'a') as file:
+        file.write('{"text": "unfinished\n')
+
+
+def _lines(*lines):
+    return lambda folder: (folder / 'train.jsonl').write_text('\n'.join(lines) + '\n' if lines else '')
+
+
+CASES = (
+    Case('misspelt key', 'train.stpes', 'nearest', 'train.steps', flags=['--config.train.stpes=3']),
+    Case('misspelt key in the recipe', 'optimizer.learning', 'unknown key', keys={'optimizer.learning': 1}),
+    Case(
+        'misspelt model field', 'model.config.hiden_size', 'hidden_size', flags=['--config.model.config.hiden_size=8']
+    ),
+    Case('impossible value', 'optimizer.schedule', 'cosine', keys={'optimizer.schedule': 'cosin'}),
+    Case('wrong type', 'train.batch_size', 'integer', flags=['--config.train.batch_size=many']),
+    Case('unknown flag', 'overwrit', flags=['--overwrit']),
+    Case('missing model folder', 'model.path', 'no such folder', keys={'model.path': '/not/there'}),
+    Case('folder without weights', 'model.safetensors', break_model=_without_weights),
+    Case('pickled weights', 'pytorch_model.bin', 'pickled', 'model.safetensors', break_model=_pickled),
+    Case('truncated weights', 'model.safetensors', 'truncated', break_model=_truncated),
+    Case('folder without config', 'config.json', break_model=lambda folder: (folder / 'config.json').unlink()),
+    Case('unknown model type', 'model_type', 'expected one of', break_model=_edit_config(model_type='lama')),
+    Case('other shapes', 'expected', 'tensor', break_model=_edit_config(intermediate_size=96)),
+    Case('too small a vocabulary', '258', '200', 'vocab', break_model=_edit_config(vocab_size=200)),
+    Case('no data', 'data.train', 'expected', keys={'data.train': ''}),
+    Case('missing data', 'data.train', 'no such file', keys={'data.train': 'not/there.jsonl'}),
+    Case('empty data', 'data.train', 'empty', break_data=_lines()),
+    Case('broken line', 'train.jsonl:61', 'JSON', break_data=_broken_line),
+    Case('no text field', 'train.jsonl:2', "'text'", break_data=_lines('{"text": "a b c"}', '{"txt": "a"}')),
+    Case('mesh and devices', 'mesh.data=3', '8', keys={'mesh.data': 3}),
+    Case('two sizes open', 'mesh', '-1', keys={'mesh.data': -1, 'mesh.fsdp': -1}),
+    Case('batch and mesh', 'train.batch_size', 'multiple', keys={'train.batch_size': 12}),
+    Case('batch and micro-batches', 'train.accumulate', 'multiple', keys={'train.accumulate': 3}),
+    Case('length and mesh', 'data.seq_len', 'mesh.sequence', keys={'mesh.sequence': 8, 'data.seq_len': 60}),
+    Case('beyond the positions', 'data.seq_len', '128', keys={'data.seq_len': 256}),
+    Case('unknown eval metric', 'eval.metric', 'eval/loss', keys={'eval.metric': 'eval/los', 'eval.every': 2}),
+    Case('flash on a CPU', 'model.attention', 'cpu', keys={'model.attention': 'flash'}),
+    Case('stage that is not there', 'data.train', '@prepare', keys={'data.train': '@prepare'}),
+    Case(
+        'diverges',
+        'update 2',
+        'nan',
+        'smaller optimizer.lr',
+        'checkpoint',
+        keys={'optimizer.lr': 1e30, 'optimizer.name': 'sgd', 'train.steps': 9},
+    ),
+)
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
+def test_one_line_and_exit_2(case, corpus, model, tmp_path, capsys, caplog):
+    data = shutil.copytree(corpus, tmp_path / 'data')
+    if case.break_data:
+        case.break_data(data)
+    keys = recipe(data)
+    if case.break_model:
+        keys['model.path'] = str(shutil.copytree(model, tmp_path / 'model'))
+        keys.pop('tokenizer.path')
+        keys.pop('model.config')
+        case.break_model(tmp_path / 'model')
+    keys |= case.keys
+    path = write_recipe(tmp_path / 'recipe.py', keys)
+    status = main.main(['jaxtune', '--config', str(path), '--workdir', str(tmp_path / 'run'), *case.flags])
+    output = capsys.readouterr()
+    assert status == 2, output.out
+    assert output.err.count('\n') == 1, output.err
+    assert output.err.startswith('jaxtune: ')
+    assert 'Traceback' not in output.err + output.out
+    for words in case.expected:
+        assert words in output.err
+    assert not (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_the_good_recipe_of_these_cases_runs(corpus, model, tmp_path, capsys):
+    keys = recipe(corpus, model__path=str(model), train__steps=2) | {'tokenizer.path': ''}
+    keys.pop('model.config')
+    path = write_recipe(tmp_path / 'recipe.py', keys)
+    assert main.main(['jaxtune', '--config', str(path), '--workdir', str(tmp_path / 'run')]) == 0
+    assert capsys.readouterr().err == ''
+
+
+def test_a_recipe_that_is_no_recipe(tmp_path, capsys):
+    for text, expected in (
+        ('def get_config(:\n', 'recipe.py:1'),
+        ('x = 1\n', 'get_config'),
+        ('def get_config():\n    return 1 / 0\n', 'recipe.py:2'),
+        ('def get_config():\n    return {}\n', 'ConfigDict'),
+    ):
+        (tmp_path / 'recipe.py').write_text(text)
+        assert main.main(['jaxtune', '--config', str(tmp_path / 'recipe.py')]) == 2
+        error = capsys.readouterr().err
+        assert error.count('\n') == 1
+        assert expected in error
+    assert main.main(['jaxtune', '--config', str(tmp_path / 'none.py')]) == 2
+    assert main.main(['jaxtune']) == 2
