@@ -12,7 +12,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def shared():
     """The folder of real data beside the checkout, where there is one."""
     if not SHARED.is_dir():

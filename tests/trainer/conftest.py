@@ -4,7 +4,7 @@ import pathlib
 import random
 
 import pytest
-from runs import WORDS
+from runs import SENTENCE
 
 
 @pytest.fixture(scope='session')
@@ -13,11 +13,11 @@ def corpus(tmp_path_factory) -> pathlib.Path:
     import json
 
     folder = tmp_path_factory.mktemp('corpus')
-    rng = random.Random(0)
+    rng, vocabulary = random.Random(0), SENTENCE.split()
     for name, documents in (('train', 60), ('eval', 9)):
         lines = []
         for _ in range(documents):
-            words = [rng.choice(WORDS) for _ in range(rng.randint(5, 60))]
+            words = [rng.choice(vocabulary) for _ in range(rng.randint(5, 60))]
             lines.append(json.dumps({'text': ' '.join(words) + '.'}))
         (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
     return folder

@@ -15,27 +15,7 @@ from jaxtune.models.safetensors import read_header
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.train import Run
 
-WORDS = [
-    'the',
-    'quick',
-    'brown',
-    'fox',
-    'jumps',
-    'over',
-    'a',
-    'lazy',
-    'dog',
-    'while',
-    'seven',
-    'grey',
-    'geese',
-    'fly',
-    'home',
-    'to',
-    'their',
-    'warm',
-    'nest',
-]
+SENTENCE = 'the quick brown fox jumps over a lazy dog while seven grey geese fly home to their warm nest'
 
 # What each objective trains here: a new one joins every test of the trainer by a line.
 MODELS = {

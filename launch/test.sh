@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs jaxtune with what its tests need, and runs them: launch/test.sh [PYTEST ARGUMENTS]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+launch/setup.sh test
+bin="${VENV:-.venv}/bin"
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+exec "$bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"

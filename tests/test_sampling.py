@@ -1,0 +1,106 @@
+"""Sampling: what a row gets depends on its own prompt and key alone, and its log-probabilities are the model's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from jaxtune import models
+from jaxtune.objectives.cross_entropy import token_logprobs
+from jaxtune.sampling import Sampling, filter_logits, pad_prompts, sample
+
+FIELDS = {
+    'model_type': 'llama',
+    'vocab_size': 61,
+    'hidden_size': 32,
+    'intermediate_size': 48,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'max_position_embeddings': 128,
+    'initializer_range': 0.5,
+}
+PROMPTS = [[5, 9, 3], [7], [11, 12, 13, 14, 15, 16, 17], [4, 4]]
+
+
+@pytest.fixture(scope='module')
+def model():
+    built = models.build(models.read_config(FIELDS))
+    return built, jax.jit(built.init)(jax.random.key(0))
+
+
+def run(model, prompts, numbers, **how):
+    built, params = model
+    sampling = Sampling(**{'max_new_tokens': 12, **how})
+    tokens, lengths = pad_prompts(prompts, 0, multiple=8)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.asarray(numbers))
+    return jax.tree.map(np.asarray, jax.jit(lambda p: sample(built, sampling, p, tokens, lengths, keys))(params))
+
+
+def test_a_row_does_not_depend_on_the_others(model):
+    together = run(model, PROMPTS, range(4))
+    for row, prompt in enumerate(PROMPTS):
+        alone = run(model, [prompt], [row])
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+    assert len({tuple(row) for row in run(model, [PROMPTS[0]] * 4, range(4)).tokens}) == 4
+
+
+def test_logprobs_are_those_of_the_training_forward(model):
+    built, params = model
+    done = run(model, PROMPTS, range(4), temperature=0.7, top_k=20)
+    for row, prompt in enumerate(PROMPTS):
+        new = done.tokens[row, : done.lengths[row]]
+        tokens = jnp.asarray([[*prompt, *new]])
+        hidden = built.apply(params, {'tokens': tokens[:, :-1]}).hidden
+        expected = token_logprobs(hidden, built.head(params), tokens[:, 1:])[0, len(prompt) - 1 :]
+        np.testing.assert_allclose(done.logprobs[row, : len(new)], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stop_token_ends_a_row_and_padding_follows(model):
+    free = run(model, PROMPTS, range(4), temperature=0.0)
+    stop = int(free.tokens[0, 4])
+    stopped = run(model, PROMPTS, range(4), temperature=0.0, stop_ids=(stop,), pad_id=60)
+    for row in range(4):
+        ends = np.flatnonzero(free.tokens[row] == stop)
+        length = ends[0] + 1 if len(ends) else 12
+        assert stopped.lengths[row] == length
+        np.testing.assert_array_equal(stopped.tokens[row, :length], free.tokens[row, :length])
+        assert (stopped.tokens[row, length:] == 60).all()
+        assert (stopped.logprobs[row, length:] == 0).all()
+
+
+def test_frequencies_are_the_filtered_distribution(model):
+    built, params = model
+    prompt = PROMPTS[0]
+    logits = built.logits(params, built.apply(params, {'tokens': jnp.asarray([prompt])}).hidden)[0, -1]
+    expected = np.asarray(jax.nn.softmax(filter_logits(logits / 1.5, 8, 0.9)))
+    drawn = run(model, [prompt] * 4000, range(4000), max_new_tokens=1, temperature=1.5, top_k=8, top_p=0.9)
+    counts = np.bincount(drawn.tokens[:, 0], minlength=61) / 4000
+    assert (counts[expected == 0] == 0).all()
+    np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(0.25 / 4000))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    arrays.arrays(np.float32, (3, 17), elements=st.floats(-8, 8, width=32), unique=True),
+    st.integers(0, 20),
+    st.floats(0.05, 1.0),
+)
+def test_filters_keep_the_smallest_sufficient_set(logits, top_k, top_p):
+    kept = np.isfinite(np.asarray(filter_logits(jnp.asarray(logits), top_k, top_p)))
+    for row, mask in zip(logits, kept, strict=True):
+        order = np.argsort(-row)
+        allowed = order[: top_k if 0 < top_k < 17 else 17]
+        chances = np.exp(row[allowed] - row[allowed].max())
+        chances /= chances.sum()
+        needed = 17
+        if top_p < 1:
+            reached = np.flatnonzero(np.cumsum(chances) >= top_p - 1e-5)
+            needed = reached[0] + 1 if len(reached) else len(allowed)
+        count = min(len(allowed), needed)
+        assert mask[order[0]]
+        assert abs(int(mask.sum()) - count) <= 1  # a sum that meets top_p to the last bit may fall either way
+        assert set(np.flatnonzero(mask)) == set(order[: mask.sum()])
