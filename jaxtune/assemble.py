@@ -51,6 +51,8 @@ def tokenizer_folder(config: ConfigDict) -> str:
 def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
     """The model of a recipe without its parameters, and the folder they are in ('' from scratch).
 
+    Without a tokenizer (None) a model from scratch must name its `vocab_size`.
+
     Raises:
       UserError: no model is named, the tokenizer does not fit, or a row is longer than the model's positions.
     """
@@ -65,11 +67,13 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
                 "model.path='': expected a model folder, or model.config with model_type to start from scratch"
             )
         # A multiple of 64 keeps the matrix units whole; no token ever has these last numbers.
-        own.setdefault('vocab_size', -(-len(tokenizer) // 64) * 64)
-        for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
-            own.setdefault(name, getattr(tokenizer, name))
+        if tokenizer is not None:
+            own.setdefault('vocab_size', -(-len(tokenizer) // 64) * 64)
+            for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
+                own.setdefault(name, getattr(tokenizer, name))
         fields = models.read_config(own)
-    tokenizers.check_vocab(tokenizer, fields['vocab_size'])
+    if tokenizer is not None:
+        tokenizers.check_vocab(tokenizer, fields['vocab_size'])
     model = models.build(
         fields,
         param_dtype=settings.param_dtype,

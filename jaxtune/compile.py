@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import console, runinfo
 from jaxtune.assemble import open_model, tokenizer_folder
-from jaxtune.compiled import available_bytes, peak_bytes
+from jaxtune.compiled import available_bytes, try_compile
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.models.attention import chosen
 from jaxtune.parallel import make_mesh
@@ -140,23 +140,19 @@ def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> A
     args = (with_shardings(program.shapes, program.placed), frozen, program.batch_shapes())
     start = time.perf_counter()
     lowered = program.train_step(accumulate).lower(*args)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if not str(error).startswith('RESOURCE_EXHAUSTED'):
-            raise
-        # XLA's TPU compiler refuses what does not fit and says how much it would take.
-        argument, needed = _bytes_on_a_device(args), refused_bytes(str(error))
-        needed = max(needed, limit + 1)
-        return Attempt(accumulate, False, needed, argument, max(needed - argument, 0), time.perf_counter() - start, '')
-    memory, needed = compiled.memory_analysis(), peak_bytes(compiled)
+    compiled, needed = try_compile(lowered, limit)
+    seconds = time.perf_counter() - start
+    if compiled is None:
+        argument = _bytes_on_a_device(args)
+        return Attempt(accumulate, False, needed, argument, max(needed - argument, 0), seconds, '')
+    memory = compiled.memory_analysis()
     return Attempt(
         accumulate,
         needed <= limit,
         needed,
         int(memory.argument_size_in_bytes),
         int(memory.temp_size_in_bytes),
-        time.perf_counter() - start,
+        seconds,
         compiled.as_text(),
     )
 
@@ -164,15 +160,6 @@ def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> A
 def _bytes_on_a_device(args: Any) -> int:
     sizes = (leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(args))
     return sum(sizes)
-
-
-def refused_bytes(message: str) -> int:
-    """Bytes that a program would take, from the message with which XLA refuses it; 0 where it does not say."""
-    found = re.search(r'Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available', message)
-    if not found:
-        return 0
-    number, unit = found[1] or found[3], found[2] or found[4]
-    return int(float(number) * 1024 ** ('KMGT'.index(unit) + 1))
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """Compiling the step ahead of time, and choosing how many micro-batches fit in memory by what the compiler reports."""
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -29,6 +30,34 @@ def available_bytes() -> int:
     return (psutil.virtual_memory().available + psutil.Process().memory_info().rss) // jax.local_device_count()
 
 
+def try_compile(lowered, limit: int):
+    """Compiles; returns `(compiled, bytes a device needs)`, with None for what XLA refuses for lack of memory.
+
+    XLA's TPU compiler refuses what a chip cannot hold and says how much it would take; on other platforms everything
+    compiles.
+
+    Args:
+      lowered: a jitted function's lowering.
+      limit: bytes a device has.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith('RESOURCE_EXHAUSTED'):
+            raise
+        return None, max(refused_bytes(str(error)), limit + 1)
+    return compiled, peak_bytes(compiled)
+
+
+def refused_bytes(message: str) -> int:
+    """Bytes that a program would take, from the message with which XLA refuses it; 0 where it does not say."""
+    found = re.search(r'Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available', message)
+    if not found:
+        return 0
+    number, unit = found[1] or found[3], found[2] or found[4]
+    return int(float(number) * 1024 ** ('KMGT'.index(unit) + 1))
+
+
 def compile_step(make: Callable[[int], Callable], args: tuple, accumulate: int | str, rows: int):
     """Traces and compiles once for a given number of micro-batches, or tries 1, 2, 4 … until one fits.
 
@@ -48,8 +77,7 @@ def compile_step(make: Callable[[int], Callable], args: tuple, accumulate: int |
         return accumulate, make(accumulate).lower(*args).compile()
     limit = available_bytes()
     for count in (n for n in range(1, rows + 1) if rows % n == 0):
-        compiled = make(count).lower(*args).compile()
-        needed = peak_bytes(compiled)
+        compiled, needed = try_compile(make(count).lower(*args), limit)
         if needed <= 0.92 * limit:
             return count, compiled
         console.note(f'train.accumulate={count} needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB a device')

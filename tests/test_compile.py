@@ -9,6 +9,7 @@ import pytest
 
 from jaxtune import compile as compile_task
 from jaxtune import config as recipes
+from jaxtune.compiled import refused_bytes
 from jaxtune.errors import UserError
 from jaxtune.parallel.topology import CARDS, TPU_GIB, target_config, topology_devices, usable_bytes
 
@@ -128,12 +129,10 @@ def test_a_small_model_fits_a_tpu_and_a_huge_one_does_not(tmp_path, capsys):
 
 
 def test_the_compiler_s_refusals_are_read():
-    assert (
-        compile_task.refused_bytes('Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.') == 20.5 * 2**30
-    )
+    assert refused_bytes('Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.') == 20.5 * 2**30
     text = 'the total memory required for HLO temporaries (512.00G) exceeds available HBM (15.75G)'
-    assert compile_task.refused_bytes(text) == 512 * 2**30
-    assert compile_task.refused_bytes('out of luck') == 0
+    assert refused_bytes(text) == 512 * 2**30
+    assert refused_bytes('out of luck') == 0
 
 
 def test_collectives_are_counted_by_kind():

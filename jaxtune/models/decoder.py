@@ -177,7 +177,8 @@ class Decoder(_Part):
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache = None):
         c = self.config
-        x = self.embed('embed_tokens', c.vocab_size)(tokens)
+        # Looked up as the table lies; from there to whole rows in one exchange (in one go XLA would gather all rows).
+        x = constrain(self.embed('embed_tokens', c.vocab_size)(tokens), 'copy', 'length', 'width')
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.rope is None:

@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxtune.errors import UserError
@@ -14,6 +15,8 @@ BATCH_AXES = ('data', 'fsdp')
 # What a dimension of an activation is -> the mesh axes that divide it.
 _LOGICAL = {
     'batch': BATCH_AXES,
+    'copy': ('data',),
+    'width': ('fsdp',),
     'length': ('sequence',),
     'heads': ('tensor',),
     'mlp': ('tensor',),
@@ -47,13 +50,14 @@ def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) ->
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    given = devices is not None
-    devices = devices if given else jax.devices()
+    devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    types = (AxisType.Auto,) * len(AXES)
-    if given:
-        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types)
+    # Neighbours on the chips' torus become neighbours on an axis; an axis need not be a whole side of the torus.
+    try:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except AssertionError:  # the two cores of a v4 chip, when compiling ahead: on the machine they are one device
+        grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def axis_size(*axes: str) -> int:
@@ -64,6 +68,8 @@ def axis_size(*axes: str) -> int:
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """Hints how an activation is divided: one of `batch`, `length`, `heads`, `mlp`, `vocab` or None a dimension.
+
+    `copy` and `width` are rows and features of an activation that still lies as the parameter it was read from.
 
     Axes that are manual here (inside `shard_map`) or that do not divide the dimension are left out; without a mesh it
     returns `x` as it is.
