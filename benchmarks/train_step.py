@@ -48,7 +48,7 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        model = models.build(models.read_config(CONFIG))
+        model = models.build(models.read_config(CONFIG), remat=config.model.remat)
         params = jax.jit(model.init)(jax.random.key(0))
         transform = methods.get(method)
         params = transform.init(params, config.method, jax.random.key(1))

@@ -147,7 +147,9 @@ SCHEMA: dict[str, Key | Free] = {
     'model.config': Free('from scratch: Hugging Face config fields, model_type among them'),
     'model.param_dtype': Key('float32', _dtype, 'what parameters and optimizer state are kept in'),
     'model.compute_dtype': Key('float32', _dtype, 'what activations and matrix products use'),
-    'model.remat': Key('none', _one_of('none', 'full', 'dots'), 'what the backward pass computes again'),
+    'model.remat': Key(
+        'dots', _one_of('none', 'full', 'dots'), 'the backward pass computes again: nothing, all, or all but products'
+    ),
     'model.attention': Key('auto', _one_of('auto', 'xla', 'flash'), 'attention kernel; the one that ran is logged'),
     'tokenizer.path': Key('', _str, "default: the model's own; @prepare; bytes = UTF-8 bytes, no file needed"),
     'objective': Key(
