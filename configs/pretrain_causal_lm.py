@@ -1,11 +1,11 @@
 """GPT-2's small model (124 million parameters) from scratch on your text.
 
-    python -m jaxtune.main --config configs/pretrain_causal_lm.py --config.data.train='corpus/*.jsonl'
-    python -m jaxtune.main --config configs/pretrain_causal_lm.py --config.task=compile --config.compile.topology=v5e:2x4
+    python -m jaxtune.main --config configs/pretrain_causal_lm.py --config.prepare.data.train='corpus/*.jsonl'
 
-For eight accelerator chips: 0.5 million tokens an update, 10 billion tokens in 19,073 updates, the shape and schedule of
-GPT-3's small model (Brown et al. 2020, arXiv:2005.14165, table 2.1). One stage makes the tokenizer and the token files,
-the next one trains. Not yet run to its end on hardware: what a step needs there is what `task=compile` reports.
+For eight accelerator chips: 0.5 million tokens an update, 10 billion tokens in 19,073 updates, with the shape and the
+schedule of GPT-3's small model (Brown et al. 2020, arXiv:2005.14165, table 2.1). One stage makes the tokenizer and the
+token files, the next one trains. Not yet run to its end on hardware; `configs/compile_causal_lm.py` says what a step
+needs there.
 """
 
 from ml_collections import ConfigDict

@@ -152,5 +152,5 @@ def test_clip_scales_to_the_norm_and_no_further():
 
 
 def test_what_is_not_here_is_said():
-    with pytest.raises(UserError, match='optimizer.offload'):
+    with pytest.raises(UserError, match=r'optimizer\.offload'):
         make_optimizer(settings(offload=True), 1)
