@@ -445,6 +445,12 @@ def _check_references(config: ConfigDict, earlier: tuple[str, ...], prefix: str)
             raise UserError(f'{prefix}{path}={value!r}: expected the name of an earlier stage ({names})')
 
 
+def references(config: ConfigDict) -> set[str]:
+    """Names of the earlier stages whose output a recipe reads."""
+    values = [config_get(config, path) for path in REFERENCES]
+    return {value[1:] for value in values if value.startswith('@')}
+
+
 def point_to_stages(config: ConfigDict, root: pathlib.Path) -> ConfigDict:
     """A copy in which `@NAME` is the folder of the stage NAME below `root`."""
     config = copy.deepcopy(config)

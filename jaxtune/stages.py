@@ -1,11 +1,13 @@
 """Running the tasks of a recipe in order, each in its own folder, and finding one stage's output from another."""
 
+import functools
 import importlib
 
 from jaxtune import config as recipes
 from jaxtune import console, workdir
 from jaxtune.errors import UserError
 from jaxtune.flags import Command
+from jaxtune.parallel import hosts
 
 # Each task is `run(config, workdir, command) -> metrics of result.json`, in the module named here.
 TASKS = {
@@ -30,12 +32,13 @@ def run(command: Command) -> None:
         folder = command.workdir / name if name else command.workdir
         if staged:
             console.note(f'stage {name} ({config.task}) in {folder}')
-        finished = workdir.claim(folder, config, command.overwrite, console.is_primary())
+        inputs = {other: workdir.mark(command.workdir / other) for other in recipes.references(config)}
+        finished = hosts.from_primary(functools.partial(workdir.claim, folder, config, command.overwrite, inputs))
         if finished is None:
             module = importlib.import_module(TASKS[config.task])
             finished = module.run(recipes.point_to_stages(config, command.workdir), folder, command)
         else:
-            console.note(f'already done: {folder}/result.json (another --workdir or --overwrite starts anew)')
+            console.note(f'already done: {folder}/result.json (another --workdir starts anew)')
         results[name] = finished
     if staged and console.is_primary():
         from jaxtune.report import write_report

@@ -1,10 +1,12 @@
 """A workdir: what a run leaves there, and whether the same command may go on in it."""
 
+import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,6 +14,7 @@ from ml_collections import ConfigDict
 from jaxtune.config import differing
 from jaxtune.errors import UserError
 
+INPUTS = 'inputs.json'
 OURS = ('checkpoints', 'export', 'adapter', 'tensorboard', 'cache', 'train', 'eval', 'tokenizer')
 
 
@@ -46,14 +49,24 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f'{path}: expected JSON: {error}') from None
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool, primary: bool = True) -> dict | None:
-    """Opens a workdir for a recipe and leaves `config.json` there.
+def mark(workdir: pathlib.Path) -> str:
+    """What tells one result of a stage from another: a hash of its `result.json`."""
+    try:
+        return hashlib.sha256((workdir / 'result.json').read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ''
+
+
+def claim(
+    workdir: pathlib.Path, config: ConfigDict, overwrite: bool, inputs: Mapping[str, str] | None = None
+) -> dict | None:
+    """Opens a workdir for a recipe and leaves `config.json` there; in process 0 of a pod alone.
 
     Args:
       workdir: made if it is not there.
       config: the full recipe.
-      overwrite: a workdir of another recipe is emptied instead of refused.
-      primary: whether this process writes (process 0 of a pod).
+      overwrite: a workdir of another recipe, or of other inputs, is emptied instead of refused.
+      inputs: earlier stage whose output is read -> a mark of its result (`mark`).
 
     Returns:
       `result.json` of the finished run with this very recipe, or None if there is work to do.
@@ -61,15 +74,18 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool, primary: b
     Raises:
       UserError: the workdir holds another recipe's run, or something else's files.
     """
+    inputs = dict(inputs or {})
     stored = read_json(workdir / 'config.json')
     if stored is not None:
         names = differing(stored, config)
+        before = read_json(workdir / INPUTS) or {}
+        names += [f'the result of stage {name}, made anew since' for name in before if before[name] != inputs.get(name)]
         if names and not overwrite:
             raise UserError(
-                f'{workdir}: holds a run of another recipe; these keys differ: {"; ".join(names)}. Expected the same '
+                f'{workdir}: holds a run of another recipe; what differs: {"; ".join(names)}. Expected the same '
                 'recipe, another --workdir, or --overwrite'
             )
-        if names and primary:
+        if names:
             for entry in workdir.iterdir():
                 if entry.is_dir() and not entry.is_symlink() and entry.name in OURS:
                     shutil.rmtree(entry)
@@ -78,11 +94,12 @@ def claim(workdir: pathlib.Path, config: ConfigDict, overwrite: bool, primary: b
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f'--workdir={workdir}: expected a folder')
     result = read_json(workdir / 'result.json') if stored is not None else None
-    if primary:
-        try:
-            write_json(workdir / 'config.json', json.loads(config.to_json()))
-        except OSError as error:
-            raise UserError(f'--workdir={workdir}: cannot write there: {error.strerror}') from None
+    try:
+        write_json(workdir / 'config.json', json.loads(config.to_json()))
+        if inputs:
+            write_json(workdir / INPUTS, inputs)
+    except OSError as error:
+        raise UserError(f'--workdir={workdir}: cannot write there: {error.strerror}') from None
     same_length = stored is not None and stored['train'] == json.loads(config.to_json())['train']
     return result if result and result.get('status') == 'done' and same_length else None
 

@@ -1,7 +1,8 @@
 """Attention: picks an implementation, and runs it on each device's own rows and heads of a mesh."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,30 @@ from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import SAVED_NAMES, Pattern, Places, blockwise
 
-__all__ = ['SAVED_NAMES', 'attention', 'chosen']
+__all__ = ['SAVED_NAMES', 'attention', 'chosen', 'unrecorded']
 
 # Bytes of scores that the plain path holds at a time: what stays in a CPU's cache, or keeps an accelerator busy.
 _BUDGET = {'cpu': 2**21}
 _ACCELERATOR_BUDGET = 2**29
 
 _chosen: dict[str, None] = {}
+_recording = True
 
 
 def chosen() -> tuple[str, ...]:
     """Names of the implementations that were traced in this process, in order: `xla`, `splash`, `cudnn`."""
     return tuple(_chosen)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Inside, traces do not count for `chosen`: making parameters attends to a token, which is no one's choice."""
+    global _recording
+    before, _recording = _recording, False
+    try:
+        yield
+    finally:
+        _recording = before
 
 
 def attention(
@@ -81,7 +94,8 @@ def attention(
         sequence=_axis_size('sequence'),
     )
     name = _choose(implementation, call)
-    _chosen[name] = None
+    if _recording:
+        _chosen[name] = None
 
     traced = None if window is None or isinstance(window, int) else window
     mesh = _Division(q.shape, k.shape)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.models import rope as rotary
-from jaxtune.models.attention import attention
+from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.decoder_families import FAMILIES, DecoderConfig, decoder_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, RMSNorm
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
@@ -212,7 +212,8 @@ class Decoder(_Part):
 
 def _init(module: Decoder, rng: jax.Array) -> Any:
     place = jnp.zeros((1, 1), jnp.int32)
-    return module.init(rng, place, place, place + 1)['params']
+    with unrecorded():
+        return module.init(rng, place, place, place + 1)['params']
 
 
 def _forward(module: Decoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:

@@ -1,19 +1,32 @@
 """Joining the processes of a pod or cluster into one program."""
 
+import glob
+import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
+
+from jaxtune.errors import UserError
 
 _CLUSTER_SIGNS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES')
 
 
 def many_processes() -> bool:
-    """Whether the environment says that this process is one of several."""
+    """Whether this process is, or on a TPU may be, one of several."""
     if any(os.environ.get(name, '1') not in ('', '0', '1') for name in _CLUSTER_SIGNS):
         return True
     workers = os.environ.get('TPU_WORKER_HOSTNAMES', '')
     # Off a TPU, an installed libtpu leaves a sentence in that variable.
-    return (',' in workers and ' ' not in workers) or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
+    return (',' in workers and ' ' not in workers) or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ or _on_tpu_vm()
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this is a host of a TPU slice, whose metadata server alone knows how many there are."""
+    chips = glob.glob('/dev/accel[0-9]*') or glob.glob('/dev/vfio/[0-9]*')
+    return bool(chips) and os.environ.get('JAX_PLATFORMS', 'tpu').startswith('tpu')
 
 
 def initialize() -> None:
@@ -32,10 +45,34 @@ def initialize() -> None:
             num_processes=int(os.environ['JAX_NUM_PROCESSES']),
             process_id=int(os.environ['JAX_PROCESS_ID']),
         )
-    else:
+    elif not jax.distributed.is_initialized():
         jax.distributed.initialize()
 
 
 def is_primary() -> bool:
     """Whether this process prints and writes (without starting JAX's backends where there is only one)."""
     return not many_processes() or jax.process_index() == 0
+
+
+def from_primary(function: Callable[[], Any]) -> Any:
+    """What `function` returns in process 0, where alone it runs: JSON values.
+
+    Raises:
+      UserError: in every process, what process 0 raised.
+    """
+    if not many_processes() or jax.process_count() == 1:
+        return function()
+    from jax.experimental import multihost_utils
+
+    answer = b''
+    if jax.process_index() == 0:
+        try:
+            answer = json.dumps({'value': function()}).encode()
+        except UserError as error:
+            answer = json.dumps({'error': str(error)}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(answer))))
+    letters = np.frombuffer(answer.ljust(size, b' '), np.uint8) if answer else np.zeros(size, np.uint8)
+    told = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(letters)).astype(np.uint8).tobytes())
+    if 'error' in told:
+        raise UserError(told['error'])
+    return told['value']

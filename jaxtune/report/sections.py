@@ -21,6 +21,9 @@ _PHASES = {
     'load': ('loading the model', 'load'),
     'export': ('exporting', 'export'),
     'generate': ('generating', 'step'),
+    'collect': ('collecting', 'load'),
+    'tokenizer': ('training the tokenizer', 'compile'),
+    'tokenise': ('tokenising', 'step'),
 }
 
 _TITLES = {

@@ -123,6 +123,36 @@ def get_config():
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
 
 
+def test_a_stage_whose_input_was_made_anew_is_not_taken_for_done(corpus, tmp_path, capsys):
+    path = tmp_path / 'recipe.py'
+    path.write_text(
+        f"""
+from ml_collections import ConfigDict
+
+
+def get_config():
+    model = {{'model_type': 'gpt2', 'n_embd': 32, 'n_layer': 1, 'n_head': 2, 'n_positions': 64}}
+    data = {str(corpus / 'train.jsonl')!r}
+    return ConfigDict({{
+        'stages': ('first', 'score'),
+        'first': {{'task': 'train', 'tokenizer': {{'path': 'bytes'}}, 'model': {{'config': model}},
+                  'data': {{'train': data, 'seq_len': 32}}, 'train': {{'steps': 2}}}},
+        'score': {{'task': 'evaluate', 'model': {{'path': '@first'}}, 'data': {{'eval': data, 'seq_len': 32}}}},
+    }})
+"""
+    )
+    workdir = tmp_path / 'run'
+    assert run(path, workdir) == 0
+    before = result(workdir / 'score')['metrics']['eval/loss']
+    assert run(path, workdir, '--config.first.train.steps=6') == 2
+    assert 'score: holds' in (error := capsys.readouterr().err)
+    assert 'stage first' in error
+    assert result(workdir / 'score')['metrics']['eval/loss'] == before
+    assert run(path, workdir, '--config.first.train.steps=6', '--overwrite') == 0
+    assert result(workdir / 'first')['step'] == 6
+    assert result(workdir / 'score')['metrics']['eval/loss'] != before
+
+
 def test_an_unfinished_run_can_be_exported(path, tmp_path, corpus):
     import shutil
 

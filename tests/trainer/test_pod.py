@@ -1,0 +1,91 @@
+"""The command on two hosts at once: the run of one host, and stopping and going on together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import metrics, recipe, start, write_recipe
+from test_resume import updates, wait_for
+
+
+def start_pod(path, workdir):
+    """Two processes with two devices each."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, '-m', 'jaxtune.main', '--config', str(path), '--workdir', str(workdir)]
+    common = {
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+    }
+    return [
+        subprocess.Popen(
+            words,
+            env=os.environ | common | {'JAX_PROCESS_ID': str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes):
+    ended = [process.communicate(timeout=240) for process in processes]
+    return [process.returncode for process in processes], ended
+
+
+@pytest.fixture(scope='module')
+def whole(corpus, tmp_path_factory):
+    """A recipe of two stages of training over four devices, and its run on one host."""
+    folder = tmp_path_factory.mktemp('pod')
+    keys = recipe(corpus, train__steps=40, mesh__fsdp=2, eval__every=20, checkpoint__every=30)
+    path = write_recipe(folder / 'recipe.py', keys)
+    process = start(path, folder / 'whole', devices=4)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return path, folder / 'whole'
+
+
+def assert_close(workdir, reference):
+    for name in ('train/loss', 'eval/loss'):
+        np.testing.assert_allclose(metrics(workdir, name), metrics(reference, name), rtol=1e-5)
+
+
+def test_two_hosts_are_one_run(whole, tmp_path):
+    path, reference = whole
+    codes, ended = finish(start_pod(path, tmp_path))
+    assert codes == [0, 0], ended
+    assert_close(tmp_path, reference)
+    assert 'updates' in ended[0][0]
+    assert ended[1][0] == ''  # only process 0 prints
+    sizes = [(folder / 'export' / 'model.safetensors').stat().st_size for folder in (tmp_path, reference)]
+    assert sizes[0] == sizes[1]
+
+
+def test_told_to_stop_all_save_together_and_one_host_continues(whole, tmp_path):
+    path, reference = whole
+    processes = start_pod(path, tmp_path)
+    wait_for(lambda: updates(tmp_path) >= 5, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    codes, ended = finish(processes)
+    assert codes == [143, 143], ended
+    assert 0 < len(metrics(tmp_path, 'train/loss')) < 40
+    process = start(path, tmp_path, devices=4)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert 'continuing from checkpoint' in output
+    assert_close(tmp_path, reference)
+
+
+def test_a_mistake_ends_all_of_them(corpus, tmp_path):
+    path = write_recipe(tmp_path / 'recipe.py', recipe(corpus) | {'data.train': 'not/there.jsonl'})
+    codes, ended = finish(start_pod(path, tmp_path / 'run'))
+    assert codes == [2, 2], ended
+    assert 'data.train=not/there.jsonl' in ended[0][1]
