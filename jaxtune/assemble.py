@@ -1,6 +1,7 @@
 """Putting the parts of a recipe together: tokenizer, model and parameters on the mesh."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -8,10 +9,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import models
+from jaxtune import models, objectives
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
-from jaxtune.models import hf
+from jaxtune.models import hf, hub
 from jaxtune.parallel import match_rules, shardings
 
 
@@ -68,23 +69,75 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
             )
         # A multiple of 64 keeps the matrix units whole; no token ever has these last numbers.
         if tokenizer is not None:
-            own.setdefault('vocab_size', -(-len(tokenizer) // 64) * 64)
+            own.setdefault('vocab_size', -(-(len(tokenizer) + _spare_tokens(config, tokenizer)) // 64) * 64)
             for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
                 own.setdefault(name, getattr(tokenizer, name))
+            if models.KINDS.get(own.get('model_type')) == 'encdec':
+                own.setdefault('decoder_start_token_id', tokenizer.pad_token_id)  # as T5's own begin
         fields = models.read_config(own)
     if tokenizer is not None:
         tokenizers.check_vocab(tokenizer, fields['vocab_size'])
+        spare = _spare_tokens(config, tokenizer)
+        if spare and fields['vocab_size'] < tokenizers.vocab_size(tokenizer) + spare:
+            raise UserError(
+                f'objective={config.objective}: needs {spare} tokens more than the tokenizer has; expected '
+                f'vocab_size >= {tokenizers.vocab_size(tokenizer) + spare}, not {fields["vocab_size"]}, or a tokenizer '
+                'with sentinels (<extra_id_0>, ...)'
+            )
+    head, fields = _head(config, fields, folder)
     model = models.build(
         fields,
         param_dtype=settings.param_dtype,
         compute_dtype=settings.compute_dtype,
         remat=settings.remat,
         attention=settings.attention,
+        **head,
     )
     limit = model.config.max_positions
     if limit and config.data.seq_len > limit:
         raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions")
     return model, folder
+
+
+def _spare_tokens(config: ConfigDict, tokenizer) -> int:
+    """How many ids beyond the tokenizer's the objective uses."""
+    if config.task not in ('train', 'evaluate', 'compile'):
+        return 0
+    count = getattr(objectives.get(config.objective), 'spare_tokens', None)
+    return count(config, tokenizer) if count else 0
+
+
+def _head(config: ConfigDict, fields: dict[str, Any], folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Which head the model gets, as `models.build` takes it, and the fields with its labels.
+
+    Where there is a loss, its objective says; else the folder's own head stays.
+
+    Raises:
+      UserError: the objective does not suit this kind of model.
+    """
+    if config.task in ('train', 'evaluate', 'compile'):
+        objective = objectives.get(config.objective)
+        kind = models.KINDS[fields['model_type']]
+        kinds = getattr(objective, 'KINDS', (kind,))
+        if kind not in kinds:
+            fitting = [name for name, its_kind in models.KINDS.items() if its_kind in kinds]
+            raise UserError(
+                f'objective={config.objective}: does not suit model_type={fields["model_type"]!r}; expected one of '
+                + ', '.join(fitting)
+            )
+        head = getattr(objective, 'HEAD', 'lm')
+        if head != 'lm':
+            fields = fields | objective.label_fields(config)
+    else:
+        head = _folder_head(folder) if folder else 'lm'
+    return ({} if head == 'lm' else {'head': head, 'labels': len(fields.get('id2label') or (0, 1))}), fields
+
+
+def _folder_head(folder: str) -> str:
+    """The head of the class that a folder was saved from."""
+    names = json.loads((hub.resolve(folder) / 'config.json').read_text('utf-8')).get('architectures') or ['']
+    endings = {'ForSequenceClassification': 'classification', 'ForTokenClassification': 'token_classification'}
+    return next((head for ending, head in endings.items() if names[0].endswith(ending)), 'lm')
 
 
 def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
@@ -99,7 +152,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
     specs = match_rules(shapes, mesh)
     placed = shardings(specs, mesh)
     if folder:
-        params, fresh = hf.load(folder, model, placed, config.model.param_dtype)
+        params, fresh = hf.load(folder, model, placed, config.model.param_dtype, jax.random.key(config.seed))
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
         params = jax.jit(model.init, out_shardings=placed)(jax.random.key(config.seed))

@@ -157,6 +157,14 @@ SCHEMA: dict[str, Key | Free] = {
         _one_of('causal_lm', 'masked_lm', 'span_corruption', 'seq2seq', 'classification', 'sft', 'reward', 'dpo'),
         'what is learnt',
     ),
+    'masked_lm.probability': Key(0.15, _float(above=0, high=1), 'masked_lm: share of the tokens to predict'),
+    'masked_lm.whole_word': Key(False, _bool, "masked_lm: a word's tokens are chosen together"),
+    'span_corruption.mode': Key(
+        'spans', _one_of('spans', 'prefix', 'ul2'), "span_corruption: T5's spans, a prefix to go on from, UL2's mixture"
+    ),
+    'span_corruption.density': Key(0.15, _float(above=0, high=0.9), 'spans: share of the tokens hidden'),
+    'span_corruption.mean_length': Key(3.0, _float(1), 'spans: mean length of a hidden span'),
+    'seq2seq.prefix': Key('', _str, "seq2seq: the task's name, put before every source"),
     'method.name': Key('full', _one_of('full', 'lora', 'qlora', 'adapter', 'prompt'), 'which weights are trained'),
     'method.rank': Key(16, _int(1), 'LoRA: rank of the update'),
     'method.alpha': Key(32.0, _float(above=0), 'LoRA: scale alpha / rank'),
@@ -182,6 +190,9 @@ SCHEMA: dict[str, Key | Free] = {
     'data.packing': Key(True, _bool, 'several documents a row; they never see each other'),
     'data.append_eos': Key(True, _bool, "end each text document with the tokenizer's EOS"),
     'data.text_key': Key('text', _str, 'field of a record that holds the text'),
+    'data.source_key': Key('source', _str, 'field of a pair that is read'),
+    'data.target_key': Key('target', _str, 'field of a pair that is written'),
+    'data.target_len': Key(0, _int(0), 'tokens of a target in a row of a batch; 0 = data.seq_len'),
     'data.eval_fraction': Key(0.02, _float(0, 0.5), 'prepare: share of the documents held out'),
     'data.min_chars': Key(1, _int(0), 'prepare: shorter documents are left out'),
     'data.vocab_size': Key(8192, _int(300), 'prepare: size of the vocabulary to train'),
@@ -222,6 +233,10 @@ SCHEMA: dict[str, Key | Free] = {
     'generate.prompts': Key(0, _int(0), 'at most so many prompts; 0 = all'),
     'generate.prompt_tokens': Key(
         0, _int(0), 'the first so many tokens of each text are the prompt; 0 = the whole text'
+    ),
+    'generate.beams': Key(1, _int(1), 'beam search: so many hypotheses a prompt, the best is kept; 1 = off'),
+    'generate.length_penalty': Key(
+        1.0, _float(), "beam search: a hypothesis' log-probability is divided by its length to this power"
     ),
     'generate.batch_size': Key(8, _int(1), 'prompts sampled together'),
     'rl.rollouts': Key(64, _int(1), 'completions sampled an update'),

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import console, runinfo
 from jaxtune.assemble import Assembly, assemble
+from jaxtune.beam import beam_search
 from jaxtune.data.documents import open_documents
 from jaxtune.data.prepare import HELD_OUT
 from jaxtune.errors import UserError
@@ -38,6 +39,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     if config.generate.batch_size % rows:
         raise UserError(
             f'generate.batch_size={config.generate.batch_size}: expected a multiple of mesh.data x mesh.fsdp = {rows}'
+        )
+    if config.generate.beams > 1 and config.generate.samples > 1:
+        raise UserError(
+            f'generate.samples={config.generate.samples}: expected 1 with generate.beams > 1, which keep one'
         )
     with jax.set_mesh(mesh):
         with info.timed('load'):
@@ -73,7 +78,10 @@ def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[str, list[in
       UserError: none, an empty one, or one that leaves no room for the completion in the model's positions.
     """
     settings = config.generate
-    text_key = 'prompt' if config.data.format == 'prompt' else config.data.text_key
+    text_key = {'prompt': 'prompt', 'pair': config.data.source_key}.get(config.data.format, config.data.text_key)
+    # What an encoder reads ends, and was introduced in training.
+    answers = parts.model.kind == 'encdec'
+    prefix, eos = (config.seq2seq.prefix, parts.tokenizer.eos_token_id) if answers else ('', None)
     prepared = pathlib.Path(config.data.eval) / HELD_OUT
     texts = open_documents(str(prepared) if prepared.is_file() else config.data.eval, 'data.eval', text_key)
     prompts = []
@@ -82,10 +90,13 @@ def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[str, list[in
         if settings.prompt_tokens:
             # A token is rarely longer than this; tokenising whole books for their first words takes long.
             text = text[: 64 * settings.prompt_tokens]
+        text = prefix + text
         ids = parts.tokenizer(text).input_ids
         if settings.prompt_tokens:
             ids = ids[: settings.prompt_tokens]
             text = parts.tokenizer.decode(ids, skip_special_tokens=True)
+        if answers and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
         if not ids:
             raise UserError(f'data.eval={config.data.eval}: prompt {number} is empty; expected at least one token')
         if limit and len(ids) + settings.max_new_tokens > limit:
@@ -130,7 +141,12 @@ def _complete(
 
     def run_batch(params, batch):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch['number'])
-        return sample(parts.model, sampling, params, batch['prompts'], batch['lengths'], keys)
+        prompts = (batch['prompts'], batch['lengths'])
+        if config.generate.beams > 1:
+            return beam_search(
+                parts.model, sampling, params, *prompts, config.generate.beams, config.generate.length_penalty
+            )
+        return sample(parts.model, sampling, params, *prompts, keys)
 
     sampler = jax.jit(run_batch, out_shardings=NamedSharding(mesh, P()))
     work = [prompt for prompt in prompts for _ in range(config.generate.samples)]
@@ -155,7 +171,7 @@ def _complete(
             for row, (text, prompt) in enumerate(chosen):
                 new = completions.tokens[row, : completions.lengths[row]].tolist()
                 tokens += len(new)
-                completion = decode_continuation(tokenizer, prompt, new)
+                completion = decode_continuation(tokenizer, [] if parts.model.kind == 'encdec' else prompt, new)
                 line = {'prompt': text, 'completion': completion, 'score': None, 'step': 0}
                 file.write(json.dumps(line, ensure_ascii=False) + '\n')
             file.flush()

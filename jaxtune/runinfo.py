@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jaxtune import console, hardware
+from jaxtune import console, hardware, objectives
 from jaxtune.units import amount, duration, size
 from jaxtune.weights import tree
 from jaxtune.workdir import read_json, write_json
@@ -66,9 +66,8 @@ class RunInfo:
           trainable: those that train; None where the others were.
           opt_state: the optimizer's state, or None where nothing trains.
         """
-        length = self.config.data.seq_len
         with contextlib.suppress(NotImplementedError):
-            self._flops_per_token = model.flops_per_token(length)
+            self._flops_per_token = flops_per_token(self.config, model)
         self._facts['model'] = {
             'family': model.hf_config.get('model_type', model.kind),
             'layers': getattr(model.config, 'num_layers', None),
@@ -220,13 +219,21 @@ class RunInfo:
                 ('held out', _held_out(metrics, gzip)),
                 ('time', duration(seconds) + (f', {speed:,.0f} tokens/s at the end' if speed else '')),
                 ('made', f'{run.workdir}/: {", ".join(made)}; weights of update {exported}'),
-                ('generate', _generate_command(run)),
+                ('generate', _generate_command(run, self.config.objective)),
                 (
                     'or load',
-                    f"transformers.AutoModelForCausalLM.from_pretrained('{export}')" if export.is_dir() else '',
+                    f"{_auto_class(self.config.objective)}.from_pretrained('{export}')" if export.is_dir() else '',
                 ),
             ]
         )
+
+
+def flops_per_token(config, model) -> float:
+    """Training FLOPs a token of rows: of an encoder-decoder, one of the source with its share of the target."""
+    lengths = [config.data.seq_len]
+    if model.kind == 'encdec':
+        lengths.append(objectives.get(config.objective).row(config)['targets'].shape[0])
+    return model.flops_per_token(*lengths)
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -239,13 +246,28 @@ def _held_out(metrics: dict[str, Any], gzip: float | None) -> str:
         parts.append(f'loss {loss:.4f}')
     if (perplexity := metrics.get('eval/perplexity')) is not None:
         parts.append(f'perplexity {perplexity:,.2f}')
+    if (accuracy := metrics.get('eval/accuracy')) is not None:
+        parts.append(f'accuracy {accuracy:.1%}')
     if (bits := metrics.get('eval/bits_per_byte')) is not None:
         parts.append(f'{bits:.3f} bits a byte' + (f' (gzip -9: {gzip:.3f})' if gzip else ''))
     return ', '.join(parts)
 
 
-def _generate_command(run) -> str:
-    if not (run.workdir / 'export').is_dir():
+# The class in `transformers` that loads what an objective trains.
+_AUTO = {
+    'masked_lm': 'MaskedLM',
+    'classification': 'SequenceClassification',
+    'span_corruption': 'Seq2SeqLM',
+    'seq2seq': 'Seq2SeqLM',
+}
+
+
+def _auto_class(objective: str) -> str:
+    return f'transformers.AutoModelFor{_AUTO.get(objective, "CausalLM")}'
+
+
+def _generate_command(run, objective: str) -> str:
+    if not (run.workdir / 'export').is_dir() or objective in ('masked_lm', 'classification'):
         return ''
     lines = (
         'python -m jaxtune.main --config configs/generate.py',

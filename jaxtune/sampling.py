@@ -1,4 +1,4 @@
-"""Sampling from a decoder: one jitted prefill of the prompts and one `lax.while_loop` over a key-value cache."""
+"""Sampling: one jitted prefill of the prompts and one `lax.while_loop` over a key-value cache."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -91,20 +91,16 @@ def sample(
     """Completes prompts; pure, one compile per shape. What a row gets depends on its own prompt and key alone.
 
     Args:
-      model: a decoder.
+      model: a decoder or an encoder-decoder.
       sampling: how.
       params: its parameters.
       prompts: `[batch, length]` int32, padded right.
       lengths: `[batch]` int32, tokens of each prompt, at least 1.
       keys: `[batch]` typed random keys.
     """
-    batch, width = prompts.shape
-    limit = sampling.max_new_tokens
+    batch, limit = len(prompts), sampling.max_new_tokens
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
-    places = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
-    inputs = {'tokens': prompts, 'positions': places, 'segments': (places < lengths[:, None]).astype(jnp.int32)}
-    outputs = model.apply(params, inputs, cache=model.init_cache(batch, width + limit))
-    last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+    hidden, cache, first = model.prefill(params, prompts, lengths, limit)
 
     def take(state, hidden, t):
         """Draws token `t` from the hidden state before it."""
@@ -126,22 +122,18 @@ def sample(
         return (state['t'] < limit) & ~state['done'].all()
 
     def step(state):
-        inputs = {
-            'tokens': state['now'][:, None],
-            'positions': (lengths + state['t'] - 1)[:, None],
-            'segments': (~state['done']).astype(jnp.int32)[:, None],
-        }
-        outputs = model.apply(params, inputs, cache=state['cache'])
-        return take({**state, 'cache': outputs.cache}, outputs.hidden[:, 0], state['t'])
+        places = first + state['t'] - 1
+        hidden, cache = model.step(params, state['cache'], state['now'], places, ~state['done'])
+        return take({**state, 'cache': cache}, hidden, state['t'])
 
     state = {
-        'cache': outputs.cache,
+        'cache': cache,
         'tokens': jnp.full((batch, limit), sampling.pad_id, jnp.int32),
         'logprobs': jnp.zeros((batch, limit), jnp.float32),
         'lengths': jnp.zeros(batch, jnp.int32),
         'done': jnp.zeros(batch, bool),
     }
-    state = jax.lax.while_loop(more, step, take(state, last, jnp.int32(0)))
+    state = jax.lax.while_loop(more, step, take(state, hidden, jnp.int32(0)))
     return Completions(state['tokens'], state['lengths'], state['logprobs'])
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFa
 
 from jaxtune.errors import UserError
 
-PAD, EOS = '<pad>', '<eos>'
+PAD, EOS, MASK = '<pad>', '<eos>', '<mask>'
 
 # What a folder with a tokenizer holds at least one of.
 _FILES = (
@@ -36,7 +36,8 @@ def load(path: str) -> PreTrainedTokenizerFast:
     """Opens a tokenizer.
 
     Args:
-      path: a folder, a hub id, or `'bytes'`: id = byte for 0..255, then `<pad>` and `<eos>`; no file is needed.
+      path: a folder, a hub id, or `'bytes'`: id = byte for 0..255, then `<pad>`, `<eos>` and `<mask>`;
+        no file is needed.
 
     Raises:
       UserError: there is none, or `transformers` cannot open it. Code that comes with a tokenizer is never run.
@@ -71,7 +72,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
     Args:
       texts: the training documents, read once.
-      vocab_size: entries at most, of which 0 is `<pad>`, 1 is `<eos>` and 256 are bytes; little text gives fewer.
+      vocab_size: entries at most, of which 0 is `<pad>`, 1 is `<eos>`, 2 is `<mask>` and 256 are bytes; little text
+        gives fewer.
     """
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -83,7 +85,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, EOS],
+        special_tokens=[PAD, EOS, MASK],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -141,7 +143,7 @@ def _bytes() -> PreTrainedTokenizerFast:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([PAD, EOS])
+    tokenizer.add_special_tokens([PAD, EOS, MASK])
     return _wrap(tokenizer)
 
 
@@ -151,6 +153,7 @@ def _wrap(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
+        mask_token=MASK,
         unk_token=EOS,  # as GPT-2 has it: never made of bytes, but some classes add a token of their own where it lacks
         clean_up_tokenization_spaces=False,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
-from jaxtune.models import decoder_families
+from jaxtune.models import decoder_families, encdec_families, encoder_families
 from jaxtune.models.fields import read_fields
 from jaxtune.models.model import Head, Model, Outputs
 
@@ -16,6 +16,8 @@ __all__ = ['KINDS', 'Head', 'Model', 'Outputs', 'build', 'read_config']
 
 # Hugging Face's model_type -> the module of this package that builds it.
 KINDS: dict[str, str] = dict.fromkeys(decoder_families.FAMILIES, 'decoder')
+KINDS |= dict.fromkeys(encdec_families.FAMILIES, 'encdec')
+KINDS |= dict.fromkeys(encoder_families.FAMILIES, 'encoder')
 
 
 def read_config(source: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -38,6 +40,8 @@ def build(
     compute_dtype: str = 'float32',
     remat: str = 'none',
     attention: str = 'auto',
+    head: str = 'lm',
+    labels: int = 0,
 ) -> Model:
     """The model of config fields as `read_config` gives them.
 
@@ -47,9 +51,22 @@ def build(
       compute_dtype: what activations and matrix products use; norms, rotary angles and softmax stay in float32.
       remat: `none`, `full` or `dots`.
       attention: `auto`, `xla` or `flash`.
+      head: what follows the last layer: `lm`, `classification` (of a whole row) or `token_classification`.
+      labels: classes that a classifier tells apart.
+
+    Raises:
+      UserError: the family has no such head; names the key `objective`.
     """
     dtypes = {'param_dtype': jnp.dtype(param_dtype), 'compute_dtype': jnp.dtype(compute_dtype)}
-    return _module(fields).build(fields, **dtypes, remat=remat, attention=attention)
+    module, added = _module(fields), {}
+    if head != 'lm':
+        if KINDS[fields['model_type']] != 'encoder':
+            raise UserError(
+                f'objective: model_type={fields["model_type"]!r} has no {head} head in this version; expected one of '
+                + ', '.join(encoder_families.FAMILIES)
+            )
+        added = {'head': head, 'labels': labels}
+    return module.build(fields, **dtypes, remat=remat, attention=attention, **added)
 
 
 def _module(fields: Mapping[str, Any]):

@@ -13,7 +13,7 @@ from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import SAVED_NAMES, Pattern, Places, blockwise
 
-__all__ = ['SAVED_NAMES', 'attention', 'chosen', 'unrecorded']
+__all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded']
 
 # Bytes of scores that the plain path holds at a time: what stays in a CPU's cache, or keeps an accelerator busy.
 _BUDGET = {'cpu': 2**21}
@@ -26,6 +26,12 @@ _recording = True
 def chosen() -> tuple[str, ...]:
     """Names of the implementations that were traced in this process, in order: `xla`, `splash`, `cudnn`."""
     return tuple(_chosen)
+
+
+def record(name: str) -> None:
+    """Notes that an implementation was traced."""
+    if _recording:
+        _chosen[name] = None
 
 
 @contextlib.contextmanager
@@ -94,8 +100,7 @@ def attention(
         sequence=_axis_size('sequence'),
     )
     name = _choose(implementation, call)
-    if _recording:
-        _chosen[name] = None
+    record(name)
 
     traced = None if window is None or isinstance(window, int) else window
     mesh = _Division(q.shape, k.shape)

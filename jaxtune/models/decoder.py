@@ -16,17 +16,8 @@ from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.decoder_families import FAMILIES, DecoderConfig, decoder_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, RMSNorm
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
-
-# What the backward pass keeps instead of computing it again: nothing, or products and what attention's own backward
-# pass reads.
-_POLICIES = {
-    'full': None,
-    'dots': jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse'),
-    ),
-}
 
 _NO_WINDOW = 2**30  # beyond every position
 
@@ -194,10 +185,8 @@ class Decoder(_Part):
         windows = [_NO_WINDOW if window is None else window for window in c.windows]
         layers = Layer(jnp.arange(c.num_layers), jnp.asarray(windows, jnp.int32))
 
-        # In a scan the loop itself keeps XLA from merging the second computation with the first.
-        block = Block if self.remat == 'none' else nn.remat(Block, policy=_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
-            block,
+            rematerialised(Block, self.remat),
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
             in_axes=(0, nn.broadcast),

@@ -16,6 +16,8 @@ Fields = Mapping[str, Any]
 
 # Older names of fields, which the config classes turn into today's.
 _LEGACY = ('rope_theta', 'rope_scaling', 'torch_dtype', 'num_labels', 'partial_rotary_factor')
+# What every config may say, though not every class lists it.
+_COMMON = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id', 'tie_word_embeddings')
 # What describes a folder rather than a model. `auto_map` names code inside a folder, which is never run.
 _DROPPED = (
     '_name_or_path',
@@ -86,7 +88,7 @@ def read_fields(source: str | Fields, model_types: Collection[str], check: Calla
 def _refuse_unknown(given: Fields, config_class: type) -> None:
     """A recipe's misspelt key would otherwise leave the default in place without a word."""
     known = {field.name for field in dataclasses.fields(config_class)}
-    known |= {*config_class.attribute_map, *_LEGACY, 'model_type'}
+    known |= {*config_class.attribute_map, *_LEGACY, *_COMMON, 'model_type'}
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

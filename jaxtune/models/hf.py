@@ -181,8 +181,11 @@ def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> 
     for leaf, tensor in model.tensors.items():
         layers, shape = (shapes[leaf].shape[0], shapes[leaf].shape[1:]) if tensor.stacked else (1, shapes[leaf].shape)
         shape = shape[::-1] if tensor.transposed else shape
-        names = [tensor.name.format(layer) for layer in range(layers)]
+        names = tensor.names(layers)
         found = [name if name in entries else name.removeprefix(model.base_prefix) for name in names]
+        if tensor.older and found[0] not in entries:
+            older = tensor.names(layers, older=True)
+            found = [name if name in entries else name.removeprefix(model.base_prefix) for name in older]
         missing = [name for name, there in zip(names, found, strict=True) if there not in entries]
         if missing and len(missing) == layers and leaf.split('/')[0] in model.heads:
             fresh.add(leaf)
@@ -284,7 +287,7 @@ class _Write:
 
     def __init__(self, tensor: Tensor, leaf: jax.Array, layer: int | None, dtype: np.dtype):
         self.tensor, self.leaf, self.layer, self.dtype = tensor, leaf, layer, dtype
-        self.name = tensor.name if layer is None else tensor.name.format(layer)
+        self.name = tensor.name if layer is None else tensor.name.format(tensor.first + layer)
         shape = leaf.shape if layer is None else leaf.shape[1:]
         self.shape = shape[::-1] if tensor.transposed else shape
         self.nbytes = math.prod(shape) * dtype.itemsize

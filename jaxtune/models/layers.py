@@ -34,6 +34,13 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
     return module.param(name, init, shape, dtype)
 
 
+def normal(stddev: float, cutoff: float | None = None) -> Callable:
+    """Initialiser: a normal distribution, cut off at `cutoff` standard deviations."""
+    if cutoff is None:
+        return nn.initializers.normal(stddev)
+    return nn.initializers.truncated_normal(stddev, lower=-cutoff, upper=cutoff)
+
+
 class Dense(nn.Module):
     """Linear layer `[..., in] -> [..., features]`; parameters `kernel [in, features]`, maybe `bias [features]`."""
 
@@ -41,11 +48,12 @@ class Dense(nn.Module):
     use_bias: bool
     stddev: float
     param_dtype: jnp.dtype
+    cutoff: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        kernel = parameter(self, 'kernel', nn.initializers.normal(self.stddev), shape, self.param_dtype)
+        kernel = parameter(self, 'kernel', normal(self.stddev, self.cutoff), shape, self.param_dtype)
         y = dot(x, kernel)
         if self.use_bias:
             bias = parameter(self, 'bias', nn.initializers.zeros, (self.features,), self.param_dtype)
@@ -61,10 +69,11 @@ class Embed(nn.Module):
     stddev: float
     param_dtype: jnp.dtype
     dtype: jnp.dtype
+    cutoff: float | None = None
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        init = nn.initializers.normal(self.stddev)
+        init = normal(self.stddev, self.cutoff)
         table = parameter(self, 'embedding', init, (self.rows, self.features), self.param_dtype)
         return lookup(table, ids, self.dtype)
 
@@ -89,16 +98,20 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last dimension in float32; parameters `scale` and `bias` (Ba et al. 2016)."""
+    """Layer norm over the last dimension in float32; parameters `scale` and maybe `bias` (Ba et al. 2016)."""
 
     epsilon: float
     param_dtype: jnp.dtype
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = parameter(self, 'scale', nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+        wide = wide * scale.astype(jnp.float32)
+        if self.use_bias:
+            bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+            wide = wide + bias.astype(jnp.float32)
+        return wide.astype(x.dtype)

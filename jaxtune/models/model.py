@@ -23,7 +23,10 @@ def leaf_paths(tree: Params) -> dict[str, Any]:
 
 
 class Outputs(NamedTuple):
-    """What a forward pass gives: `hidden [batch, length, d_model]` after the final norm, and the cache or None."""
+    """What a forward pass gives: `hidden [batch, length, d_model]` for `Model.head`, and the cache or None.
+
+    A classifier of rows has one vector a row, `[batch, 1, d_model]`.
+    """
 
     hidden: jax.Array
     cache: dict[str, jax.Array] | None = None
@@ -60,14 +63,23 @@ class Tensor:
     Attributes:
       name: the tensor's name, with `{}` for the layer's number if the parameter is stacked.
       transposed: the tensor is `[out, in]` where the parameter is `[in, out]`.
+      first: number of the layer that a stacked parameter begins with.
+      older: its name in folders of older versions, or ''.
     """
 
     name: str
     transposed: bool = False
+    first: int = 0
+    older: str = ''
 
     @property
     def stacked(self) -> bool:
         return '{}' in self.name
+
+    def names(self, layers: int, older: bool = False) -> list[str]:
+        """Names of all its layers' tensors."""
+        name = self.older if older else self.name
+        return [name.format(layer) for layer in range(self.first, self.first + layers)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +112,7 @@ class Model:
     forward: Callable[..., Outputs]
     make_head: Callable[[Params], Head]
     make_cache: Callable[[int, int], dict[str, jax.Array]]
-    count_flops: Callable[[int], float]
+    count_flops: Callable[..., float]
     tensors: Mapping[str, Tensor]
     base_prefix: str = ''
     ignored: tuple[str, ...] = ()
@@ -112,7 +124,10 @@ class Model:
         Args:
           params: the parameter tree; kernels may be typed leaves.
           batch: `tokens [batch, length]` int32; maybe `positions` (default 0, 1, …) and `segments` (default 1; 0 is
-            padding, tokens see only their own segment).
+            padding, tokens see only their own segment); an encoder's `token_types` (default 0). An encoder-decoder's
+            `tokens` and `segments` are the source's; it has `decoder_tokens`, `decoder_segments` and (with a cache)
+            `decoder_positions` too, and `hidden` is the decoder's. With a cache, a batch without `tokens` goes on from
+            the source that the cache holds.
           cache: from `init_cache`; a token's slot is its position, its keys and values are written there, and it sees
             the slots up to its own. Padding writes nothing.
           rng: key for dropout of added weights, or None.
@@ -120,7 +135,7 @@ class Model:
         return self.forward(params, batch, cache=cache, rng=rng)
 
     def head(self, params: Params) -> Head:
-        """The projection to the vocabulary."""
+        """The projection to the vocabulary, or to a classifier's labels."""
         return self.make_head(params)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
@@ -137,7 +152,50 @@ class Model:
         """An empty cache: `k` and `v`, each `[layers, batch, max_length, kv_heads, head_dim]`."""
         return self.make_cache(batch, max_length)
 
-    def flops_per_token(self, length: int) -> float:
+    def prefill(
+        self, params: Params, prompts: jax.Array, lengths: jax.Array, room: int
+    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+        """Reads prompts: a decoder begins with them, an encoder-decoder answers them from its start token on.
+
+        Args:
+          params: the parameter tree.
+          prompts: `[batch, length]` int32, padded right.
+          lengths: `[batch]` int32, at least 1.
+          room: how many tokens may follow.
+
+        Returns:
+          `(hidden, cache, positions)`: the state `[batch, d_model]` that predicts the first new token, the cache for
+          `step`, and the position `[batch]` of that token.
+        """
+        batch, width = prompts.shape
+        places = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
+        inputs = {'tokens': prompts, 'positions': places, 'segments': (places < lengths[:, None]).astype(jnp.int32)}
+        if self.kind == 'encdec':
+            start = jnp.zeros((batch, 1), jnp.int32)
+            inputs |= {'decoder_tokens': start + self.config.start_id, 'decoder_positions': start}
+            inputs['decoder_segments'] = start + 1
+            outputs = self.apply(params, inputs, cache=self.init_cache(batch, room))
+            return outputs.hidden[:, 0], outputs.cache, jnp.ones(batch, jnp.int32)
+        outputs = self.apply(params, inputs, cache=self.init_cache(batch, width + room))
+        last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+        return last, outputs.cache, lengths
+
+    def step(
+        self, params: Params, cache: dict[str, jax.Array], tokens: jax.Array, positions: jax.Array, running: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Reads one token more a row: `tokens`, `positions`, `running` (False: not this row) `[batch]`.
+
+        Returns:
+          `(hidden, cache)`: the state `[batch, d_model]` that predicts the next token, and the cache with this one.
+        """
+        inputs = {'tokens': tokens, 'positions': positions, 'segments': running.astype(jnp.int32)}
+        prefix = 'decoder_' if self.kind == 'encdec' else ''
+        inputs = {prefix + name: value[:, None] for name, value in inputs.items()}
+        outputs = self.apply(params, inputs, cache=cache)
+        return outputs.hidden[:, 0], outputs.cache
+
+    def flops_per_token(self, length: int, *target_length: int) -> float:
         """Training FLOPs a token of rows of `length`: 6 a parameter in a product and 12 x heads x head_dim x keys a
-        layer (PaLM's appendix B, Chowdhery et al. 2022, arXiv:2204.02311)."""
-        return self.count_flops(length)
+        layer (PaLM's appendix B, Chowdhery et al. 2022, arXiv:2204.02311). An encoder-decoder's, with the length of its
+        targets, are those of a token of the source and of its share of the target."""
+        return self.count_flops(length, *target_length)

@@ -6,7 +6,14 @@ An objective is a module with
 - `dataset(config, split, tokenizer, cache) -> rows`: numbered dicts of arrays, a `grain` source or `MapDataset`;
 - `loss(model, params, batch, rng) -> (sum, count, metrics)`: the summed loss and the number of what it was summed over
   (float32 scalars), so that accumulation and many devices give exactly the big batch's mean; `metrics` are further sums
-  over the same count (`accuracy`: correct predictions).
+  over the same count (`accuracy`: correct predictions);
+
+and may hold
+
+- `KINDS`: the kinds of model that it suits (`decoder`, `encoder`, `encdec`); without it, all;
+- `HEAD`: what follows the model's last layer, where not a language model's head (`classification`), and with it
+  `label_fields(config) -> fields`: Hugging Face's `id2label` and `label2id`;
+- `spare_tokens(config, tokenizer) -> int`: how many ids the model must have beyond the tokenizer's.
 """
 
 import importlib
@@ -14,7 +21,13 @@ from types import ModuleType
 
 from jaxtune.errors import UserError
 
-OBJECTIVES = {'causal_lm': 'jaxtune.objectives.causal_lm'}
+OBJECTIVES = {
+    'causal_lm': 'jaxtune.objectives.causal_lm',
+    'masked_lm': 'jaxtune.objectives.masked_lm',
+    'span_corruption': 'jaxtune.objectives.span_corruption',
+    'seq2seq': 'jaxtune.objectives.seq2seq',
+    'classification': 'jaxtune.objectives.classification',
+}
 
 
 def get(name: str) -> ModuleType:

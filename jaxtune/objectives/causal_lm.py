@@ -10,6 +10,8 @@ from jaxtune.data import open_tokens
 from jaxtune.data.packing import Rows, concat_rows, window_rows
 from jaxtune.objectives.cross_entropy import cross_entropy
 
+KINDS = ('decoder',)
+
 
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds."""

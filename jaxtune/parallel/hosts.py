@@ -1,5 +1,6 @@
 """Joining the processes of a pod or cluster into one program."""
 
+import contextlib
 import glob
 import json
 import os
@@ -16,11 +17,16 @@ _CLUSTER_SIGNS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES')
 
 def many_processes() -> bool:
     """Whether this process is, or on a TPU may be, one of several."""
+    return _launched_together() or _on_tpu_vm()
+
+
+def _launched_together() -> bool:
+    """Whether the environment says that this process is one of several."""
     if any(os.environ.get(name, '1') not in ('', '0', '1') for name in _CLUSTER_SIGNS):
         return True
     workers = os.environ.get('TPU_WORKER_HOSTNAMES', '')
     # Off a TPU, an installed libtpu leaves a sentence in that variable.
-    return (',' in workers and ' ' not in workers) or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ or _on_tpu_vm()
+    return (',' in workers and ' ' not in workers) or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
 
 
 def _on_tpu_vm() -> bool:
@@ -38,15 +44,18 @@ def initialize() -> None:
         return
     if os.environ.get('JAX_PLATFORMS') == 'cpu':
         jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    by_hand = 'JAX_NUM_PROCESSES' in os.environ and 'JAX_PROCESS_ID' in os.environ
-    if by_hand:
+    if 'JAX_NUM_PROCESSES' in os.environ and 'JAX_PROCESS_ID' in os.environ:
         jax.distributed.initialize(
             coordinator_address=os.environ.get('JAX_COORDINATOR_ADDRESS'),
             num_processes=int(os.environ['JAX_NUM_PROCESSES']),
             process_id=int(os.environ['JAX_PROCESS_ID']),
         )
-    elif not jax.distributed.is_initialized():
+    elif _launched_together():
         jax.distributed.initialize()
+    elif _on_tpu_vm():
+        # A single host whose environment JAX does not know has nobody to wait for.
+        with contextlib.suppress(ValueError):
+            jax.distributed.initialize()
 
 
 def is_primary() -> bool:

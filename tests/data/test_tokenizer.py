@@ -30,10 +30,10 @@ def test_bpe_comes_back(text):
 
 
 def test_bpe_merges_and_special_tokens():
-    assert (BPE.pad_token_id, BPE.eos_token_id, BPE.bos_token_id) == (0, 1, None)
+    assert (BPE.pad_token_id, BPE.eos_token_id, BPE.mask_token_id, BPE.bos_token_id) == (0, 1, 2, None)
     assert len(BPE) == 320
     assert len(BPE('the quick brown fox')['input_ids']) < 12
-    assert (BYTES.pad_token_id, BYTES.eos_token_id, len(BYTES)) == (256, 257, 258)
+    assert (BYTES.pad_token_id, BYTES.eos_token_id, BYTES.mask_token_id, len(BYTES)) == (256, 257, 258, 259)
 
 
 def test_training_is_the_same_in_every_process():
@@ -105,11 +105,11 @@ def test_long_texts_give_no_warning(tmp_path, caplog):
 
 
 def test_check_vocab():
-    tokenizers.check_vocab(BYTES, 258)
+    tokenizers.check_vocab(BYTES, 259)
     tokenizers.check_vocab(BYTES, 320)
-    with pytest.raises(UserError, match=r'id 257.*vocab_size=257.*vocab_size >= 258'):
-        tokenizers.check_vocab(BYTES, 257)
-    assert tokenizers.vocab_size(BYTES) == 258
+    with pytest.raises(UserError, match=r'id 258.*vocab_size=258.*vocab_size >= 259'):
+        tokenizers.check_vocab(BYTES, 258)
+    assert tokenizers.vocab_size(BYTES) == 259
 
 
 def test_errors_name_the_key(tmp_path):

@@ -27,7 +27,7 @@ def test_round_trip(append_eos, tmp_path):
     for i, text in enumerate(TEXTS):
         assert tokens.document(i).tolist() == [*text.encode(), *end]
     assert tokens.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    assert (tokens.tokens.dtype, tokens.offsets.dtype, tokens.vocab_size) == (np.uint16, np.int64, 258)
+    assert (tokens.tokens.dtype, tokens.offsets.dtype, tokens.vocab_size) == (np.uint16, np.int64, 259)
     assert len(tokens) == tokens.offsets[-1] == tokens.text_bytes + append_eos * len(TEXTS)
 
 
@@ -51,7 +51,7 @@ def test_a_wide_vocabulary_takes_four_bytes(tmp_path):
     tokenizer.add_tokens([f'<{i}>' for i in range(1 << 16)])
     tokens = write(tmp_path / 'a', ['a<65535>'], tokenizer, append_eos=False)
     assert tokens.tokens.dtype == np.uint32
-    assert tokens.tokens.tolist() == [97, 258 + 65535]
+    assert tokens.tokens.tolist() == [97, 259 + 65535]
 
 
 def test_no_eos_to_append(tmp_path):

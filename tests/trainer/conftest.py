@@ -18,6 +18,7 @@ def corpus(tmp_path_factory) -> pathlib.Path:
         lines = []
         for _ in range(documents):
             words = [rng.choice(vocabulary) for _ in range(rng.randint(5, 60))]
-            lines.append(json.dumps({'text': ' '.join(words) + '.'}))
+            record = {'text': ' '.join(words) + '.', 'label': 'early' if words[0] < 'j' else 'late'}
+            lines.append(json.dumps(record))
         (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
     return folder

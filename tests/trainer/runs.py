@@ -17,6 +17,16 @@ from jaxtune.train import Run
 
 SENTENCE = 'the quick brown fox jumps over a lazy dog while seven grey geese fly home to their warm nest'
 
+_BERT = {
+    'model_type': 'bert',
+    'hidden_size': 32,
+    'intermediate_size': 64,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'max_position_embeddings': 128,
+}
+_T5 = {'model_type': 't5', 'd_model': 32, 'd_kv': 8, 'd_ff': 64, 'num_layers': 2, 'num_heads': 4}
+
 # What each objective trains here: a new one joins every test of the trainer by a line.
 MODELS = {
     'causal_lm': {
@@ -29,6 +39,15 @@ MODELS = {
         'max_position_embeddings': 128,
         'tie_word_embeddings': False,
     },
+    'masked_lm': _BERT,
+    'classification': _BERT,
+    'span_corruption': _T5,
+    'seq2seq': _T5 | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False},
+}
+# The keys it needs beside those that all have.
+KEYS = {
+    'span_corruption': {'optimizer.lr': 5e-3},
+    'seq2seq': {'data.source_key': 'text', 'data.target_key': 'text', 'data.target_len': 48, 'optimizer.lr': 5e-3},
 }
 OBJECTIVES = tuple(MODELS)
 
@@ -48,6 +67,7 @@ def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dic
         'optimizer.lr': 1e-2,
         'optimizer.warmup_steps': 3,
         'log.every': 1,
+        **KEYS.get(objective, {}),
         **{name.replace('__', '.'): value for name, value in changes.items()},
     }
 
@@ -98,7 +118,7 @@ def start(recipe_path: pathlib.Path, workdir: pathlib.Path, *flags: str, devices
     """The command, in a process of its own."""
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
     }
     words = [sys.executable, '-m', 'jaxtune.main', '--config', str(recipe_path), '--workdir', str(workdir), *flags]
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -20,7 +20,7 @@ def start_pod(path, workdir):
     words = [sys.executable, '-m', 'jaxtune.main', '--config', str(path), '--workdir', str(workdir)]
     common = {
         'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0',
         'JAX_NUM_PROCESSES': '2',
         'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
     }

@@ -1,0 +1,118 @@
+"""Beam search: the likeliest completions that keeping a few hypotheses a prompt can find.
+
+A finished hypothesis is worth its log-probability divided by a power of its length, and takes part only if it was
+among the best when it ended; a row ends where no running one could still be worth more at its present length. These
+are the rules of `transformers` (`early_stopping=False`), and so are its results.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.models import Model
+from jaxtune.sampling import Completions, Sampling
+
+_NONE = -1e9  # the score of a hypothesis that is none
+
+
+def beam_search(
+    model: Model,
+    sampling: Sampling,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    beams: int,
+    length_penalty: float = 1.0,
+) -> Completions:
+    """The best completion of each prompt; pure, one compile per shape.
+
+    Args:
+      model: a decoder or an encoder-decoder.
+      sampling: `max_new_tokens`, `stop_ids` and `pad_id` of it.
+      params: the model's parameters.
+      prompts: `[batch, length]` int32, padded right.
+      lengths: `[batch]` int32, tokens of each prompt, at least 1.
+      beams: hypotheses kept a prompt.
+      length_penalty: the power; 0 prefers short completions, larger ones favour long ones.
+    """
+    batch, limit = len(prompts), sampling.max_new_tokens
+    stops = jnp.asarray(sampling.stop_ids, jnp.int32)
+    # So many that, whatever ends, enough of them run on.
+    kept = max(2, 1 + len(sampling.stop_ids)) * beams
+    among_best = jnp.arange(kept) < beams
+
+    def advance(state, hidden, t):
+        """Extends all hypotheses by token `t`, given the states `[batch * beams, d_model]` before it."""
+        logprobs = jax.nn.log_softmax(model.logits(params, hidden)).reshape(batch, beams, -1)
+        vocab = logprobs.shape[-1]
+        totals = (state['running']['scores'][..., None] + logprobs).reshape(batch, -1)
+        scores, chosen = jax.lax.top_k(totals, kept)
+        parents, tokens = chosen // vocab, chosen % vocab
+        candidates = _gather(state['running'], parents) | {'scores': scores}
+        own = jnp.take_along_axis(logprobs.reshape(batch, -1), chosen, axis=1)
+        candidates['tokens'] = candidates['tokens'].at[:, :, t].set(tokens)
+        candidates['logprobs'] = candidates['logprobs'].at[:, :, t].set(own)
+        candidates['lengths'] = candidates['lengths'] + 1
+        ended = jnp.isin(tokens, stops) | (t + 1 == limit)
+
+        running_scores, best = jax.lax.top_k(jnp.where(ended, scores + _NONE, scores), beams)
+        running = _gather(candidates, best) | {'scores': running_scores}
+        rows = jnp.arange(batch)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
+        cache = {name: x[:, rows.reshape(-1)] if name in ('k', 'v') else x for name, x in state['cache'].items()}
+
+        size = (t + 1).astype(jnp.float32) ** length_penalty
+        counts = ended & among_best & state['improvable'][:, None]
+        ending = candidates | {'scores': jnp.where(counts, scores / size, _NONE)}
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state['finished'], ending)
+        finished = _gather(both, jax.lax.top_k(both['scores'], beams)[1])
+        # What is none is worse than all that is running, so a row with too few finished ones goes on.
+        improvable = state['improvable'] & (running_scores[:, 0] / size > finished['scores'][:, -1])
+        return {
+            'running': running,
+            'finished': finished,
+            'improvable': improvable,
+            'now': jnp.take_along_axis(tokens, best, axis=1).reshape(-1),
+            'cache': cache,
+            't': t + 1,
+        }
+
+    def more(state):
+        return (state['t'] < limit) & state['improvable'].any()
+
+    hidden, cache, first = model.prefill(params, prompts, lengths, limit)
+    first = jnp.repeat(first, beams)
+
+    def step(state):
+        running = jnp.ones(batch * beams, bool)
+        places = first + state['t'] - 1
+        hidden, cache = model.step(params, state['cache'], state['now'], places, running)
+        return advance({**state, 'cache': cache}, hidden, state['t'])
+
+    empty = {
+        'tokens': jnp.full((batch, beams, limit), sampling.pad_id, jnp.int32),
+        'logprobs': jnp.zeros((batch, beams, limit), jnp.float32),
+        'lengths': jnp.zeros((batch, beams), jnp.int32),
+        'scores': jnp.full((batch, beams), _NONE, jnp.float32),
+    }
+    state = {
+        # All hypotheses are the same before the first token: only one may be extended.
+        'running': empty | {'scores': empty['scores'].at[:, 0].set(0.0)},
+        'finished': empty,
+        'improvable': jnp.ones(batch, bool),
+        'cache': {name: jnp.repeat(x, beams, axis=_rows_axis(name)) for name, x in cache.items()},
+    }
+    state = jax.lax.while_loop(more, step, advance(state, jnp.repeat(hidden, beams, axis=0), jnp.int32(0)))
+    best = jax.tree.map(lambda x: x[:, 0], state['finished'])
+    return Completions(best['tokens'], best['lengths'], best['logprobs'])
+
+
+def _rows_axis(name: str) -> int:
+    """Which dimension of a part of a cache is the batch."""
+    return 0 if name == 'source_segments' else 1
+
+
+def _gather(hypotheses: dict[str, jax.Array], which: jax.Array) -> dict[str, jax.Array]:
+    """Hypotheses `[batch, some, ...]` by their numbers `[batch, chosen]`."""
+    rows = jnp.arange(len(which))[:, None]
+    return {name: x[rows, which] for name, x in hypotheses.items()}

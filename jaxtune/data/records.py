@@ -1,0 +1,280 @@
+"""Records: where `data.train` and `data.eval` point, read as a stream of objects, each with the place it stands at."""
+
+import dataclasses
+import glob
+import io
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jaxtune.data import stdlib
+from jaxtune.errors import UserError
+
+TEXT_SUFFIXES = ('.txt', '.md', '.rst')
+RECORD_SUFFIXES = ('.jsonl', '.ndjson', '.json', '.parquet')
+COMPRESSED_SUFFIXES = ('.gz', '.zst', '.bz2')
+EXPECTED = 'expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE'
+
+Placed = tuple[str, Any]
+
+_KINDS = {str: 'a text', int: 'an integer', float: 'a number', list: 'a list', dict: 'an object', bool: 'a boolean'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """A stream of `(place, record)` that can be read again; a place is `file:line`, or as near as the format allows.
+
+    Attributes:
+      name: what the recipe calls it, `data.train=pairs.jsonl`; begins every message about it.
+      identity: JSON values that change when the records do.
+      read: makes a new iterator.
+    """
+
+    name: str
+    identity: Any
+    read: Callable[[], Iterator[Placed]]
+
+    def __iter__(self) -> Iterator[Placed]:
+        return self.read()
+
+
+def open_records(
+    path: str, key: str = 'data.train', columns: Mapping[str, str] | None = None, text_key: str = 'text'
+) -> Records:
+    """Finds the records that a recipe's key names.
+
+    `.jsonl` holds one a line, `.json` one or a list of them, `.parquet` one a row; a file without a known suffix, and
+    `.txt`, `.md` and `.rst`, is one record with the whole text under `text_key`. Each may be compressed (`.gz`, `.zst`,
+    `.bz2`). A folder is read in the order of its paths, with its folders, and without hidden files and unknown
+    suffixes. A dataset is `ID`, `ID:CONFIG`, or `ID:CONFIG:SPLIT`.
+
+    Args:
+      path: the value of the key.
+      key: its name, for messages.
+      columns: the fields wanted, each with the recipe key that names it ('' = none); None = all. A table without one
+        is refused, and its other columns are not read; elsewhere `field` checks.
+      text_key: where a text file's text stands in its record.
+
+    Raises:
+      UserError: nothing is there. Reading raises it too, with `file:line`, where a file is not what it should be.
+    """
+    name = f'{key}={path}'
+    if not path:
+        raise UserError(f"{key}='': {EXPECTED}")
+    if path == 'python-stdlib':
+        return Records(name, stdlib.identity(), lambda: _numbered(stdlib.documents(), path, text_key))
+    files = _files(path, name)
+    if files is None:
+        return _hub_dataset(path, name, key, columns)
+    identity = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def read() -> Iterator[Placed]:
+        for file in files:
+            yield from read_file(file, columns, text_key)
+
+    return Records(name, identity, read)
+
+
+def read_file(file: pathlib.Path, columns: Mapping[str, str] | None = None, text_key: str = 'text') -> Iterator[Placed]:
+    """The records of one file.
+
+    Raises:
+      UserError: `file:line` and what was expected there.
+    """
+    suffix = _suffix(file)
+    try:
+        if suffix in ('.jsonl', '.ndjson'):
+            yield from _jsonl(file)
+        elif suffix == '.json':
+            yield from _json(file)
+        elif suffix == '.parquet':
+            yield from _parquet(file, columns)
+        else:
+            yield str(file), {text_key: _whole(file)}
+    except UserError:
+        raise
+    except (OSError, EOFError) as error:  # pyarrow's and zlib's errors on damaged streams are OSErrors
+        raise UserError(f'{file}: cannot be read: {" ".join(str(error).split())[:200]}') from None
+
+
+def field(record: Any, place: str, name: str, key: str = '', kind: type | tuple[type, ...] = str) -> Any:
+    """One field of a record.
+
+    Args:
+      record: what `open_records` gave.
+      place: where it stands.
+      name: of the field.
+      key: the recipe key that names it, for messages.
+      kind: the type or types it must have; a text must be Unicode too.
+
+    Raises:
+      UserError: the record is no object, lacks the field, or has another kind of value there.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    named = f'{name!r} ({key})' if key else repr(name)
+    expected = ' or '.join(_KINDS[each] for each in kinds)
+    if not isinstance(record, dict):
+        raise UserError(
+            f'{place}: expected an object with the {expected.split(" ", 1)[1]} in {named}; found {record!r:.60}'
+        )
+    if name not in record:
+        found = ', '.join(map(repr, list(record)[:8])) or 'none'
+        raise UserError(f'{place}: expected the field {named}; found {found}')
+    value = record[name]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise UserError(f'{place}: expected {expected} in {named}; found {value!r:.60}')
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            broken = value[error.start].encode('unicode_escape').decode()
+            raise UserError(
+                f'{place}: expected Unicode text in {name!r}; found half a surrogate pair, {broken}'
+            ) from None
+    return value
+
+
+def _numbered(texts: Iterator[str], name: str, text_key: str) -> Iterator[Placed]:
+    for number, text in enumerate(texts, 1):
+        yield f'{name}: document {number}', {text_key: text}
+
+
+def _suffix(file: pathlib.Path) -> str:
+    name = file.name.lower()
+    for ending in COMPRESSED_SUFFIXES:
+        name = name.removesuffix(ending)
+    return pathlib.PurePath(name).suffix
+
+
+def _files(path: str, name: str) -> list[pathlib.Path] | None:
+    """The files that a path, folder or glob means; None if it may be a dataset's id."""
+    start = pathlib.Path(path).expanduser()
+    if start.is_file():
+        return [start]
+    known = TEXT_SUFFIXES + RECORD_SUFFIXES
+    if start.is_dir():
+        files = _walk(start)
+        if not files:
+            raise UserError(
+                f'{name}: the folder holds no data; expected files ending in {" ".join(known)} (or .gz, .zst)'
+            )
+        return files
+    if glob.has_magic(path):
+        found = [pathlib.Path(match) for match in sorted(glob.glob(str(start), recursive=True))]
+        files = [file for match in found for file in (_walk(match) if match.is_dir() else [match])]
+        if not files:
+            raise UserError(f'{name}: no file matches; {EXPECTED}')
+        return list(dict.fromkeys(files))
+    if re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]*){0,2}', path) and _suffix(start) not in known:
+        return None
+    raise UserError(f'{name}: no such file; {EXPECTED}')
+
+
+def _walk(folder: pathlib.Path) -> list[pathlib.Path]:
+    known = TEXT_SUFFIXES + RECORD_SUFFIXES
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        paths = [pathlib.Path(parent, name) for name in names if not name.startswith('.')]
+        files += [path for path in paths if _suffix(path) in known]
+    return sorted(files)
+
+
+def _open(file: pathlib.Path) -> io.BufferedReader:
+    import pyarrow  # slow to import
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression='detect'), 1 << 20)
+
+
+def _whole(file: pathlib.Path) -> str:
+    with _open(file) as stream:
+        data = stream.read()
+    try:
+        return data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = data.count(b'\n', 0, error.start) + 1
+        raise UserError(f'{file}:{line}: expected UTF-8 text, found the byte 0x{data[error.start]:02x}') from None
+
+
+def _jsonl(file: pathlib.Path) -> Iterator[Placed]:
+    with _open(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                place = f'{file}:{number}'
+                yield place, _parse(line, place)
+
+
+def _parse(line: bytes, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f'{place}: expected one JSON object on the line: {error.msg} (column {error.colno})') from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f'{place}: expected one JSON object in UTF-8 on the line: {error}') from None
+
+
+def _json(file: pathlib.Path) -> Iterator[Placed]:
+    with _open(file) as stream:
+        data = stream.read()
+    try:
+        records = json.loads(data)
+    except json.JSONDecodeError as error:
+        if error.msg == 'Extra data':  # several values: lines of JSON under the wrong suffix
+            yield from _jsonl(file)
+            return
+        raise UserError(f'{file}:{error.lineno}: expected JSON: {error.msg} (column {error.colno})') from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f'{file}: expected JSON in UTF-8: {error}') from None
+    for number, record in enumerate(records if isinstance(records, list) else [records], 1):
+        yield f'{file}: record {number}', record
+
+
+def _check_columns(columns: Mapping[str, str] | None, found: list[str], where: str) -> list[str] | None:
+    for name, key in (columns or {}).items():
+        if name not in found:
+            named = f'{name!r} ({key})' if key else repr(name)
+            raise UserError(f'{where}: expected a column {named}; found {", ".join(found)}')
+    return None if columns is None else list(columns)
+
+
+def _parquet(file: pathlib.Path, columns: Mapping[str, str] | None) -> Iterator[Placed]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(str(file))
+        wanted = _check_columns(columns, table.schema_arrow.names, str(file))
+        row = 0
+        for batch in table.iter_batches(columns=wanted, batch_size=1024):
+            for record in batch.to_pylist():
+                row += 1
+                yield f'{file}: row {row}', record
+    except pyarrow.ArrowException as error:
+        raise UserError(f'{file}: expected Parquet: {" ".join(str(error).split())[:200]}') from None
+
+
+def _hub_dataset(path: str, name: str, key: str, columns: Mapping[str, str] | None) -> Records:
+    """A dataset of the Hugging Face hub, as `ID`, `ID:CONFIG` or `ID:CONFIG:SPLIT`."""
+    import datasets  # slow to import
+
+    dataset_id, config, split, *_ = [*path.split(':'), '', '']
+    try:
+        splits = datasets.load_dataset(dataset_id, config or None)
+    except Exception as error:  # network, names, rights, formats: each raises its own
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f'{name}: no such file or folder, and the hub gives no dataset of that id: {reason}') from None
+    wanted = [split] if split else ['validation', 'eval', 'test'] if key == 'data.eval' else ['train']
+    chosen = next((splits[option] for option in wanted if option in splits), None)
+    if chosen is None:
+        raise UserError(f'{name}: expected a split, as {dataset_id}:CONFIG:SPLIT; the dataset has {", ".join(splits)}')
+    selected = _check_columns(columns, chosen.column_names, name)
+    table = chosen if selected is None else chosen.select_columns(selected)
+
+    def read() -> Iterator[Placed]:
+        for row, record in enumerate(table, 1):
+            yield f'{name}: row {row}', record
+
+    return Records(name, [path, chosen._fingerprint], read)

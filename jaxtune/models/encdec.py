@@ -1,0 +1,377 @@
+"""The encoder-decoder: T5 and its descendants, their differences in `EncDecConfig`.
+
+Raffel et al. 2020, arXiv:1910.10683: no positions in the embeddings, but a learned bias on the attention scores for
+how far apart two tokens are; scores are not divided by the root of `head_dim`, which the initialisation makes up for.
+Layers are scanned: parameters are stacked on a leading axis and one block a stack is compiled.
+
+The residual stream and what is added to it are float32 whatever the compute dtype is, the feed-forward layer's last
+product among them: in the published models they grow to tens of thousands, where bfloat16 has steps of a hundred and
+float16 ends. `transformers` keeps `wo` in float32 for the same reason.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtune.errors import UserError
+from jaxtune.models.attention import record, unrecorded
+from jaxtune.models.encdec_families import FAMILIES, EncDecConfig, encdec_config, modules
+from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, parameter
+from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.models.remat import rematerialised
+from jaxtune.parallel import constrain
+
+Cache = dict[str, jax.Array] | None
+
+_HIDDEN = -1e30  # the score of a pair that may not see each other
+
+
+def relative_buckets(distances: jax.Array, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
+    """Which learned bias a pair of tokens has: one a distance nearby, one a range of distances further away.
+
+    Args:
+      distances: integers, the key's place less the query's.
+      bidirectional: later keys have half of the buckets; else they all are in the first one.
+      buckets: how many there are.
+      max_distance: from here on all distances share the last one.
+
+    Returns:
+      int32 of the same shape, in `[0, buckets)`.
+    """
+    first = jnp.zeros_like(distances)
+    if bidirectional:
+        buckets //= 2
+        first = (distances > 0) * buckets
+        distances = jnp.abs(distances)
+    else:
+        distances = jnp.maximum(-distances, 0)
+    exact = buckets // 2
+    far = jnp.log(jnp.maximum(distances, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    far = jnp.minimum(exact + (far * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return first + jnp.where(distances < exact, distances, far)
+
+
+def biased_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, visible: jax.Array) -> jax.Array:
+    """Attention with a bias added to unscaled scores, all scores at once; the softmax in float32.
+
+    Args:
+      q: `[batch, length, heads, head_dim]`.
+      k: `[batch, keys, heads, head_dim]`; `v` likewise.
+      bias: float32 `[batch or 1, heads, length, keys]`, or None.
+      visible: bool `[batch or 1, length, keys]`. A query that sees nothing gets 0.
+
+    Returns:
+      `[batch, length, heads, head_dim]` in the dtype of `q`.
+    """
+    scores = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias
+    visible = visible[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, _HIDDEN), axis=-1) * visible
+    return jnp.einsum('bhqk,bkhd->bqhd', weights.astype(v.dtype), v)
+
+
+class Context(NamedTuple):
+    """What all layers of a stack share.
+
+    Attributes:
+      buckets: of each pair of a query and a key, `[batch or 1, length, keys]`.
+      bias: `[batch or 1, heads, length, keys]`, or None where every layer makes its own.
+      visible: `[batch or 1, length, keys]`.
+      source: the encoder's states `[batch, source length, d_model]`, or None (an encoder, or read from the cache).
+      source_visible: `[batch, length, source length]`, or None.
+      slots: where the cache takes the tokens' keys and values, `[batch, length]`, or None.
+    """
+
+    buckets: jax.Array
+    bias: jax.Array | None
+    visible: jax.Array
+    source: jax.Array | None = None
+    source_visible: jax.Array | None = None
+    slots: jax.Array | None = None
+
+
+class _Part(nn.Module):
+    """What every part is told."""
+
+    config: EncDecConfig
+    param_dtype: jnp.dtype
+    dtype: jnp.dtype
+
+    def dense(self, name: str, features: int, stddev: float) -> Dense:
+        return Dense(features, False, stddev * self.config.initializer_factor, self.param_dtype, name=name)
+
+    def norm(self, name: str):
+        return RMSNorm(self.config.norm_epsilon, self.param_dtype, name=name)
+
+    def same(self) -> tuple:
+        return self.config, self.param_dtype, self.dtype
+
+
+class RelativeBias(_Part):
+    """Biases of buckets `[batch or 1, length, keys]` as `[batch or 1, heads, length, keys]`, float32."""
+
+    @nn.compact
+    def __call__(self, buckets: jax.Array) -> jax.Array:
+        c = self.config
+        init = nn.initializers.normal(c.d_model**-0.5 * c.initializer_factor)
+        table = parameter(self, 'embedding', init, (c.buckets, c.num_heads), self.param_dtype)
+        # A product instead of a lookup: its gradient adds up in a fixed order, not by scattered additions.
+        chosen = jax.nn.one_hot(buckets, c.buckets, dtype=jnp.float32)
+        return jnp.einsum('bqkn,nh->bhqk', chosen, table.astype(jnp.float32), precision='highest')
+
+
+class Attention(_Part):
+    """Attention of `x [batch, length, d_model]` to itself or (`cross`) to the encoder's states."""
+
+    cross: bool = False
+
+    @nn.compact
+    def __call__(self, x, source, bias, visible, cache: Cache = None, layer=None, slots=None):
+        c = self.config
+        names = ('cross_k', 'cross_v') if self.cross else ('k', 'v')
+        q = self.heads('q_proj', x, (c.d_model * c.head_dim) ** -0.5)
+        if source is not None:
+            k, v = (self.heads(name, source, c.d_model**-0.5) for name in ('k_proj', 'v_proj'))
+            if cache is not None:
+                cache = _write(cache, dict(zip(names, (k, v), strict=True)), layer, slots)
+        if cache is not None:
+            k, v = (cache[name][layer].astype(q.dtype) for name in names)
+        y = biased_attention(q, k, v, bias, visible)
+        width = c.num_heads * c.head_dim
+        return self.dense('o_proj', c.d_model, width**-0.5)(y.reshape(*x.shape[:2], width)), cache
+
+    def heads(self, name: str, x: jax.Array, stddev: float) -> jax.Array:
+        c = self.config
+        y = self.dense(name, c.num_heads * c.head_dim, stddev)(x)
+        return constrain(y.reshape(*x.shape[:2], c.num_heads, c.head_dim), 'batch', 'length', 'heads', None)
+
+
+def _write(cache: Cache, values: Mapping[str, jax.Array], layer: jax.Array, slots: jax.Array | None) -> Cache:
+    """Puts a layer's keys and values into the cache, all of them or at their slots; slots outside go nowhere."""
+    cache = dict(cache)
+    for name, value in values.items():
+        value = value.astype(cache[name].dtype)
+        if slots is None:
+            cache[name] = cache[name].at[layer].set(value)
+        else:
+            rows = jnp.arange(value.shape[0])[:, None]
+            cache[name] = cache[name].at[layer, rows, slots].set(value, mode='drop')
+    return cache
+
+
+class MLP(_Part):
+    """Feed-forward layer, gated or not; the last product in float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
+        y = self.dense('up_proj', c.d_ff, c.d_model**-0.5)(x)
+        gate = self.dense('gate_proj', c.d_ff, c.d_model**-0.5)(x) if c.gated else None
+        y = activation(y) if gate is None else activation(gate) * y
+        y = constrain(y, 'batch', 'length', 'mlp')
+        return self.dense('down_proj', c.d_model, c.d_ff**-0.5)(y.astype(jnp.float32))
+
+
+class Block(_Part):
+    """One layer of either stack: attention to itself, to the encoder's states where there are any, feed-forward."""
+
+    decodes: bool = False
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, Cache], layer: jax.Array, context: Context):
+        x, cache = carry
+        bias = context.bias
+        if bias is None:
+            bias = RelativeBias(*self.same(), name='relative_bias')(context.buckets)
+        normed = self.norm('self_attn_norm')(x).astype(self.dtype)
+        attention = Attention(*self.same(), name='self_attn')
+        y, cache = attention(normed, normed, bias, context.visible, cache, layer, context.slots)
+        x = x + y
+        if self.decodes:
+            normed = self.norm('cross_attn_norm')(x).astype(self.dtype)
+            attention = Attention(*self.same(), cross=True, name='cross_attn')
+            y, cache = attention(normed, context.source, None, context.source_visible, cache, layer)
+            x = x + y
+        x = x + MLP(*self.same(), name='mlp')(self.norm('mlp_norm')(x).astype(self.dtype))
+        return (constrain(x, 'batch', 'length', None), cache), None
+
+
+class Stack(_Part):
+    """Encoder or decoder: embedded tokens to states after the final norm, `[batch, length, d_model]`."""
+
+    decodes: bool = False
+    remat: str = 'none'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, distances: jax.Array, context: Context, cache: Cache = None):
+        c = self.config
+        buckets = relative_buckets(distances, not self.decodes, c.buckets, c.max_distance)
+        bias = None if c.bias_per_layer else RelativeBias(*self.same(), name='relative_bias')(buckets)
+        context = context._replace(buckets=buckets, bias=bias)
+        layers = c.num_decoder_layers if self.decodes else c.num_layers
+        scanned = nn.scan(
+            rematerialised(Block, self.remat),
+            variable_axes={'params': 0},
+            split_rngs={'params': True, 'dropout': True},
+            in_axes=(0, nn.broadcast),
+            length=layers,
+        )
+        scanned = scanned(*self.same(), decodes=self.decodes, name='layers')
+        (x, cache), _ = scanned((x, cache), jnp.arange(layers), context)
+        return self.norm('norm')(x).astype(self.dtype), cache
+
+
+class EncDec(_Part):
+    """Source tokens `[batch, source length]` and decoder tokens `[batch, length]` to the decoder's hidden states."""
+
+    remat: str = 'none'
+
+    @nn.compact
+    def __call__(self, batch: Mapping[str, jax.Array], cache: Cache = None) -> Outputs:
+        c = self.config
+        record('xla')
+        shared = Embed(c.vocab_size, c.d_model, c.initializer_factor, self.param_dtype, jnp.float32, name='shared')
+
+        def embed(tokens: jax.Array) -> jax.Array:
+            x = constrain(shared(tokens), 'copy', 'length', 'width')
+            return constrain(x, 'batch', 'length', None)
+
+        source, segments = None, None if cache is None else cache.get('source_segments')
+        if 'tokens' in batch:
+            segments = batch.get('segments', jnp.ones_like(batch['tokens']))
+            context = Context(None, None, _same_segment(segments, segments))
+            encoder = Stack(*self.same(), remat=self.remat, name='encoder')
+            source, _ = encoder(embed(batch['tokens']), _distances(segments.shape[1], segments.shape[1]), context)
+
+        tokens = batch['decoder_tokens']
+        length = tokens.shape[1]
+        own = batch.get('decoder_segments', jnp.ones_like(tokens))
+        if cache is None:
+            distances, slots = _distances(length, length), None
+            visible = _same_segment(own, own) & (distances <= 0)
+            source_visible = _same_segment(own, segments)
+        else:
+            positions, size = batch['decoder_positions'], cache['k'].shape[2]
+            distances = jnp.arange(size) - positions[..., None]
+            visible, slots = distances <= 0, jnp.where(own > 0, positions, size)
+            source_visible = jnp.broadcast_to(segments[:, None] > 0, (*tokens.shape, segments.shape[1]))
+            if source is not None:
+                cache = _with_source(c, cache, segments)
+        context = Context(None, None, visible, source, source_visible, slots)
+        decoder = Stack(*self.same(), decodes=True, remat=self.remat, name='decoder')
+        x, cache = decoder(embed(tokens), distances, context, cache)
+        if not c.tied and self.is_initializing():
+            # Hugging Face draws it as wide as the embedding, which makes the first logits of a model from scratch
+            # differ by tens; this is the width of the published models' own training code.
+            self.dense('lm_head', c.vocab_size, c.d_model**-0.5)(x)
+        return Outputs(x, cache)
+
+
+def _distances(length: int, keys: int) -> jax.Array:
+    """Places of keys less those of queries, `[1, length, keys]`: within a segment also if several share a row."""
+    return jnp.arange(keys)[None, None] - jnp.arange(length)[None, :, None]
+
+
+def _same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    return (queries[:, :, None] == keys[:, None]) & (keys[:, None] > 0)
+
+
+def _with_source(config: EncDecConfig, cache: Cache, segments: jax.Array) -> Cache:
+    """The cache with room for the keys and values that all decoder layers make of the encoder's states, once."""
+    shape = (config.num_decoder_layers, *segments.shape, config.num_heads, config.head_dim)
+    room = jnp.zeros(shape, cache['k'].dtype)
+    return {**cache, 'cross_k': room, 'cross_v': room, 'source_segments': segments}
+
+
+def _init(module: EncDec, rng: jax.Array) -> Any:
+    place = jnp.zeros((1, 1), jnp.int32)
+    with unrecorded():
+        return module.init(rng, {'tokens': place, 'decoder_tokens': place})['params']
+
+
+def _forward(module: EncDec, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:
+    return module.apply({'params': params}, batch, cache, rngs=None if rng is None else {'dropout': rng})
+
+
+def _head(config: EncDecConfig, params: Any) -> Head:
+    if config.tied:
+        return Head(params['shared']['embedding'], scale=config.logit_scale, vocab_major=True)
+    return Head(params['lm_head']['kernel'], scale=config.logit_scale)
+
+
+def _cache(config: EncDecConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:
+    shape = (config.num_decoder_layers, batch, max_length, config.num_heads, config.head_dim)
+    return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
+
+
+def _flops(config: EncDecConfig, shapes: Any, length: int, target_length: int | None = None) -> float:
+    """Of a source token, its share in the targets' included: `target_length / length` decoder tokens."""
+    targets = length if target_length is None else target_length
+    sizes = {path: leaf.size for path, leaf in leaf_paths(shapes).items() if path.endswith('kernel')}
+    cross = ('cross_attn/k_proj/kernel', 'cross_attn/v_proj/kernel')
+    source = sum(size for path, size in sizes.items() if path.startswith('encoder/') or path.endswith(cross))
+    target = sum(sizes.values()) - source
+    target += config.vocab_size * config.d_model if config.tied else 0
+    width = config.num_heads * config.head_dim
+    source_flops = 6.0 * source + 12.0 * width * length * config.num_layers
+    target_flops = 6.0 * target + 12.0 * width * (targets + length) * config.num_decoder_layers
+    return source_flops + target_flops * targets / length
+
+
+def _tensors(config: EncDecConfig, shapes: Any) -> dict[str, Tensor]:
+    names, tensors = modules(config), {}
+    # Tied tensors are stored under one of their names; a head that a folder lacks is tied, as in `transformers`.
+    others = {'shared': 'encoder.embed_tokens.weight', 'lm_head': 'shared.weight'}
+    for path in leaf_paths(shapes):
+        module, leaf = path.rsplit('/', 1)
+        tensors[path] = Tensor(f'{names[module]}.weight', leaf == 'kernel', older=others.get(module, ''))
+    return tensors
+
+
+def check(fields: Mapping[str, Any]) -> None:
+    """Raises `FieldError` if a field's value is impossible here."""
+    encdec_config(fields)
+
+
+def build(
+    fields: Mapping[str, Any], *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, remat: str, attention: str
+) -> Model:
+    """The model of Hugging Face's config fields.
+
+    Raises:
+      FieldError: a field's value is impossible here.
+      UserError: `attention` is `flash`.
+    """
+    if attention == 'flash':
+        raise UserError(
+            f'model.attention=flash: {fields["model_type"]} adds a learned bias to its scores, which no kernel here '
+            'does; expected model.attention=auto or xla'
+        )
+    config = encdec_config(fields)
+    module = EncDec(config, param_dtype, compute_dtype, remat)
+    init = functools.partial(_init, EncDec(config, param_dtype, compute_dtype))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return Model(
+        # The head's own weights, under the name that every version of `transformers` understands.
+        hf_config={**fields, 'tie_word_embeddings': config.tied},
+        architecture=FAMILIES[fields['model_type']].architecture,
+        kind='encdec',
+        config=config,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        shapes=shapes,
+        init=init,
+        forward=functools.partial(_forward, module),
+        make_head=functools.partial(_head, config),
+        make_cache=functools.partial(_cache, config, compute_dtype),
+        count_flops=functools.partial(_flops, config, shapes),
+        tensors=_tensors(config, shapes),
+        ignored=(r'^(encoder|decoder)\.embed_tokens\.weight$', r'EncDecAttention\.relative_attention_bias\.weight$'),
+        heads=('lm_head',),
+    )

@@ -1,0 +1,333 @@
+"""The encoder: one module for every family, their differences in `EncoderConfig`.
+
+Every token sees its whole segment. Layers are scanned: parameters are stacked on a leading axis and one block is
+compiled, however many there are.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtune.errors import UserError
+from jaxtune.models import rope as rotary
+from jaxtune.models.attention import attention, unrecorded
+from jaxtune.models.encoder_families import FAMILIES, HEADS, IGNORED, EncoderConfig, encoder_config
+from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, parameter
+from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.models.remat import rematerialised
+from jaxtune.parallel import constrain
+
+_NO_WINDOW = 2**30  # beyond every position
+
+Angles = tuple[jax.Array, jax.Array] | None
+
+
+class Context(NamedTuple):
+    """What all layers share: where tokens are, and the rotary angles `(cos, sin)` of global and of local layers."""
+
+    positions: jax.Array
+    segments: jax.Array
+    angles: Angles
+    local_angles: Angles
+
+
+class _Part(nn.Module):
+    """What every part of an encoder is told."""
+
+    config: EncoderConfig
+    param_dtype: jnp.dtype
+    dtype: jnp.dtype
+    implementation: str = 'auto'
+
+    def dense(self, name: str, features: int, use_bias: bool, residual: bool = False) -> Dense:
+        c = self.config
+        stddev = c.initializer_range * (c.residual_init_scale if residual else 1.0)
+        return Dense(features, use_bias, stddev, self.param_dtype, c.cutoff, name=name)
+
+    def embed(self, name: str, rows: int) -> Embed:
+        c = self.config
+        return Embed(rows, c.d_model, c.initializer_range, self.param_dtype, self.dtype, c.cutoff, name=name)
+
+    def norm(self, name: str) -> LayerNorm:
+        return LayerNorm(self.config.norm_epsilon, self.param_dtype, self.config.norm_bias, name=name)
+
+    def same(self) -> tuple:
+        return self.config, self.param_dtype, self.dtype, self.implementation
+
+
+class Attention(_Part):
+    """Self-attention within segments, to both sides, `[batch, length, d_model]`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, window: jax.Array, context: Context) -> jax.Array:
+        c = self.config
+        width = c.num_heads * c.head_dim
+        if c.fused_qkv:
+            qkv = jnp.split(self.dense('qkv_proj', 3 * width, c.linear_bias)(x), 3, axis=-1)
+        else:
+            qkv = [self.dense(name, width, c.linear_bias)(x) for name in ('q_proj', 'k_proj', 'v_proj')]
+        qkv = [y.reshape(*y.shape[:2], c.num_heads, c.head_dim) for y in qkv]
+        q, k, v = (constrain(y, 'batch', 'length', 'heads', None) for y in qkv)
+        if context.angles is not None:
+            local = window < _NO_WINDOW
+            angles = [jnp.where(local, *pair) for pair in zip(context.local_angles, context.angles, strict=True)]
+            q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
+        y = attention(
+            q,
+            k,
+            v,
+            q_positions=context.positions,
+            k_positions=context.positions,
+            q_segments=context.segments,
+            k_segments=context.segments,
+            scale=c.head_dim**-0.5,
+            window=c.windows[0] if len(set(c.windows)) == 1 else window,
+            implementation=self.implementation,
+            causal=False,
+        )
+        return self.dense('o_proj', c.d_model, c.linear_bias, residual=True)(y.reshape(*x.shape[:2], width))
+
+
+class MLP(_Part):
+    """Feed-forward layer, gated or not."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, activation = self.config, ACTIVATIONS[self.config.activation]
+        if c.gated:
+            gate, up = jnp.split(self.dense('gate_up_proj', 2 * c.d_ff, c.mlp_bias)(x), 2, axis=-1)
+            y = activation(gate) * up
+        else:
+            y = activation(self.dense('up_proj', c.d_ff, c.mlp_bias)(x))
+        y = constrain(y, 'batch', 'length', 'mlp')
+        return self.dense('down_proj', c.d_model, c.mlp_bias, residual=True)(y)
+
+
+class Block(_Part):
+    """One layer: attention and feed-forward, each added to the residual, with norms before or after."""
+
+    first: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, window: jax.Array, context: Context):
+        self_attn, mlp = Attention(*self.same(), name='self_attn'), MLP(*self.same(), name='mlp')
+        if self.config.pre_norm:
+            x = x + self_attn(x if self.first else self.norm('attention_norm')(x), window, context)
+            x = x + mlp(self.norm('mlp_norm')(x))
+        else:
+            x = self.norm('attention_norm')(x + self_attn(x, window, context))
+            x = self.norm('mlp_norm')(x + mlp(x))
+        return constrain(x, 'batch', 'length', None), None
+
+
+class LMHead(_Part):
+    """The masked language model's head up to its last norm; the logits' own parameters are only made here."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = ACTIVATIONS[c.lm_activation](self.dense('transform', c.d_model, c.head_bias, residual=True)(x))
+        x = self.norm('norm')(x)
+        if self.is_initializing():
+            if c.decoder_bias:
+                parameter(self, 'bias', nn.initializers.zeros, (c.vocab_size,), self.param_dtype)
+            if not c.tied:
+                self.dense('decoder', c.vocab_size, False, residual=True)(x)
+        return x
+
+
+class Pooler(_Part):
+    """The dense layer before a classifier."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = ACTIVATIONS[c.pooler_activation](self.dense('dense', c.d_model, c.head_bias, residual=True)(x))
+        return self.norm('norm')(x) if c.pooler_norm else x
+
+
+class Encoder(_Part):
+    """Tokens `[batch, length]` to what the head's last projection takes.
+
+    `[batch, length, d_model]` for `lm` and `token_classification`, `[batch, 1, d_model]` for `classification`.
+    Where norms come before, the first layer has none and stands apart from the stack, as `first_layer`.
+    """
+
+    remat: str = 'none'
+    head: str = 'lm'
+    labels: int = 0
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, types: jax.Array) -> jax.Array:
+        c = self.config
+        # Looked up as the table lies; from there to whole rows in one exchange (in one go XLA would gather all rows).
+        x = constrain(self.embed('embed_tokens', c.vocab_size)(tokens), 'copy', 'length', 'width')
+        if c.rope is None:
+            x = x + self.embed('embed_positions', c.max_positions + c.position_offset)(positions + c.position_offset)
+        if c.token_types:
+            x = x + self.embed('embed_types', c.token_types)(jnp.minimum(types, c.token_types - 1))
+        x = self.norm('embed_norm')(constrain(x, 'batch', 'length', None))
+
+        places = jnp.where(segments > 0, positions, 0)
+        angles = [None if rope is None else rotary.angles(rope, places) for rope in (c.rope, c.local_rope)]
+        context = Context(positions, segments, *angles)
+        windows = jnp.asarray([_NO_WINDOW if window is None else window for window in c.windows], jnp.int32)
+        apart = int(c.pre_norm)
+        if apart:
+            block = rematerialised(Block, self.remat, scanned=False)
+            x, _ = block(*self.same(), first=True, name='first_layer')(x, windows[0], context)
+        if c.num_layers > apart:
+            scanned = nn.scan(
+                rematerialised(Block, self.remat),
+                variable_axes={'params': 0},
+                split_rngs={'params': True, 'dropout': True},
+                in_axes=(0, nn.broadcast),
+                length=c.num_layers - apart,
+            )
+            x, _ = scanned(*self.same(), name='layers')(x, windows[apart:], context)
+        if c.pre_norm:
+            x = self.norm('norm')(x)
+        return self.to_head(x, segments)
+
+    def to_head(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        c = self.config
+        if self.head == 'lm':
+            return LMHead(*self.same(), name='lm_head')(x)
+        if self.head == 'classification':
+            x = pool(x, segments, c.pooling)[:, None]
+        if self.head == 'classification' or c.token_pooler:
+            x = Pooler(*self.same(), name='pooler')(x)
+        if self.is_initializing():
+            Dense(self.labels, True, c.classifier_range, self.param_dtype, c.cutoff, name='classifier')(x)
+        return x
+
+
+def pool(x: jax.Array, segments: jax.Array, kind: str) -> jax.Array:
+    """One vector a row.
+
+    Args:
+      x: `[batch, length, d_model]`.
+      segments: `[batch, length]`, 0 = padding.
+      kind: `cls`, the first token, or `mean`, of all tokens.
+
+    Returns:
+      `[batch, d_model]`.
+    """
+    seen = segments > 0
+    if kind == 'cls':
+        seen = seen & (jnp.cumsum(seen, axis=1) == 1)
+    weights = seen / jnp.maximum(seen.sum(1, keepdims=True), 1)
+    # A sum of products, not a matrix product: those round their inputs on some accelerators.
+    return (x.astype(jnp.float32) * weights[..., None]).sum(1).astype(x.dtype)
+
+
+def _init(module: Encoder, rng: jax.Array) -> Any:
+    place = jnp.zeros((1, 1), jnp.int32)
+    with unrecorded():
+        return module.init(rng, place, place, place + 1, place)['params']
+
+
+def _forward(module: Encoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:
+    tokens = batch['tokens']
+    positions, segments, types = (batch.get(name) for name in ('positions', 'segments', 'token_types'))
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segments is None:
+        segments = jnp.ones_like(tokens)
+    if types is None:
+        types = jnp.zeros_like(tokens)
+    rngs = None if rng is None else {'dropout': rng}
+    return Outputs(module.apply({'params': params}, tokens, positions, segments, types, rngs=rngs))
+
+
+def _head(config: EncoderConfig, head: str, params: Any) -> Head:
+    if head != 'lm':
+        return Head(params['classifier']['kernel'], bias=params['classifier']['bias'])
+    bias = params['lm_head'].get('bias')
+    if config.tied:
+        return Head(params['embed_tokens']['embedding'], bias=bias, vocab_major=True)
+    return Head(params['lm_head']['decoder']['kernel'], bias=bias)
+
+
+def _no_cache(model_type: str, batch: int, max_length: int):
+    raise UserError(f'model.config.model_type={model_type!r}: an encoder cannot write text; expected a decoder')
+
+
+def _flops(config: EncoderConfig, head: str, shapes: Any, length: int) -> float:
+    products = sum(leaf.size for path, leaf in leaf_paths(shapes).items() if path.endswith('kernel'))
+    products += config.vocab_size * config.d_model if head == 'lm' and config.tied else 0
+    keys = sum(min(length, 2 * window - 1 if window else length) for window in config.windows)
+    return 6.0 * products + 12.0 * config.num_heads * config.head_dim * keys
+
+
+def _tensors(model_type: str, config: EncoderConfig, head: str, shapes: Any) -> dict[str, Tensor]:
+    family = FAMILIES[model_type]
+    tensors = {}
+    for path in leaf_paths(shapes):
+        module, leaf = path.rsplit('/', 1)
+        if module == 'lm_head' and not config.tied:
+            module = 'lm_head/decoder'
+        name = f'{family.module(module, head)}.{"bias" if leaf == "bias" else "weight"}'
+        first = int(config.pre_norm and path.startswith('layers/'))
+        older = ''
+        if 'LayerNorm' in name:  # as TensorFlow named them
+            older = name.removesuffix('weight').removesuffix('bias') + ('beta' if leaf == 'bias' else 'gamma')
+        tensors[path] = Tensor(name, leaf == 'kernel', first, older)
+    return tensors
+
+
+def check(fields: Mapping[str, Any]) -> None:
+    """Raises `FieldError` if a field's value is impossible here."""
+    encoder_config(fields)
+
+
+def build(
+    fields: Mapping[str, Any],
+    *,
+    param_dtype: jnp.dtype,
+    compute_dtype: jnp.dtype,
+    remat: str,
+    attention: str,
+    head: str = 'lm',
+    labels: int = 0,
+) -> Model:
+    """The model of Hugging Face's config fields.
+
+    Args:
+      fields: the config fields.
+      param_dtype, compute_dtype, remat, attention: as for `models.build`.
+      head: `lm`, `classification` (of rows) or `token_classification`.
+      labels: number of classes.
+
+    Raises:
+      FieldError: a field's value is impossible here.
+    """
+    if head not in HEADS or (head != 'lm' and labels < 1):
+        raise ValueError(f'expected a head of {HEADS}, with at least one label, not {head!r} with {labels}')
+    config, model_type = encoder_config(fields), fields['model_type']
+    module = Encoder(config, param_dtype, compute_dtype, attention, remat, head, labels)
+    # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
+    init = functools.partial(_init, Encoder(config, param_dtype, compute_dtype, 'xla', 'none', head, labels))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return Model(
+        hf_config=dict(fields),
+        architecture=FAMILIES[model_type].architecture(head),
+        kind='encoder',
+        config=config,
+        param_dtype=param_dtype,
+        compute_dtype=compute_dtype,
+        shapes=shapes,
+        init=init,
+        forward=functools.partial(_forward, module),
+        make_head=functools.partial(_head, config, head),
+        make_cache=functools.partial(_no_cache, model_type),
+        count_flops=functools.partial(_flops, config, head, shapes),
+        tensors=_tensors(model_type, config, head, shapes),
+        base_prefix=FAMILIES[model_type].base_prefix,
+        ignored=IGNORED,
+        heads=('lm_head', 'pooler', 'classifier'),
+    )

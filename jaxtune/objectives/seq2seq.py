@@ -1,0 +1,89 @@
+"""Text to text: from a record's source an encoder-decoder writes its target (Raffel et al. 2020, arXiv:1910.10683)."""
+
+import hashlib
+import json
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxtune import console
+from jaxtune.data import Tokens
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.cache import once
+from jaxtune.data.packing import Row
+from jaxtune.data.records import Records, field, open_records
+from jaxtune.data.tokens import TokenWriter
+from jaxtune.errors import UserError
+from jaxtune.objectives import shifted
+from jaxtune.objectives.shifted import KINDS, loss
+
+__all__ = ['KINDS', 'Pairs', 'dataset', 'loss', 'row']
+
+
+def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """What one row of a batch holds: a source of `data.seq_len` places, a target of `data.target_len`."""
+    return shifted.make_row(config.data.seq_len, config.data.target_len or config.data.seq_len)
+
+
+def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> 'Pairs':
+    """Rows of `data.train` or `data.eval`: a record a row, `seq2seq.prefix` before its source.
+
+    Both sides are tokenised once into the cache, each with the tokenizer's EOS at its end.
+
+    Raises:
+      UserError: no such data, records without the two texts (with `file:line`), or a tokenizer without EOS.
+    """
+    if config.data.format not in ('auto', 'pair'):
+        raise UserError(f'data.format={config.data.format!r}: expected auto or pair for objective=seq2seq')
+    key, data = f'data.{split}', config.data
+    columns = {data.source_key: 'data.source_key', data.target_key: 'data.target_key'}
+    records = open_records(data[split], key, columns)
+    settings = [records.identity, tokenizers.fingerprint(tokenizer), list(columns), config.seq2seq.prefix]
+    folder = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    once(
+        lambda: all((folder / side / 'meta.json').is_file() for side in ('source', 'target')),
+        lambda: _tokenise(records, folder, tokenizer, config, key),
+        key,
+    )
+    source, target = Tokens.open(folder / 'source'), Tokens.open(folder / 'target')
+    pairs = Pairs(source, target, tokenizer.eos_token_id, data.seq_len, data.target_len or data.seq_len)
+    for name, cut, length in (('source', pairs.cut_sources, 'seq_len'), ('target', pairs.cut_targets, 'target_len')):
+        if cut:
+            console.note(f'{records.name}: {cut:,} of {len(pairs):,} {name}s are longer than data.{length} and cut')
+    return pairs
+
+
+def _tokenise(records: Records, folder: pathlib.Path, tokenizer, config: ConfigDict, key: str) -> None:
+    data, count = config.data, sum(1 for _ in records)
+    if not count:
+        raise UserError(f'{records.name}: the data is empty; expected at least one pair')
+    source, target = (TokenWriter(folder / side, tokenizer, True, records.name) for side in ('source', 'target'))
+    with console.progress(count, f'tokenise {key}', 'pair') as bar, target, source:
+        for place, record in records:
+            source.add(config.seq2seq.prefix + field(record, place, data.source_key, 'data.source_key'))
+            target.add(field(record, place, data.target_key, 'data.target_key'))
+            bar.advance(1)
+
+
+class Pairs:
+    """Pairs of texts by number, as rows.
+
+    A source that is too long is cut before its EOS. A target that is too long has none: it does not end there.
+    """
+
+    def __init__(self, source: Tokens, target: Tokens, eos: int, seq_len: int, target_len: int):
+        self.source, self.target, self.eos = source, target, eos
+        self.seq_len, self.target_len = seq_len, target_len
+        self.cut_sources = int((source.offsets[1:] - source.offsets[:-1] > seq_len).sum())
+        self.cut_targets = int((target.offsets[1:] - target.offsets[:-1] > target_len).sum())
+
+    def __len__(self) -> int:
+        return self.source.documents
+
+    def __getitem__(self, index: int) -> Row:
+        source = self.source.document(int(index))[: self.seq_len].copy()
+        source[-1] = self.eos
+        return shifted.fill_row(
+            source, self.target.document(int(index))[: self.target_len], self.seq_len, self.target_len
+        )

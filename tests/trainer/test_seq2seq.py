@@ -1,0 +1,187 @@
+"""Encoder-decoder objectives: what their rows hold, and training against PyTorch step by step."""
+
+import json
+
+import numpy as np
+import pytest
+from runs import full_config, metrics, recipe, train
+
+from jaxtune.assemble import open_model
+from jaxtune.data import Loader
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.errors import UserError
+from jaxtune.models import hf
+from jaxtune.objectives import seq2seq, span_corruption
+
+BYTES = tokenizers.load('bytes')
+EOS = BYTES.eos_token_id
+
+
+def config_of(corpus, objective='span_corruption', **changes):
+    return full_config(recipe(corpus, objective, **changes))
+
+
+def texts(corpus, split):
+    return [json.loads(line)['text'] for line in (corpus / f'{split}.jsonl').read_text().splitlines()]
+
+
+def uncut(row, mode=False):
+    """The tokens that a row of span corruption was cut from."""
+    source, target = row['tokens'][row['segments'] > 0].tolist(), row['targets'][row['weights'] > 0].tolist()
+    assert source.pop() == target.pop() == EOS
+    spans = []
+    for token in target:
+        if token < 0:
+            assert token == -1 - len(spans)
+            spans.append([])
+        else:
+            spans[-1].append(token)
+    found = [token for token in source if token < 0]
+    assert found == [-1 - i for i in range(len(spans))]
+    return [token for entry in source for token in (spans[-1 - entry] if entry < 0 else [entry])]
+
+
+def test_rows_are_full_and_give_the_stream_back(corpus, tmp_path):
+    config = config_of(corpus)
+    rows = span_corruption.dataset(config, 'train', BYTES, tmp_path)
+    shapes = span_corruption.row(config)
+    stream = []
+    for number in range(len(rows)):
+        row = rows[number]
+        assert {name: (value.shape, value.dtype) for name, value in row.items()} == {
+            name: (shape.shape, shape.dtype) for name, shape in shapes.items()
+        }
+        if number < len(rows) - 1:
+            assert (row['segments'] == 1).all()  # the source fills its row exactly
+            assert row['weights'].sum() == 14  # of 70 tokens: 10 hidden, 3 sentinels, EOS
+        stream += uncut(row)
+    assert bytes(token for token in stream if token < 256).decode() == ''.join(texts(corpus, 'train'))
+
+
+def test_each_pass_cuts_other_spans_and_held_out_rows_stay(corpus, tmp_path):
+    config = config_of(corpus)
+    rows = span_corruption.dataset(config, 'train', BYTES, tmp_path)
+    first, second = rows[3], rows[3 + len(rows)]
+    assert uncut(first) == uncut(second)
+    assert not np.array_equal(first['tokens'], second['tokens'])
+    again = span_corruption.dataset(config, 'train', BYTES, tmp_path)
+    np.testing.assert_array_equal(rows[3]['tokens'], again[3]['tokens'])
+    other = span_corruption.dataset(config_of(corpus, seed=7), 'train', BYTES, tmp_path)
+    assert not np.array_equal(first['tokens'], other[3]['tokens'])
+    held_out = [span_corruption.dataset(config_of(corpus, seed=s), 'eval', BYTES, tmp_path)[1] for s in (0, 7)]
+    np.testing.assert_array_equal(held_out[0]['tokens'], held_out[1]['tokens'])
+
+
+@pytest.mark.parametrize('mode', ['prefix', 'ul2'])
+def test_other_modes_fit_their_rows(corpus, tmp_path, mode):
+    config = config_of(corpus, span_corruption__mode=mode)
+    rows = span_corruption.dataset(config, 'train', BYTES, tmp_path)
+    modes = set()
+    for number in range(3 * len(rows)):
+        row = rows[number]
+        assert row['tokens'][row['segments'] > 0][-1] == row['targets'][row['weights'] > 0][-1] == EOS
+        modes.add(int(row['tokens'][0]) if mode == 'ul2' else 0)
+    assert modes == ({-98, -99, -100} if mode == 'ul2' else {0})
+
+
+def test_without_packing_rows_are_documents(corpus, tmp_path):
+    rows = span_corruption.dataset(config_of(corpus, data__packing=False), 'eval', BYTES, tmp_path)
+    found, now = [], []
+    for number in range(len(rows)):
+        now += uncut(rows[number])
+        if now[-1] == EOS:
+            found.append(bytes(now[:-1]).decode())
+            now = []
+    assert found == texts(corpus, 'eval')
+
+
+class _WithSentinels:
+    """A tokenizer with sentinels of its own."""
+
+    eos_token_id = 1
+
+    def __init__(self, count):
+        self.count = count
+
+    def get_vocab(self):
+        return {'a': 0, '</s>': 1} | {f'<extra_id_{i}>': 1 + self.count - i for i in range(self.count)}
+
+
+def test_sentinels_are_the_tokenizers_or_the_last_of_the_model(corpus):
+    config = config_of(corpus)
+    assert span_corruption.spare_tokens(config, BYTES) == 100
+    assert span_corruption.spare_tokens(config, _WithSentinels(100)) == 0
+    assert span_corruption._sentinels(config, _WithSentinels(100), 4)[:2] == [101, 100]
+    with pytest.raises(UserError, match=r'data\.seq_len=64: makes up to 4 sentinels, and the tokenizer has 3'):
+        span_corruption._sentinels(config, _WithSentinels(3), 4)
+    model, _ = open_model(config, BYTES)
+    assert model.config.vocab_size == -(-(len(BYTES) + 100) // 64) * 64
+    assert model.config.start_id == BYTES.pad_token_id
+    small = {**config.model.config.to_dict(), 'vocab_size': len(BYTES) + 99}
+    with pytest.raises(UserError, match='objective=span_corruption: needs 100 tokens more'):
+        open_model(full_config(recipe(corpus, 'span_corruption') | {'model.config': small}), BYTES)
+
+
+def test_pairs_end_with_eos_unless_cut(tmp_path):
+    pairs = [{'en': 'short', 'zh': '短'}, {'en': 'a source too long', 'zh': 'and its target'}, {'en': '', 'zh': ''}]
+    (tmp_path / 'pairs.jsonl').write_text(''.join(json.dumps(pair) + '\n' for pair in pairs))
+    keys = {
+        'objective': 'seq2seq',
+        'data.train': str(tmp_path / 'pairs.jsonl'),
+        'data.source_key': 'en',
+        'data.target_key': 'zh',
+        'data.seq_len': 12,
+        'data.target_len': 8,
+        'seq2seq.prefix': 'zh: ',
+    }
+    rows = seq2seq.dataset(full_config(keys), 'train', BYTES, tmp_path / 'cache')
+
+    def parts(row):
+        return row['tokens'][row['segments'] > 0].tolist(), row['targets'][row['weights'] > 0].tolist()
+
+    assert parts(rows[0]) == ([*b'zh: short', EOS], [*'短'.encode(), EOS])
+    assert parts(rows[1]) == ([*b'zh: a sourc'[:11], EOS], [*b'and its '])
+    assert parts(rows[2]) == ([*b'zh: ', EOS], [EOS])
+    (tmp_path / 'broken.jsonl').write_text('{"en": "a", "zh": "b"}\n{"en": "a"}\n')
+    with pytest.raises(UserError, match=r"broken\.jsonl:2: expected the field 'zh' \(data\.target_key\)"):
+        seq2seq.dataset(
+            full_config(keys | {'data.train': str(tmp_path / 'broken.jsonl')}), 'train', BYTES, tmp_path / 'cache'
+        )
+
+
+@pytest.mark.parametrize('objective', ['span_corruption', 'seq2seq'])
+def test_losses_of_20_steps_equal_transformers(corpus, tmp_path, objective):
+    torch = pytest.importorskip('torch')
+    import transformers
+
+    keys = recipe(
+        corpus, objective, optimizer__lr=3e-3, optimizer__schedule='constant', optimizer__weight_decay=0.0
+    ) | {'optimizer.warmup_steps': 0, 'data.eval': ''}
+    config = full_config(keys)
+    model, _ = open_model(config, BYTES)
+    import jax
+
+    hf.save(tmp_path / 'start', model, jax.jit(model.init)(jax.random.key(1)), add_files=BYTES.save_pretrained)
+    del keys['model.config'], keys['tokenizer.path']
+    train(keys | {'model.path': str(tmp_path / 'start')}, tmp_path / 'run')
+    ours = metrics(tmp_path / 'run', 'train/loss')
+
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / 'start').eval()  # eval: no dropout
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    dataset = {'span_corruption': span_corruption, 'seq2seq': seq2seq}[objective].dataset
+    loader = Loader(dataset(config, 'train', BYTES, tmp_path / 'cache'), 16, config.seed)
+    losses = []
+    for t in range(20):
+        batch = loader.rows(t, 0, 16)
+        for name in ('tokens', 'targets'):
+            batch[name] = np.where(batch[name] < 0, model.config.vocab_size + batch[name], batch[name])
+        labels = torch.tensor(np.where(batch['weights'] > 0, batch['targets'], -100)).long()
+        inputs = {'input_ids': torch.tensor(batch['tokens']), 'attention_mask': torch.tensor(batch['segments'])}
+        loss = theirs(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    np.testing.assert_allclose(ours, losses, rtol=1e-3)
