@@ -207,8 +207,5 @@ def _say(metrics: dict, workdir: pathlib.Path, staged: bool) -> None:
     if ratio is not None:
         console.note(f'gzip -9 needs {ratio:.3f} bits per byte of the held-out documents')
     if not staged:
-        held_out = f' --config.data.eval={workdir}' if metrics['data/eval_documents'] else ''
-        console.note(
-            'next: python -m jaxtune.main --config configs/pretrain_causal_lm.py '
-            f'--config.data.train={workdir}{held_out} --config.tokenizer.path={workdir}'
-        )
+        held_out = f' data.eval={workdir}' if metrics['data/eval_documents'] else ''
+        console.note(f'next: train with data.train={workdir}{held_out} tokenizer.path={workdir} in a recipe')
