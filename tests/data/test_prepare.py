@@ -57,7 +57,7 @@ def test_what_is_made(corpus, prepared, recipe, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f'reading data.train={corpus}; writing to ')
     assert 'gzip -9' in said
-    assert said.rstrip().endswith(f'--config.tokenizer.path={tmp_path / "a"}')
+    assert said.rstrip().endswith(f'tokenizer.path={tmp_path / "a"} in a recipe')
 
 
 def test_two_runs_are_the_same_byte_for_byte(corpus, prepared, tmp_path):
