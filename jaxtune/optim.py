@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
 
 from jaxtune.errors import UserError
 from jaxtune.parallel.rules import path_name
@@ -48,13 +49,17 @@ def _muon(config: ConfigDict) -> optax.GradientTransformation:
 
     Keller Jordan 2024; the scale 0.2 sqrt(max(in, out)) is arXiv:2502.16982's. Stacked layers are batched.
     """
-    matrices = optax.contrib.scale_by_muon(
+    matrices = contrib.scale_by_muon(
         beta=config.b1 or 0.95,
-        consistent_rms=0.2,
         weight_dimension_numbers=lambda tree: jax.tree.map(
-            lambda leaf: optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), tree
+            lambda leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), tree
         ),
     )
+
+    def size(update):
+        return update * (0.2 * max(update.shape[-2:]) ** 0.5)
+
+    matrices = optax.chain(matrices, optax.stateless(lambda updates, params: jax.tree.map(size, updates)))
 
     def label(path, leaf):
         name = path_name(path)
