@@ -6,4 +6,4 @@ launch/setup.sh test
 bin="${VENV:-.venv}/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
-exec "$bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
+exec "$bin/python" -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -6,8 +6,7 @@ import pathlib
 import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Tests compile hundreds of small programs and run each for milliseconds: XLA's optimiser would cost half their time.
-os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
