@@ -166,8 +166,8 @@ def test_bfloat16_is_as_near_as_transformers_bfloat16(torch_model):
     with torch.no_grad():
         theirs = half(**{name: torch.tensor(batch[ours]) for name, ours in names.items()}).logits.float().numpy()[kept]
     error, reference = np.sqrt(np.mean((ours - exact) ** 2)), np.sqrt(np.mean((theirs - exact) ** 2))
+    # On random weights, whose scores are large, bfloat16 costs transformers a fifth of the logits too: it is the bound.
     assert error < 1.1 * reference
-    assert error < 0.1 * np.sqrt(np.mean(exact**2))
 
 
 @pytest.mark.parametrize('case', CASES[:2], ids=lambda case: case.name, indirect=True)
