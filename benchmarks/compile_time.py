@@ -15,8 +15,7 @@ def seconds(layers: int) -> float:
     import jax
     from train_step import CONFIG
 
-    from jaxtune import config as recipes
-    from jaxtune import models
+    from jaxtune import models, recipes
     from jaxtune.parallel import make_mesh
     from jaxtune.program import abstract_params, make_program, with_shardings
 

@@ -35,8 +35,7 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     import jax
     import numpy as np
 
-    from jaxtune import config as recipes
-    from jaxtune import methods, models
+    from jaxtune import methods, models, recipes
     from jaxtune.parallel import make_mesh, place
     from jaxtune.program import make_program
     from jaxtune.weights import tree

@@ -6,8 +6,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import config as recipes
-from jaxtune import console, methods
+from jaxtune import console, methods, recipes
 from jaxtune.assemble import assemble, open_model, tokenizer_folder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.data import tokenizer as tokenizers

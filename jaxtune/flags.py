@@ -12,7 +12,9 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from jaxtune import config as recipes
+from jaxtune import recipes
+from jaxtune.checks import ExpectedError
+from jaxtune.config import SCHEMA
 from jaxtune.errors import UserError
 
 USAGE = 'python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--overwrite] [--config.KEY=VALUE ...]'
@@ -45,7 +47,7 @@ def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _free(path: str) -> bool:
-    kinds = recipes.SCHEMA.items()
+    kinds = SCHEMA.items()
     return any(isinstance(kind, recipes.Free) and path.startswith(f'{key}.') for key, kind in kinds)
 
 
@@ -61,8 +63,8 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
         *parents, last = path.split('.')
         stage = parents[0] if parents and parents[0] in stages else ''
         own = path[len(stage) + 1 :] if stage else path
-        if own not in recipes.SCHEMA and not _free(own):
-            near = recipes.nearest(own, recipes.SCHEMA)
+        if own not in SCHEMA and not _free(own):
+            near = recipes.nearest(own, SCHEMA)
             prefix = f'{stage}.' if stage else ''
             hint = f'; the nearest valid key is config.{prefix}{near}' if near else ''
             raise UserError(f'--config.{path}: unknown key{hint}')
@@ -111,11 +113,11 @@ def _refused(text: str, stages: Sequence[str]) -> UserError:
     if found:
         path, value = found.groups()
         stage, _, rest = path.partition('.')
-        key = recipes.SCHEMA.get(rest if stage in stages else path)
+        key = SCHEMA.get(rest if stage in stages else path)
         if isinstance(key, recipes.Key):
             try:
                 key.check(value)
-            except recipes.ExpectedError as error:
+            except ExpectedError as error:
                 return UserError(f'--config.{path}={value!r}: expected {error}')
     return UserError(' '.join(text.split()))
 

@@ -3,8 +3,7 @@
 import functools
 import importlib
 
-from jaxtune import config as recipes
-from jaxtune import console, workdir
+from jaxtune import console, recipes, workdir
 from jaxtune.errors import UserError
 from jaxtune.flags import Command
 from jaxtune.parallel import hosts

@@ -11,8 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxtune.config import differing
 from jaxtune.errors import UserError
+from jaxtune.recipes import differing
 
 INPUTS = 'inputs.json'
 OURS = ('checkpoints', 'export', 'adapter', 'tensorboard', 'cache', 'train', 'eval', 'tokenizer')

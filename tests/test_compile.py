@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxtune import compile as compile_task
-from jaxtune import config as recipes
+from jaxtune import recipes
 from jaxtune.compiled import refused_bytes
 from jaxtune.errors import UserError
 from jaxtune.parallel.topology import CARDS, TPU_GIB, target_config, topology_devices, usable_bytes

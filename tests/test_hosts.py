@@ -11,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import config as recipes
-from jaxtune import interrupt, models
+from jaxtune import interrupt, models, recipes
 from jaxtune.parallel import hosts, make_mesh, match_rules, place, shardings
 from jaxtune.program import make_program
 

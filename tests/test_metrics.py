@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxtune import config as recipes
-from jaxtune import console, hardware
+from jaxtune import console, hardware, recipes
 from jaxtune.errors import UserError
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
 from jaxtune.runinfo import RunInfo, command_line

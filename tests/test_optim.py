@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtune import config as recipes
+from jaxtune import recipes
 from jaxtune.errors import UserError
 from jaxtune.optim import clip, make_optimizer, schedule
 

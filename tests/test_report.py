@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from jaxtune import config as recipes
-from jaxtune import console
+from jaxtune import console, recipes
 from jaxtune.report import charts, write_report
 
 VOID = {'meta', 'link', 'br', 'img', 'input', 'hr'}

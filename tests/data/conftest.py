@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from jaxtune import config as recipes
+from jaxtune import recipes
 from jaxtune.data.tokens import Tokens
 
 # A deadline measures the machine, not the code.

@@ -9,7 +9,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from jaxtune import config as recipes
+from jaxtune import recipes
 from jaxtune.flags import Command
 from jaxtune.models.safetensors import read_header
 from jaxtune.parallel import AXES, make_mesh

@@ -1,0 +1,260 @@
+"""Recipes: read, laid over the defaults, checked, compared.
+
+A recipe names only what differs; `resolve` lays it over the defaults of `jaxtune.config`, applies the command line, and
+refuses unknown keys and impossible values before anything else is loaded.
+"""
+
+import copy
+import difflib
+import importlib.util
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxtune.checks import ExpectedError
+from jaxtune.config import SCHEMA, Free
+from jaxtune.errors import UserError
+
+# What may differ when a workdir is continued, since it changes no result.
+MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.')
+
+
+def nearest(name: str, names) -> str:
+    """The valid name most like a misspelt one, by whole path or by its last part; '' if none is close."""
+    found = difflib.get_close_matches(name, list(names), 1, 0.6)
+    if found:
+        return found[0]
+    by_last = {other.rsplit('.', 1)[-1]: other for other in names}
+    found = difflib.get_close_matches(name.rsplit('.', 1)[-1], list(by_last), 1, 0.6)
+    return by_last[found[0]] if found else ''
+
+
+def _unknown(path: str, prefix: str = '') -> UserError:
+    near = nearest(path, SCHEMA)
+    return UserError(f'{prefix}{path}: unknown key' + (f'; the nearest valid key is {prefix}{near}' if near else ''))
+
+
+def child(node: ConfigDict, name: str) -> ConfigDict:
+    """The subtree under a name, made if it is not there."""
+    if name not in node:
+        node[name] = ConfigDict(type_safe=False)
+    return node[name]
+
+
+def defaults() -> ConfigDict:
+    """All keys with their defaults."""
+    config = ConfigDict(type_safe=False)
+    for path, key in SCHEMA.items():
+        *parents, last = path.split('.')
+        node = config
+        for parent in parents:
+            node = child(node, parent)
+        node[last] = ConfigDict(type_safe=False) if isinstance(key, Free) else copy.deepcopy(key.default)
+    return config
+
+
+def flatten(config: Mapping, prefix: str = '') -> dict[str, Any]:
+    """`{'train.steps': 10, ...}`; a free subtree is one value, a plain dict."""
+    flat = {}
+    for name, value in config.items():
+        path = f'{prefix}{name}'
+        if isinstance(SCHEMA.get(path), Free):
+            flat[path] = value.to_dict() if isinstance(value, ConfigDict) else value
+        elif isinstance(value, Mapping | ConfigDict):
+            if path not in SCHEMA and not any(key.startswith(path + '.') for key in SCHEMA):
+                raise _unknown(path)
+            flat.update(flatten(value, path + '.'))
+        else:
+            flat[path] = value
+    return flat
+
+
+def lay_over(config: ConfigDict, changes: Mapping[str, Any], prefix: str = '') -> None:
+    """Sets flat `{'train.steps': 10}` changes in place, checking names and values.
+
+    Args:
+      config: a full recipe.
+      changes: flat path -> value.
+      prefix: put before the path in messages (a stage's name and a dot).
+
+    Raises:
+      UserError: an unknown key or an impossible value.
+    """
+    for path, value in changes.items():
+        free = next((key for key, kind in SCHEMA.items() if isinstance(kind, Free) and path.startswith(key)), None)
+        if free is None or (path != free and not path.startswith(free + '.')):
+            if path not in SCHEMA:
+                raise _unknown(path, prefix)
+            try:
+                value = SCHEMA[path].check(value)
+            except ExpectedError as error:
+                raise UserError(f'{prefix}{path}={value!r}: expected {error}') from None
+        elif path == free:
+            if not isinstance(value, Mapping):
+                raise UserError(f'{prefix}{path}={value!r}: expected a ConfigDict of {SCHEMA[free].comment}')
+            value = ConfigDict({**config_get(config, path).to_dict(), **value}, type_safe=False)
+        *parents, last = path.split('.')
+        node = config
+        for parent in parents:
+            node = child(node, parent)
+        node[last] = value
+
+
+def placeholder() -> config_dict.FieldReference:
+    """An empty field whose type is read off the value that it is given."""
+    return config_dict.placeholder(object)
+
+
+def config_get(config: ConfigDict, path: str) -> Any:
+    """The value at a dotted path."""
+    for name in path.split('.'):
+        config = config[name]
+    return config
+
+
+def read_recipe(path: str) -> ConfigDict:
+    """Runs a recipe file's `get_config()`.
+
+    Raises:
+      UserError: no such file, no `get_config`, or it does not return a ConfigDict.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f'--config={path}: no such file; expected a recipe such as configs/quickstart.py')
+    spec = importlib.util.spec_from_file_location('recipe', path)
+    if spec is None:
+        raise UserError(f'--config={path}: expected a Python file with get_config()')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f'{_place(error, path)}: the recipe fails: {type(error).__name__}: {error}') from None
+    if not hasattr(module, 'get_config'):
+        raise UserError(f'{path}: expected a function get_config()')
+    try:
+        recipe = module.get_config()
+    except Exception as error:
+        raise UserError(f'{_place(error, path)}: get_config() fails: {type(error).__name__}: {error}') from None
+    if not isinstance(recipe, ConfigDict):
+        raise UserError(f'{path}: get_config() returned {type(recipe).__name__}; expected an ml_collections.ConfigDict')
+    return recipe
+
+
+def _place(error: Exception, path: str) -> str:
+    """`file:line` of the recipe's own last frame in a traceback."""
+    line, trace = getattr(error, 'lineno', None), error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == path:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f'{path}:{line}' if line else path
+
+
+def stage_names(recipe: ConfigDict) -> tuple[str, ...]:
+    """The stages of a recipe in their order; empty for a single task.
+
+    Raises:
+      UserError: a stage is named that the recipe does not hold, or names are not fit for folders.
+    """
+    stages = recipe.get('stages', ())
+    if not isinstance(stages, tuple | list) or not all(isinstance(name, str) for name in stages):
+        raise UserError(f"stages={stages!r}: expected a tuple of names such as ('prepare', 'pretrain')")
+    tops = {path.split('.')[0] for path in SCHEMA}
+    for name in stages:
+        if not re.fullmatch(r'[A-Za-z][\w-]*', name) or name in tops:
+            raise UserError(f'stages: {name!r} is no name for a stage; expected letters, not a key of a recipe')
+        if not isinstance(recipe.get(name), ConfigDict):
+            raise UserError(f'stages: {name!r} has no recipe; expected config.{name} to be a ConfigDict')
+    if len(set(stages)) != len(stages):
+        raise UserError(f'stages={stages!r}: a name stands twice')
+    return tuple(stages)
+
+
+def resolve(recipe: ConfigDict, overrides: Mapping[str, Any] | None = None) -> dict[str, ConfigDict]:
+    """A recipe and the command line's overrides as full, checked recipes.
+
+    Keys beside the stages' own are common to all stages; a stage's own win, the command line wins over both.
+
+    Returns:
+      `{'': config}` for a single task, `{stage: config}` in order for stages.
+
+    Raises:
+      UserError: an unknown key or an impossible value.
+    """
+    overrides = dict(overrides or {})
+    stages = stage_names(recipe)
+    common = {name: value for name, value in recipe.items() if name != 'stages' and name not in stages}
+    configs = {}
+    known = set()
+    for stage in stages or ('',):
+        prefix = f'{stage}.' if stage else ''
+        config = defaults()
+        lay_over(config, flatten(common))
+        if stage:
+            own = recipe[stage]
+            lay_over(config, flatten(own), prefix)
+        ours = {path: value for path, value in overrides.items() if path.split('.')[0] not in stages}
+        lay_over(config, ours)
+        known.update(ours)
+        if stage:
+            ours = {path: value for path, value in overrides.items() if path.startswith(prefix)}
+            lay_over(config, {path[len(prefix) :]: value for path, value in ours.items()}, prefix)
+            known.update(ours)
+        _check_references(config, tuple(configs), prefix)
+        configs[stage] = config
+    for path in overrides:
+        if path not in known:
+            raise _unknown(path)
+    return configs
+
+
+REFERENCES = ('model.path', 'tokenizer.path', 'data.train', 'data.eval', 'rl.reward')
+
+
+def _check_references(config: ConfigDict, earlier: tuple[str, ...], prefix: str) -> None:
+    for path in REFERENCES:
+        value = config_get(config, path)
+        if value.startswith('@') and value[1:] not in earlier:
+            names = ', '.join(f'@{name}' for name in earlier) or 'none'
+            raise UserError(f'{prefix}{path}={value!r}: expected the name of an earlier stage ({names})')
+
+
+def references(config: ConfigDict) -> set[str]:
+    """Names of the earlier stages whose output a recipe reads."""
+    values = [config_get(config, path) for path in REFERENCES]
+    return {value[1:] for value in values if value.startswith('@')}
+
+
+def point_to_stages(config: ConfigDict, root: pathlib.Path) -> ConfigDict:
+    """A copy in which `@NAME` is the folder of the stage NAME below `root`."""
+    config = copy.deepcopy(config)
+    for path in REFERENCES:
+        value = config_get(config, path)
+        if value.startswith('@'):
+            parent, last = path.rsplit('.', 1)
+            config_get(config, parent)[last] = str(root / value[1:])
+    return config
+
+
+def differing(old: Mapping, new: ConfigDict) -> list[str]:
+    """Keys in which two recipes differ so that a workdir can't be continued with the new one."""
+    before, after = flatten(old), flatten(new)
+    # A key added by a newer version held its default before.
+    for path, key in SCHEMA.items():
+        before.setdefault(path, {} if isinstance(key, Free) else key.default)
+    names = []
+    for path, value in after.items():
+        was = before[path]
+        same = was == value or (isinstance(value, tuple) and was == list(value))
+        grown = path == 'train.steps' and isinstance(was, int) and 0 < was <= value
+        if not same and not grown and not path.startswith(MAY_CHANGE):
+            names.append(f'{path} ({was!r} there, {value!r} here)')
+    return names
+
+
+def changed(config: ConfigDict) -> dict[str, Any]:
+    """What differs from the defaults, flat."""
+    base = flatten(defaults())
+    return {path: value for path, value in flatten(config).items() if base.get(path) != value}
