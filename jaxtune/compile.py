@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, runinfo
+from jaxtune import console, objectives, runinfo
 from jaxtune.assemble import open_model, tokenizer_folder
 from jaxtune.compiled import available_bytes, try_compile
 from jaxtune.data import tokenizer as tokenizers
@@ -66,7 +66,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     name = config.compile.topology
     mesh = make_mesh(config.mesh, topology_devices(name) if name else None)
     limit = usable_bytes(name) if name else int(0.92 * available_bytes())
-    check_batch(mesh, config.train.batch_size, next(_micro_batches(config, mesh)), config.data.seq_len)
+    check_batch(
+        mesh, config.train.batch_size, next(_micro_batches(config, mesh)), objectives.get(config.objective).row(config)
+    )
     info = runinfo.RunInfo(command, config, mesh)
     # Before the mesh is set: nothing could run on devices that are not there, not even the making of a random key.
     model, _ = open_model(config, _tokenizer(config))

@@ -26,11 +26,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """
     if not config.data.eval:
         raise UserError("data.eval='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
+    objective = objectives.get(config.objective)
     mesh = make_mesh(config.mesh)
     batch_size = config.eval.batch_size or config.train.batch_size
-    check_batch(mesh, batch_size, 1, config.data.seq_len)
+    check_batch(mesh, batch_size, 1, objective.row(config))
     info = runinfo.RunInfo(command, config, mesh)
-    objective = objectives.get(config.objective)
     with jax.set_mesh(mesh):
         with info.timed('load'):
             parts = assemble(config, mesh)

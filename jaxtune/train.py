@@ -52,7 +52,7 @@ class Run:
         self.objective = objectives.get(config.objective)
         self.method = methods.get(config.method.name)
         accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
-        check_batch(mesh, config.train.batch_size, accumulate, config.data.seq_len)
+        check_batch(mesh, config.train.batch_size, accumulate, self.objective.row(config))
         if not config.data.train:
             raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
 

@@ -1,12 +1,22 @@
 """Eight virtual CPU devices for every test, set before JAX is imported."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+# Tests compile a lot and compute little: machine code is left unoptimised (XLA's own passes all run), and what was
+# compiled once is read back where another test builds the same program.
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')
+_compiled = tempfile.mkdtemp(prefix='jaxtune-tests-')
+atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'

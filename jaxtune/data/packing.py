@@ -85,24 +85,16 @@ class WindowRows(Rows):
 
     def __init__(self, tokens: Tokens, seq_len: int, packing: bool):
         self.tokens, self.seq_len = tokens, seq_len
-        lengths = np.diff(tokens.offsets)
-        counts = -(-lengths // seq_len)
-        total = int(counts.sum())
-        # Number of each window within its document.
-        inner = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.starts = np.repeat(tokens.offsets[:-1], counts) + inner * seq_len
-        self.sizes = np.minimum(np.repeat(tokens.offsets[1:], counts) - self.starts, seq_len)
-        self.unscored_tokens = total
-        rows = pack(self.sizes, seq_len) if packing else np.arange(total)
-        self.order = np.argsort(rows, kind='stable')
-        self.edges = np.concatenate([[0], np.cumsum(np.bincount(rows))]) if total else np.zeros(1, np.int64)
+        self.starts, self.sizes = cut_documents(tokens, seq_len)
+        self.unscored_tokens = len(self.starts)
+        self.bins = Bins(self.sizes, seq_len, packing)
 
     def __len__(self) -> int:
-        return len(self.edges) - 1
+        return len(self.bins)
 
     def _row(self, index: int) -> Row:
         row, at = self._empty(), 0
-        for segment, window in enumerate(self.order[self.edges[index] : self.edges[index + 1]], 1):
+        for segment, window in enumerate(self.bins[index], 1):
             low = int(self.starts[window])
             high = low + int(self.sizes[window])
             self._fill(row, at, low, high, high, segment)
@@ -130,6 +122,29 @@ def window_rows(tokens: Tokens, seq_len: int, packing: bool = True) -> WindowRow
       packing: several windows share a row; else each has its own.
     """
     return WindowRows(tokens, seq_len, packing)
+
+
+def cut_documents(tokens: Tokens, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each document in pieces of `size` tokens, the last one shorter: where they start in the stream, their sizes."""
+    counts = -(-np.diff(tokens.offsets) // size)
+    inner = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # its number in its document
+    starts = np.repeat(tokens.offsets[:-1], counts) + inner * size
+    return starts, np.minimum(np.repeat(tokens.offsets[1:], counts) - starts, size)
+
+
+class Bins:
+    """Which items share a row, by the row's number; each has its own without packing."""
+
+    def __init__(self, sizes: np.ndarray, capacity: int, packing: bool):
+        bins = pack(sizes, capacity) if packing else np.arange(len(sizes))
+        self.order = np.argsort(bins, kind='stable')
+        self.edges = np.concatenate([[0], np.cumsum(np.bincount(bins))]) if len(sizes) else np.zeros(1, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.order[self.edges[index] : self.edges[index + 1]]
 
 
 def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:

@@ -5,13 +5,14 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxtune import console
 from jaxtune.data import Tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.cache import once
-from jaxtune.data.packing import Row
+from jaxtune.data.packing import Bins, Row
 from jaxtune.data.records import Records, field, open_records
 from jaxtune.data.tokens import TokenWriter
 from jaxtune.errors import UserError
@@ -27,7 +28,7 @@ def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> 'Pairs':
-    """Rows of `data.train` or `data.eval`: a record a row, `seq2seq.prefix` before its source.
+    """Rows of `data.train` or `data.eval`: records, `seq2seq.prefix` before each source; several a row with packing.
 
     Both sides are tokenised once into the cache, each with the tokenizer's EOS at its end.
 
@@ -47,10 +48,13 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> '
         key,
     )
     source, target = Tokens.open(folder / 'source'), Tokens.open(folder / 'target')
-    pairs = Pairs(source, target, tokenizer.eos_token_id, data.seq_len, data.target_len or data.seq_len)
+    target_len = data.target_len or data.seq_len
+    pairs = Pairs(source, target, tokenizer.eos_token_id, data.seq_len, target_len, data.packing)
     for name, cut, length in (('source', pairs.cut_sources, 'seq_len'), ('target', pairs.cut_targets, 'target_len')):
         if cut:
-            console.note(f'{records.name}: {cut:,} of {len(pairs):,} {name}s are longer than data.{length} and cut')
+            console.note(
+                f'{records.name}: {cut:,} of {source.documents:,} {name}s are longer than data.{length} and cut'
+            )
     return pairs
 
 
@@ -67,23 +71,27 @@ def _tokenise(records: Records, folder: pathlib.Path, tokenizer, config: ConfigD
 
 
 class Pairs:
-    """Pairs of texts by number, as rows.
+    """Rows of pairs of texts by number.
 
     A source that is too long is cut before its EOS. A target that is too long has none: it does not end there.
     """
 
-    def __init__(self, source: Tokens, target: Tokens, eos: int, seq_len: int, target_len: int):
+    def __init__(self, source: Tokens, target: Tokens, eos: int, seq_len: int, target_len: int, packing: bool):
         self.source, self.target, self.eos = source, target, eos
         self.seq_len, self.target_len = seq_len, target_len
-        self.cut_sources = int((source.offsets[1:] - source.offsets[:-1] > seq_len).sum())
-        self.cut_targets = int((target.offsets[1:] - target.offsets[:-1] > target_len).sum())
+        sources, targets = np.diff(source.offsets), np.diff(target.offsets)
+        self.cut_sources = int((sources > seq_len).sum())
+        self.cut_targets = int((targets > target_len).sum())
+        sizes = shifted.pair_sizes(np.minimum(sources, seq_len), np.minimum(targets, target_len), seq_len, target_len)
+        self.bins = Bins(sizes, seq_len, packing)
 
     def __len__(self) -> int:
-        return self.source.documents
+        return len(self.bins)
 
     def __getitem__(self, index: int) -> Row:
-        source = self.source.document(int(index))[: self.seq_len].copy()
+        return shifted.fill_row((self._pair(number) for number in self.bins[index]), self.seq_len, self.target_len)
+
+    def _pair(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        source = self.source.document(int(number))[: self.seq_len].copy()
         source[-1] = self.eos
-        return shifted.fill_row(
-            source, self.target.document(int(index))[: self.target_len], self.seq_len, self.target_len
-        )
+        return source, self.target.document(int(number))[: self.target_len]

@@ -1,6 +1,6 @@
 """What encoder-decoder objectives share: the shape of a row, and the loss of targets that the decoder reads shifted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,38 @@ KINDS = ('encdec',)
 
 
 def make_row(seq_len: int, target_len: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """`tokens`, `segments` `[seq_len]`: the source; `targets`, `weights` `[target_len]`: what the decoder writes."""
-    return {
-        'tokens': jax.ShapeDtypeStruct((seq_len,), np.int32),
-        'segments': jax.ShapeDtypeStruct((seq_len,), np.int32),
-        'targets': jax.ShapeDtypeStruct((target_len,), np.int32),
-        'weights': jax.ShapeDtypeStruct((target_len,), np.float32),
-    }
+    """`tokens`, `segments` `[seq_len]`: the source; `targets`, `target_segments` `[target_len]`: what is written.
+
+    A target sees the source of its own segment; 0 is padding.
+    """
+    source, target = jax.ShapeDtypeStruct((seq_len,), np.int32), jax.ShapeDtypeStruct((target_len,), np.int32)
+    return {'tokens': source, 'segments': source, 'targets': target, 'target_segments': target}
 
 
-def fill_row(source: np.ndarray, target: np.ndarray, seq_len: int, target_len: int) -> dict[str, np.ndarray]:
-    """A source and its target as a row, padded right."""
+def fill_row(pairs: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, target_len: int) -> dict[str, np.ndarray]:
+    """Sources and their targets as a row, each pair a segment, padded right."""
     row = {name: np.zeros(field.shape, field.dtype) for name, field in make_row(seq_len, target_len).items()}
-    row['tokens'][: len(source)] = source
-    row['segments'][: len(source)] = 1
-    row['targets'][: len(target)] = target
-    row['weights'][: len(target)] = 1
+    at = {'tokens': 0, 'targets': 0}
+    for number, pair in enumerate(pairs, 1):
+        for (name, segments), part in zip(_PARTS, pair, strict=True):
+            low, high = at[name], at[name] + len(part)
+            row[name][low:high] = part
+            row[segments][low:high] = number
+            at[name] = high
     return row
+
+
+_PARTS = (('tokens', 'segments'), ('targets', 'target_segments'))
+
+
+def pair_sizes(sources: np.ndarray, targets: np.ndarray, seq_len: int, target_len: int) -> np.ndarray:
+    """How much of a row's `seq_len` each pair takes, so that pairs which fit by it fit on both sides.
+
+    Args:
+      sources: `[pairs]` lengths, at most `seq_len`.
+      targets: `[pairs]` lengths, at most `target_len`.
+    """
+    return np.maximum(sources, -(-targets * seq_len // target_len))
 
 
 def loss(model, params, batch, rng, name_ids: Callable[[jax.Array], jax.Array] = lambda ids: ids):
@@ -41,15 +56,16 @@ def loss(model, params, batch, rng, name_ids: Callable[[jax.Array], jax.Array] =
       rng: for dropout of added weights.
       name_ids: turns the ids of rows into the model's.
     """
-    targets, written = name_ids(batch['targets']), (batch['weights'] > 0).astype(jnp.int32)
+    targets, segments = name_ids(batch['targets']), batch['target_segments']
+    first = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     inputs = {
         'tokens': name_ids(batch['tokens']),
         'segments': batch['segments'],
-        'decoder_tokens': jnp.concatenate(
-            [jnp.full_like(targets[:, :1], model.config.start_id), targets[:, :-1]], axis=1
-        ),
-        'decoder_segments': written,
+        'decoder_tokens': jnp.where(first, model.config.start_id, shifted),
+        'decoder_segments': segments,
     }
     outputs = model.apply(params, inputs, rng=rng)
-    nll, correct = cross_entropy(outputs.hidden, model.head(params), targets, batch['weights'])
-    return nll, batch['weights'].sum(), {'accuracy': correct}
+    weights = (segments > 0).astype(jnp.float32)
+    nll, correct = cross_entropy(outputs.hidden, model.head(params), targets, weights)
+    return nll, weights.sum(), {'accuracy': correct}

@@ -1,8 +1,8 @@
 """Denoising for encoder-decoders: T5's span corruption, prefix language modelling, UL2's mixture.
 
-A row's input fills `data.seq_len` exactly (`spans`), and how long targets are follows from the same numbers. Each pass
-over the data cuts other spans, a pure function of the seed and the row's number counted through all passes; held-out
-rows always have the same.
+The input of a whole chunk fills `data.seq_len` exactly (`spans`), and how long targets are follows from the same
+numbers. Each pass over the data cuts other spans, a pure function of the seed and the row's number counted through all
+passes; held-out rows always have the same.
 
 Sentinel i is the tokenizer's `<extra_id_i>` where it has them (the first is the highest id). Any other tokenizer has
 none, and needs none: a model made for it gets rows for them at the end of its vocabulary, where sentinel i is
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from jaxtune.data import open_tokens
 from jaxtune.data.denoising import MODES, Denoiser, denoisers
-from jaxtune.data.packing import Row
+from jaxtune.data.packing import Bins, Row, cut_documents
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 from jaxtune.objectives import shifted
@@ -43,6 +43,12 @@ class Plan:
         self.target_len = -(-longest // _WHOLE) * _WHOLE
         self.sentinels = max(denoiser.counts(self.raw)[1] for denoiser in self.denoisers)
         self.sentinels += len(MODES) if any(denoiser.mode for denoiser in self.denoisers) else 0
+
+    def sizes(self) -> np.ndarray:
+        """How much of a row chunks of 0 to `raw` tokens take at most, whichever denoiser cuts them."""
+        lengths = [[denoiser.lengths(size) for denoiser in self.denoisers] for size in range(self.raw + 1)]
+        longest = np.asarray(lengths).max(axis=1)
+        return shifted.pair_sizes(longest[:, 0], longest[:, 1], self.seq_len, self.target_len)
 
 
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
@@ -80,8 +86,8 @@ def _sentinels(config: ConfigDict, tokenizer, needed: int) -> list[int]:
 def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> grain.MapDataset:
     """Rows of `data.train` or `data.eval`.
 
-    With `data.packing` the stream of all documents is cut into rows of equal length, as T5's own preprocessing does:
-    documents that share a row are parted by EOS only. Without, each row is (part of) one document.
+    Each document is cut into chunks of as many tokens as fill a row; with `data.packing` shorter ones share rows, as
+    segments that do not see each other.
 
     Raises:
       UserError: the tokenizer has no EOS, or too few sentinels.
@@ -94,34 +100,37 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> g
     # Held-out rows are cut alike whatever the run's seed is.
     seed = (config.seed, 0) if split == 'train' else (0, 1)
     cut = functools.partial(_cut, plan=plan, sentinels=sentinels, eos=tokenizer.eos_token_id, seed=seed)
-    return grain.MapDataset.source(Chunks(tokens, plan.raw, config.data.packing)).map_with_index(cut)
+    return grain.MapDataset.source(Chunks(tokens, plan, config.data.packing)).map_with_index(cut)
 
 
 class Chunks:
-    """Pieces of at most `size` tokens by number, `[tokens]` each: of the stream of documents, or of each by itself."""
+    """Pieces of documents by row, a list of `[tokens]`."""
 
-    def __init__(self, tokens: Tokens, size: int, packing: bool):
+    def __init__(self, tokens: Tokens, plan: Plan, packing: bool):
         self.tokens = tokens
-        offsets = np.array([0, len(tokens)]) if packing else tokens.offsets
-        counts = -(-np.diff(offsets) // size)
-        inner = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.starts = np.repeat(offsets[:-1], counts) + inner * size
-        self.ends = np.minimum(self.starts + size, np.repeat(offsets[1:], counts))
+        self.starts, self.sizes = cut_documents(tokens, plan.raw)
+        self.bins = Bins(plan.sizes()[self.sizes], plan.seq_len, packing)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.bins)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        index = int(index)
-        return self.tokens.tokens[self.starts[index] : self.ends[index]].astype(np.int32)
+    def __getitem__(self, index: int) -> list[np.ndarray]:
+        chunks = self.bins[int(index)]
+        bounds = zip(self.starts[chunks], self.sizes[chunks], strict=True)
+        return [self.tokens.tokens[start : start + size].astype(np.int32) for start, size in bounds]
 
 
-def _cut(number: int, tokens: np.ndarray, *, plan: Plan, sentinels: list[int], eos: int, seed: tuple[int, int]) -> Row:
-    """A row of the chunk with a number, counted through all passes."""
+def _cut(
+    number: int, chunks: list[np.ndarray], *, plan: Plan, sentinels: list[int], eos: int, seed: tuple[int, int]
+) -> Row:
+    """The row with a number, counted through all passes, of its chunks."""
     rng = np.random.default_rng((*seed, int(number)))
-    denoiser: Denoiser = plan.denoisers[rng.integers(len(plan.denoisers))]
-    source, target = denoiser.cut(tokens, rng, sentinels, eos)
-    return shifted.fill_row(source, target, plan.seq_len, plan.target_len)
+
+    def pair(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        denoiser: Denoiser = plan.denoisers[rng.integers(len(plan.denoisers))]
+        return denoiser.cut(tokens, rng, sentinels, eos)
+
+    return shifted.fill_row(map(pair, chunks), plan.seq_len, plan.target_len)
 
 
 def loss(model, params, batch, rng):

@@ -1,6 +1,6 @@
 """Placing a global batch on the mesh: every process reads only the rows that its own devices need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -16,8 +16,14 @@ def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES, *(('sequence',) if ndim > 1 else ())))
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int, seq_len: int) -> None:
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int, row: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Refuses sizes that the mesh cannot divide, naming the key.
+
+    Args:
+      mesh: what divides them.
+      batch_size: rows of an update.
+      accumulate: micro-batches that they are cut into.
+      row: an objective's row; each field's first axis is its length.
 
     Raises:
       UserError: a micro-batch does not divide over `data` and `fsdp`, or the length over `sequence`.
@@ -30,8 +36,10 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, seq_len: int) -> N
             f'train.batch_size={batch_size} in {accumulate} micro-batches of {batch_size // accumulate}: expected a '
             f'multiple of mesh.data x mesh.fsdp = {rows} in each'
         )
-    if seq_len % mesh.shape['sequence']:
-        raise UserError(f'data.seq_len={seq_len}: expected a multiple of mesh.sequence={mesh.shape["sequence"]}')
+    for name, field in row.items():
+        if field.shape and field.shape[0] % mesh.shape['sequence']:
+            key, size = ('data.target_len' if name.startswith('target') else 'data.seq_len'), mesh.shape['sequence']
+            raise UserError(f'{key}={field.shape[0]}: expected a multiple of mesh.sequence={size}')
 
 
 def place(rows: Callable[[int, int], dict[str, np.ndarray]], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,12 +1,10 @@
 """Running a recipe inside a test: on a mesh of this process, or as a command of its own."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
+from child import Child
 from ml_collections import ConfigDict
 
 from jaxtune import recipes
@@ -114,14 +112,10 @@ def write_recipe(path: pathlib.Path, keys: dict) -> pathlib.Path:
     return path
 
 
-def start(recipe_path: pathlib.Path, workdir: pathlib.Path, *flags: str, devices: int = 1) -> subprocess.Popen:
+def start(recipe_path: pathlib.Path, workdir: pathlib.Path, *flags: str, devices: int = 1) -> Child:
     """The command, in a process of its own."""
-    environment = os.environ | {
-        'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0',
-    }
-    words = [sys.executable, '-m', 'jaxtune.main', '--config', str(recipe_path), '--workdir', str(workdir), *flags]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ['--config', recipe_path, '--workdir', workdir, *flags]
+    return Child(words, recipe_path.parent, devices)
 
 
 def exported(workdir: pathlib.Path) -> dict[str, bytes]:

@@ -64,7 +64,8 @@ def test_two_hosts_are_one_run(whole, tmp_path):
     assert codes == [0, 0], ended
     assert_close(tmp_path, reference)
     assert 'updates' in ended[0][0]
-    assert ended[1][0] == ''  # only process 0 prints
+    # Only process 0 prints; the CPU's own collectives, which no accelerator uses, greet on every host.
+    assert not [line for line in ended[1][0].splitlines() if not line.startswith('[Gloo]')]
     sizes = [(folder / 'export' / 'model.safetensors').stat().st_size for folder in (tmp_path, reference)]
     assert sizes[0] == sizes[1]
 

@@ -54,36 +54,37 @@ def assert_same(workdir, reference):
     assert len(metrics(workdir, 'train/loss')) == STEPS
 
 
-def test_killed_three_times_it_ends_the_same(whole, tmp_path):
+def test_killed_three_times_and_told_to_stop_it_ends_the_same(whole, tmp_path):
     path, reference = whole
-    moment = np.random.default_rng().integers(12, 30)  # in the second epoch or later
-    print(f'killed during the first save, after update {moment}, and during a later save')
-    for condition in (
-        lambda: saving(tmp_path),
-        lambda: updates(tmp_path) >= moment,
-        lambda: updates(tmp_path) >= 35 and saving(tmp_path),
-    ):
+    moment = np.random.default_rng().integers(20, 30)  # in the second epoch or later
+    print(f'killed during the first save, stopped at 12, killed after update {moment} and during a later save')
+
+    def kill_when(condition):
         process = start(path, tmp_path)
         wait_for(condition, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (tmp_path / 'result.json').exists()
-    run(path, tmp_path)
-    assert_same(tmp_path, reference)
 
+    kill_when(lambda: saving(tmp_path))
 
-def test_sigterm_saves_exits_143_and_the_same_command_continues(whole, tmp_path):
-    path, reference = whole
     process = start(path, tmp_path)
-    wait_for(lambda: updates(tmp_path) >= 10, process)
+    wait_for(lambda: updates(tmp_path) >= 12, process)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=10)
     assert process.returncode == 143, errors
     assert 'checkpoint saved' in output
     assert not errors.strip()
+
+    kill_when(lambda: updates(tmp_path) >= moment)
+    kill_when(lambda: updates(tmp_path) >= 35 and saving(tmp_path))
     run(path, tmp_path)
     assert_same(tmp_path, reference)
-    again = start(path, tmp_path)
+
+
+def test_what_is_done_is_not_done_again(whole):
+    path, reference = whole
+    again = start(path, reference)
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0
     assert 'already done' in output

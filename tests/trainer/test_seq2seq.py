@@ -11,7 +11,7 @@ from jaxtune.data import Loader
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.models import hf
-from jaxtune.objectives import seq2seq, span_corruption
+from jaxtune.objectives import seq2seq, shifted, span_corruption
 
 BYTES = tokenizers.load('bytes')
 EOS = BYTES.eos_token_id
@@ -25,9 +25,20 @@ def texts(corpus, split):
     return [json.loads(line)['text'] for line in (corpus / f'{split}.jsonl').read_text().splitlines()]
 
 
-def uncut(row, mode=False):
-    """The tokens that a row of span corruption was cut from."""
-    source, target = row['tokens'][row['segments'] > 0].tolist(), row['targets'][row['weights'] > 0].tolist()
+def parts(row):
+    """`(source, target)` tokens of each segment of a row."""
+    return [
+        (row['tokens'][row['segments'] == segment].tolist(), row['targets'][row['target_segments'] == segment].tolist())
+        for segment in range(1, row['segments'].max() + 1)
+    ]
+
+
+def uncut(row):
+    """The chunks that a row of span corruption was cut from, `[tokens]` each."""
+    return [uncut_part(source, target) for source, target in parts(row)]
+
+
+def uncut_part(source, target):
     assert source.pop() == target.pop() == EOS
     spans = []
     for token in target:
@@ -41,21 +52,31 @@ def uncut(row, mode=False):
     return [token for entry in source for token in (spans[-1 - entry] if entry < 0 else [entry])]
 
 
-def test_rows_are_full_and_give_the_stream_back(corpus, tmp_path):
+def chunks_of(corpus, split, size):
+    documents = [[*text.encode(), EOS] for text in texts(corpus, split)]
+    return sorted(document[at : at + size] for document in documents for at in range(0, len(document), size))
+
+
+def test_rows_give_the_documents_back_and_whole_chunks_fill_theirs(corpus, tmp_path):
     config = config_of(corpus)
     rows = span_corruption.dataset(config, 'train', BYTES, tmp_path)
     shapes = span_corruption.row(config)
-    stream = []
+    found, packed, places = [], 0, 0
     for number in range(len(rows)):
         row = rows[number]
         assert {name: (value.shape, value.dtype) for name, value in row.items()} == {
             name: (shape.shape, shape.dtype) for name, shape in shapes.items()
         }
-        if number < len(rows) - 1:
+        chunks = uncut(row)
+        if len(chunks[0]) == 70:
             assert (row['segments'] == 1).all()  # the source fills its row exactly
-            assert row['weights'].sum() == 14  # of 70 tokens: 10 hidden, 3 sentinels, EOS
-        stream += uncut(row)
-    assert bytes(token for token in stream if token < 256).decode() == ''.join(texts(corpus, 'train'))
+            assert row['target_segments'].sum() == 14  # of 70 tokens: 10 hidden, 3 sentinels, EOS
+        packed += len(chunks) > 1
+        places += np.count_nonzero(row['segments'])
+        found += chunks
+    assert sorted(found) == chunks_of(corpus, 'train', 70)
+    assert packed
+    assert places > 0.9 * len(rows) * config.data.seq_len
 
 
 def test_each_pass_cuts_other_spans_and_held_out_rows_stay(corpus, tmp_path):
@@ -79,20 +100,39 @@ def test_other_modes_fit_their_rows(corpus, tmp_path, mode):
     modes = set()
     for number in range(3 * len(rows)):
         row = rows[number]
-        assert row['tokens'][row['segments'] > 0][-1] == row['targets'][row['weights'] > 0][-1] == EOS
+        assert all(source[-1] == target[-1] == EOS for source, target in parts(row))
         modes.add(int(row['tokens'][0]) if mode == 'ul2' else 0)
     assert modes == ({-98, -99, -100} if mode == 'ul2' else {0})
 
 
-def test_without_packing_rows_are_documents(corpus, tmp_path):
+def test_without_packing_rows_are_chunks(corpus, tmp_path):
     rows = span_corruption.dataset(config_of(corpus, data__packing=False), 'eval', BYTES, tmp_path)
-    found, now = [], []
-    for number in range(len(rows)):
-        now += uncut(rows[number])
-        if now[-1] == EOS:
-            found.append(bytes(now[:-1]).decode())
-            now = []
-    assert found == texts(corpus, 'eval')
+    assert all(rows[number]['segments'].max() == 1 for number in range(len(rows)))
+    assert sorted(uncut(rows[number])[0] for number in range(len(rows))) == chunks_of(corpus, 'eval', 70)
+
+
+@pytest.mark.parametrize('objective', ['span_corruption', 'seq2seq'])
+def test_packed_rows_have_the_loss_and_gradients_of_rows_of_their_own(corpus, tmp_path, objective):
+    import jax
+
+    module = {'span_corruption': span_corruption, 'seq2seq': seq2seq}[objective]
+    config = config_of(corpus, objective, data__seq_len=256, data__target_len=256)
+    model, _ = open_model(config, BYTES)
+    params = jax.jit(model.init)(jax.random.key(0))
+    row = next(row for row in module.dataset(config, 'eval', BYTES, tmp_path) if row['segments'].max() > 1)
+    alone = [
+        shifted.fill_row([pair], len(row['tokens']), len(row['targets']))
+        for pair in ([np.asarray(side) for side in part] for part in parts(row))
+    ]
+
+    def run(rows):
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        loss = jax.jit(jax.value_and_grad(lambda params: module.loss(model, params, batch, None)[0]))
+        return loss(params)
+
+    (ours, grads), (theirs, expected) = run([row]), run(alone)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, expected)
 
 
 class _WithSentinels:
@@ -134,14 +174,17 @@ def test_pairs_end_with_eos_unless_cut(tmp_path):
         'data.target_len': 8,
         'seq2seq.prefix': 'zh: ',
     }
-    rows = seq2seq.dataset(full_config(keys), 'train', BYTES, tmp_path / 'cache')
-
-    def parts(row):
-        return row['tokens'][row['segments'] > 0].tolist(), row['targets'][row['weights'] > 0].tolist()
-
-    assert parts(rows[0]) == ([*b'zh: short', EOS], [*'短'.encode(), EOS])
-    assert parts(rows[1]) == ([*b'zh: a sourc'[:11], EOS], [*b'and its '])
-    assert parts(rows[2]) == ([*b'zh: ', EOS], [EOS])
+    expected = [
+        ([*b'zh: short', EOS], [*'短'.encode(), EOS]),
+        ([*b'zh: a sourc', EOS], [*b'and its ']),
+        ([*b'zh: ', EOS], [EOS]),
+    ]
+    rows = seq2seq.dataset(full_config(keys | {'data.packing': False}), 'train', BYTES, tmp_path / 'cache')
+    assert [parts(rows[number]) for number in range(len(rows))] == [[pair] for pair in expected]
+    wide = full_config(keys | {'data.seq_len': 16})
+    packed = seq2seq.dataset(wide, 'train', BYTES, tmp_path / 'cache')
+    assert len(packed) == 2
+    assert sorted(len(parts(packed[number])) for number in range(2)) == [1, 2]
     (tmp_path / 'broken.jsonl').write_text('{"en": "a", "zh": "b"}\n{"en": "a"}\n')
     with pytest.raises(UserError, match=r"broken\.jsonl:2: expected the field 'zh' \(data\.target_key\)"):
         seq2seq.dataset(
@@ -156,7 +199,7 @@ def test_losses_of_20_steps_equal_transformers(corpus, tmp_path, objective):
 
     keys = recipe(
         corpus, objective, optimizer__lr=3e-3, optimizer__schedule='constant', optimizer__weight_decay=0.0
-    ) | {'optimizer.warmup_steps': 0, 'data.eval': ''}
+    ) | {'optimizer.warmup_steps': 0, 'data.eval': '', 'data.packing': False}  # PyTorch's model knows no segments
     config = full_config(keys)
     model, _ = open_model(config, BYTES)
     import jax
@@ -175,7 +218,7 @@ def test_losses_of_20_steps_equal_transformers(corpus, tmp_path, objective):
         batch = loader.rows(t, 0, 16)
         for name in ('tokens', 'targets'):
             batch[name] = np.where(batch[name] < 0, model.config.vocab_size + batch[name], batch[name])
-        labels = torch.tensor(np.where(batch['weights'] > 0, batch['targets'], -100)).long()
+        labels = torch.tensor(np.where(batch['target_segments'] > 0, batch['targets'], -100)).long()
         inputs = {'input_ids': torch.tensor(batch['tokens']), 'attention_mask': torch.tensor(batch['segments'])}
         loss = theirs(**inputs, labels=labels).loss
         optimizer.zero_grad()
