@@ -3,9 +3,17 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import (
+    assert_a_mesh_computes_the_same,
+    assert_bfloat16_is_near,
+    assert_close,
+    assert_remat_changes_no_gradient,
+    compute_logits,
+    open_model,
+    torch_logits,
+)
 from encoder_cases import CASES, LABELS, reference
 
 from jaxtune import models
@@ -13,10 +21,8 @@ from jaxtune.errors import UserError
 from jaxtune.models import hf
 from jaxtune.models.model import leaf_paths
 from jaxtune.models.safetensors import read_header, write_file
-from jaxtune.parallel import make_mesh, match_rules, shardings
 
 LENGTH = 24
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
@@ -35,34 +41,12 @@ def folder(case, folders, torch_model):
     return folders / case.name
 
 
-def open_model(case, folder, **settings):
-    labels = {} if case.head == 'lm' else {'head': case.head, 'labels': LABELS}
-    model = models.build(models.read_config(folder), **labels, **settings)
-    params, fresh = hf.load(folder, model)
-    assert not fresh
-    return model, params
+def head_of(case) -> dict:
+    return {} if case.head == 'lm' else {'head': case.head, 'labels': LABELS}
 
 
 def find(name: str):
     return next(case for case in CASES if case.name == name)
-
-
-def compute_logits(model, params, batch):
-    return np.asarray(jax.jit(lambda p, b: model.logits(p, model.apply(p, b).hidden))(params, batch))
-
-
-def torch_logits(torch_model, tokens, mask=None, types=None):
-    import torch
-
-    inputs = {'input_ids': tokens, 'attention_mask': mask, 'token_type_ids': types}
-    with torch.no_grad():
-        inputs = {name: torch.tensor(value) for name, value in inputs.items() if value is not None}
-        return torch_model(**inputs).logits.numpy()
-
-
-def assert_close(ours, theirs):
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
 
 
 def rows():
@@ -85,12 +69,12 @@ def padded(batch, pad: int):
 
 def test_logits_equal_transformers_whole_padded_and_packed(case, folder, torch_model):
     batch = rows()
-    model, params = open_model(case, folder)
+    model, params = open_model(folder, **head_of(case))
     assert model.architecture == type(torch_model).__name__
     ours = compute_logits(model, params, batch)
     assert np.isfinite(ours).all()
     tokens, mask = padded(batch, case.config['pad_token_id'])
-    theirs = torch_logits(torch_model, tokens, mask)
+    theirs = torch_logits(torch_model, input_ids=tokens, attention_mask=mask)
     if case.head == 'classification':
         assert ours.shape == (3, 1, LABELS)
         assert_close(ours[:2, 0], theirs)
@@ -98,7 +82,7 @@ def test_logits_equal_transformers_whole_padded_and_packed(case, folder, torch_m
     assert_close(ours[:2][mask > 0], theirs[mask > 0])
     for segment in (1, 2, 3):
         kept = batch['segments'][2] == segment
-        assert_close(ours[2, kept], torch_logits(torch_model, batch['tokens'][2:, kept])[0])
+        assert_close(ours[2, kept], torch_logits(torch_model, input_ids=batch['tokens'][2:, kept])[0])
 
 
 @pytest.mark.parametrize('name', ['bert-lm', 'bert-classification'])
@@ -106,16 +90,16 @@ def test_token_types_tell_two_texts_apart(name, folders):
     pytest.importorskip('torch')
     case = find(name)
     torch_model = reference(case, folders / name)
-    model, params = open_model(case, folders / name)
+    model, params = open_model(folders / name, **head_of(case))
     tokens = rows()['tokens']
     types = np.broadcast_to((np.arange(LENGTH) > 9).astype(np.int32), tokens.shape)
     ours = compute_logits(model, params, {'tokens': tokens, 'token_types': types})
-    theirs = torch_logits(torch_model, tokens, None, types.astype(np.int64))
+    theirs = torch_logits(torch_model, input_ids=tokens, token_type_ids=types.astype(np.int64))
     assert_close(ours.reshape(theirs.shape), theirs)
 
 
 def test_import_and_export_keep_every_bit(case, folder, tmp_path):
-    model, params = open_model(case, folder)
+    model, params = open_model(folder, **head_of(case))
     hf.save(tmp_path / 'out', model, params)
     theirs, ours = (read_header(path / 'model.safetensors') for path in (folder, tmp_path / 'out'))
     unused = {'cls.predictions.bias'} if not model.config.tied else set()
@@ -127,7 +111,7 @@ def test_import_and_export_keep_every_bit(case, folder, tmp_path):
 
 
 def test_transformers_reads_what_is_exported(case, folder, torch_model, tmp_path):
-    model, params = open_model(case, folder)
+    model, params = open_model(folder, **head_of(case))
     hf.save(tmp_path / 'out', model, params)
     again, report = type(torch_model).from_pretrained(
         tmp_path / 'out', output_loading_info=True, attn_implementation='eager'
@@ -135,7 +119,9 @@ def test_transformers_reads_what_is_exported(case, folder, torch_model, tmp_path
     assert not report['missing_keys'] or not model.config.tied
     assert not report['unexpected_keys']
     tokens = rows()['tokens'][:1]
-    np.testing.assert_allclose(torch_logits(again.eval(), tokens), torch_logits(torch_model, tokens), atol=1e-5)
+    np.testing.assert_allclose(
+        torch_logits(again.eval(), input_ids=tokens), torch_logits(torch_model, input_ids=tokens), atol=1e-5
+    )
 
 
 def test_initialisation_has_huggingface_statistics(case, torch_model):
@@ -155,49 +141,21 @@ def test_initialisation_has_huggingface_statistics(case, torch_model):
             assert abs(ours.mean()) < 2 * spread * ours.std()
 
 
+@pytest.mark.parametrize('case', [find('bert-lm'), find('modernbert-classification')], ids=lambda case: case.name)
 def test_one_device_equals_a_mesh(case, folder):
-    batch = rows()
-    batch = {name: np.concatenate([value, value[:1]]) for name, value in batch.items()}
-    model, params = open_model(case, folder)
-    one = compute_logits(model, params, batch)
-    mesh = make_mesh({'data': 1, 'fsdp': 2, 'tensor': 2, 'sequence': 2})
-    placed = shardings(match_rules(model.shapes, mesh), mesh)
-    params, _ = hf.load(folder, model, placed)
-    with jax.set_mesh(mesh):
-        many = compute_logits(model, params, batch)
-    np.testing.assert_allclose(many, one, atol=1e-5 * np.abs(one).max())
+    batch = {name: np.concatenate([value, value[:1]]) for name, value in rows().items()}
+    model, params = open_model(folder, **head_of(case))
+    assert_a_mesh_computes_the_same(model, folder, params, batch)
 
 
-@pytest.mark.parametrize('name', ['bert-lm', 'modernbert-lm'])
-def test_bfloat16_stays_near_float32(name, folders):
-    pytest.importorskip('torch')
-    case, batch = find(name), rows()
-    reference(case, folders / name)
-    exact = compute_logits(*open_model(case, folders / name), batch)
-    model, params = open_model(case, folders / name, param_dtype='bfloat16', compute_dtype='bfloat16')
-    assert jax.eval_shape(model.apply, params, batch).hidden.dtype == jnp.bfloat16
-    rough = compute_logits(model, params, batch)
-    kept = batch['segments'] > 0
-    assert np.sqrt(np.mean((rough - exact)[kept] ** 2) / np.mean(exact[kept] ** 2)) < 0.1
+@pytest.mark.parametrize('case', [find('bert-lm'), find('modernbert-lm')], ids=lambda case: case.name)
+def test_bfloat16_stays_near_float32(case, folder):
+    assert_bfloat16_is_near(folder, rows())
 
 
 @pytest.mark.parametrize('name', ['bert-lm', 'modernbert-lm'])
 def test_remat_changes_no_gradient(name):
-    config, batch = find(name).config, rows()
-
-    def gradients(remat):
-        model = models.build(models.read_config(config), remat=remat)
-        params = jax.jit(model.init)(jax.random.key(0))
-        loss = lambda p: jnp.square(model.logits(p, model.apply(p, batch).hidden)).mean()  # noqa: E731
-        return jax.jit(jax.grad(loss))(params)
-
-    expected = gradients('none')
-    for remat in ('full', 'dots'):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(a).max()) + 1e-9),
-            expected,
-            gradients(remat),
-        )
+    assert_remat_changes_no_gradient(find(name).config, rows())
 
 
 @pytest.mark.parametrize('family', ['bert', 'roberta', 'distilbert', 'modernbert'])
@@ -216,7 +174,7 @@ def test_another_head_is_fresh_and_the_folders_own_is_left_out_quietly(family, f
 def test_a_folder_without_prefix_and_with_old_norm_names(folders, tmp_path):
     pytest.importorskip('torch')
     reference(find('bert-lm'), folders / 'bert-lm')
-    model, params = open_model(find('bert-lm'), folders / 'bert-lm')
+    model, params = open_model(folders / 'bert-lm')
     entries = read_header(folders / 'bert-lm' / 'model.safetensors')
     old = {}
     for name, entry in entries.items():

@@ -1,45 +1,32 @@
 """Every family against `transformers`' model in PyTorch."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import (
+    assert_a_mesh_computes_the_same,
+    assert_bfloat16_is_near,
+    assert_close,
+    assert_remat_changes_no_gradient,
+    compute_logits,
+    open_model,
+    torch_logits,
+)
 from model_cases import CASES
 
 from jaxtune import models
-from jaxtune.models import hf
 from jaxtune.models.model import leaf_paths
-from jaxtune.parallel import make_mesh, match_rules, shardings
+from jaxtune.parallel import make_mesh, match_rules
 
 LENGTH = 24
-TOLERANCE = 1e-4
-
-one_a_family = pytest.mark.parametrize('case', [c for c in CASES if c.name == c.model_type], ids=lambda c: c.name)
 
 
-def open_model(folder, **settings):
-    model = models.build(models.read_config(folder), **settings)
-    params, fresh = hf.load(folder, model)
-    assert not fresh
-    return model, params
+def only(*names: str):
+    return pytest.mark.parametrize('case', [case for case in CASES if case.name in names], ids=lambda case: case.name)
 
 
-def compute_logits(model, params, batch):
-    return np.asarray(jax.jit(lambda p, b: model.logits(p, model.apply(p, b).hidden))(params, batch))
-
-
-def torch_logits(torch_model, tokens, mask=None, positions=None):
-    import torch
-
-    inputs = {'input_ids': tokens, 'attention_mask': mask, 'position_ids': positions}
-    with torch.no_grad():
-        inputs = {name: torch.tensor(value) for name, value in inputs.items() if value is not None}
-        return torch_model(**inputs).logits.numpy()
-
-
-def assert_close(ours, theirs):
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+FAMILIES = {case.model_type for case in CASES}
+few = only('llama', 'gemma2', 'gpt2')  # as different as families here are
 
 
 def rows():
@@ -60,19 +47,22 @@ def test_logits_equal_transformers_whole_padded_and_packed(case, folder, torch_m
     ours = compute_logits(*open_model(folder), batch)
     assert np.isfinite(ours).all()
 
-    assert_close(ours[:1], torch_logits(torch_model, tokens[:1]))
+    assert_close(ours[:1], torch_logits(torch_model, input_ids=tokens[:1]))
     for row in (1, 2):
         kept = segments[row] > 0
         # Each row by itself: LongRoPE's choice in transformers depends on the rows beside it.
         part = slice(row, row + 1)
-        padded = torch_logits(torch_model, tokens[part], segments[part], positions[part])[0]
+        padded = torch_logits(
+            torch_model, input_ids=tokens[part], attention_mask=segments[part], position_ids=positions[part]
+        )[0]
         assert_close(ours[row, kept], padded[kept])
-        assert_close(ours[row, kept], torch_logits(torch_model, tokens[part, kept])[0])
+        assert_close(ours[row, kept], torch_logits(torch_model, input_ids=tokens[part, kept])[0])
     for segment in (1, 2, 3):
         kept = segments[3] == segment
-        assert_close(ours[3, kept], torch_logits(torch_model, tokens[3:, kept])[0])
+        assert_close(ours[3, kept], torch_logits(torch_model, input_ids=tokens[3:, kept])[0])
 
 
+@few
 def test_positions_and_segments_have_defaults(folder):
     model, params = open_model(folder)
     full = {name: value[:1] for name, value in rows().items()}
@@ -80,6 +70,7 @@ def test_positions_and_segments_have_defaults(folder):
     np.testing.assert_array_equal(compute_logits(model, params, plain), compute_logits(model, params, full))
 
 
+@only(*FAMILIES, 'llama-yarn', 'llama-dynamic')
 def test_cache_step_by_step_equals_the_whole(case, folder):
     model, params = open_model(folder)
     tokens = rows()['tokens'][:2]
@@ -110,6 +101,7 @@ def test_cache_step_by_step_equals_the_whole(case, folder):
         at += 1
 
 
+@only(*FAMILIES, 'gpt2-untied')
 def test_initialisation_has_huggingface_statistics(case, torch_model):
     model = models.build(models.read_config(case.config))
     params = leaf_paths(jax.jit(model.init)(jax.random.key(0)))
@@ -141,52 +133,20 @@ def test_every_path_is_known_to_the_partition_rules(case):
             assert not any(spec)
 
 
-@one_a_family
+@few
 def test_one_device_equals_a_mesh(folder):
-    batch = rows()
     model, params = open_model(folder)
-    one = compute_logits(model, params, batch)
-    mesh = make_mesh({'data': 1, 'fsdp': 2, 'tensor': 2, 'sequence': 2})
-    placed = shardings(match_rules(model.shapes, mesh), mesh)
-    params, _ = hf.load(folder, model, placed)
-    for leaf, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True):
-        assert leaf.sharding == sharding
-    with jax.set_mesh(mesh):
-        many = compute_logits(model, params, batch)
-    np.testing.assert_allclose(many, one, atol=1e-5 * np.abs(one).max())
+    assert_a_mesh_computes_the_same(model, folder, params, rows())
 
 
-@one_a_family
+@few
 def test_bfloat16_stays_near_float32(folder):
-    batch = rows()
-    exact = compute_logits(*open_model(folder), batch)
-    model, params = open_model(folder, param_dtype='bfloat16', compute_dtype='bfloat16')
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
-    assert jax.eval_shape(model.apply, params, batch).hidden.dtype == jnp.bfloat16
-    rough = compute_logits(model, params, batch)
-    kept = batch['segments'] > 0
-    error = np.sqrt(np.mean((rough - exact)[kept] ** 2) / np.mean(exact[kept] ** 2))
-    assert error < 0.1
+    assert_bfloat16_is_near(folder, rows())
 
 
-@pytest.mark.parametrize('name', ['llama', 'gemma2', 'gpt2'])
-def test_remat_changes_no_gradient(name):
-    config = next(case.config for case in CASES if case.name == name)
-    batch = rows()
-
-    def gradients(remat):
-        model = models.build(models.read_config(config), remat=remat)
-        params = jax.jit(model.init)(jax.random.key(0))
-        loss = lambda p: jnp.square(model.logits(p, model.apply(p, batch).hidden)).mean()  # noqa: E731
-        return jax.jit(jax.grad(loss))(params)
-
-    expected = gradients('none')
-    for remat in ('full', 'dots'):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(a).max()) + 1e-12),
-            expected,
-            gradients(remat),
-        )
+@few
+def test_remat_changes_no_gradient(case):
+    assert_remat_changes_no_gradient(case.config, rows())
 
 
 def test_real_checkpoint_equals_transformers(shared):
@@ -195,7 +155,7 @@ def test_real_checkpoint_equals_transformers(shared):
     pytest.importorskip('torch')
     tokens = np.random.default_rng(0).integers(3, 512, (2, 64)).astype(np.int32)
     ours = compute_logits(*open_model(folder), {'tokens': tokens})
-    assert_close(ours, torch_logits(transformers.AutoModelForCausalLM.from_pretrained(folder), tokens))
+    assert_close(ours, torch_logits(transformers.AutoModelForCausalLM.from_pretrained(folder), input_ids=tokens))
 
 
 @pytest.mark.parametrize('name', ['llama', 'llama-grouped-tied-biased', 'gpt2'])
