@@ -13,7 +13,7 @@ from jaxtune.parallel.rules import path_name
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-DECAYED = ('kernel', 'embedding')
+DECAYED = ('kernel', 'embedding', '/a', '/b')
 
 
 def schedule(config: ConfigDict, steps: int) -> Schedule:
@@ -78,13 +78,19 @@ _RULES = {
 }
 
 
-def make_optimizer(config: ConfigDict, steps: int, fresh: frozenset[str] = frozenset()) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict,
+    steps: int,
+    fresh: frozenset[str] = frozenset(),
+    rate: Callable[[str], float] | None = None,
+) -> optax.GradientTransformation:
     """The update rule of a recipe's `optimizer`.
 
     Args:
       config: the subtree `optimizer`.
       steps: updates of the whole run (the schedule ends there).
       fresh: paths of parameters that the loaded model lacked: their rate peaks at `new_lr` instead of `lr`.
+      rate: path of a parameter -> further factor on its rate.
 
     Raises:
       UserError: the name is not in this version.
@@ -97,17 +103,18 @@ def make_optimizer(config: ConfigDict, steps: int, fresh: frozenset[str] = froze
         return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith(DECAYED), tree)
 
     def boost(updates, state, params=None):
-        ratio = config.new_lr / config.lr
-        scaled = jax.tree_util.tree_map_with_path(
-            lambda path, update: update * ratio if path_name(path) in fresh else update, updates
-        )
-        return scaled, state
+        def scaled(path, update):
+            name = path_name(path)
+            factor = (config.new_lr / config.lr if name in fresh else 1.0) * (rate(name) if rate else 1.0)
+            return update if factor == 1.0 else update * factor
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     return optax.chain(
         _RULES[config.name](config),
         optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule(config, steps)),
-        optax.GradientTransformation(lambda params: optax.EmptyState(), boost) if fresh else optax.identity(),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), boost) if fresh or rate else optax.identity(),
     )
 
 

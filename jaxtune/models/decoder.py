@@ -18,6 +18,7 @@ from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, RMSNorm
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
+from jaxtune.weights import materialise
 
 _NO_WINDOW = 2**30  # beyond every position
 
@@ -218,8 +219,8 @@ def _forward(module: Decoder, params: Any, batch: Mapping[str, jax.Array], *, ca
 
 def _head(config: DecoderConfig, params: Any) -> Head:
     if config.tied:
-        return Head(params['embed_tokens']['embedding'], softcap=config.logit_softcap, vocab_major=True)
-    return Head(params['lm_head']['kernel'], softcap=config.logit_softcap)
+        return Head(materialise(params['embed_tokens']['embedding']), softcap=config.logit_softcap, vocab_major=True)
+    return Head(materialise(params['lm_head']['kernel']), softcap=config.logit_softcap)
 
 
 def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:

@@ -25,6 +25,7 @@ from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, parameter
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
+from jaxtune.weights import materialise
 
 Cache = dict[str, jax.Array] | None
 
@@ -301,8 +302,8 @@ def _forward(module: EncDec, params: Any, batch: Mapping[str, jax.Array], *, cac
 
 def _head(config: EncDecConfig, params: Any) -> Head:
     if config.tied:
-        return Head(params['shared']['embedding'], scale=config.logit_scale, vocab_major=True)
-    return Head(params['lm_head']['kernel'], scale=config.logit_scale)
+        return Head(materialise(params['shared']['embedding']), scale=config.logit_scale, vocab_major=True)
+    return Head(materialise(params['lm_head']['kernel']), scale=config.logit_scale)
 
 
 def _cache(config: EncDecConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:

@@ -20,6 +20,7 @@ from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, paramete
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
+from jaxtune.weights import materialise
 
 _NO_WINDOW = 2**30  # beyond every position
 
@@ -246,11 +247,11 @@ def _forward(module: Encoder, params: Any, batch: Mapping[str, jax.Array], *, ca
 
 def _head(config: EncoderConfig, head: str, params: Any) -> Head:
     if head != 'lm':
-        return Head(params['classifier']['kernel'], bias=params['classifier']['bias'])
+        return Head(materialise(params['classifier']['kernel']), bias=params['classifier']['bias'])
     bias = params['lm_head'].get('bias')
     if config.tied:
-        return Head(params['embed_tokens']['embedding'], bias=bias, vocab_major=True)
-    return Head(params['lm_head']['decoder']['kernel'], bias=bias)
+        return Head(materialise(params['embed_tokens']['embedding']), bias=bias, vocab_major=True)
+    return Head(materialise(params['lm_head']['decoder']['kernel']), bias=bias)
 
 
 def _no_cache(model_type: str, batch: int, max_length: int):

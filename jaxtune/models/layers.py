@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtune.weights import dot, lookup
+from jaxtune.weights import Weight, dot, lookup
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': partial(jax.nn.gelu, approximate=False),
@@ -34,6 +34,13 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
     return module.param(name, init, shape, dtype)
 
 
+def dropout_key(module: nn.Module, kernel) -> jax.Array | None:
+    """A key for what a typed leaf drops in training; None for a plain kernel, and where nothing is dropped."""
+    if isinstance(kernel, Weight) and module.has_rng('dropout'):
+        return module.make_rng('dropout')
+    return None
+
+
 def normal(stddev: float, cutoff: float | None = None) -> Callable:
     """Initialiser: a normal distribution, cut off at `cutoff` standard deviations."""
     if cutoff is None:
@@ -54,7 +61,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, 'kernel', normal(self.stddev, self.cutoff), shape, self.param_dtype)
-        y = dot(x, kernel)
+        y = dot(x, kernel, dropout_key(self, kernel))
         if self.use_bias:
             bias = parameter(self, 'bias', nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)

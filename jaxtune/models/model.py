@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtune.weights import whole
+
 Params = Any
 
 
@@ -132,7 +134,7 @@ class Model:
             the slots up to its own. Padding writes nothing.
           rng: key for dropout of added weights, or None.
         """
-        return self.forward(params, batch, cache=cache, rng=rng)
+        return self.forward(whole(params), batch, cache=cache, rng=rng)
 
     def head(self, params: Params) -> Head:
         """The projection to the vocabulary, or to a classifier's labels."""

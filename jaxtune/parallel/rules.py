@@ -56,22 +56,30 @@ def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, larg
     sizes = dict(mesh.shape)
     divided = sizes.get('fsdp', 1) * sizes.get('tensor', 1) > 1
 
-    def spec_of(path, leaf):
-        name = path_name(path)
-        for pattern, rule in rules:
-            if re.search(pattern, name):
-                spec = _fit(rule, leaf.shape, sizes)
-                break
-        else:
-            raise UserError(f'parameter {name} {tuple(leaf.shape)}: no partition rule matches this path')
-        if divided and math.prod(leaf.shape) >= large and not any(spec):
+    def fitted(name, rule, shape):
+        spec = _fit(rule, shape, sizes)
+        if divided and math.prod(shape) >= large and not any(spec):
             raise UserError(
-                f'parameter {name} {tuple(leaf.shape)} would be copied to every device: expected mesh.fsdp='
+                f'parameter {name} {tuple(shape)} would be copied to every device: expected mesh.fsdp='
                 f'{sizes["fsdp"]} or mesh.tensor={sizes["tensor"]} to divide one of its dimensions'
             )
         return spec
 
-    return jax.tree_util.tree_map_with_path(spec_of, shapes)
+    def spec_of(path, leaf):
+        name = path_name(path)
+        rule = next((rule for pattern, rule in rules if re.search(pattern, name)), None)
+        if rule is None:
+            raise UserError(f'parameter {name} {tuple(leaf.shape)}: no partition rule matches this path')
+        if _derives(leaf):
+            return leaf.specs(rule, lambda spec, shape: fitted(name, spec, shape))
+        return fitted(name, rule, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(spec_of, shapes, is_leaf=_derives)
+
+
+def _derives(leaf) -> bool:
+    """Whether a node is a typed leaf, which derives its arrays' specs from that of the kernel that it stands for."""
+    return hasattr(leaf, 'specs')
 
 
 def state_specs(state_shapes, param_shapes, param_specs):
