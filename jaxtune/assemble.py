@@ -1,5 +1,6 @@
 """Putting the parts of a recipe together: tokenizer, model and parameters on the mesh."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -119,9 +120,13 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
         attention=settings.attention,
         **head,
     )
-    limit = model.config.max_positions
-    if limit and config.data.seq_len > limit:
-        raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions")
+    limit, prompted = model.config.max_positions, config.method.name == 'prompt'
+    taken = config.method.virtual_tokens if prompted else 0
+    if limit and config.data.seq_len + taken > limit:
+        less = f' less method.virtual_tokens={taken}' if taken else ''
+        raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions{less}")
+    if prompted and model.kind == 'encoder' and config.objective == 'masked_lm' and config.data.packing:
+        raise UserError('data.packing=True: an encoder reads its prompt with one text a row; expected False')
     return model, folder
 
 
@@ -192,5 +197,8 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
         init, arrays = peft.reader(adapter, model)
         params = tuning.attach(init, params, mesh, arrays)
     elif config.task == 'train':
+        config = copy.deepcopy(config)
+        if config.method.init_text:
+            config.method.init_ids = tokenizer(config.method.init_text, add_special_tokens=False).input_ids
         params = tuning.attach(lambda params: tuning.begin(config, model, params, fresh), params, mesh)
     return Assembly(model, params, specs, tokenizer, fresh, folder)

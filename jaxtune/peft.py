@@ -121,7 +121,8 @@ def _float(entry: Entry) -> np.ndarray:
 
 
 def _read_lora(folder, config, entries, model: Model):
-    places = {name: (path, i) for path, stack in targets.modules(model).items() for i, name in enumerate(stack)}
+    every = targets.modules(model)
+    places = {name: (path, i) for path, stack in every.items() for i, name in enumerate(stack)}
     parts: dict[str, dict[int, dict[str, np.ndarray]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
     saved = {}
     for key, entry in entries.items():

@@ -1,4 +1,4 @@
-"""From a model's parameters to those of a tuning method: stored as it asks, with what it adds, divided by what trains."""
+"""From a model's parameters to a tuning method's: stored as it asks, with what it adds, divided by what trains."""
 
 from collections.abc import Callable, Mapping
 from types import ModuleType

@@ -85,6 +85,19 @@ class Embed(nn.Module):
         return lookup(table, ids, self.dtype)
 
 
+def bottleneck(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """`x` with what the adapter that the tree holds under `name` adds to it; where it holds none, `x` itself.
+
+    A projection down, a GELU, and a projection up (Houlsby et al. 2019, arXiv:1902.00751).
+    """
+    if not module.has_variable('params', name):
+        return x
+    adapter = module.get_variable('params', name)
+    down, up = adapter['down'], adapter['up']
+    y = jax.nn.gelu(dot(x, down['kernel']) + down['bias'].astype(x.dtype))
+    return x + dot(y, up['kernel']) + up['bias'].astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension in float32; parameter `scale`, to which `offset` is added.
 

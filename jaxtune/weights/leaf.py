@@ -1,4 +1,4 @@
-"""The two things a model ever does with a kernel, multiply by it and look rows up in it, whatever kind of leaf it is."""
+"""The two things a model ever does with a weight, multiply by it and look rows up in it, whatever kind it is."""
 
 from collections.abc import Callable
 from typing import Any
