@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from optax import contrib
 
 from jaxtune.errors import UserError
+from jaxtune.optim8bit import scale_by_adam_8bit
 from jaxtune.parallel.rules import path_name
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -71,6 +72,7 @@ def _muon(config: ConfigDict) -> optax.GradientTransformation:
 
 _RULES = {
     'adamw': _adam,
+    'adamw8bit': lambda config: scale_by_adam_8bit(config.b1 or 0.9, config.b2 or 0.999, config.eps),
     'adafactor': lambda config: optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0)),
     'lion': lambda config: optax.scale_by_lion(config.b1 or 0.9, config.b2 or 0.99),
     'muon': _muon,
@@ -95,9 +97,8 @@ def make_optimizer(
     Raises:
       UserError: the name is not in this version.
     """
-    if config.name not in _RULES or config.offload:
-        key = f'optimizer.name={config.name!r}' if config.name not in _RULES else 'optimizer.offload=True'
-        raise UserError(f'{key}: not in this version; expected one of {", ".join(_RULES)}, without offload')
+    if config.name not in _RULES:
+        raise UserError(f'optimizer.name={config.name!r}: not in this version; expected one of {", ".join(_RULES)}')
 
     def decayed(tree):
         return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith(DECAYED), tree)

@@ -129,7 +129,8 @@ def _read_lora(folder, config, entries, model: Model):
         name = key.removeprefix(_PREFIX)
         match = re.fullmatch(r'(.*)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(\.weight)?', name)
         if not match:
-            saved[name] = entry
+            if '.base_layer.' not in name:  # an embedding's own rows, which PEFT writes beside its factors
+                saved[name] = entry
             continue
         module, part = match[1], match[2].replace('embedding_', '')
         if module not in places:

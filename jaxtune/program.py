@@ -77,7 +77,14 @@ class Program:
             accumulate=accumulate,
             clip_norm=self.config.optimizer.clip_norm,
         )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.placed, None))
+        if not self.config.optimizer.offload:
+            return jax.jit(step, donate_argnums=0, out_shardings=(self.placed, None))
+        on_device = jax.tree.map(lambda place: place.with_memory_kind('device'), self.placed['opt_state'])
+
+        def offloaded(state, frozen, batch):
+            return step({**state, 'opt_state': jax.device_put(state['opt_state'], on_device)}, frozen, batch)
+
+        return jax.jit(offloaded, donate_argnums=0, out_shardings=(self.placed, None))
 
     def eval_step(self) -> Callable:
         """The jitted evaluation of one batch `(trainable, frozen, batch) -> sums`."""
@@ -107,6 +114,8 @@ def make_program(
     shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     opt_specs = state_specs(shapes['opt_state'], trainable, specs)
     placed = shardings({'step': P(), 'trainable': specs, 'opt_state': opt_specs}, mesh)
+    if config.optimizer.offload:
+        placed['opt_state'] = jax.tree.map(lambda place: place.with_memory_kind('pinned_host'), placed['opt_state'])
     return Program(config, mesh, model, objectives.get(config.objective), optimizer, steps, shapes, placed)
 
 

@@ -1,4 +1,4 @@
-"""Prompt tuning: a few embedded tokens before the text train, all else is frozen (Lester et al. 2021, arXiv:2104.08691).
+"""Prompt tuning: embedded tokens before the text train, all else is frozen (Lester et al. 2021, arXiv:2104.08691).
 
 They begin as the embeddings of a text (`method.init_text`), or of tokens drawn from the vocabulary.
 """

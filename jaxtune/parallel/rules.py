@@ -96,15 +96,17 @@ def state_specs(state_shapes, param_shapes, param_specs):
 
     def spec_of(path, leaf):
         keys = path_name(path).split('/')
-        name = next(
-            (name for start in range(len(keys)) if (name := '/'.join(keys[start:])) in flat_shapes),
-            None,
-        )
+        # A moment in eight bits has two arrays where the parameter has one.
+        ends = (len(keys), len(keys) - 1) if keys[-1] in ('codes', 'scales') else (len(keys),)
+        names = ('/'.join(keys[start:end]) for end in ends for start in range(len(keys)))
+        name = next((name for name in names if name in flat_shapes), None)
         if name is None:
             return P()
         shape, spec = flat_shapes[name], flat_specs[name]
         if leaf.shape == shape:
             return spec
+        if keys[-1] == 'scales':
+            return P(*spec[: len(leaf.shape) - 1], None)
         for dropped in range(len(shape)):
             if leaf.shape == shape[:dropped] + shape[dropped + 1 :]:
                 return P(*(entry for i, entry in enumerate(spec) if i != dropped))
