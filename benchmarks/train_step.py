@@ -3,9 +3,10 @@
     python benchmarks/train_step.py [full|lora|qlora] [--steps 5] [--batch 8] [--length 512] [--beside "COMMAND"]
 
 The model is a Llama of 29.5 M parameters (hidden 512, MLP 1376, 8 layers, 8 heads, vocabulary 8192, tied), float32,
-AdamW, no padding, random tokens; LoRA has rank 16 on all linear layers. Prints one JSON line a method: the median step time in seconds, tokens per second,
-and the process's peak resident memory in MiB. With `--beside`, the command (which prints lines of the same shape) runs
-before and after, since machines drift, and a last line gives the ratio to the mean of both.
+AdamW, no padding, random tokens; LoRA has rank 16 on all linear layers. Prints one JSON line a method: the median step
+time in seconds, tokens per second, and the process's peak resident memory in MiB. With `--beside`, the command (which
+prints lines of the same shape) runs before and after, since machines drift, and a last line gives the ratio to the mean
+of both.
 """
 
 import argparse

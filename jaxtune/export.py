@@ -69,7 +69,7 @@ def save_tuned(workdir: pathlib.Path, config: ConfigDict, parts: Assembly, param
         save_adapter(workdir / 'adapter', params, model, config.method, base, whole)
     if getattr(method, 'MERGES', True):
         save(workdir / 'export', model, method.merge(params), parts.tokenizer, folder)
-    else:
+    elif console.is_primary():
         parts.tokenizer.save_pretrained(str(workdir / 'adapter'))
 
 
