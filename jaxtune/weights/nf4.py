@@ -30,6 +30,9 @@ VALUES = np.asarray(
 _BOUNDS = (VALUES[:-1] + VALUES[1:]) / np.float32(2)
 _PAIRS = np.stack([np.repeat(VALUES, 16), np.tile(VALUES, 16)], axis=-1)  # what the two codes of a byte mean
 
+# Bytes of codes that are widened at a time on one device: what is in between is several times as large.
+_PART = 2**23
+
 OUTER_BLOCK = 256  # scales that share one of their own
 _TINY, _LARGEST = np.finfo(np.float32).tiny, np.finfo(np.float32).max
 
@@ -84,20 +87,22 @@ class NF4(Weight):
             dequantise = jax.vmap(dequantise)
         return dequantise(self).swapaxes(-1, -2).astype(self.dtype)
 
-    def dequantise(self) -> jax.Array:
-        """float32 `[out, in]` of one layer."""
+    def dequantise(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """`[out, in]` of one layer; float32 arithmetic, rounded to `dtype` at the end."""
         scales = self.scales
         if self.outer is not None:
             outer = jnp.repeat(self.outer, OUTER_BLOCK)[: scales.size].reshape(scales.shape)
             scales = _unfused(decode(scales) * outer) + self.offset
-        values = jnp.take(jnp.asarray(_PAIRS), self.codes.astype(jnp.int32), axis=0)
-        rows, blocks = scales.shape
-        columns = 2 * self.codes.shape[-1]
-        values = values.reshape(rows, columns)
-        if columns == blocks * self.block:
-            wide = (values.reshape(rows, blocks, self.block) * scales[..., None]).reshape(rows, columns)
+        widen = functools.partial(_widen, block=self.block, dtype=dtype)
+        rows = self.codes.shape[0]
+        mesh = jax.sharding.get_abstract_mesh()
+        parts = max(1, self.codes.size // _PART) if mesh.empty or mesh.size == 1 else 1
+        parts = next(n for n in range(parts, rows + 1) if rows % n == 0)
+        if parts == 1:
+            wide = widen(self.codes, scales)
         else:
-            wide = values * jnp.repeat(scales, self.block, axis=-1)[:, :columns]
+            cut = [leaf.reshape(parts, rows // parts, -1) for leaf in (self.codes, scales)]
+            wide = lax.map(lambda part: widen(*part), cut)
         inputs, outputs = self.matrix
         return wide.reshape(-1)[: inputs * outputs].reshape(outputs, inputs)
 
@@ -113,6 +118,32 @@ class NF4(Weight):
         return dataclasses.replace(plain, outer=fit(P(), self.outer.shape), offset=fit(P(), self.offset.shape))
 
 
+def _widen(codes: jax.Array, scales: jax.Array, block: int, dtype: jnp.dtype) -> jax.Array:
+    """`[rows, columns]` of codes `[rows, columns / 2]` and float32 scales `[rows, blocks]`."""
+    rows, blocks = scales.shape
+    values = lax.platform_dependent(codes, tpu=_values_by_choice, default=_values_by_table)
+    columns = values.shape[1]
+    if columns == blocks * block:
+        return (values.reshape(rows, blocks, block) * scales[..., None]).reshape(rows, columns).astype(dtype)
+    return (values * jnp.repeat(scales, block, axis=-1)[:, :columns]).astype(dtype)
+
+
+def _values_by_table(codes: jax.Array) -> jax.Array:
+    """What the two codes of every byte mean, looked up at once."""
+    return jnp.take(jnp.asarray(_PAIRS), codes.astype(jnp.int32), axis=0).reshape(codes.shape[0], -1)
+
+
+def _values_by_choice(codes: jax.Array) -> jax.Array:
+    """The same without lookups, and without a dimension of two, which a TPU's tiles would fill up to 128."""
+    high, low = (codes >> 4).astype(jnp.int32), (codes & 15).astype(jnp.int32)
+    zero = jnp.int32(0)
+    both = lax.pad(high, zero, [(0, 0, 0), (0, 1, 1)]) + lax.pad(low, zero, [(0, 0, 0), (1, 0, 1)])
+    values = jnp.full(both.shape, VALUES[0])
+    for code in range(1, 16):
+        values = jnp.where(both >= code, VALUES[code], values)
+    return values
+
+
 def _unfused(product: jax.Array) -> jax.Array:
     """The same numbers; but XLA cannot fuse the product with the sum that follows and round once instead of twice."""
     return jnp.maximum(product, -_LARGEST)
@@ -120,7 +151,7 @@ def _unfused(product: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _dot(x: jax.Array, weight: NF4) -> jax.Array:
-    return lax.dot_general(x, weight.dequantise().astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return lax.dot_general(x, weight.dequantise(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def _dot_forward(x, weight):
@@ -129,7 +160,7 @@ def _dot_forward(x, weight):
 
 
 def _dot_backward(weight, d_y):
-    return lax.dot_general(d_y, weight.dequantise().astype(d_y.dtype), (((d_y.ndim - 1,), (0,)), ((), ()))), None
+    return lax.dot_general(d_y, weight.dequantise(d_y.dtype), (((d_y.ndim - 1,), (0,)), ((), ()))), None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

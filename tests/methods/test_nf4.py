@@ -84,9 +84,9 @@ def test_products_and_their_gradient(shape):
     x = jax.random.normal(jax.random.key(1), (3, 5, shape[0]))
 
     def summed(x, weight):
-        return jnp.sin(jax.lax.scan(lambda y, layer: (y + dot(x, layer).sum(), None), 0.0, weight)[0])
+        return jax.lax.scan(lambda y, layer: (y + jnp.sin(dot(x, layer)).sum(), None), 0.0, weight)[0]
 
-    np.testing.assert_allclose(summed(x, leaf), summed(x, plain), rtol=1e-4)
+    np.testing.assert_allclose(summed(x, leaf), summed(x, plain), rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(jax.grad(summed)(x, leaf), jax.grad(summed)(x, plain), rtol=1e-3, atol=1e-4)
     saved = jax.tree.leaves(jax.vjp(lambda x: dot(x, jax.tree.map(lambda part: part[0], leaf)), x)[1])
     assert all(array.size < shape[0] * shape[1] for array in saved)
