@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jaxtune import methods, models, objectives, peft, tuning
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
+from jaxtune.methods import lora
 from jaxtune.models import hf, hub
 from jaxtune.parallel import match_rules, shardings
 
@@ -201,4 +202,8 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
         if config.method.init_text:
             config.method.init_ids = tokenizer(config.method.init_text, add_special_tokens=False).input_ids
         params = tuning.attach(lambda params: tuning.begin(config, model, params, fresh), params, mesh)
+        if config.method.init == 'loftq':
+            if not folder:
+                raise UserError('method.init=loftq: expected model.path, a model whose weights were quantised')
+            params = lora.make_up(params, hf.kernels(folder, model))
     return Assembly(model, params, specs, tokenizer, fresh, folder)

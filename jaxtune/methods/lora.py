@@ -9,7 +9,7 @@ arXiv:2310.08659; its first iteration, which leaves the quantised base as it is)
 import dataclasses
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -95,19 +95,43 @@ def _chosen(wide: jax.Array, layers: tuple[int, ...] | None) -> jax.Array:
     return wide if layers is None else wide[jnp.asarray(layers)]
 
 
-def _principal(wide: jax.Array, rank: int, keep: np.ndarray, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _principal(
+    wide: jax.Array, rank: int, keep: np.ndarray | jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Factors `a [.., in, rank]`, `b [.., rank, out]` whose scaled product is the best of that rank."""
     u, s, v = jnp.linalg.svd(wide.astype(jnp.float32), full_matrices=False)
     root = jnp.sqrt(s[..., :rank] / scale[..., None]) * keep
     return u[..., :rank] * root[..., None, :], v[..., :rank, :] * root[..., :, None]
 
 
-def make_up(leaf: LoRA, lost: jax.Array) -> LoRA:
-    """LoftQ: the leaf with factors of what its base lost, `[*layers, in, out]`."""
-    rank = leaf.a.shape[-1]
-    keep = (jnp.abs(leaf.a).max(-2) > 0).astype(jnp.float32)
-    a, b = _principal(lost, rank, keep, leaf.scale)
-    return dataclasses.replace(leaf, a=a, b=b)
+def make_up(params: Any, read: Callable[[str, int], np.ndarray]) -> Any:
+    """LoftQ: factors of what quantisation took from every targeted weight, one layer after the other.
+
+    Args:
+      params: the tree with LoRA leaves over NF4 ones.
+      read: path and number in the stack -> the weight `[in, out]` before quantisation.
+    """
+    leaves = leaf_paths(params)
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, LoRA) or not isinstance(leaf.base, NF4):
+            continue
+        stacked = leaf.a.ndim > 2
+        rows = (leaf.layers or range(leaf.a.shape[0])) if stacked else (0,)
+        factors = []
+        for row, number in enumerate(rows):
+            one = jax.tree.map(lambda x, row=row: x[row], (leaf.a, leaf.scale)) if stacked else (leaf.a, leaf.scale)
+            base = jax.tree.map(lambda x, number=number: x[number], leaf.base) if stacked else leaf.base
+            factors.append(_of_what_is_lost(read(path, number), base, *one))
+        a, b = (jnp.stack(parts) if stacked else parts[0] for parts in zip(*factors, strict=True))
+        a, b = jax.device_put((a, b), (leaf.a.sharding, leaf.b.sharding))
+        leaves[path] = dataclasses.replace(leaf, a=a, b=b)
+    return nested(leaves)
+
+
+@jax.jit
+def _of_what_is_lost(weight, base: NF4, a, scale):
+    keep = (jnp.abs(a).max(-2) > 0).astype(jnp.float32)
+    return _principal(weight - base.materialise().astype(jnp.float32), a.shape[-1], keep, scale)
 
 
 def rank_of(name: str, config: ConfigDict) -> int:

@@ -165,6 +165,18 @@ def fresh_paths(path: str | os.PathLike, model: Model) -> set[str]:
     return _match(model, _entries(folder), folder)[1]
 
 
+def kernels(path: str | os.PathLike, model: Model) -> Callable[[str, int], np.ndarray]:
+    """A function that reads one layer's kernel `[in, out]` of a folder, by its path and its number in the stack."""
+    folder = hub.resolve(os.fspath(path))
+    sources, _ = _match(model, _entries(folder), folder)
+
+    def read(leaf: str, layer: int) -> np.ndarray:
+        matrix = sources[leaf][layer].read().astype(np.float32)
+        return matrix.T if model.tensors[leaf].transposed else matrix
+
+    return read
+
+
 def _entries(folder: pathlib.Path) -> dict[str, Entry]:
     """All tensors of a folder by name."""
     index = folder / _INDEX

@@ -9,6 +9,7 @@ import pytest
 
 from jaxtune import models, objectives, peft, recipes, tuning
 from jaxtune.export import merged
+from jaxtune.methods import lora
 from jaxtune.models import hf
 from jaxtune.optim import make_optimizer, schedule
 from jaxtune.parallel import make_mesh, match_rules, shardings
@@ -174,6 +175,17 @@ def test_qlora_trains_as_bitsandbytes_and_peft(llama, tmp_path):
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
     # Merged onto the weights that it was trained against.
     np.testing.assert_allclose(logits(model, merged(params, '')), logits(model, params), rtol=1e-5, atol=1e-5)
+
+
+def test_loftq_makes_up_for_quantisation(llama):
+    """It begins nearer to the model before quantisation than plain QLoRA, on the very same quantised base."""
+    config, model, params = base(llama, 'qlora')
+    exact = logits(model, hf.load(llama, model)[0])
+    recipes.lay_over(config, {'method.rank': 16, 'method.init': 'loftq', 'method.layers': '0:2'})
+    tuned = tuning.attach(lambda params: tuning.begin(config, model, params, frozenset()), params, mesh())
+    plain = np.abs(logits(model, tuned) - exact).mean()
+    made_up = np.abs(logits(model, lora.make_up(tuned, hf.kernels(llama, model))) - exact).mean()
+    assert made_up < 0.9 * plain
 
 
 def test_prompt_tuning_goes_there_and_back_and_trains_alike(llama, tmp_path):
