@@ -13,6 +13,7 @@ import optax
 from jaxtune.weights.blockwise8 import decode, nearest_code
 
 BLOCK = 256
+LARGE = 2**24  # elements of a stack of layers
 SMALLEST = 4096  # elements of a parameter; with fewer, state is not worth saving
 
 
@@ -21,6 +22,13 @@ class Moment(NamedTuple):
 
     codes: jax.Array
     scales: jax.Array
+
+
+def _by_layers(rule, grad: jax.Array, *moments):
+    """A rule on a parameter; on a large stack layer by layer, so that one layer's moments are wide at a time."""
+    if grad.ndim < 3 or grad.size < LARGE:
+        return rule(grad, *moments)
+    return jax.lax.map(lambda layer: rule(*layer), (grad, *moments))
 
 
 class State(NamedTuple):
@@ -66,6 +74,9 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
     def packed(value: jax.Array, signed: bool):
         return encode(value, signed) if value.size >= SMALLEST and value.ndim else value
 
+    def alike(value: jax.Array, signed: bool, was: Moment | jax.Array):
+        return encode(value, signed) if isinstance(was, Moment) else value
+
     def init(params):
         zeros = lambda signed: jax.tree.map(lambda leaf: packed(jnp.zeros(leaf.shape), signed), params)  # noqa: E731
         return State(jnp.zeros((), jnp.int32), zeros(True), zeros(False))
@@ -76,14 +87,14 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
         def rule(grad, mu, nu):
             grad32 = grad.astype(jnp.float32)
-            mu = b1 * wide(mu, True) + (1.0 - b1) * grad32
-            nu = b2 * wide(nu, False) + (1.0 - b2) * jnp.square(grad32)
-            step = (mu / correct1) / (jnp.sqrt(nu / correct2) + eps)
-            return step.astype(grad.dtype), packed(mu, True), packed(nu, False)
+            new_mu = b1 * wide(mu, True) + (1.0 - b1) * grad32
+            new_nu = b2 * wide(nu, False) + (1.0 - b2) * jnp.square(grad32)
+            step = (new_mu / correct1) / (jnp.sqrt(new_nu / correct2) + eps)
+            return step.astype(grad.dtype), alike(new_mu, True, mu), alike(new_nu, False, nu)
 
         leaves, structure = jax.tree.flatten(grads)
         moments = [structure.flatten_up_to(tree) for tree in (state.mu, state.nu)]
-        results = [rule(*leaf) for leaf in zip(leaves, *moments, strict=True)]
+        results = [_by_layers(rule, *leaf) for leaf in zip(leaves, *moments, strict=True)]
         steps, mu, nu = (structure.unflatten(part) for part in zip(*results, strict=True))
         return steps, State(count, mu, nu)
 
