@@ -1,5 +1,6 @@
 """Putting the parts of a recipe together: tokenizer, model and parameters on the mesh."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -9,9 +10,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import models, objectives
+from jaxtune import methods, models, objectives, peft, tuning
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
+from jaxtune.methods import lora
 from jaxtune.models import hf, hub
 from jaxtune.parallel import match_rules, shardings
 
@@ -33,9 +35,35 @@ def model_folder(path: str) -> str:
     folder = pathlib.Path(path)
     if (folder / 'export' / 'config.json').is_file():
         return str(folder / 'export')
+    if adapter := adapter_in(path):
+        return model_folder(peft.base_of(adapter))
     if (folder / 'checkpoints').is_dir():
         raise UserError(f'model.path={path}: the run in this workdir has not finished; expected its export/')
     return path
+
+
+def adapter_in(path: str) -> str:
+    """The adapter folder that `model.path` means, '' if none: itself, or that of a workdir without a merged model."""
+    folder = pathlib.Path(path)
+    if peft.is_adapter(folder):
+        return str(folder)
+    finished = peft.is_adapter(folder / 'adapter') and not (folder / 'export' / 'config.json').is_file()
+    return str(folder / 'adapter') if finished else ''
+
+
+def adapter_folder(config: ConfigDict) -> str:
+    """The adapter that a recipe begins with: that of `method.path`, or what `model.path` is; '' if none.
+
+    Raises:
+      UserError: there is none at `method.path`, or training it is another method's work.
+    """
+    path = config.method.path
+    folder = peft.find(path) if path else adapter_in(config.model.path) if config.model.path else ''
+    if folder and config.task == 'train':
+        name = peft.METHODS[peft.read_config(folder)['peft_type']]
+        if config.method.name.removeprefix('q') != name:
+            raise UserError(f'method.name={config.method.name}: {folder} holds an adapter of method.name={name}')
+    return folder
 
 
 def tokenizer_folder(config: ConfigDict) -> str:
@@ -93,9 +121,13 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
         attention=settings.attention,
         **head,
     )
-    limit = model.config.max_positions
-    if limit and config.data.seq_len > limit:
-        raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions")
+    limit, prompted = model.config.max_positions, config.method.name == 'prompt'
+    taken = config.method.virtual_tokens if prompted else 0
+    if limit and config.data.seq_len + taken > limit:
+        less = f' less method.virtual_tokens={taken}' if taken else ''
+        raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions{less}")
+    if prompted and model.kind == 'encoder' and config.objective == 'masked_lm' and config.data.packing:
+        raise UserError('data.packing=True: an encoder reads its prompt with one text a row; expected False')
     return model, folder
 
 
@@ -146,15 +178,32 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
     Raises:
       UserError: whatever is wrong with the model or tokenizer named by the recipe.
     """
+    check = getattr(methods.get(config.method.name), 'check', None)
+    if check:
+        check(config.method)
     tokenizer = tokenizers.load(tokenizer_folder(config))
     model, folder = open_model(config, tokenizer)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    fresh = frozenset(hf.fresh_paths(folder, model)) if folder else frozenset()
+    codecs = tuning.codecs(config, model, fresh)
+    shapes = jax.eval_shape(lambda params: tuning.encoded(params, codecs), model.shapes)
     specs = match_rules(shapes, mesh)
     placed = shardings(specs, mesh)
+    key = jax.random.key(config.seed)
     if folder:
-        params, fresh = hf.load(folder, model, placed, config.model.param_dtype, jax.random.key(config.seed))
+        params, _ = hf.load(folder, model, placed, config.model.param_dtype, key, codecs)
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
-        params = jax.jit(model.init, out_shardings=placed)(jax.random.key(config.seed))
-        fresh = frozenset()
-    return Assembly(model, params, specs, tokenizer, frozenset(fresh), folder)
+        params = jax.jit(lambda key: tuning.encoded(model.init(key), codecs), out_shardings=placed)(key)
+    if adapter := adapter_folder(config):
+        init, arrays = peft.reader(adapter, model)
+        params = tuning.attach(init, params, mesh, arrays)
+    elif config.task == 'train':
+        config = copy.deepcopy(config)
+        if config.method.init_text:
+            config.method.init_ids = tokenizer(config.method.init_text, add_special_tokens=False).input_ids
+        params = tuning.attach(lambda params: tuning.begin(config, model, params, fresh), params, mesh)
+        if config.method.init == 'loftq':
+            if not folder:
+                raise UserError('method.init=loftq: expected model.path, a model whose weights were quantised')
+            params = lora.make_up(params, hf.kernels(folder, model))
+    return Assembly(model, params, specs, tokenizer, fresh, folder)

@@ -61,9 +61,18 @@ SCHEMA: dict[str, Key | Free] = {
     'method.layers': Key('all', layers, "LoRA: 'all' or a range such as 4:8"),
     'method.rslora': Key(False, boolean, 'LoRA: scale alpha / sqrt(rank)'),
     'method.dora': Key(False, boolean, 'LoRA: train magnitudes apart from directions'),
+    'method.ranks': Free('LoRA: ranks by module name where they differ from method.rank, such as q_proj: 4'),
+    'method.init': Key(
+        'default', one_of('default', 'pissa', 'loftq'), "LoRA: factors begin at zero, at PiSSA's or at LoftQ's"
+    ),
+    'method.lr_ratio': Key(1.0, number(above=0), 'LoRA+: learning rate of b over that of a'),
+    'method.path': Key('', text, 'an adapter folder, or the workdir that holds one, to begin with'),
     'method.block_size': Key(64, integer(16), 'NF4: weights that share one scale'),
     'method.double_quant': Key(True, boolean, 'NF4: quantise the scales too'),
     'method.bottleneck': Key(64, integer(1), 'adapter: width of the bottleneck'),
+    'method.placement': Key(
+        'houlsby', one_of('houlsby', 'pfeiffer'), 'adapter: after attention and feed-forward layers, or the latter only'
+    ),
     'method.virtual_tokens': Key(20, integer(1), 'prompt tuning: how many trained tokens'),
     'method.init_text': Key('', text, 'prompt tuning: text whose embeddings they start from; empty = random'),
     'data.train': Key('', text, 'a path, glob, folder, dataset id, python-stdlib or @STAGE'),

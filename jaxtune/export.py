@@ -1,21 +1,22 @@
 """`task=export`: a Hugging Face folder from a folder, a hub id, or a training run, finished or not."""
 
+import dataclasses
 import pathlib
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, methods, recipes
-from jaxtune.assemble import assemble, open_model, tokenizer_folder
+from jaxtune import console, methods, peft, recipes, tuning
+from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.evaluation import rises
 from jaxtune.models import hf
+from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
-from jaxtune.program import abstract_params, make_program
-from jaxtune.weights import tree
+from jaxtune.program import make_program
+from jaxtune.weights import LoRA, materialise, tree
 from jaxtune.workdir import read_json, write_result
 
 
@@ -32,12 +33,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     mesh = make_mesh(config.mesh)
     source = pathlib.Path(config.model.path)
     with jax.set_mesh(mesh):
-        if (source / 'checkpoints').is_dir() and not (source / 'export' / 'config.json').is_file():
-            model, params, tokenizer, folder, step = from_checkpoint(source, config, mesh)
+        unfinished = not (source / 'export' / 'config.json').is_file() and not peft.is_adapter(source / 'adapter')
+        if (source / 'checkpoints').is_dir() and unfinished:
+            parts, step = from_checkpoint(source, mesh)
         else:
-            parts = assemble(config, mesh)
-            model, params, tokenizer, folder, step = parts.model, parts.params, parts.tokenizer, parts.folder, 0
-        save(workdir / 'export', model, params, tokenizer, folder)
+            parts, step = assemble(config, mesh), 0
+        params = merged(parts.params, f'model.path={source}')
+        save(workdir / 'export', parts.model, params, parts.tokenizer, parts.folder)
     metrics = {'export/parameters': tree.count(params), 'export/bytes': tree.nbytes(params)}
     if not console.is_primary():
         return {'task': 'export', 'status': 'done', 'step': step, 'metrics': metrics}
@@ -50,8 +52,58 @@ def save(path: pathlib.Path, model, params, tokenizer, folder: str) -> None:
     hf.save(path, model, params, extra_files_from=folder or None, add_files=lambda new: tokenizer.save_pretrained(new))
 
 
-def from_checkpoint(source: pathlib.Path, config: ConfigDict, mesh: Mesh):
-    """Model, merged parameters, tokenizer, origin and step of a run's newest checkpoint.
+def save_tuned(workdir: pathlib.Path, config: ConfigDict, parts: Assembly, params) -> None:
+    """Writes what a method trained: `adapter/`, and merged into the model `export/` where that can be.
+
+    A base that was made from scratch is written to `base/`: an adapter is of no use without it.
+    """
+    method = methods.get(config.method.name)
+    model, folder = parts.model, parts.folder
+    save_adapter = _ADAPTERS.get(config.method.name)
+    if save_adapter:
+        base = folder
+        if not folder:
+            base = str(workdir / 'base')
+            save(workdir / 'base', model, _plain_base(params, model), parts.tokenizer, '')
+        whole = tuning.whole_paths(params, method, parts.fresh)
+        save_adapter(workdir / 'adapter', params, model, config.method, base, whole)
+    if getattr(method, 'MERGES', True):
+        save(workdir / 'export', model, method.merge(params), parts.tokenizer, folder)
+    elif console.is_primary():
+        parts.tokenizer.save_pretrained(str(workdir / 'adapter'))
+
+
+_ADAPTERS = {
+    'lora': peft.save_lora,
+    'qlora': peft.save_lora,
+    'adapter': peft.save_bottleneck,
+    'prompt': peft.save_prompt,
+}
+
+
+def _plain_base(params, model):
+    """The model's own parameters without what a method added."""
+    leaves = leaf_paths(params)
+    bases = {path: leaves[path].base if isinstance(leaves[path], LoRA) else leaves[path] for path in model.tensors}
+    return tree.nested({path: materialise(leaf) for path, leaf in bases.items()})
+
+
+def merged(params, where: str):
+    """Plain arrays of the model's own, updates added.
+
+    Raises:
+      UserError: something was added that cannot be merged.
+    """
+    if any('_adapter/' in path or path.startswith('prompt/') for path in leaf_paths(params)):
+        raise UserError(
+            f'{where}: bottleneck adapters and prompts cannot be merged into a model; expected LoRA, or '
+            'task=generate or evaluate with the adapter itself'
+        )
+    return methods.get('lora').merge(params)
+
+
+def from_checkpoint(source: pathlib.Path, mesh: Mesh) -> tuple[Assembly, int]:
+    """A run's model with the parameters of its newest checkpoint, and that checkpoint's step.
 
     Raises:
       UserError: the run has saved none yet.
@@ -62,18 +114,15 @@ def from_checkpoint(source: pathlib.Path, config: ConfigDict, mesh: Mesh):
     recipe = recipes.defaults()
     recipes.lay_over(recipe, recipes.flatten(ConfigDict(stored, type_safe=False)))
     recipe = recipes.point_to_stages(recipe, source.parent)
-    tokenizer = tokenizers.load(tokenizer_folder(recipe))
-    model, folder = open_model(recipe, tokenizer)
-    method = methods.get(recipe.method.name)
-    trainable, frozen = abstract_params(recipe, mesh, model)
-    program = make_program(recipe, mesh, model, trainable, max(1, recipe.train.steps))
     checkpoints = Checkpoints(
         source / 'checkpoints', recipe.checkpoint.keep, recipe.eval.metric, rises(recipe.eval.metric)
     )
     step = checkpoints.newest()
     if step is None:
         raise UserError(f'model.path={source}: the run has saved no checkpoint yet')
+    parts = assemble(recipe, mesh)
+    trainable, frozen = tuning.partition(recipe, parts.params, parts.fresh)
+    program = make_program(recipe, mesh, parts.model, trainable, max(1, recipe.train.steps), parts.fresh)
     state, _ = checkpoints.restore(step, program.shapes, program.placed)
     checkpoints.close()
-    params = method.merge(tree.combine(state['trainable'], frozen))
-    return model, params, tokenizer, folder, step
+    return dataclasses.replace(parts, params=tree.combine(state['trainable'], frozen)), step

@@ -9,11 +9,12 @@ from ml_collections import ConfigDict
 from optax import contrib
 
 from jaxtune.errors import UserError
+from jaxtune.optim8bit import scale_by_adam_8bit
 from jaxtune.parallel.rules import path_name
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-DECAYED = ('kernel', 'embedding')
+DECAYED = ('kernel', 'embedding', '/a', '/b')
 
 
 def schedule(config: ConfigDict, steps: int) -> Schedule:
@@ -71,6 +72,7 @@ def _muon(config: ConfigDict) -> optax.GradientTransformation:
 
 _RULES = {
     'adamw': _adam,
+    'adamw8bit': lambda config: scale_by_adam_8bit(config.b1 or 0.9, config.b2 or 0.999, config.eps),
     'adafactor': lambda config: optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0)),
     'lion': lambda config: optax.scale_by_lion(config.b1 or 0.9, config.b2 or 0.99),
     'muon': _muon,
@@ -78,36 +80,42 @@ _RULES = {
 }
 
 
-def make_optimizer(config: ConfigDict, steps: int, fresh: frozenset[str] = frozenset()) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict,
+    steps: int,
+    fresh: frozenset[str] = frozenset(),
+    rate: Callable[[str], float] | None = None,
+) -> optax.GradientTransformation:
     """The update rule of a recipe's `optimizer`.
 
     Args:
       config: the subtree `optimizer`.
       steps: updates of the whole run (the schedule ends there).
       fresh: paths of parameters that the loaded model lacked: their rate peaks at `new_lr` instead of `lr`.
+      rate: path of a parameter -> further factor on its rate.
 
     Raises:
       UserError: the name is not in this version.
     """
-    if config.name not in _RULES or config.offload:
-        key = f'optimizer.name={config.name!r}' if config.name not in _RULES else 'optimizer.offload=True'
-        raise UserError(f'{key}: not in this version; expected one of {", ".join(_RULES)}, without offload')
+    if config.name not in _RULES:
+        raise UserError(f'optimizer.name={config.name!r}: not in this version; expected one of {", ".join(_RULES)}')
 
     def decayed(tree):
         return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith(DECAYED), tree)
 
     def boost(updates, state, params=None):
-        ratio = config.new_lr / config.lr
-        scaled = jax.tree_util.tree_map_with_path(
-            lambda path, update: update * ratio if path_name(path) in fresh else update, updates
-        )
-        return scaled, state
+        def scaled(path, update):
+            name = path_name(path)
+            factor = (config.new_lr / config.lr if name in fresh else 1.0) * (rate(name) if rate else 1.0)
+            return update if factor == 1.0 else update * factor
+
+        return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     return optax.chain(
         _RULES[config.name](config),
         optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule(config, steps)),
-        optax.GradientTransformation(lambda params: optax.EmptyState(), boost) if fresh else optax.identity(),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), boost) if fresh or rate else optax.identity(),
     )
 
 

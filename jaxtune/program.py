@@ -4,6 +4,7 @@ Nothing here touches data or allocates a parameter; `train` gives it arrays, `co
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -15,12 +16,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import methods, objectives
+from jaxtune import methods, objectives, tuning
 from jaxtune.models import Model
 from jaxtune.optim import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, match_rules, shardings, state_specs
 from jaxtune.step import State, init_state, make_eval_step, make_train_step
-from jaxtune.weights import tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,14 @@ class Program:
             accumulate=accumulate,
             clip_norm=self.config.optimizer.clip_norm,
         )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.placed, None))
+        if not self.config.optimizer.offload:
+            return jax.jit(step, donate_argnums=0, out_shardings=(self.placed, None))
+        on_device = jax.tree.map(lambda place: place.with_memory_kind('device'), self.placed['opt_state'])
+
+        def offloaded(state, frozen, batch):
+            return step({**state, 'opt_state': jax.device_put(state['opt_state'], on_device)}, frozen, batch)
+
+        return jax.jit(offloaded, donate_argnums=0, out_shardings=(self.placed, None))
 
     def eval_step(self) -> Callable:
         """The jitted evaluation of one batch `(trainable, frozen, batch) -> sums`."""
@@ -100,19 +107,25 @@ def make_program(
     Raises:
       UserError: an objective, optimizer or sharding that cannot be.
     """
-    optimizer = make_optimizer(config.optimizer, steps, fresh)
+    rate = getattr(methods.get(config.method.name), 'rate', None)
+    factors = {'fresh': fresh, 'rate': None if rate is None else functools.partial(rate, config=config.method)}
+    optimizer = make_optimizer(config.optimizer, steps, **factors)
     specs = match_rules(trainable, mesh)
     shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
     opt_specs = state_specs(shapes['opt_state'], trainable, specs)
     placed = shardings({'step': P(), 'trainable': specs, 'opt_state': opt_specs}, mesh)
+    if config.optimizer.offload:
+        placed['opt_state'] = jax.tree.map(lambda place: place.with_memory_kind('pinned_host'), placed['opt_state'])
     return Program(config, mesh, model, objectives.get(config.objective), optimizer, steps, shapes, placed)
 
 
 def abstract_params(config: ConfigDict, mesh: Mesh, model: Model) -> tuple[Any, Any]:
     """`(trainable, frozen)` of a recipe as `jax.ShapeDtypeStruct`s with their shardings."""
-    method = methods.get(config.method.name)
-    params = jax.eval_shape(lambda tree: method.init(tree, config.method, jax.random.key(0)), model.shapes)
-    return tree.partition(with_shardings(params, shardings(match_rules(params, mesh), mesh)), method.trains)
+    codecs = tuning.codecs(config, model)
+    params = jax.eval_shape(
+        lambda params: tuning.begin(config, model, tuning.encoded(params, codecs), frozenset()), model.shapes
+    )
+    return tuning.partition(config, with_shardings(params, shardings(match_rules(params, mesh), mesh)), frozenset())
 
 
 def with_shardings(shapes: Any, placed: Any) -> Any:

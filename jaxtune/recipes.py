@@ -210,7 +210,7 @@ def resolve(recipe: ConfigDict, overrides: Mapping[str, Any] | None = None) -> d
     return configs
 
 
-REFERENCES = ('model.path', 'tokenizer.path', 'data.train', 'data.eval', 'rl.reward')
+REFERENCES = ('model.path', 'method.path', 'tokenizer.path', 'data.train', 'data.eval', 'rl.reward')
 
 
 def _check_references(config: ConfigDict, earlier: tuple[str, ...], prefix: str) -> None:

@@ -229,11 +229,15 @@ class RunInfo:
 
 
 def flops_per_token(config, model) -> float:
-    """Training FLOPs a token of rows: of an encoder-decoder, one of the source with its share of the target."""
+    """Training FLOPs a token of rows: of an encoder-decoder, one of the source with its share of the target.
+
+    Frozen kernels have two products instead of three: no gradient of their own.
+    """
     lengths = [config.data.seq_len]
     if model.kind == 'encdec':
         lengths.append(objectives.get(config.objective).row(config)['targets'].shape[0])
-    return model.flops_per_token(*lengths)
+    flops = model.flops_per_token(*lengths)
+    return flops if config.method.name == 'full' else flops * 2 / 3
 
 
 def _number(value: float | None, spec: str) -> str:

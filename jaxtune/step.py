@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.optim import Schedule, clip
 from jaxtune.parallel import BATCH_AXES
+from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
 
 # {'step': int32, 'trainable': tree, 'opt_state': tree}: what an update changes, and so what a checkpoint holds.
@@ -108,7 +109,7 @@ def make_eval_step(loss: Loss) -> Callable[[Any, Any, dict[str, jax.Array]], dic
     """One evaluated batch as a pure function `(trainable, frozen, batch) -> sums` (`loss`, `count`, metrics)."""
 
     def eval_step(trainable, frozen, batch):
-        total, count, sums = loss(combine(trainable, frozen), batch, jax.random.key(0))
+        total, count, sums = loss(evaluating(combine(trainable, frozen)), batch, jax.random.key(0))
         return {'loss': total, 'count': count, **sums}
 
     return eval_step

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, export, interrupt, methods, objectives, runinfo
+from jaxtune import console, export, interrupt, objectives, runinfo, tuning
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.compiled import compile_step
@@ -50,7 +50,6 @@ class Run:
         self.config, self.workdir, self.mesh, self.command = config, workdir, mesh, command
         self.info = runinfo.RunInfo(command, config, mesh)
         self.objective = objectives.get(config.objective)
-        self.method = methods.get(config.method.name)
         accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
         check_batch(mesh, config.train.batch_size, accumulate, self.objective.row(config))
         if not config.data.train:
@@ -63,13 +62,12 @@ class Run:
         self.loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
         self.steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(rows) / config.train.batch_size))
 
-        params = self.method.init(parts.params, config.method, jax.random.key(config.seed))
-        trainable, self.frozen = tree.partition(params, self.method.trains)
+        trainable, self.frozen = tuning.partition(config, parts.params, parts.fresh)
         self.program = make_program(config, mesh, parts.model, trainable, self.steps, parts.fresh)
         self.state = self.program.init_state(trainable)
         # The state alone owns the trained weights from here on: it is donated to each update.
         self.parts: Assembly = dataclasses.replace(parts, params=None)
-        self.info.describe_model(parts.model, params, trainable, self.state['opt_state'])
+        self.info.describe_model(parts.model, parts.params, trainable, self.state['opt_state'])
 
         with self.info.timed('compile'):
             args = (self.state, self.frozen, self.program.batch_shapes())
@@ -205,9 +203,8 @@ class Run:
         if config.eval.patience and best is not None and best != step:
             state, _ = self.checkpoints.restore(best, self.program.shapes, self.program.placed)
             exported, trainable = best, state['trainable']
-        params = self.method.merge(tree.combine(trainable, self.frozen))
         with self.info.timed('export'):
-            export.save(self.workdir / 'export', parts.model, params, parts.tokenizer, parts.folder)
+            export.save_tuned(self.workdir, config, parts, tree.combine(trainable, self.frozen))
         metrics = {**self.writer.latest(), **self.memory['metrics'], 'memory/peak_bytes': peak_memory_bytes()}
         if not console.is_primary():
             return {'task': 'train', 'status': 'done', 'step': step, 'metrics': metrics}

@@ -1,7 +1,7 @@
 """Full tuning: every weight trains."""
 
 
-def init(params, config, rng):
+def init(params, model, config, rng):
     """The tree as it is."""
     return params
 

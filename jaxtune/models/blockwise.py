@@ -107,7 +107,8 @@ def _visible(pattern: Pattern, places: Places, window, queries: slice, keys: sli
 
     q_segments, k_segments = pair(places.q_segments, places.k_segments)
     q_positions, k_positions = pair(places.q_positions, places.k_positions)
-    seen = (q_segments == k_segments) & (q_segments > 0)
+    # A key of segment -1 is everyone's, one of segment 0 nobody's.
+    seen = ((q_segments == k_segments) | (k_segments < 0)) & (q_segments != 0)
     if pattern.causal:
         seen &= k_positions <= q_positions
     if window is not None:

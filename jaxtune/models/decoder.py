@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.decoder_families import FAMILIES, DecoderConfig, decoder_config
-from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, RMSNorm
+from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, RMSNorm, bottleneck
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.models.prompts import prepend, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
+from jaxtune.weights import materialise
 
 _NO_WINDOW = 2**30  # beyond every position
 
@@ -25,13 +27,15 @@ Cache = dict[str, jax.Array] | None
 
 
 class Context(NamedTuple):
-    """What all layers share: where queries and keys are, and the rotary angles `(cos, sin)` or None."""
+    """What all layers share: where queries and keys are, the rotary angles `(cos, sin)` or None, and a trained prompt
+    that all segments see, or None."""
 
     q_positions: jax.Array
     q_segments: jax.Array
     k_positions: jax.Array
     k_segments: jax.Array
     rope: tuple[jax.Array, jax.Array] | None
+    prompt: jax.Array | None = None
 
 
 class Layer(NamedTuple):
@@ -94,7 +98,8 @@ class Attention(_Part):
             softcap=c.attention_softcap,
             window=c.windows[0] if len(set(c.windows)) == 1 else layer.window,
             implementation=self.implementation,
-            self_attention=cache is None,
+            # A prompt is near every segment of a packed row, which blocks skipped by their place would not know.
+            self_attention=cache is None and context.prompt is None,
         )
         y = y.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         return self.dense('o_proj', c.d_model, c.o_bias, residual=True)(y), cache
@@ -120,7 +125,7 @@ class Attention(_Part):
 def _write(cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context) -> Cache:
     """Puts keys and values into the slots of their positions; those of padding go nowhere."""
     rows = jnp.arange(k.shape[0])[:, None]
-    slots = jnp.where(context.q_segments > 0, context.q_positions, cache['k'].shape[2])
+    slots = jnp.where(context.q_segments != 0, context.q_positions, cache['k'].shape[2])
     return {
         name: cache[name].at[layer.index, rows, slots].set(new.astype(cache[name].dtype), mode='drop')
         for name, new in (('k', k), ('v', v))
@@ -154,8 +159,9 @@ class Block(_Part):
         x, cache = carry
         before_attention, after_attention, before_mlp, after_mlp = self.config.norm_names
         y, cache = Attention(*self.same(), name='self_attn')(self.norm(before_attention)(x), cache, layer, context)
-        x = x + self.norm(after_attention)(y)
+        x = x + self.norm(after_attention)(bottleneck(self, 'attention_adapter', y))
         y = MLP(*self.same(), name='mlp')(self.norm(before_mlp)(x))
+        y = bottleneck(self, 'mlp_adapter', y)
         x = x + self.norm(after_mlp)(y)
         return (constrain(x, 'batch', 'length', None), cache), None
 
@@ -166,21 +172,23 @@ class Decoder(_Part):
     remat: str = 'none'
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache = None):
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache = None, prompt=None):
         c = self.config
         # Looked up as the table lies; from there to whole rows in one exchange (in one go XLA would gather all rows).
         x = constrain(self.embed('embed_tokens', c.vocab_size)(tokens), 'copy', 'length', 'width')
+        if prompt is not None:
+            x, positions, segments = prepend(prompt, x, positions, segments)
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.rope is None:
             x = x + self.embed('embed_positions', c.max_positions)(positions)
         x = constrain(x, 'batch', 'length', None)
 
-        angles = None if c.rope is None else rotary.angles(c.rope, jnp.where(segments > 0, positions, 0))
-        context = Context(positions, segments, positions, segments, angles)
+        angles = None if c.rope is None else rotary.angles(c.rope, jnp.where(segments != 0, positions, 0))
+        context = Context(positions, segments, positions, segments, angles, prompt)
         if cache is not None:
             slots = jnp.broadcast_to(jnp.arange(cache['k'].shape[2]), (tokens.shape[0], cache['k'].shape[2]))
-            seen = (segments > 0).astype(segments.dtype)
+            seen = (segments != 0).astype(segments.dtype)
             context = Context(positions, seen, slots, jnp.ones_like(slots), angles)
         windows = [_NO_WINDOW if window is None else window for window in c.windows]
         layers = Layer(jnp.arange(c.num_layers), jnp.asarray(windows, jnp.int32))
@@ -194,6 +202,8 @@ class Decoder(_Part):
         )
         (x, cache), _ = scanned(*self.same(), name='layers')((x, cache), layers, context)
         x = self.norm('norm')(x)
+        if prompt is not None:
+            x = x[:, prompt.shape[0] :]
         if not c.tied and self.is_initializing():
             self.dense('lm_head', c.vocab_size, False)(x)
         return Outputs(x, cache)
@@ -205,7 +215,9 @@ def _init(module: Decoder, rng: jax.Array) -> Any:
         return module.init(rng, place, place, place + 1)['params']
 
 
-def _forward(module: Decoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:
+def _forward(
+    module: Decoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins=True
+) -> Outputs:
     tokens = batch['tokens']
     positions, segments = batch.get('positions'), batch.get('segments')
     if positions is None:
@@ -213,13 +225,17 @@ def _forward(module: Decoder, params: Any, batch: Mapping[str, jax.Array], *, ca
     if segments is None:
         segments = jnp.ones_like(tokens)
     rngs = None if rng is None else {'dropout': rng}
-    return module.apply({'params': params}, tokens, positions, segments, cache, rngs=rngs)
+    own, prompt = without_prompt(params)
+    if prompt is not None:
+        positions = positions + prompt.shape[0]
+        prompt = prompt if begins else None
+    return module.apply({'params': own}, tokens, positions, segments, cache, prompt, rngs=rngs)
 
 
 def _head(config: DecoderConfig, params: Any) -> Head:
     if config.tied:
-        return Head(params['embed_tokens']['embedding'], softcap=config.logit_softcap, vocab_major=True)
-    return Head(params['lm_head']['kernel'], softcap=config.logit_softcap)
+        return Head(materialise(params['embed_tokens']['embedding']), softcap=config.logit_softcap, vocab_major=True)
+    return Head(materialise(params['lm_head']['kernel']), softcap=config.logit_softcap)
 
 
 def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:

@@ -21,10 +21,12 @@ import jax.numpy as jnp
 from jaxtune.errors import UserError
 from jaxtune.models.attention import record, unrecorded
 from jaxtune.models.encdec_families import FAMILIES, EncDecConfig, encdec_config, modules
-from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, parameter
+from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.models.prompts import prepend, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
+from jaxtune.weights import materialise
 
 Cache = dict[str, jax.Array] | None
 
@@ -192,13 +194,14 @@ class Block(_Part):
         normed = self.norm('self_attn_norm')(x).astype(self.dtype)
         attention = Attention(*self.same(), name='self_attn')
         y, cache = attention(normed, normed, bias, context.visible, cache, layer, context.slots)
-        x = x + y
+        x = x + bottleneck(self, 'attention_adapter', y)
         if self.decodes:
             normed = self.norm('cross_attn_norm')(x).astype(self.dtype)
             attention = Attention(*self.same(), cross=True, name='cross_attn')
             y, cache = attention(normed, context.source, None, context.source_visible, cache, layer)
-            x = x + y
-        x = x + MLP(*self.same(), name='mlp')(self.norm('mlp_norm')(x).astype(self.dtype))
+            x = x + bottleneck(self, 'cross_adapter', y)
+        y = MLP(*self.same(), name='mlp')(self.norm('mlp_norm')(x).astype(self.dtype))
+        x = x + bottleneck(self, 'mlp_adapter', y)
         return (constrain(x, 'batch', 'length', None), cache), None
 
 
@@ -233,7 +236,7 @@ class EncDec(_Part):
     remat: str = 'none'
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], cache: Cache = None) -> Outputs:
+    def __call__(self, batch: Mapping[str, jax.Array], cache: Cache = None, prompt=None) -> Outputs:
         c = self.config
         record('xla')
         shared = Embed(c.vocab_size, c.d_model, c.initializer_factor, self.param_dtype, jnp.float32, name='shared')
@@ -245,9 +248,12 @@ class EncDec(_Part):
         source, segments = None, None if cache is None else cache.get('source_segments')
         if 'tokens' in batch:
             segments = batch.get('segments', jnp.ones_like(batch['tokens']))
+            x = embed(batch['tokens'])
+            if prompt is not None:
+                x, _, segments = prepend(prompt, x, jnp.zeros_like(segments), segments, segment=1)
             context = Context(None, None, _same_segment(segments, segments))
             encoder = Stack(*self.same(), remat=self.remat, name='encoder')
-            source, _ = encoder(embed(batch['tokens']), _distances(segments.shape[1], segments.shape[1]), context)
+            source, _ = encoder(x, _distances(segments.shape[1], segments.shape[1]), context)
 
         tokens = batch['decoder_tokens']
         length = tokens.shape[1]
@@ -295,14 +301,17 @@ def _init(module: EncDec, rng: jax.Array) -> Any:
         return module.init(rng, {'tokens': place, 'decoder_tokens': place})['params']
 
 
-def _forward(module: EncDec, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:
-    return module.apply({'params': params}, batch, cache, rngs=None if rng is None else {'dropout': rng})
+def _forward(
+    module: EncDec, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins=True
+) -> Outputs:
+    own, prompt = without_prompt(params)
+    return module.apply({'params': own}, batch, cache, prompt, rngs=None if rng is None else {'dropout': rng})
 
 
 def _head(config: EncDecConfig, params: Any) -> Head:
     if config.tied:
-        return Head(params['shared']['embedding'], scale=config.logit_scale, vocab_major=True)
-    return Head(params['lm_head']['kernel'], scale=config.logit_scale)
+        return Head(materialise(params['shared']['embedding']), scale=config.logit_scale, vocab_major=True)
+    return Head(materialise(params['lm_head']['kernel']), scale=config.logit_scale)
 
 
 def _cache(config: EncDecConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:

@@ -16,10 +16,12 @@ from jaxtune.errors import UserError
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.encoder_families import FAMILIES, HEADS, IGNORED, EncoderConfig, encoder_config
-from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, parameter
+from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, bottleneck, parameter
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.models.prompts import prepend, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
+from jaxtune.weights import materialise
 
 _NO_WINDOW = 2**30  # beyond every position
 
@@ -115,12 +117,14 @@ class Block(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, window: jax.Array, context: Context):
         self_attn, mlp = Attention(*self.same(), name='self_attn'), MLP(*self.same(), name='mlp')
+        adapted = functools.partial(bottleneck, self)
         if self.config.pre_norm:
-            x = x + self_attn(x if self.first else self.norm('attention_norm')(x), window, context)
-            x = x + mlp(self.norm('mlp_norm')(x))
+            y = self_attn(x if self.first else self.norm('attention_norm')(x), window, context)
+            x = x + adapted('attention_adapter', y)
+            x = x + adapted('mlp_adapter', mlp(self.norm('mlp_norm')(x)))
         else:
-            x = self.norm('attention_norm')(x + self_attn(x, window, context))
-            x = self.norm('mlp_norm')(x + mlp(x))
+            x = self.norm('attention_norm')(x + adapted('attention_adapter', self_attn(x, window, context)))
+            x = self.norm('mlp_norm')(x + adapted('mlp_adapter', mlp(x)))
         return constrain(x, 'batch', 'length', None), None
 
 
@@ -162,10 +166,14 @@ class Encoder(_Part):
     labels: int = 0
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, types: jax.Array) -> jax.Array:
+    def __call__(self, tokens, positions, segments, types, prompt: jax.Array | None = None) -> jax.Array:
         c = self.config
         # Looked up as the table lies; from there to whole rows in one exchange (in one go XLA would gather all rows).
         x = constrain(self.embed('embed_tokens', c.vocab_size)(tokens), 'copy', 'length', 'width')
+        count = 0 if prompt is None else prompt.shape[0]
+        if prompt is not None:
+            x, positions, segments = prepend(prompt, x, positions + count, segments, segment=1)
+            types = jnp.pad(types, ((0, 0), (count, 0)))
         if c.rope is None:
             x = x + self.embed('embed_positions', c.max_positions + c.position_offset)(positions + c.position_offset)
         if c.token_types:
@@ -191,7 +199,7 @@ class Encoder(_Part):
             x, _ = scanned(*self.same(), name='layers')(x, windows[apart:], context)
         if c.pre_norm:
             x = self.norm('norm')(x)
-        return self.to_head(x, segments)
+        return self.to_head(x[:, count:], segments[:, count:])
 
     def to_head(self, x: jax.Array, segments: jax.Array) -> jax.Array:
         c = self.config
@@ -231,7 +239,9 @@ def _init(module: Encoder, rng: jax.Array) -> Any:
         return module.init(rng, place, place, place + 1, place)['params']
 
 
-def _forward(module: Encoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:
+def _forward(
+    module: Encoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins=True
+) -> Outputs:
     tokens = batch['tokens']
     positions, segments, types = (batch.get(name) for name in ('positions', 'segments', 'token_types'))
     if positions is None:
@@ -241,16 +251,17 @@ def _forward(module: Encoder, params: Any, batch: Mapping[str, jax.Array], *, ca
     if types is None:
         types = jnp.zeros_like(tokens)
     rngs = None if rng is None else {'dropout': rng}
-    return Outputs(module.apply({'params': params}, tokens, positions, segments, types, rngs=rngs))
+    own, prompt = without_prompt(params)
+    return Outputs(module.apply({'params': own}, tokens, positions, segments, types, prompt, rngs=rngs))
 
 
 def _head(config: EncoderConfig, head: str, params: Any) -> Head:
     if head != 'lm':
-        return Head(params['classifier']['kernel'], bias=params['classifier']['bias'])
+        return Head(materialise(params['classifier']['kernel']), bias=params['classifier']['bias'])
     bias = params['lm_head'].get('bias')
     if config.tied:
-        return Head(params['embed_tokens']['embedding'], bias=bias, vocab_major=True)
-    return Head(params['lm_head']['decoder']['kernel'], bias=bias)
+        return Head(materialise(params['embed_tokens']['embedding']), bias=bias, vocab_major=True)
+    return Head(materialise(params['lm_head']['decoder']['kernel']), bias=bias)
 
 
 def _no_cache(model_type: str, batch: int, max_length: int):

@@ -27,6 +27,8 @@ from jaxtune.models import hub
 from jaxtune.models.fields import config_json
 from jaxtune.models.model import Model, Params, Tensor, leaf_paths
 from jaxtune.models.safetensors import Entry, read_header, write_file
+from jaxtune.weights import NF4, Codec
+from jaxtune.weights.tree import nested
 
 _SINGLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 _PICKLED = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl', '*.msgpack', '*.h5')
@@ -40,6 +42,7 @@ def load(
     shardings: Params | None = None,
     dtype: str | np.dtype | None = None,
     rng: jax.Array | None = None,
+    codecs: Mapping[str, Codec] | None = None,
 ) -> tuple[Params, set[str]]:
     """Reads a model's parameters. Every process reads only what its own devices hold.
 
@@ -49,6 +52,7 @@ def load(
       shardings: tree of shardings like the parameters'; None = all on the first device.
       dtype: what the parameters become; default the model's `param_dtype`.
       rng: key for parameters that the folder lacks.
+      codecs: paths of kernels that become typed leaves, layer by layer while they are read -> how.
 
     Returns:
       `(params, fresh)`: the tree, and the paths of heads that the folder lacks and that were initialised instead.
@@ -61,7 +65,7 @@ def load(
     sources, fresh = _match(model, _entries(folder), folder)
     dtype = np.dtype(dtype or model.param_dtype)
     one_device = SingleDeviceSharding(jax.local_devices()[0])
-    shapes = leaf_paths(model.shapes)
+    codecs, shapes = codecs or {}, leaf_paths(model.shapes)
     placed = dict.fromkeys(shapes, one_device) if shardings is None else leaf_paths(shardings)
 
     # In the files' own order, which a disk or a network reads fastest.
@@ -72,6 +76,15 @@ def load(
     pending = None
     for _, _, leaf, layer in order:
         tensor, sharding, shape = model.tensors[leaf], placed[leaf], shapes[leaf].shape
+        if leaf in codecs:
+            codec = codecs[leaf]
+            if leaf not in leaves:
+                leaves[leaf] = _empty_encoded(codec, shape, sharding)
+            jax.block_until_ready(pending)
+            entry = sources[leaf][layer]
+            matrix = _on_devices(entry, 0, entry.shape, _matrix_sharding(sharding))
+            leaves[leaf] = pending = _put_encoded(codec, tensor, sharding)(leaves[leaf], matrix, layer)
+            continue
         if leaf not in leaves:
             leaves[leaf] = _empty(shape, dtype, sharding)
         spread = _part_sharding(tensor, sharding)
@@ -86,7 +99,7 @@ def load(
             out_shardings={leaf: placed[leaf] for leaf in sorted(fresh)},
         )
         leaves |= make(key)
-    return _tree({leaf: leaves[leaf] for leaf in shapes}), fresh
+    return nested({leaf: leaves[leaf] for leaf in shapes}), fresh
 
 
 def save(
@@ -139,11 +152,29 @@ def save(
         _write_companions(partial, model, extra_files_from, str(plan[0].dtype))
         if add_files is not None:
             add_files(partial)
-        _replace(partial, path)
+        replace_folder(partial, path)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(f'saved {path}')
+
+
+def fresh_paths(path: str | os.PathLike, model: Model) -> set[str]:
+    """Paths of the heads that a folder lacks; only headers are read. Raises as `load` does."""
+    folder = hub.resolve(os.fspath(path))
+    return _match(model, _entries(folder), folder)[1]
+
+
+def kernels(path: str | os.PathLike, model: Model) -> Callable[[str, int], np.ndarray]:
+    """A function that reads one layer's kernel `[in, out]` of a folder, by its path and its number in the stack."""
+    folder = hub.resolve(os.fspath(path))
+    sources, _ = _match(model, _entries(folder), folder)
+
+    def read(leaf: str, layer: int) -> np.ndarray:
+        matrix = sources[leaf][layer].read().astype(np.float32)
+        return matrix.T if model.tensors[leaf].transposed else matrix
+
+    return read
 
 
 def _entries(folder: pathlib.Path) -> dict[str, Entry]:
@@ -210,17 +241,6 @@ def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> 
     return sources, fresh
 
 
-def _tree(leaves: Mapping[str, Any]) -> Params:
-    tree: dict[str, Any] = {}
-    for leaf, value in leaves.items():
-        *parents, name = leaf.split('/')
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
-
-
 @functools.cache
 def _empty_maker(shape: tuple[int, ...], dtype: np.dtype, sharding):
     return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)
@@ -228,6 +248,31 @@ def _empty_maker(shape: tuple[int, ...], dtype: np.dtype, sharding):
 
 def _empty(shape, dtype, sharding) -> jax.Array:
     return _empty_maker(shape, dtype, sharding)()
+
+
+def _empty_encoded(codec: Codec, shape: tuple[int, ...], sharding) -> NF4:
+    shapes = jax.eval_shape(codec.encode_kernel, jax.ShapeDtypeStruct(shape, np.float32))
+    make = lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
+    return jax.jit(make, out_shardings=sharding)()
+
+
+def _matrix_sharding(sharding):
+    """Where one layer's matrix goes on its way into a typed leaf: to the leaf's device, or whole to all of them."""
+    first = jax.tree.leaves(sharding)[0]
+    return NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
+
+
+@functools.cache
+def _put_encoded(codec: Codec, tensor: Tensor, sharding):
+    """Compiled: quantises one layer's matrix into its place."""
+
+    def put(leaf: NF4, matrix: jax.Array, layer) -> NF4:
+        encoded = codec.encode(matrix if tensor.transposed else matrix.T)
+        if not tensor.stacked:
+            return encoded
+        return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, layer, 0), leaf, encoded)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 def _part_sharding(tensor: Tensor, sharding):
@@ -352,7 +397,8 @@ def _write_companions(folder: pathlib.Path, model: Model, source, dtype: str) ->
         generation.write_text(json.dumps(values, indent=2) + '\n', 'utf-8')
 
 
-def _replace(new: pathlib.Path, path: pathlib.Path) -> None:
+def replace_folder(new: pathlib.Path, path: pathlib.Path) -> None:
+    """Puts a folder in the place of another, or of none, in one step."""
     old = path.with_name(f'.{path.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

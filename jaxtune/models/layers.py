@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtune.weights import dot, lookup
+from jaxtune.weights import Weight, dot, lookup
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': partial(jax.nn.gelu, approximate=False),
@@ -34,6 +34,13 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
     return module.param(name, init, shape, dtype)
 
 
+def dropout_key(module: nn.Module, kernel) -> jax.Array | None:
+    """A key for what a typed leaf drops in training; None for a plain kernel, and where nothing is dropped."""
+    if isinstance(kernel, Weight) and module.has_rng('dropout'):
+        return module.make_rng('dropout')
+    return None
+
+
 def normal(stddev: float, cutoff: float | None = None) -> Callable:
     """Initialiser: a normal distribution, cut off at `cutoff` standard deviations."""
     if cutoff is None:
@@ -54,7 +61,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, 'kernel', normal(self.stddev, self.cutoff), shape, self.param_dtype)
-        y = dot(x, kernel)
+        y = dot(x, kernel, dropout_key(self, kernel))
         if self.use_bias:
             bias = parameter(self, 'bias', nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(y.dtype)
@@ -76,6 +83,19 @@ class Embed(nn.Module):
         init = normal(self.stddev, self.cutoff)
         table = parameter(self, 'embedding', init, (self.rows, self.features), self.param_dtype)
         return lookup(table, ids, self.dtype)
+
+
+def bottleneck(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """`x` with what the adapter that the tree holds under `name` adds to it; where it holds none, `x` itself.
+
+    A projection down, a GELU, and a projection up (Houlsby et al. 2019, arXiv:1902.00751).
+    """
+    if not module.has_variable('params', name):
+        return x
+    adapter = module.get_variable('params', name)
+    down, up = adapter['down'], adapter['up']
+    y = jax.nn.gelu(dot(x, down['kernel']) + down['bias'].astype(x.dtype))
+    return x + dot(y, up['kernel']) + up['bias'].astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

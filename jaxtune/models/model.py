@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtune.weights import whole
+
 Params = Any
 
 
@@ -30,6 +32,11 @@ class Outputs(NamedTuple):
 
     hidden: jax.Array
     cache: dict[str, jax.Array] | None = None
+
+
+def virtual_tokens(params: Params) -> int:
+    """How many trained tokens a tree puts before what the model reads (`models.prompts`)."""
+    return params['prompt']['embedding'].shape[0] if 'prompt' in params else 0
 
 
 @functools.partial(
@@ -118,7 +125,9 @@ class Model:
     ignored: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
 
-    def apply(self, params: Params, batch: Mapping[str, jax.Array], *, cache=None, rng=None) -> Outputs:
+    def apply(
+        self, params: Params, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins: bool = True
+    ) -> Outputs:
         """The forward pass.
 
         Args:
@@ -131,8 +140,9 @@ class Model:
           cache: from `init_cache`; a token's slot is its position, its keys and values are written there, and it sees
             the slots up to its own. Padding writes nothing.
           rng: key for dropout of added weights, or None.
+          begins: False where the cache already holds what comes first, such as a trained prompt.
         """
-        return self.forward(params, batch, cache=cache, rng=rng)
+        return self.forward(whole(params), batch, cache=cache, rng=rng, begins=begins)
 
     def head(self, params: Params) -> Head:
         """The projection to the vocabulary, or to a classifier's labels."""
@@ -176,7 +186,7 @@ class Model:
             inputs['decoder_segments'] = start + 1
             outputs = self.apply(params, inputs, cache=self.init_cache(batch, room))
             return outputs.hidden[:, 0], outputs.cache, jnp.ones(batch, jnp.int32)
-        outputs = self.apply(params, inputs, cache=self.init_cache(batch, width + room))
+        outputs = self.apply(params, inputs, cache=self.init_cache(batch, virtual_tokens(params) + width + room))
         last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return last, outputs.cache, lengths
 
@@ -191,7 +201,7 @@ class Model:
         inputs = {'tokens': tokens, 'positions': positions, 'segments': running.astype(jnp.int32)}
         prefix = 'decoder_' if self.kind == 'encdec' else ''
         inputs = {prefix + name: value[:, None] for name, value in inputs.items()}
-        outputs = self.apply(params, inputs, cache=cache)
+        outputs = self.apply(params, inputs, cache=cache, begins=False)
         return outputs.hidden[:, 0], outputs.cache
 
     def flops_per_token(self, length: int, *target_length: int) -> float:

@@ -56,22 +56,30 @@ def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, larg
     sizes = dict(mesh.shape)
     divided = sizes.get('fsdp', 1) * sizes.get('tensor', 1) > 1
 
-    def spec_of(path, leaf):
-        name = path_name(path)
-        for pattern, rule in rules:
-            if re.search(pattern, name):
-                spec = _fit(rule, leaf.shape, sizes)
-                break
-        else:
-            raise UserError(f'parameter {name} {tuple(leaf.shape)}: no partition rule matches this path')
-        if divided and math.prod(leaf.shape) >= large and not any(spec):
+    def fitted(name, rule, shape):
+        spec = _fit(rule, shape, sizes)
+        if divided and math.prod(shape) >= large and not any(spec):
             raise UserError(
-                f'parameter {name} {tuple(leaf.shape)} would be copied to every device: expected mesh.fsdp='
+                f'parameter {name} {tuple(shape)} would be copied to every device: expected mesh.fsdp='
                 f'{sizes["fsdp"]} or mesh.tensor={sizes["tensor"]} to divide one of its dimensions'
             )
         return spec
 
-    return jax.tree_util.tree_map_with_path(spec_of, shapes)
+    def spec_of(path, leaf):
+        name = path_name(path)
+        rule = next((rule for pattern, rule in rules if re.search(pattern, name)), None)
+        if rule is None:
+            raise UserError(f'parameter {name} {tuple(leaf.shape)}: no partition rule matches this path')
+        if _derives(leaf):
+            return leaf.specs(rule, lambda spec, shape: fitted(name, spec, shape))
+        return fitted(name, rule, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(spec_of, shapes, is_leaf=_derives)
+
+
+def _derives(leaf) -> bool:
+    """Whether a node is a typed leaf, which derives its arrays' specs from that of the kernel that it stands for."""
+    return hasattr(leaf, 'specs')
 
 
 def state_specs(state_shapes, param_shapes, param_specs):
@@ -88,15 +96,17 @@ def state_specs(state_shapes, param_shapes, param_specs):
 
     def spec_of(path, leaf):
         keys = path_name(path).split('/')
-        name = next(
-            (name for start in range(len(keys)) if (name := '/'.join(keys[start:])) in flat_shapes),
-            None,
-        )
+        # A moment in eight bits has two arrays where the parameter has one.
+        ends = (len(keys), len(keys) - 1) if keys[-1] in ('codes', 'scales') else (len(keys),)
+        names = ('/'.join(keys[start:end]) for end in ends for start in range(len(keys)))
+        name = next((name for name in names if name in flat_shapes), None)
         if name is None:
             return P()
         shape, spec = flat_shapes[name], flat_specs[name]
         if leaf.shape == shape:
             return spec
+        if keys[-1] == 'scales':
+            return P(*spec[: len(leaf.shape) - 1], None)
         for dropped in range(len(shape)):
             if leaf.shape == shape[:dropped] + shape[dropped + 1 :]:
                 return P(*(entry for i, entry in enumerate(spec) if i != dropped))

@@ -1,5 +1,7 @@
 """Leaves of the parameter tree and the one product that accepts any of them."""
 
-from jaxtune.weights.leaf import dot, lookup
+from jaxtune.weights.leaf import Weight, dot, evaluating, is_weight, lookup, materialise, whole
+from jaxtune.weights.lora import LoRA
+from jaxtune.weights.nf4 import NF4, Codec
 
-__all__ = ['dot', 'lookup']
+__all__ = ['NF4', 'Codec', 'LoRA', 'Weight', 'dot', 'evaluating', 'is_weight', 'lookup', 'materialise', 'whole']

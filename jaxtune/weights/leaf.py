@@ -1,12 +1,74 @@
-"""The two things a model ever does with a kernel: multiply by it and look rows up in it."""
+"""The two things a model ever does with a weight, multiply by it and look rows up in it, whatever kind it is."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
+
+# Fits a spec to a shape: aligned to the last dimensions, without axes that do not divide theirs.
+Fit = Callable[[P, tuple[int, ...]], P]
 
 
-def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiplies activations `[..., in]` by a kernel `[in, out]` in the dtype of `x`; returns `[..., out]`."""
+class Weight:
+    """A typed leaf: a pytree of arrays that stands where a kernel `[in, out]` or an embedding `[rows, features]` could.
+
+    Layers are stacked on leading axes of all its arrays, so that a scan may slice it. Where a tree is partitioned, its
+    arrays are None in one half.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that it stands for, stacked."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """Number of parameters among its arrays that are there."""
+        raise NotImplementedError
+
+    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`."""
+        raise NotImplementedError
+
+    def lookup(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows for ids of any shape, `[*ids.shape, features]`."""
+        return lookup(self.materialise(), ids, dtype)
+
+    def materialise(self) -> jax.Array:
+        """The plain array that it stands for."""
+        raise NotImplementedError
+
+    def specs(self, spec: P, fit: Fit) -> 'Weight':
+        """How its arrays lie on a mesh, where a plain kernel would lie as `spec`: the same leaf of `PartitionSpec`s."""
+        raise NotImplementedError
+
+    def whole(self) -> 'Weight':
+        """The leaf with all its arrays stacked over all layers, as a scan needs it."""
+        return self
+
+    def evaluating(self) -> 'Weight':
+        """The leaf without what only training does."""
+        return self
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether a node of a tree is a typed leaf; for `is_leaf`."""
+    return isinstance(leaf, Weight)
+
+
+def dot(x: jax.Array, kernel: jax.Array | Weight, rng: jax.Array | None = None) -> jax.Array:
+    """Multiplies activations `[..., in]` by a kernel `[in, out]` in the dtype of `x`; returns `[..., out]`.
+
+    Args:
+      x: the activations.
+      kernel: an array or a typed leaf.
+      rng: key for dropout in the leaf, or None.
+    """
+    if isinstance(kernel, Weight):
+        return kernel.dot(x, rng)
     return _dot(x, kernel.astype(x.dtype))
 
 
@@ -38,6 +100,23 @@ def _dot_backward(residuals, d_y):
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
-def lookup(embedding: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def lookup(embedding: jax.Array | Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of an embedding `[vocab, d_model]` for integer `ids` of any shape; returns `[*ids.shape, d_model]`."""
+    if isinstance(embedding, Weight):
+        return embedding.lookup(ids, dtype)
     return jnp.take(embedding, ids, axis=0).astype(dtype)
+
+
+def materialise(weight: jax.Array | Weight) -> jax.Array:
+    """The plain array that a leaf stands for; differentiable in its arrays."""
+    return weight.materialise() if isinstance(weight, Weight) else weight
+
+
+def whole(tree: Any) -> Any:
+    """A tree whose leaves are ready to be scanned over layers."""
+    return jax.tree.map(lambda leaf: leaf.whole() if is_weight(leaf) else leaf, tree, is_leaf=is_weight)
+
+
+def evaluating(tree: Any) -> Any:
+    """A tree without what only training does, such as dropout."""
+    return jax.tree.map(lambda leaf: leaf.evaluating() if is_weight(leaf) else leaf, tree, is_leaf=is_weight)

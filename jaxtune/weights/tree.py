@@ -1,15 +1,29 @@
 """Dividing a parameter tree into the half that trains and the half that stays, and putting it together again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
 from jaxtune.parallel.rules import path_name
+from jaxtune.weights.leaf import is_weight
 
 
 def paths(tree) -> list[str]:
     """Paths of all leaves as `a/b/c`, in the order of `jax.tree.leaves`."""
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def nested(leaves: Mapping[str, Any]) -> Any:
+    """The tree of plain dicts whose leaves have the paths `a/b/c`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split('/')
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
 
 
 def partition(tree, trains: Callable[[str], bool]):
@@ -26,8 +40,8 @@ def combine(trainable, frozen):
 
 
 def count(tree) -> int:
-    """Number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """Number of parameters, whatever they are stored as."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_weight))
 
 
 def nbytes(tree) -> int:

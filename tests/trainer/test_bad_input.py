@@ -105,6 +105,16 @@ CASES = (
     Case('flash on a CPU', 'model.attention', 'cpu', keys={'model.attention': 'flash'}),
     Case('stage that is not there', 'data.train', '@prepare', keys={'data.train': '@prepare'}),
     Case(
+        'targets that are not there',
+        "method.targets: 'query'",
+        'q_proj',
+        keys={'method.name': 'lora', 'method.targets': ('query', 'v_proj')},
+    ),
+    Case('rank 0', 'method.rank', 'integer >= 1', flags=['--config.method.rank=0']),
+    Case('rank above the matrix', 'method.rank=99', 'q_proj', keys={'method.name': 'lora', 'method.rank': 99}),
+    Case('LoftQ without NF4', 'method.init=loftq', 'qlora', keys={'method.name': 'lora', 'method.init': 'loftq'}),
+    Case('no adapter there', 'method.path', 'adapter_config.json', keys={'method.name': 'lora', 'method.path': '/tmp'}),
+    Case(
         'diverges',
         'update 2',
         'nan',

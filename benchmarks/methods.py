@@ -1,0 +1,68 @@
+"""Compares the tuning methods on one model and one text: each at its best of three learning rates.
+
+    python benchmarks/methods.py MODEL TRAIN.jsonl EVAL.jsonl WORKDIR [--steps 200] [--text-key text] [--set KEY=VALUE]
+
+Prints a table: held-out loss before and after, the share of full tuning's drop that the method recovers, what trains,
+seconds an update, and the process's peak memory.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+RATES = {
+    'full': (1e-4, 3e-4, 1e-3),
+    'lora': (3e-4, 1e-3, 3e-3),
+    'qlora': (3e-4, 1e-3, 3e-3),
+    'adapter': (3e-4, 1e-3, 3e-3),
+    'prompt': (1e-2, 3e-2, 1e-1),
+}
+
+
+def run(recipe: str, workdir: pathlib.Path, keys: dict) -> dict:
+    """Runs a recipe in a process of its own; returns its metrics and what it said of the model."""
+    flags = [f'--config.{name}={value}' for name, value in keys.items()]
+    words = [sys.executable, '-m', 'jaxtune.main', '--config', recipe, '--workdir', str(workdir), *flags]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    result = json.loads((workdir / 'result.json').read_text())['metrics']
+    return result | json.loads((workdir / 'run.json').read_text())['model']
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ('model', 'train', 'eval', 'workdir'):
+        parser.add_argument(name)
+    parser.add_argument('--steps', type=int, default=200)
+    parser.add_argument('--text-key', default='text')
+    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE')
+    args = parser.parse_args()
+    configs, workdir = pathlib.Path(__file__).parents[1] / 'configs', pathlib.Path(args.workdir)
+    common = {'model.path': args.model, 'data.eval': args.eval, 'data.text_key': args.text_key}
+    common |= dict(pair.split('=', 1) for pair in args.set)
+    score = {name: value for name, value in common.items() if not name.startswith(('train.', 'optimizer.'))}
+    before = run(str(configs / 'evaluate.py'), workdir / 'before', score)['eval/loss']
+    best = {}
+    for method, rates in RATES.items():
+        for rate in rates:
+            keys = common | {
+                'data.train': args.train, 'train.steps': args.steps, 'method.name': method, 'optimizer.lr': rate,
+                'optimizer.weight_decay': 0.0, 'optimizer.warmup_steps': args.steps // 10, 'eval.every': 0,
+                'eval.patience': 0,
+            }  # fmt: skip
+            found = run(str(configs / 'finetune_full.py'), workdir / f'{method}-{rate:g}', keys) | {'rate': rate}
+            if method not in best or found['eval/loss'] < best[method]['eval/loss']:
+                best[method] = found
+    drop = before - best['full']['eval/loss']
+    print(f'before: {before:.4f}')
+    print('method    rate    loss    recovered  trainable      s/update  peak MiB')
+    for method, found in best.items():
+        print(
+            f'{method:9} {found["rate"]:<7g} {found["eval/loss"]:.4f}  {(before - found["eval/loss"]) / drop:8.1%}  '
+            f'{found["trainable"]:>10,}  {found["train/step_seconds"]:8.3f}  {found["memory/peak_bytes"] >> 20:,}'
+        )
+
+
+if __name__ == '__main__':
+    main()

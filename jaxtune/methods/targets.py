@@ -1,0 +1,92 @@
+"""Which weights a method changes: Hugging Face module names, as PEFT matches them, to leaves of the tree."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from jaxtune.errors import UserError
+from jaxtune.models.model import Model, leaf_paths
+
+# What gives logits; PEFT's `all-linear` leaves it alone too.
+_OUTPUTS = ('lm_head/kernel', 'lm_head/decoder/kernel', 'classifier/kernel')
+
+
+def modules(model: Model) -> dict[str, tuple[str, ...]]:
+    """Path of every kernel and embedding -> the name of its Hugging Face module, one for each stacked layer."""
+    shapes = leaf_paths(model.shapes)
+    found = {}
+    for path, tensor in model.tensors.items():
+        if path.endswith(('/kernel', '/embedding')) and not path.endswith('relative_bias/embedding'):
+            count = shapes[path].shape[0] if tensor.stacked else 1
+            found[path] = tuple(name.removesuffix('.weight') for name in tensor.names(count))
+    return found
+
+
+def linear(model: Model) -> list[str]:
+    """Paths of the kernels that `all-linear` means."""
+    return [path for path in modules(model) if path.endswith('/kernel') and path not in _OUTPUTS]
+
+
+def matches(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether PEFT would find a module among `target_modules`: names end as it does; a text is a regular expression."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f'.{target}') for target in targets)
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a module is in, None outside of the layers."""
+    found = re.search(r'\.(\d+)\.', name)
+    return int(found[1]) if found else None
+
+
+def chosen_layers(layers) -> Callable[[int | None], bool]:
+    """What `method.layers` says of a layer's number: `all`, a range such as `4:8`, or numbers."""
+    if layers == 'all':
+        return lambda number: True
+    if isinstance(layers, str):
+        start, _, stop = layers.partition(':')
+        numbers = range(int(start or 0), int(stop) if stop else 10**6)
+    else:
+        numbers = layers
+    return lambda number: number is not None and number in numbers
+
+
+def select(model: Model, targets: str | Sequence[str], layers='all') -> dict[str, tuple[int, ...]]:
+    """Paths of the weights to change -> numbers in the stack of the layers to change (`(0,)` without a stack).
+
+    Args:
+      model: the model.
+      targets: `all-linear`, a module's name, or several.
+      layers: as `method.layers` has it.
+
+    Raises:
+      UserError: nothing matches; names the modules that there are.
+    """
+    every, keep = modules(model), chosen_layers(layers)
+    if targets == 'all-linear':
+        allowed = set(linear(model))
+    else:
+        names = (targets,) if isinstance(targets, str) else tuple(targets)
+        for target in names:
+            if not any(matches(name, (target,)) for stack in every.values() for name in stack):
+                raise UserError(f'method.targets: {target!r} matches no module; {_known(every, target)}')
+        allowed = None
+    found = {}
+    for path, stack in every.items():
+        numbers = tuple(
+            i
+            for i, name in enumerate(stack)
+            if keep(layer_number(name)) and (path in allowed if allowed is not None else matches(name, names))
+        )
+        if numbers:
+            found[path] = numbers
+    if not found:
+        raise UserError(f'method.layers={layers!r}: no targeted module is in these layers; expected numbers from 0')
+    return found
+
+
+def _known(every: Mapping[str, tuple[str, ...]], target: str) -> str:
+    lasts = sorted({name.rsplit('.', 1)[-1] for stack in every.values() for name in stack})
+    near = difflib.get_close_matches(target.rsplit('.', 1)[-1], lasts, 1)
+    return f'expected some of {", ".join(lasts)}, or all-linear' + (f' (nearest: {near[0]})' if near else '')

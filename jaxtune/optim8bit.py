@@ -1,0 +1,101 @@
+"""AdamW whose two moments are eight-bit numbers in blocks that share a scale: a quarter of the state's bytes.
+
+Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861. As there, small parameters keep
+float32 moments. Codes lie as the parameter does, so that a mesh divides both alike.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtune.weights.blockwise8 import decode, nearest_code
+
+BLOCK = 256
+LARGE = 2**24  # elements of a stack of layers
+SMALLEST = 4096  # elements of a parameter; with fewer, state is not worth saving
+
+
+class Moment(NamedTuple):
+    """A moment in eight bits: uint8 `codes` of the parameter's shape, float32 `scales`, one a block."""
+
+    codes: jax.Array
+    scales: jax.Array
+
+
+def _by_layers(rule, grad: jax.Array, *moments):
+    """A rule on a parameter; on a large stack layer by layer, so that one layer's moments are wide at a time."""
+    if grad.ndim < 3 or grad.size < LARGE:
+        return rule(grad, *moments)
+    return jax.lax.map(lambda layer: rule(*layer), (grad, *moments))
+
+
+class State(NamedTuple):
+    """Updates done, and the moments of every parameter: `Moment`, or a float32 array of small ones."""
+
+    count: jax.Array
+    mu: Any
+    nu: Any
+
+
+def _blocks(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """`(leading dimensions, elements)` that are cut into blocks: the last one, or a whole matrix where it is narrow."""
+    if shape[-1] % BLOCK == 0 or len(shape) == 1:
+        return shape[:-1], shape[-1]
+    return shape[:-2], shape[-2] * shape[-1]
+
+
+def encode(value: jax.Array, signed: bool) -> Moment:
+    """A float32 array in eight bits."""
+    leading, count = _blocks(value.shape)
+    blocks = -(-count // BLOCK)
+    flat = value.reshape(*leading, count)
+    padded = jnp.pad(flat, [(0, 0)] * len(leading) + [(0, blocks * BLOCK - count)]).reshape(*leading, blocks, BLOCK)
+    scales = jnp.abs(padded).max(-1)
+    codes = nearest_code(padded / jnp.where(scales > 0, scales, 1.0)[..., None], signed)
+    if not signed:  # a second moment that became 0 would make its update endless
+        codes = jnp.where(padded > 0, jnp.maximum(codes, 1), codes)
+    return Moment(codes.reshape(*leading, -1)[..., :count].reshape(value.shape), scales)
+
+
+def wide(moment: Moment | jax.Array, signed: bool) -> jax.Array:
+    """The float32 array."""
+    if not isinstance(moment, Moment):
+        return moment
+    leading, count = _blocks(moment.codes.shape)
+    scales = jnp.repeat(moment.scales, BLOCK, axis=-1)[..., :count]
+    return (decode(moment.codes, signed).reshape(*leading, count) * scales).reshape(moment.codes.shape)
+
+
+def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam's rule (Kingma and Ba 2014, arXiv:1412.6980) on eight-bit moments."""
+
+    def packed(value: jax.Array, signed: bool):
+        return encode(value, signed) if value.size >= SMALLEST and value.ndim else value
+
+    def alike(value: jax.Array, signed: bool, was: Moment | jax.Array):
+        return encode(value, signed) if isinstance(was, Moment) else value
+
+    def init(params):
+        zeros = lambda signed: jax.tree.map(lambda leaf: packed(jnp.zeros(leaf.shape), signed), params)  # noqa: E731
+        return State(jnp.zeros((), jnp.int32), zeros(True), zeros(False))
+
+    def update(grads, state, params=None):
+        count = state.count + 1
+        correct1, correct2 = 1.0 - b1**count, 1.0 - b2**count
+
+        def rule(grad, mu, nu):
+            grad32 = grad.astype(jnp.float32)
+            new_mu = b1 * wide(mu, True) + (1.0 - b1) * grad32
+            new_nu = b2 * wide(nu, False) + (1.0 - b2) * jnp.square(grad32)
+            step = (new_mu / correct1) / (jnp.sqrt(new_nu / correct2) + eps)
+            return step.astype(grad.dtype), alike(new_mu, True, mu), alike(new_nu, False, nu)
+
+        leaves, structure = jax.tree.flatten(grads)
+        moments = [structure.flatten_up_to(tree) for tree in (state.mu, state.nu)]
+        results = [_by_layers(rule, *leaf) for leaf in zip(leaves, *moments, strict=True)]
+        steps, mu, nu = (structure.unflatten(part) for part in zip(*results, strict=True))
+        return steps, State(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,83 @@
+"""From a model's parameters to a tuning method's: stored as it asks, with what it adds, divided by what trains."""
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from jaxtune import methods
+from jaxtune.models.model import Model, leaf_paths
+from jaxtune.parallel import match_rules, shardings
+from jaxtune.weights import Codec, tree
+
+# Heads that are trained whole with every method: they belong to the task, not to the pretrained model.
+_TASK_HEADS = ('classifier',)
+
+
+def codecs(config: ConfigDict, model: Model, fresh: frozenset[str] = frozenset()) -> dict[str, Codec]:
+    """How the recipe's method stores kernels: path -> codec, but for weights that the folder lacks."""
+    make = getattr(methods.get(config.method.name), 'codecs', None)
+    found = make(model, config.method) if make else {}
+    return {path: codec for path, codec in found.items() if path not in fresh}
+
+
+def encoded(params: Any, chosen: Mapping[str, Codec]) -> Any:
+    """A tree of plain arrays with the chosen kernels as typed leaves; for tracing."""
+    leaves = leaf_paths(params)
+    return tree.nested({p: chosen[p].encode_kernel(leaf) if p in chosen else leaf for p, leaf in leaves.items()})
+
+
+def attach(init: Callable[..., Any], params: Any, mesh: Mesh, *extra: Any) -> Any:
+    """`init(params, *extra)`, of which only what is new is computed, straight on its devices.
+
+    Args:
+      init: makes a tree around the arrays of another, such as a method's.
+      params: that other tree; its arrays stay where they are.
+      mesh: the mesh.
+      extra: further arrays.
+    """
+    given, structure = jax.tree.flatten(params)
+    origin: list[int | None] = []
+    made: list[Any] = []
+
+    def new(leaves, extra):
+        out, out_structure = jax.tree.flatten(init(jax.tree.unflatten(structure, leaves), *extra))
+        numbers = {id(leaf): i for i, leaf in enumerate(leaves)}
+        origin[:], made[:] = [numbers.get(id(leaf)) for leaf in out], [out_structure]
+        return [leaf for leaf in out if id(leaf) not in numbers]
+
+    shapes = iter(jax.eval_shape(new, given, extra))
+    whole = jax.tree.unflatten(made[0], [next(shapes) if i is None else given[i] for i in origin])
+    specs = jax.tree.leaves(match_rules(whole, mesh), is_leaf=lambda spec: isinstance(spec, P))
+    wanted = [spec for spec, i in zip(specs, origin, strict=True) if i is None]
+    added = iter(jax.jit(new, out_shardings=shardings(wanted, mesh))(given, extra))
+    return jax.tree.unflatten(made[0], [next(added) if i is None else given[i] for i in origin])
+
+
+def begin(config: ConfigDict, model: Model, params: Any, fresh: frozenset[str]) -> Any:
+    """What the method makes of the loaded parameters; weights that the folder lacked are left to be trained whole."""
+    rng = jax.random.key(config.seed)
+    leaves = leaf_paths(params)
+    pretrained = tree.nested({path: leaf for path, leaf in leaves.items() if path not in fresh})
+    tuned = leaf_paths(methods.get(config.method.name).init(pretrained, model, config.method, rng))
+    return tree.nested(tuned | {path: leaf for path, leaf in leaves.items() if path in fresh})
+
+
+def partition(config: ConfigDict, params: Any, fresh: frozenset[str]) -> tuple[Any, Any]:
+    """`(trainable, frozen)` halves of the method's tree."""
+    return tree.partition(params, trains(methods.get(config.method.name), fresh))
+
+
+def trains(method: ModuleType, fresh: frozenset[str]) -> Callable[[str], bool]:
+    """Whether a leaf trains: the method says so, the model lacked it, or it is the task's own head."""
+    return lambda path: method.trains(path) or path in fresh or path.split('/')[0] in _TASK_HEADS
+
+
+def whole_paths(params: Any, method: ModuleType, fresh: frozenset[str]) -> tuple[str, ...]:
+    """Paths of the model's own leaves that train whole beside what the method adds."""
+    test = trains(method, fresh)
+    return tuple(path for path, leaf in leaf_paths(params).items() if test(path) and not method.trains(path))

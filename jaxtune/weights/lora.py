@@ -1,0 +1,137 @@
+"""LoRA: a low-rank update beside a frozen weight, which may itself be of any kind.
+
+Hu et al. 2021, arXiv:2106.09685; with magnitudes apart from directions it is DoRA, Liu et al. 2024, arXiv:2402.09353.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxtune.weights.leaf import Fit, Weight, dot, lookup, materialise
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['base', 'a', 'b', 'scale', 'magnitude', 'a_start', 'b_start'],
+    meta_fields=['dropout', 'layers'],
+)
+@dataclasses.dataclass(frozen=True)
+class LoRA(Weight):
+    """`base + scale * a @ b`, with DoRA scaled to a trained length of every output's weights.
+
+    Ranks that differ between layers are filled up with zeros in both factors, which no gradient ever moves.
+
+    Attributes:
+      base: the frozen weight `[*layers, in, out]`, an array or a typed leaf.
+      a: `[*layers, in, rank]`.
+      b: `[*layers, rank, out]`.
+      scale: float32 `[*layers]`.
+      magnitude: `[*layers, out]` (DoRA), or None.
+      a_start: like `a`, and `b_start` like `b`: factors whose product is taken off, so that training begins at the base
+        whatever `a` and `b` begin with (PiSSA); or None.
+      dropout: share of the inputs of `a` that training leaves out.
+      layers: numbers of the stacked layers that `a` and `b` are for; None = all.
+    """
+
+    base: jax.Array | Weight
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    magnitude: jax.Array | None = None
+    a_start: jax.Array | None = None
+    b_start: jax.Array | None = None
+    dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def size(self) -> int:
+        return sum(leaf.size for leaf in (self.base, self.a, self.b, self.magnitude) if leaf is not None)
+
+    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        y = dot(x, self.base)
+        dropped = x
+        if self.dropout and rng is not None:
+            kept = jax.random.bernoulli(rng, 1.0 - self.dropout, x.shape)
+            dropped = jnp.where(kept, x / (1.0 - self.dropout), 0).astype(x.dtype)
+        scale = self.scale.astype(x.dtype)
+        update = dot(dot(dropped, self.a), self.b) * scale
+        if self.a_start is not None:
+            update = update - dot(dot(x, self.a_start), self.b_start) * scale
+        if self.magnitude is None:
+            return y + update
+        factor = (self.magnitude / self._lengths()).astype(x.dtype)
+        if dropped is x:
+            return factor * (y + update)
+        return y + (factor - 1.0) * dot(dropped, self.base) + factor * update
+
+    def _lengths(self) -> jax.Array:
+        """`[out]`: length of every output's weights; a constant to the gradient (DoRA's section 4.3)."""
+        return jax.lax.stop_gradient(jnp.sqrt(jnp.square(self._sum()).sum(-2)))
+
+    def _sum(self) -> jax.Array:
+        """`base + scale * a @ b` in float32."""
+        scale = self.scale.astype(jnp.float32)[..., None, None]
+        wide = materialise(self.base).astype(jnp.float32) + scale * _product(self.a, self.b)
+        return wide if self.a_start is None else wide - scale * _product(self.a_start, self.b_start)
+
+    def lookup(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        rows = jnp.take(self.a, ids, axis=0).astype(dtype)
+        return lookup(self.base, ids, dtype) + dot(rows, self.b) * self.scale.astype(dtype)
+
+    def materialise(self) -> jax.Array:
+        leaf = self.whole()
+        wide = leaf._sum()
+        if leaf.magnitude is not None:
+            wide = wide * (leaf.magnitude / leaf._lengths())[..., None, :]
+        return wide.astype(leaf.dtype)
+
+    def specs(self, spec: P, fit: Fit) -> 'LoRA':
+        inputs, outputs = (*(None,) * (2 - len(spec)), *spec)[-2:]
+        placed = {'a': P(inputs, None), 'b': P(None, outputs), 'scale': P(), 'magnitude': P(outputs)}
+        placed |= {'a_start': placed['a'], 'b_start': placed['b']}
+        leaves = {name: getattr(self, name) for name in placed}
+        base = self.base
+        if base is not None:
+            base = base.specs(spec, fit) if isinstance(base, Weight) else fit(spec, base.shape)
+        return dataclasses.replace(
+            self, base=base, **{n: None if leaf is None else fit(placed[n], leaf.shape) for n, leaf in leaves.items()}
+        )
+
+    def whole(self) -> 'LoRA':
+        if self.layers is None:
+            return self
+        count = self.base.shape[0]
+
+        def spread(leaf, fill=0.0):
+            if leaf is None:
+                return None
+            return jnp.full((count, *leaf.shape[1:]), fill, leaf.dtype).at[jnp.asarray(self.layers)].set(leaf)
+
+        magnitude = None
+        if self.magnitude is not None:
+            magnitude = jnp.sqrt(jnp.square(materialise(self.base).astype(jnp.float32)).sum(-2))
+            magnitude = magnitude.astype(self.magnitude.dtype).at[jnp.asarray(self.layers)].set(self.magnitude)
+        others = {name: spread(getattr(self, name)) for name in ('a', 'b', 'scale', 'a_start', 'b_start')}
+        return dataclasses.replace(self, magnitude=magnitude, layers=None, **others)
+
+    def evaluating(self) -> 'LoRA':
+        return dataclasses.replace(self, dropout=0.0)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision='highest')

@@ -1,0 +1,199 @@
+"""What holds for every method on every kind of model: it begins at the model, trains its own leaves only, merges into
+the same function, and is the same on any mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune import methods, models, recipes, tuning
+from jaxtune.export import merged
+from jaxtune.objectives.cross_entropy import cross_entropy
+from jaxtune.parallel import make_mesh, match_rules, place, shardings
+from jaxtune.program import make_program
+from jaxtune.weights import evaluating, is_weight, tree
+
+_TOKENS = {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0, 'vocab_size': 96}
+_LIKE_LLAMA = {
+    'hidden_size': 64, 'intermediate_size': 96, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+    'max_position_embeddings': 64,
+}  # fmt: skip
+KINDS = {
+    'decoder': {'model_type': 'llama', 'num_key_value_heads': 2, **_LIKE_LLAMA, **_TOKENS},
+    'encoder': {'model_type': 'bert', **_LIKE_LLAMA, **_TOKENS},
+    'encdec': {
+        'model_type': 't5', 'd_model': 64, 'd_kv': 16, 'd_ff': 96, 'num_layers': 2, 'num_heads': 4,
+        'decoder_start_token_id': 0, **_TOKENS,
+    },
+}  # fmt: skip
+VARIANTS = {
+    'lora': {'method.name': 'lora', 'method.dropout': 0.1},
+    'qlora': {'method.name': 'qlora'},
+    'adapter': {'method.name': 'adapter', 'method.bottleneck': 8},
+    'prompt': {'method.name': 'prompt', 'method.virtual_tokens': 4},
+}
+MORE = {
+    'dora': {'method.dora': True},
+    'some layers': {'method.layers': '1:2', 'method.dora': True},
+    'pissa': {'method.init': 'pissa'},
+    'ranks': {'method.ranks': {'layers.0.self_attn.q_proj': 2, 'up_proj': 3}, 'method.rslora': True},
+    'embedding': {'method.targets': ('embed_tokens', 'lm_head', 'q_proj')},
+    'qlora and dora': {'method.name': 'qlora', 'method.dora': True},
+    'pfeiffer': {'method.name': 'adapter', 'method.placement': 'pfeiffer'},
+}
+
+
+def settings(**changes):
+    config = recipes.defaults()
+    common = {'method.name': 'lora', 'method.rank': 4, 'optimizer.lr': 1e-2, 'train.batch_size': 8, 'data.seq_len': 16}
+    recipes.lay_over(config, common | changes)
+    return config
+
+
+@functools.cache
+def build(kind):
+    model = models.build(models.read_config(KINDS[kind]))
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def one_device():
+    return make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1, 'sequence': 1}, jax.devices()[:1])
+
+
+def tuned(config, model, params, mesh):
+    """`(stored, tuned)`: the model as the method stores it, and with what it adds."""
+    codecs = tuning.codecs(config, model)
+    stored = jax.jit(lambda params: tuning.encoded(params, codecs))(params)
+    stored = jax.device_put(stored, shardings(match_rules(stored, mesh), mesh))
+    return stored, tuning.attach(lambda params: tuning.begin(config, model, params, frozenset()), stored, mesh)
+
+
+def batch_of(kind):
+    rng = np.random.default_rng(0)
+    batch = {'tokens': rng.integers(3, 96, (8, 16)), 'targets': rng.integers(3, 96, (8, 16))}
+    if kind == 'encdec':
+        batch['decoder_tokens'] = rng.integers(3, 96, (8, 16))
+    return {name: value.astype(np.int32) for name, value in batch.items()}
+
+
+class Objective:
+    """Any targets for any kind of model."""
+
+    @staticmethod
+    def loss(model, params, batch, rng):
+        outputs = model.apply(params, {k: v for k, v in batch.items() if k != 'targets'}, rng=rng)
+        weights = jnp.ones(batch['targets'].shape, jnp.float32)
+        nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], weights)
+        return nll, weights.sum(), {'accuracy': correct}
+
+
+def outputs(model, params, kind):
+    inputs = {name: value[:2] for name, value in batch_of(kind).items() if name != 'targets'}
+    return np.asarray(jax.jit(lambda params: model.logits(params, model.apply(params, inputs).hidden))(params))
+
+
+def moved(config, params):
+    trainable, frozen = tuning.partition(config, params, frozenset())
+    keys = iter(jax.random.split(jax.random.key(3), 200))
+    return tree.combine(jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), trainable), frozen)
+
+
+CASES = [(kind, name) for kind in KINDS for name in VARIANTS] + [('decoder', name) for name in MORE]
+
+
+@pytest.mark.parametrize(('kind', 'name'), CASES)
+def test_begins_at_the_model_and_merges_into_the_same_function(kind, name):
+    config, (model, params) = settings(**(VARIANTS | MORE)[name]), build(kind)
+    stored, params = tuned(config, model, params, one_device())
+    reference, found = outputs(model, stored, kind), outputs(model, params, kind)
+    if config.method.dora:
+        np.testing.assert_allclose(found, reference, rtol=1e-5, atol=1e-6)
+    elif config.method.name != 'prompt':  # further tokens always change what comes after them
+        np.testing.assert_array_equal(found, reference)
+    params = moved(config, params)
+    found = outputs(model, params, kind)
+    assert np.abs(found - reference).max() > 1e-3
+    if getattr(methods.get(config.method.name), 'MERGES', True):
+        plain = merged(params, '')
+        assert not any(is_weight(leaf) for leaf in jax.tree.leaves(plain, is_leaf=is_weight))
+        np.testing.assert_allclose(outputs(model, plain, kind), found, rtol=1e-5, atol=1e-5 * np.abs(found).max())
+    else:
+        with pytest.raises(methods.UserError, match='cannot be merged'):
+            merged(params, 'model.path=x')
+
+
+@pytest.mark.parametrize(('kind', 'name'), [(kind, name) for kind in KINDS for name in VARIANTS])
+def test_trains_its_own_leaves_alike_on_any_mesh(kind, name, monkeypatch):
+    from jaxtune import objectives
+
+    monkeypatch.setattr(objectives, 'get', lambda name: Objective)
+    config, (model, params) = settings(**VARIANTS[name]), build(kind)
+    losses = {}
+    eight = make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2, 'sequence': 1})
+    for mesh in (one_device(), eight):
+        with jax.set_mesh(mesh):
+            stored, whole = tuned(config, model, params, mesh)
+            trainable, frozen = tuning.partition(config, whole, frozenset())
+            before = jax.tree.map(np.asarray, (trainable, frozen, stored))
+            program = make_program(config, mesh, model, trainable, 10)
+            state, step = program.init_state(trainable), program.train_step(1)
+            batch = place(lambda low, high: {k: v[low:high] for k, v in batch_of(kind).items()}, 8, mesh)
+            found = []
+            for _ in range(10):
+                state, metrics = step(state, frozen, batch)
+                found.append(float(metrics['loss']))
+        losses[mesh.size] = found
+        # Nothing of the base moved; all that the method added did.
+        for now, then in ((frozen, before[1]), (stored, before[2])):
+            jax.tree.map(np.testing.assert_array_equal, now, then)
+        for path, now, then in zip(
+            tree.paths(state['trainable']),
+            jax.tree.leaves(state['trainable']),
+            jax.tree.leaves(before[0]),
+            strict=True,
+        ):
+            assert methods.get(config.method.name).trains(path)
+            assert np.any(np.asarray(now) != then), path
+        assert found[-1] < found[0]
+    np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
+
+
+def test_dropout_is_for_training_alone():
+    config, (model, params) = settings(**{'method.dropout': 0.5}), build('decoder')
+    params = moved(config, tuned(config, model, params, one_device())[1])
+    batch = {'tokens': batch_of('decoder')['tokens']}
+    apply = jax.jit(lambda params, rng: model.apply(params, batch, rng=rng).hidden)
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert np.any(apply(params, keys[0]) != apply(params, keys[1]))
+    np.testing.assert_array_equal(apply(evaluating(params), keys[0]), apply(evaluating(params), keys[1]))
+
+
+def test_a_prompt_serves_every_segment_of_a_packed_row():
+    config, (model, params) = settings(**VARIANTS['prompt']), build('decoder')
+    params = moved(config, tuned(config, model, params, one_device())[1])
+    tokens = batch_of('decoder')['tokens'][:1]
+    places = {'positions': np.r_[np.arange(10), np.arange(6)][None], 'segments': np.r_[[1] * 10, [2] * 6][None]}
+    packed = model.apply(params, {'tokens': tokens, **{k: v.astype(np.int32) for k, v in places.items()}}).hidden
+    apart = [model.apply(params, {'tokens': part}).hidden for part in (tokens[:, :10], tokens[:, 10:])]
+    np.testing.assert_allclose(packed, np.concatenate(apart, axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'method.targets': 'query'}, ("method.targets: 'query' matches no module", 'q_proj', 'all-linear')),
+        ({'method.rank': 65}, ('method.rank=65', '64', 'q_proj')),
+        ({'method.ranks': {'v_proj': 40}}, ('method.rank=40', '32', 'v_proj')),
+        ({'method.layers': '5:'}, ("method.layers='5:'",)),
+        ({'method.targets': 'embed_tokens', 'method.dora': True}, ('method.targets', 'embedding')),
+    ],
+)
+def test_impossible_settings_are_one_line(changes, words):
+    config, (model, params) = settings(**changes), build('decoder')
+    with pytest.raises(methods.UserError) as caught:
+        methods.get('lora').init(params, model, config.method, jax.random.key(0))
+    assert '\n' not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
