@@ -10,13 +10,15 @@ from jaxtune import console, methods, recipes
 from jaxtune.assemble import assemble, open_model, tokenizer_folder
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.spans import end_of_turn
+from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.evaluation import rises
 from jaxtune.models import hf
 from jaxtune.parallel import make_mesh
 from jaxtune.program import abstract_params, make_program
 from jaxtune.weights import tree
-from jaxtune.workdir import read_json, write_result
+from jaxtune.workdir import read_json, write_json, write_result
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
@@ -47,7 +49,23 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
 
 def save(path: pathlib.Path, model, params, tokenizer, folder: str) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer, and what the folder it came from had beside them."""
-    hf.save(path, model, params, extra_files_from=folder or None, add_files=lambda new: tokenizer.save_pretrained(new))
+
+    def add(new: pathlib.Path) -> None:
+        tokenizer.save_pretrained(new)
+        if tokenizer.chat_template:
+            _stop_after_turns(new / 'generation_config.json', tokenizer)
+
+    hf.save(path, model, params, extra_files_from=folder or None, add_files=add)
+
+
+def _stop_after_turns(path: pathlib.Path, tokenizer) -> None:
+    """Lets `transformers`' generation stop where the chat template ends an answer, too."""
+    end = end_of_turn(open_template('auto', tokenizer), tokenizer)
+    values = read_json(path) or {}
+    eos = values.get('eos_token_id')
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if end is not None and end not in ends:
+        write_json(path, values | {'eos_token_id': [*ends, end] if ends else end})
 
 
 def from_checkpoint(source: pathlib.Path, config: ConfigDict, mesh: Mesh):

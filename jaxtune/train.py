@@ -4,6 +4,7 @@ The step is pure and compiled once; everything with a side effect (reading data,
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -60,10 +61,15 @@ class Run:
             parts = assemble(config, mesh)
         with self.info.timed('data'):
             self.rows = rows = self.objective.dataset(config, 'train', parts.tokenizer, workdir / 'cache')
-        self.loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
         self.steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(rows) / config.train.batch_size))
 
         params = self.method.init(parts.params, config.method, jax.random.key(config.seed))
+        self._complete = functools.partial(
+            objectives.complete, config, model=parts.model, params=params, mesh=mesh, cache=workdir / 'cache'
+        )
+        with self.info.timed('data'):
+            self.rows = rows = self._complete(rows, split='train')
+        self.loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
         trainable, self.frozen = tree.partition(params, self.method.trains)
         self.program = make_program(config, mesh, parts.model, trainable, self.steps, parts.fresh)
         self.state = self.program.init_state(trainable)
@@ -79,6 +85,7 @@ class Run:
             )
         self.gzip_bits_per_byte: float | None = None  # of the held-out documents, to compare with
         self.evaluator = self._evaluator()
+        del self._complete  # and with it the weights of the start
         self.checkpoints = Checkpoints(
             workdir / 'checkpoints', config.checkpoint.keep, config.eval.metric, rises(config.eval.metric)
         )
@@ -92,6 +99,7 @@ class Run:
             return None
         with self.info.timed('data'):
             rows = self.objective.dataset(config, 'eval', self.parts.tokenizer, self.workdir / 'cache')
+            rows = self._complete(rows, split='eval')
         self.gzip_bits_per_byte = getattr(getattr(rows, 'tokens', None), 'gzip_bits_per_byte', None)
         return make_evaluator(
             config, self.mesh, rows, self.program.eval_step(), config.train.batch_size // self.accumulate
