@@ -52,6 +52,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     with jax.set_mesh(mesh):
         with info.timed('load'):
             parts = assemble(config, mesh)
+        if parts.model.kind == 'decoder' and 'score' in parts.params:
+            raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a language model')
         info.describe_model(parts.model, parts.params, None, None)
         prompts = read_prompts(config, parts)
         sampling = from_config(config.generate, parts.tokenizer, parts.model, _ends(config, parts))

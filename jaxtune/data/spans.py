@@ -69,25 +69,34 @@ class Encoder:
         answers = [i for i, turn in enumerate(chat.turns) if turn['role'] == 'assistant' and i >= self.skip]
         chat = chat.before(answers[-1] + 1)
         if self.template.marks:
-            text, spans = self.template.render_marked(chat)
-            earlier = sum(turn['role'] == 'assistant' for turn in chat.turns[: self.skip])
-            spans = [span for span in spans if span[0] < span[1]]
-            if len(spans) < earlier + len(answers):
-                raise FormatError(
-                    'marks',
-                    f'{self.template.name} template marks {len(spans)} of {earlier + len(answers)} answers with '
-                    '{% generation %}',
-                )
-            spans = [(start, self._end(text, start, end)) for start, end in spans[earlier:]]
-            return self._finish(text, spans[-1:] if self.last else spans)
+            return self._finish(*self._marked(chat, answers))
         spans, text = [], ''
         for number in answers[-1:] if self.last else answers:
             before = self._extend(chat.before(number), True, text, number)
             after = self._extend(chat.before(number + 1), False, before, number)
             self._check_prompt(chat, number, before, after)
-            spans.append((len(before), self._end(after, len(before), len(after))))
-            text = after
+            end = self._end(after, len(before), chat.turns[number]['content'])
+            spans.append((len(before), end))
+            text = after[:end]
         return self._finish(text, spans)
+
+    def _marked(self, chat: Chat, answers: list[int]) -> tuple[str, Spans]:
+        """The spans that the template marks, as it marks them: an answer may have several."""
+        text, spans = self.template.render_marked(chat)
+        spans = [span for span in spans if span[0] < span[1]]
+        count = sum(turn['role'] == 'assistant' for turn in chat.turns)
+        if len(spans) < count:
+            raise FormatError(
+                'marks', f'{self.template.name} template marks {len(spans)} of {count} answers with {{% generation %}}'
+            )
+        first = 0  # what ends before it is not trained
+        if self.last:
+            first = text.rfind(chat.turns[-1]['content'].strip())
+        elif self.skip:
+            for turn in chat.turns[: answers[0] + 1]:
+                first = max(first, text.find(turn['content'].strip(), first))
+        spans = [span for span in spans if span[1] > first]
+        return text, spans
 
     def _extend(self, chat: Chat, generation_prompt: bool, before: str, number: int) -> str:
         text = self.template.render(chat, generation_prompt)
@@ -101,28 +110,44 @@ class Encoder:
         return text
 
     def _check_prompt(self, chat: Chat, number: int, before: str, after: str) -> None:
-        """A template without a generation prompt would have the model learn to write its own header."""
-        content = chat.turns[number]['content'].strip()
-        if content and not after[len(before) :].lstrip().startswith(content[:20]):
-            plain = self.template.render(chat.before(number))
-            if plain == before:
-                header = after[len(before) :].split(content[:20])[0]
-                raise UserError(
-                    f'data.template: {self.template.name} template has no generation prompt: it writes {header!r:.40} '
-                    'before an answer, but not when asked for one; expected {% if add_generation_prompt %}'
-                )
+        """Refuses a template that leaves an answer out, or whose own header the model would learn to write."""
+        content, written = chat.turns[number]['content'].strip(), after[len(before) :]
+        if content[-12:] not in written:
+            raise UserError(
+                f'data.template: {self.template.name} template does not write the answer of turn {number + 1}, '
+                f'{content!r:.40}, but {written!r:.40}; expected one for turns of text'
+            )
+        if (
+            content
+            and not written.lstrip().startswith(content[:20])
+            and self.template.render(chat.before(number)) == before
+        ):
+            raise UserError(
+                f'data.template: {self.template.name} template has no generation prompt: it writes '
+                f'{written.split(content[:20])[0]!r:.40} before an answer, but not when asked for one; expected '
+                '{% if add_generation_prompt %}'
+            )
 
-    def _end(self, text: str, start: int, end: int) -> int:
-        """Where a turn ends: with its last special token; line breaks after it are nobody's."""
-        ends = [at + len(token) for token in self.special if (at := text.rfind(token, start, end)) >= 0]
-        return max(ends, default=end)
+    def _end(self, text: str, start: int, content: str) -> int:
+        """Where a turn ends: with the special tokens after its content; what follows them is nobody's.
+
+        That may be a line break, or the EOS that some templates put after the last turn only.
+        """
+        at = text.rfind(content.strip(), start) + len(content.strip())
+        found = [(where, token) for token in self.special if (where := text.find(token, max(at, start))) >= 0]
+        if not found:
+            return len(text)
+        end = min(where for where, _ in found)
+        while token := next((token for token in self.special if text.startswith(token, end)), ''):
+            end += len(token)
+        return end
 
     def _finish(self, text: str, spans: Spans) -> tuple[str, Spans]:
-        """The text up to its last trained character, which an end of turn must be."""
+        """The text up to its last trained character; where no token ends the last answer, EOS does."""
         start, end = spans[-1]
         text = text[:end]
         eos = self.tokenizer.eos_token
-        if eos and not text.endswith(self.special):
+        if eos and not any(token in text[start:] for token in self.special):
             text += eos
             spans = [*spans[:-1], (start, len(text))]
         return text, spans
@@ -136,7 +161,8 @@ def end_of_turn(template: Template, tokenizer) -> int | None:
         text, spans = encoder.text(example)
     except (FormatError, UserError):
         return None  # a template that cannot be trained with may still be written with
-    ended = next((token for token in encoder.special if text[: spans[-1][1]].endswith(token)), None)
+    text = text[: spans[-1][1]].rstrip()
+    ended = next((token for token in encoder.special if text.endswith(token)), None)
     return None if ended is None else tokenizer.convert_tokens_to_ids(ended)
 
 

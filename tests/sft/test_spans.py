@@ -319,3 +319,41 @@ def test_real_conversations_train_their_answers(shared, name):
         assert trained == ''.join(answer + '<|endoftext|>' for answer in answers)
         assert tokenizer.decode(found.ids.tolist()) == encode.text(chat)[0]
         assert not np.any(found.trained[:3])
+
+
+def test_an_eos_after_the_last_turn_only_is_no_part_of_a_turn():
+    source = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = byte_level('<|end|>')
+    found = runs(tokenizer, Encoder(open_template(source, tokenizer), tokenizer)(Chat(FOUR[1:])))
+    assert [text for text, trained in found if trained] == [' yes 你好<|end|>', '4<|end|>']
+    assert '<eos>' not in ''.join(text for text, _ in found)
+
+
+def test_a_template_that_leaves_answers_out_is_refused():
+    source = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% for part in m.content if part.text %}{{ part.text }}"
+        "{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"does not write the answer of turn 2, 'yes 你好'"):
+        Encoder(open_template(source, byte_level()), byte_level())(Chat(TWO))
+
+
+def test_marks_are_taken_as_transformers_takes_them():
+    tokenizer = byte_level('<|im_end|>')
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '\\n' + m.content + '<|im_end|>\\n' }}{% endgeneration %}{% else %}"
+        "{{ '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    )
+    tokenizer.chat_template = source
+    theirs = tokenizer.apply_chat_template(
+        list(FOUR), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    found = Encoder(open_template('auto', tokenizer), tokenizer)(Chat(FOUR))
+    assert found.ids.tolist() == theirs['input_ids']
+    assert found.trained.astype(int).tolist() == theirs['assistant_masks']
+    last = runs(tokenizer, Encoder(open_template('auto', tokenizer), tokenizer, last=True)(Chat(FOUR)))
+    assert [text for text, trained in last if trained] == ['\n4<|im_end|>\n']
