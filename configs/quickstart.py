@@ -1,9 +1,10 @@
-"""From nothing to a language model on a laptop: prepare -> pretrain -> sample.
+"""From nothing to a model that answers, on a laptop: prepare -> pretrain -> sft -> reward -> sample.
 
     python -m jaxtune.main --config configs/quickstart.py
 
 Reads the running Python's own library (real text on every machine), trains a tokenizer and a Llama of 5 million
-parameters from scratch, and lets it continue held-out texts.
+parameters from scratch, teaches it to say what a function does, trains a reward model that tells a sentence from its
+shuffled words, and lets the tuned model answer for held-out functions.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.stages = ('prepare', 'pretrain', 'sample')
+    config.stages = ('prepare', 'pretrain', 'sft', 'reward', 'sample')
 
     config.prepare = ConfigDict()
     config.prepare.task = 'prepare'
@@ -34,17 +35,32 @@ def get_config() -> ConfigDict:
         }
     )
     config.pretrain.data = ConfigDict({'train': '@prepare', 'eval': '@prepare', 'seq_len': 256})
-    config.pretrain.train = ConfigDict({'steps': 300, 'batch_size': 16})
+    config.pretrain.train = ConfigDict({'steps': 240, 'batch_size': 16})
     config.pretrain.optimizer = ConfigDict(
         {'name': 'adamw', 'lr': 4e-3, 'b2': 0.95, 'weight_decay': 0.1, 'warmup_steps': 30, 'schedule': 'cosine'}
     )
-    config.pretrain.eval = ConfigDict({'every': 100})
+    config.pretrain.eval = ConfigDict({'every': 120})
+
+    config.sft = ConfigDict()
+    config.sft.task = 'train'
+    config.sft.objective = 'sft'
+    config.sft.model = ConfigDict({'path': '@pretrain'})
+    config.sft.data = ConfigDict({'train': 'python-stdlib', 'eval': 'python-stdlib', 'seq_len': 256})
+    config.sft.train = ConfigDict({'steps': 40, 'batch_size': 16})
+    config.sft.optimizer = ConfigDict({'lr': 1e-3, 'warmup_steps': 5, 'weight_decay': 0.0})
+
+    config.reward = ConfigDict()
+    config.reward.task = 'train'
+    config.reward.objective = 'reward'
+    config.reward.model = ConfigDict({'path': '@pretrain'})
+    config.reward.data = ConfigDict({'train': 'python-stdlib', 'eval': 'python-stdlib', 'seq_len': 64})
+    config.reward.train = ConfigDict({'steps': 60, 'batch_size': 24})
+    config.reward.optimizer = ConfigDict({'lr': 5e-4, 'new_lr': 2e-3, 'warmup_steps': 10, 'weight_decay': 0.0})
+    config.reward.eval = ConfigDict({'metric': 'eval/accuracy'})
 
     config.sample = ConfigDict()
     config.sample.task = 'generate'
-    config.sample.model = ConfigDict({'path': '@pretrain'})
-    config.sample.data = ConfigDict({'eval': '@prepare'})
-    config.sample.generate = ConfigDict(
-        {'prompts': 8, 'prompt_tokens': 32, 'max_new_tokens': 96, 'temperature': 0.8, 'top_p': 0.95}
-    )
+    config.sample.model = ConfigDict({'path': '@sft'})
+    config.sample.data = ConfigDict({'eval': 'python-stdlib', 'format': 'alpaca'})
+    config.sample.generate = ConfigDict({'prompts': 8, 'max_new_tokens': 48, 'temperature': 0.7, 'top_p': 0.95})
     return config

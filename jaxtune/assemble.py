@@ -77,6 +77,10 @@ def tokenizer_folder(config: ConfigDict) -> str:
     return path
 
 
+# Tasks that read rows of data.seq_len tokens.
+_WITH_ROWS = ('train', 'evaluate', 'compile')
+
+
 def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
     """The model of a recipe without its parameters, and the folder they are in ('' from scratch).
 
@@ -113,6 +117,8 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
                 'with sentinels (<extra_id_0>, ...)'
             )
     head, fields = _head(config, fields, folder)
+    if head.get('head') == 'reward' and tokenizer is not None:
+        fields = fields | {'pad_token_id': tokenizers.padding_id(tokenizer)}
     model = models.build(
         fields,
         param_dtype=settings.param_dtype,
@@ -123,7 +129,7 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
     )
     limit, prompted = model.config.max_positions, config.method.name == 'prompt'
     taken = config.method.virtual_tokens if prompted else 0
-    if limit and config.data.seq_len + taken > limit:
+    if limit and config.data.seq_len + taken > limit and config.task in _WITH_ROWS:
         less = f' less method.virtual_tokens={taken}' if taken else ''
         raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions{less}")
     if prompted and model.kind == 'encoder' and config.objective == 'masked_lm' and config.data.packing:
@@ -133,7 +139,7 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
 
 def _spare_tokens(config: ConfigDict, tokenizer) -> int:
     """How many ids beyond the tokenizer's the objective uses."""
-    if config.task not in ('train', 'evaluate', 'compile'):
+    if config.task not in _WITH_ROWS:
         return 0
     count = getattr(objectives.get(config.objective), 'spare_tokens', None)
     return count(config, tokenizer) if count else 0
@@ -147,7 +153,7 @@ def _head(config: ConfigDict, fields: dict[str, Any], folder: str) -> tuple[dict
     Raises:
       UserError: the objective does not suit this kind of model.
     """
-    if config.task in ('train', 'evaluate', 'compile'):
+    if config.task in _WITH_ROWS:
         objective = objectives.get(config.objective)
         kind = models.KINDS[fields['model_type']]
         kinds = getattr(objective, 'KINDS', (kind,))
@@ -162,6 +168,8 @@ def _head(config: ConfigDict, fields: dict[str, Any], folder: str) -> tuple[dict
             fields = fields | objective.label_fields(config)
     else:
         head = _folder_head(folder) if folder else 'lm'
+        if head == 'classification' and models.KINDS[fields['model_type']] == 'decoder':
+            head = 'reward'
     return ({} if head == 'lm' else {'head': head, 'labels': len(fields.get('id2label') or (0, 1))}), fields
 
 

@@ -92,7 +92,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
         'temp_bytes': attempt.temp_bytes,
         'seconds_to_compile': round(attempt.seconds, 2),
         # XLA's own count has the body of the scan over layers once.
-        'flops_per_step': runinfo.flops_per_token(config, model) * config.train.batch_size * config.data.seq_len,
+        'flops_per_step': runinfo.flops_per_token(config, model) * info.tokens_per_step,
     }
     if not console.is_primary():
         return {'task': 'compile', 'status': 'done', 'step': 0, 'metrics': metrics}

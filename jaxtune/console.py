@@ -108,6 +108,19 @@ def table(rows: Sequence[Sequence[Any]]) -> None:
     _flush()
 
 
+def example(pieces: Iterable[tuple[str, bool]], title: str) -> None:
+    """Prints a text in runs `(text, stands out)`: in colour, or in brackets where there is none."""
+    if not _primary:
+        return
+    colours = _console.is_terminal and _console.color_system is not None and not _console.no_color
+    text = Text(f'{title}\n', style='dim')
+    for piece, out in pieces:
+        shown = f'⟦{piece}⟧' if out and not colours else piece
+        text.append(shown, style='not dim bold green' if out else 'dim')
+    _console.print(text, soft_wrap=True)
+    _flush()
+
+
 def clock(seconds: float) -> str:
     """`0:07`, `12:07`, `3:12:07`."""
     minutes, seconds = divmod(round(max(seconds, 0.0)), 60)

@@ -36,8 +36,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
             parts = assemble(config, mesh)
         with info.timed('data'):
             rows = objective.dataset(config, 'eval', parts.tokenizer, workdir / 'cache')
+            rows = objectives.complete(config, rows, parts.model, parts.params, mesh, workdir / 'cache', 'eval')
         info.describe_model(parts.model, parts.params, None, None)
-        step = jax.jit(make_eval_step(functools.partial(objective.loss, parts.model)))
+        step = jax.jit(make_eval_step(functools.partial(objective.loss, config, parts.model)))
         evaluator = make_evaluator(config, mesh, rows, step, batch_size)
         frozen = jax.tree.map(lambda leaf: None, parts.params)
         with info.timed('eval'), console.progress(len(evaluator), 'evaluate', 'batch') as bar:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from jaxtune import objectives
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.parallel import place
@@ -34,6 +35,9 @@ class Evaluator:
       batches: at most so many; 0 = all.
       text_bytes: UTF-8 bytes of the held-out documents, where all of them are scored, else 0.
       unscored_bits: bits charged for the tokens that have no prediction (each document's first).
+      counted: what the loss is a mean over.
+      summarise: makes metrics of the sums that the step gives beside the loss, and their count.
+      constants: further metrics, which need no model.
     """
 
     step: Callable
@@ -42,12 +46,18 @@ class Evaluator:
     batches: int = 0
     text_bytes: int = 0
     unscored_bits: float = 0.0
+    counted: str = 'tokens'
+    summarise: Callable[[dict[str, float], float], dict[str, float]] | None = None
+    constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return min(self.batches, len(self.loader)) if self.batches else len(self.loader)
 
     def run(self, trainable, frozen, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Metrics `eval/loss` (nats a scored token), `eval/perplexity`, `eval/tokens` and the objective's own."""
+        """Metrics `eval/loss` (nats a scored token), `eval/perplexity`, `eval/tokens` and the objective's own.
+
+        Where the objective counts something else (`pairs`), `eval/pairs` stands for the last two.
+        """
         totals: dict[str, float] = {}
         waiting: list[dict[str, jax.Array]] = []
 
@@ -68,11 +78,16 @@ class Evaluator:
     def _metrics(self, totals: dict[str, float]) -> dict[str, float]:
         count, loss = totals.pop('count'), totals.pop('loss')
         mean = loss / max(count, 1.0)
-        metrics = {'eval/loss': mean, 'eval/perplexity': math.exp(min(mean, 700.0)), 'eval/tokens': int(count)}
+        metrics = {'eval/loss': mean, f'eval/{self.counted}': int(count)}
+        if self.counted == 'tokens':
+            metrics['eval/perplexity'] = math.exp(min(mean, 700.0))
         if self.text_bytes and len(self) == len(self.loader):
             metrics['eval/bits_per_byte'] = (loss / math.log(2) + self.unscored_bits) / self.text_bytes
-        metrics.update({f'eval/{name}': value / max(count, 1.0) for name, value in totals.items()})
-        return metrics
+        if self.summarise is not None:
+            means = self.summarise(totals, max(count, 1.0))
+        else:
+            means = {name: value / max(count, 1.0) for name, value in totals.items()}
+        return metrics | {f'eval/{name}': value for name, value in {**means, **self.constants}.items()}
 
 
 def make_evaluator(config: ConfigDict, mesh: Mesh, rows, step: Callable, batch_size: int) -> Evaluator:
@@ -91,4 +106,15 @@ def make_evaluator(config: ConfigDict, mesh: Mesh, rows, step: Callable, batch_s
     if source is not None:
         text_bytes = source.text_bytes
         unscored = rows.unscored_tokens * math.log2(source.vocab_size)
-    return Evaluator(step, loader, mesh, config.eval.batches, text_bytes, unscored)
+    objective = objectives.get(config.objective)
+    return Evaluator(
+        step,
+        loader,
+        mesh,
+        config.eval.batches,
+        text_bytes,
+        unscored,
+        counted=getattr(objective, 'COUNTED', 'tokens'),
+        summarise=getattr(objective, 'summarise', None),
+        constants=getattr(rows, 'baselines', {}),
+    )

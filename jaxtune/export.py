@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from jaxtune import console, methods, peft, recipes, tuning
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
+from jaxtune.data.spans import end_of_turn
+from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.evaluation import rises
 from jaxtune.models import hf
@@ -17,7 +19,7 @@ from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
 from jaxtune.program import make_program
 from jaxtune.weights import LoRA, materialise, tree
-from jaxtune.workdir import read_json, write_result
+from jaxtune.workdir import read_json, write_json, write_result
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
@@ -49,7 +51,23 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
 
 def save(path: pathlib.Path, model, params, tokenizer, folder: str) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer, and what the folder it came from had beside them."""
-    hf.save(path, model, params, extra_files_from=folder or None, add_files=lambda new: tokenizer.save_pretrained(new))
+
+    def add(new: pathlib.Path) -> None:
+        tokenizer.save_pretrained(new)
+        if tokenizer.chat_template:
+            _stop_after_turns(new / 'generation_config.json', tokenizer)
+
+    hf.save(path, model, params, extra_files_from=folder or None, add_files=add)
+
+
+def _stop_after_turns(path: pathlib.Path, tokenizer) -> None:
+    """Lets `transformers`' generation stop where the chat template ends an answer, too."""
+    end = end_of_turn(open_template('auto', tokenizer), tokenizer)
+    values = read_json(path) or {}
+    eos = values.get('eos_token_id')
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if end is not None and end not in ends:
+        write_json(path, values | {'eos_token_id': [*ends, end] if ends else end})
 
 
 def save_tuned(workdir: pathlib.Path, config: ConfigDict, parts: Assembly, params) -> None:

@@ -57,11 +57,14 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
     common = {name: value for name, value in recipe.items() if name != 'stages' and name not in stages}
     recipes.lay_over(values, recipes.flatten(common))
     for stage in stages:
-        values[stage] = recipes.defaults()
-        recipes.lay_over(values[stage], recipes.flatten(recipe[stage]), f'{stage}.')
+        own = recipes.defaults()
+        recipes.lay_over(own, recipes.flatten(recipe[stage]), f'{stage}.')
+        for name, value in values.get(stage, {}).items():  # a group of keys of the same name
+            own[name] = value
+        values[stage] = own
     for path in named:
         *parents, last = path.split('.')
-        stage = parents[0] if parents and parents[0] in stages else ''
+        stage = parents[0] if parents and recipes.of_stage(path, stages) else ''
         own = path[len(stage) + 1 :] if stage else path
         if own not in SCHEMA and not _free(own):
             near = recipes.nearest(own, SCHEMA)
@@ -112,8 +115,8 @@ def _refused(text: str, stages: Sequence[str]) -> UserError:
     found = re.match(r'flag --config\.([\w.-]+)=(.*?): ', text)
     if found:
         path, value = found.groups()
-        stage, _, rest = path.partition('.')
-        key = SCHEMA.get(rest if stage in stages else path)
+        rest = path.partition('.')[2]
+        key = SCHEMA.get(rest if recipes.of_stage(path, stages) else path)
         if isinstance(key, recipes.Key):
             try:
                 key.check(value)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,8 +16,12 @@ from ml_collections import ConfigDict
 from jaxtune import console, runinfo
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.beam import beam_search
+from jaxtune.data import formats, templates
 from jaxtune.data.documents import open_documents
+from jaxtune.data.examples import demonstrations, open_data, open_template, prepare
 from jaxtune.data.prepare import HELD_OUT
+from jaxtune.data.records import Records
+from jaxtune.data.spans import Encoder, end_of_turn
 from jaxtune.errors import UserError
 from jaxtune.metrics import peak_memory_bytes
 from jaxtune.parallel import make_mesh, place
@@ -47,9 +52,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     with jax.set_mesh(mesh):
         with info.timed('load'):
             parts = assemble(config, mesh)
+        if parts.model.kind == 'decoder' and 'score' in parts.params:
+            raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a language model')
         info.describe_model(parts.model, parts.params, None, None)
-        sampling = from_config(config.generate, parts.tokenizer, parts.model)
         prompts = read_prompts(config, parts)
+        sampling = from_config(config.generate, parts.tokenizer, parts.model, _ends(config, parts))
         started = time.perf_counter()
         tokens = _complete(config, workdir, mesh, parts, sampling, prompts, info)
         seconds = time.perf_counter() - started
@@ -71,13 +78,15 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     return result
 
 
-def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[str, list[int]]]:
-    """The prompts of `data.eval` as text and token ids, cut to `generate.prompt_tokens`.
+def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[Any, list[int]]]:
+    """The prompts of `data.eval` as text and token ids, cut to `generate.prompt_tokens`; or conversations' questions.
 
     Raises:
       UserError: none, an empty one, or one that leaves no room for the completion in the model's positions.
     """
     settings = config.generate
+    if parts.model.kind == 'decoder' and (source := _conversations(config)) is not None:
+        return _fitting(config, parts, _questions(config, parts, source))
     text_key = {'prompt': 'prompt', 'pair': config.data.source_key}.get(config.data.format, config.data.text_key)
     # What an encoder reads ends, and was introduced in training.
     answers = parts.model.kind == 'encdec'
@@ -85,8 +94,7 @@ def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[str, list[in
     prepared = pathlib.Path(config.data.eval) / HELD_OUT
     texts = open_documents(str(prepared) if prepared.is_file() else config.data.eval, 'data.eval', text_key)
     prompts = []
-    limit = parts.model.config.max_positions
-    for number, text in enumerate(itertools.islice(texts, settings.prompts or None), 1):
+    for text in itertools.islice(texts, settings.prompts or None):
         if settings.prompt_tokens:
             # A token is rarely longer than this; tokenising whole books for their first words takes long.
             text = text[: 64 * settings.prompt_tokens]
@@ -97,6 +105,13 @@ def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[str, list[in
             text = parts.tokenizer.decode(ids, skip_special_tokens=True)
         if answers and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
+        prompts.append((text, ids))
+    return _fitting(config, parts, prompts)
+
+
+def _fitting(config: ConfigDict, parts: Assembly, prompts: list[tuple[Any, list[int]]]) -> list[tuple[Any, list[int]]]:
+    settings, limit = config.generate, parts.model.config.max_positions
+    for number, (_, ids) in enumerate(prompts, 1):
         if not ids:
             raise UserError(f'data.eval={config.data.eval}: prompt {number} is empty; expected at least one token')
         if limit and len(ids) + settings.max_new_tokens > limit:
@@ -105,10 +120,54 @@ def read_prompts(config: ConfigDict, parts: Assembly) -> list[tuple[str, list[in
                 f"model's {limit} positions less generate.max_new_tokens={settings.max_new_tokens} "
                 '(generate.prompt_tokens cuts prompts)'
             )
-        prompts.append((text, ids))
     if not prompts:
         raise UserError(f'data.eval={config.data.eval}: holds no prompt; expected at least one')
     return prompts
+
+
+def _conversations(config: ConfigDict) -> Records | None:
+    """The records of `data.eval` where they are conversations; None where they are texts to go on from."""
+    name, path = config.data.format, config.data.eval
+    if name not in ('auto', *formats.CHATS) or (path != 'python-stdlib' and not pathlib.Path(path).exists()):
+        return None
+    if path == 'python-stdlib' and (name == 'auto' or config.generate.prompt_tokens):
+        return None
+    if (pathlib.Path(path) / HELD_OUT).is_file():
+        return None
+    records = open_data(path, 'data.eval', formats.CHATS)
+    for _, record in records:
+        kind = formats.detect(record)
+        asked = kind == 'prompt' and config.data.template == 'auto' and isinstance(record.get('prompt'), str)
+        return None if kind not in formats.CHATS or asked else records
+    return None
+
+
+def _questions(config: ConfigDict, parts: Assembly, records: Records) -> list[tuple[Any, list[int]]]:
+    """Each conversation without the answer that ends it, as turns and as ids up to where the assistant writes."""
+    chosen = list(itertools.islice(records, config.generate.prompts or None))
+    found = formats.find(chosen, config.data.format, records.name, formats.CHATS)
+    kind = next(iter(found)) if len(found) == 1 else ''
+    encode = Encoder(open_template(config, parts.tokenizer, kind, chosen), parts.tokenizer)
+    shown = demonstrations(config)
+    chats = formats.read(chosen, lambda place, record: formats.chat(kind, place, record, False), records.name)
+    prompts = []
+    for where, chat in chats:
+        last = max(i for i, turn in enumerate(chat.turns) if turn['role'] != 'assistant')
+        asked = prepare(chat.before(last + 1), config.sft.system, shown)
+        try:
+            _, ids = encode.prompt(asked)
+        except formats.FormatError as error:
+            raise UserError(f'{where}: {error}') from None
+        prompts.append(([{'role': turn['role'], 'content': turn['content']} for turn in asked.turns], ids))
+    return prompts
+
+
+def _ends(config: ConfigDict, parts: Assembly) -> list[int]:
+    """What ends an answer by the chat template, where the tokenizer has one."""
+    if not parts.tokenizer.chat_template:
+        return []
+    end = end_of_turn(templates.open_template('auto', parts.tokenizer), parts.tokenizer)
+    return [] if end is None else [end]
 
 
 def _partial(workdir: pathlib.Path) -> pathlib.Path:
@@ -193,6 +252,7 @@ def _show(path: pathlib.Path) -> None:
     with open(path, encoding='utf-8') as file:
         for line in itertools.islice(file, SHOWN):
             pair = json.loads(line)
-            prompt, completion = pair['prompt'][-200:], pair['completion'][:400]
+            prompt = pair['prompt'] if isinstance(pair['prompt'], str) else pair['prompt'][-1]['content'] + '\n'
+            prompt, completion = prompt[-200:], pair['completion'][:400]
             console.note(f'\n{prompt} ▸{completion}')
     console.note('')

@@ -49,7 +49,7 @@ class Program:
 
     def loss(self, params, batch, rng):
         """The objective's loss of this model, as sums."""
-        return self.objective.loss(self.model, params, batch, rng)
+        return self.objective.loss(self.config, self.model, params, batch, rng)
 
     def init_state(self, trainable) -> State:
         """The state before the first update, on the mesh."""

@@ -22,6 +22,10 @@ from jaxtune.errors import UserError
 MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.')
 
 
+# Groups of keys whose names stages may have: `sft.system` is the key, `sft.train.steps` the stage's.
+STAGES_TOO = ('sft', 'reward', 'dpo')
+
+
 def nearest(name: str, names) -> str:
     """The valid name most like a misspelt one, by whole path or by its last part; '' if none is close."""
     found = difflib.get_close_matches(name, list(names), 1, 0.6)
@@ -161,7 +165,7 @@ def stage_names(recipe: ConfigDict) -> tuple[str, ...]:
     stages = recipe.get('stages', ())
     if not isinstance(stages, tuple | list) or not all(isinstance(name, str) for name in stages):
         raise UserError(f"stages={stages!r}: expected a tuple of names such as ('prepare', 'pretrain')")
-    tops = {path.split('.')[0] for path in SCHEMA}
+    tops = {path.split('.')[0] for path in SCHEMA} - set(STAGES_TOO)
     for name in stages:
         if not re.fullmatch(r'[A-Za-z][\w-]*', name) or name in tops:
             raise UserError(f'stages: {name!r} is no name for a stage; expected letters, not a key of a recipe')
@@ -170,6 +174,11 @@ def stage_names(recipe: ConfigDict) -> tuple[str, ...]:
     if len(set(stages)) != len(stages):
         raise UserError(f'stages={stages!r}: a name stands twice')
     return tuple(stages)
+
+
+def of_stage(path: str, stages) -> bool:
+    """Whether a path of the command line is a key of one of the stages, not one common to all."""
+    return path.split('.')[0] in stages and path not in SCHEMA
 
 
 def resolve(recipe: ConfigDict, overrides: Mapping[str, Any] | None = None) -> dict[str, ConfigDict]:
@@ -195,11 +204,11 @@ def resolve(recipe: ConfigDict, overrides: Mapping[str, Any] | None = None) -> d
         if stage:
             own = recipe[stage]
             lay_over(config, flatten(own), prefix)
-        ours = {path: value for path, value in overrides.items() if path.split('.')[0] not in stages}
+        ours = {path: value for path, value in overrides.items() if not of_stage(path, stages)}
         lay_over(config, ours)
         known.update(ours)
         if stage:
-            ours = {path: value for path, value in overrides.items() if path.startswith(prefix)}
+            ours = {path: value for path, value in overrides.items() if of_stage(path, (stage,))}
             lay_over(config, {path[len(prefix) :]: value for path, value in ours.items()}, prefix)
             known.update(ours)
         _check_references(config, tuple(configs), prefix)
@@ -210,7 +219,16 @@ def resolve(recipe: ConfigDict, overrides: Mapping[str, Any] | None = None) -> d
     return configs
 
 
-REFERENCES = ('model.path', 'method.path', 'tokenizer.path', 'data.train', 'data.eval', 'rl.reward')
+REFERENCES = (
+    'model.path',
+    'method.path',
+    'tokenizer.path',
+    'data.train',
+    'data.eval',
+    'sft.demonstrations',
+    'dpo.reference',
+    'rl.reward',
+)
 
 
 def _check_references(config: ConfigDict, earlier: tuple[str, ...], prefix: str) -> None:

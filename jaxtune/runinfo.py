@@ -84,7 +84,10 @@ class RunInfo:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one update, padding included."""
-        return self.config.train.batch_size * self.config.data.seq_len
+        if self.config.task not in ('train', 'evaluate', 'compile'):
+            return self.config.train.batch_size * self.config.data.seq_len
+        sequences = getattr(objectives.get(self.config.objective), 'SEQUENCES', 1)
+        return self.config.train.batch_size * sequences * self.config.data.seq_len
 
     @functools.cached_property
     def peak_flops(self) -> float | None:
@@ -132,6 +135,16 @@ class RunInfo:
                 ('results', f'{run.workdir}'),
             ]
         )
+        self._show_example(run)
+
+    def _show_example(self, run) -> None:
+        """Prints an example as the model will see it, where the objective has one to show."""
+        preview = getattr(objectives.get(self.config.objective), 'preview', None)
+        if preview is None or not hasattr(run, 'rows') or not hasattr(run, 'parts'):
+            return
+        pieces = preview(run.rows, run.parts.tokenizer)
+        self._facts['example'] = [[text, trained] for text, trained in pieces]
+        console.example(pieces, 'first example; the model learns to write what stands out')
 
     def _machine(self) -> dict[str, Any]:
         if 'hardware' not in self._facts:
@@ -164,7 +177,7 @@ class RunInfo:
         cut = f' in {run.accumulate} micro-batches' if getattr(run, 'accumulate', 1) > 1 else ''
         epochs = f', {run.steps * config.train.batch_size / data["rows"]:.3g} epochs' if data.get('rows') else ''
         return (
-            f'{run.steps:,} of {config.train.batch_size} x {config.data.seq_len} = {tokens:,} tokens{cut}: '
+            f'{run.steps:,} of {tokens // config.data.seq_len} x {config.data.seq_len} = {tokens:,} tokens{cut}: '
             f'{amount(run.steps * tokens)} tokens{epochs}'
         )
 
@@ -251,7 +264,8 @@ def _held_out(metrics: dict[str, Any], gzip: float | None) -> str:
     if (perplexity := metrics.get('eval/perplexity')) is not None:
         parts.append(f'perplexity {perplexity:,.2f}')
     if (accuracy := metrics.get('eval/accuracy')) is not None:
-        parts.append(f'accuracy {accuracy:.1%}')
+        longer = metrics.get('eval/longer_is_better')
+        parts.append(f'accuracy {accuracy:.1%}' + ('' if longer is None else f' (the longer answer: {longer:.1%})'))
     if (bits := metrics.get('eval/bits_per_byte')) is not None:
         parts.append(f'{bits:.3f} bits a byte' + (f' (gzip -9: {gzip:.3f})' if gzip else ''))
     return ', '.join(parts)
@@ -261,6 +275,7 @@ def _held_out(metrics: dict[str, Any], gzip: float | None) -> str:
 _AUTO = {
     'masked_lm': 'MaskedLM',
     'classification': 'SequenceClassification',
+    'reward': 'SequenceClassification',
     'span_corruption': 'Seq2SeqLM',
     'seq2seq': 'Seq2SeqLM',
 }
@@ -271,7 +286,7 @@ def _auto_class(objective: str) -> str:
 
 
 def _generate_command(run, objective: str) -> str:
-    if not (run.workdir / 'export').is_dir() or objective in ('masked_lm', 'classification'):
+    if not (run.workdir / 'export').is_dir() or objective in ('masked_lm', 'classification', 'reward'):
         return ''
     lines = (
         'python -m jaxtune.main --config configs/generate.py',
@@ -293,14 +308,18 @@ def _data(run) -> dict[str, Any]:
     rows = getattr(run, 'rows', None)
     if rows is None:
         return {}
-    source, found = getattr(rows, 'tokens', None), {'rows': len(rows)}
+    source, found = getattr(rows, 'tokens', None), {'rows': len(rows), **getattr(rows, 'facts', {})}
     if source is not None:
         found = {'documents': source.documents, 'tokens': len(source), **found, 'text_bytes': source.text_bytes}
     return found
 
 
+# What the training data is counted in, as far as its source knows.
+_DATA = ('documents', 'pairs', 'examples', 'tokens', 'trained_tokens', 'rows')
+
+
 def _data_line(data: dict[str, Any]) -> str:
-    names = (('documents', 'documents'), ('tokens', 'tokens'), ('rows', 'rows'))
+    names = tuple((name, name.replace('_', ' ')) for name in _DATA)
     return ', '.join(f'{amount(data[name])} {word}' for name, word in names if name in data)
 
 

@@ -1,6 +1,7 @@
 """Sampling: one jitted prefill of the prompts and one `lax.while_loop` over a key-value cache."""
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +33,9 @@ class Sampling:
     pad_id: int = 0
 
 
-def from_config(config: ConfigDict, tokenizer, model: Model) -> Sampling:
-    """The sampling of a recipe's `generate`; the model's and the tokenizer's end tokens stop it."""
-    stops: set[int] = set()
+def from_config(config: ConfigDict, tokenizer, model: Model, more_stops: Iterable[int] = ()) -> Sampling:
+    """The sampling of a recipe's `generate`; the model's and the tokenizer's end tokens stop it, and those given."""
+    stops: set[int] = set(more_stops)
     for ids in (tokenizer.eos_token_id, model.hf_config.get('eos_token_id')):
         stops.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
     pad = tokenizer.pad_token_id
@@ -135,6 +136,43 @@ def sample(
     }
     state = jax.lax.while_loop(more, step, take(state, hidden, jnp.int32(0)))
     return Completions(state['tokens'], state['lengths'], state['logprobs'])
+
+
+class Stream:
+    """Completes one prompt at a time, token by token as they are drawn: what `sample` gives, seen at once.
+
+    Args:
+      model: a decoder.
+      sampling: how.
+      params: its parameters.
+    """
+
+    def __init__(self, model: Model, sampling: Sampling, params: Any):
+        self.sampling, self.params = sampling, params
+
+        def take(params, hidden, key, t):
+            return draw(model.logits(params, hidden), jax.random.fold_in(key, t)[None], sampling)
+
+        def begin(params, prompt, length, key):
+            hidden, cache, _ = model.prefill(params, prompt, length, sampling.max_new_tokens)
+            return take(params, hidden, key, 0), cache
+
+        def go_on(params, cache, now, place, key, t):
+            hidden, cache = model.step(params, cache, now, place, jnp.ones(1, bool))
+            return take(params, hidden, key, t), cache
+
+        self._begin, self._go_on = jax.jit(begin), jax.jit(go_on, donate_argnums=1)
+
+    def __call__(self, prompt: list[int], key: jax.Array) -> Iterator[int]:
+        """Yields the tokens of a completion, its stop token last."""
+        tokens, lengths = pad_prompts([prompt], self.sampling.pad_id, 128)
+        now, cache = self._begin(self.params, tokens, lengths, key)
+        for t in range(self.sampling.max_new_tokens):
+            token = int(now[0])
+            yield token
+            if token in self.sampling.stop_ids or t + 1 == self.sampling.max_new_tokens:
+                return
+            now, cache = self._go_on(self.params, cache, now, jnp.asarray(lengths) + t, key, t + 1)
 
 
 def pad_prompts(prompts: list[list[int]], pad_id: int, multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:

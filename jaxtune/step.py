@@ -109,7 +109,7 @@ def make_eval_step(loss: Loss) -> Callable[[Any, Any, dict[str, jax.Array]], dic
     """One evaluated batch as a pure function `(trainable, frozen, batch) -> sums` (`loss`, `count`, metrics)."""
 
     def eval_step(trainable, frozen, batch):
-        total, count, sums = loss(evaluating(combine(trainable, frozen)), batch, jax.random.key(0))
+        total, count, sums = loss(evaluating(combine(trainable, frozen)), batch, None)
         return {'loss': total, 'count': count, **sums}
 
     return eval_step

@@ -4,6 +4,7 @@ The step is pure and compiled once; everything with a side effect (reading data,
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -59,9 +60,14 @@ class Run:
             parts = assemble(config, mesh)
         with self.info.timed('data'):
             self.rows = rows = self.objective.dataset(config, 'train', parts.tokenizer, workdir / 'cache')
-        self.loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
         self.steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(rows) / config.train.batch_size))
 
+        self._complete = functools.partial(
+            objectives.complete, config, model=parts.model, params=parts.params, mesh=mesh, cache=workdir / 'cache'
+        )
+        with self.info.timed('data'):
+            self.rows = rows = self._complete(rows, split='train')
+        self.loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
         trainable, self.frozen = tuning.partition(config, parts.params, parts.fresh)
         self.program = make_program(config, mesh, parts.model, trainable, self.steps, parts.fresh)
         self.state = self.program.init_state(trainable)
@@ -77,6 +83,7 @@ class Run:
             )
         self.gzip_bits_per_byte: float | None = None  # of the held-out documents, to compare with
         self.evaluator = self._evaluator()
+        del self._complete  # and with it the weights of the start
         self.checkpoints = Checkpoints(
             workdir / 'checkpoints', config.checkpoint.keep, config.eval.metric, rises(config.eval.metric)
         )
@@ -90,6 +97,7 @@ class Run:
             return None
         with self.info.timed('data'):
             rows = self.objective.dataset(config, 'eval', self.parts.tokenizer, self.workdir / 'cache')
+            rows = self._complete(rows, split='eval')
         self.gzip_bits_per_byte = getattr(getattr(rows, 'tokens', None), 'gzip_bits_per_byte', None)
         return make_evaluator(
             config, self.mesh, rows, self.program.eval_step(), config.train.batch_size // self.accumulate

@@ -15,7 +15,7 @@ from jaxtune.parallel import match_rules, shardings
 from jaxtune.weights import Codec, tree
 
 # Heads that are trained whole with every method: they belong to the task, not to the pretrained model.
-_TASK_HEADS = ('classifier',)
+_TASK_HEADS = ('classifier', 'score')
 
 
 def codecs(config: ConfigDict, model: Model, fresh: frozenset[str] = frozenset()) -> dict[str, Codec]:

@@ -48,6 +48,16 @@ def documents() -> Iterator[str]:
             yield text
 
 
+def sources() -> tuple[pathlib.Path, ...]:
+    """The modules written in Python, in the order of their paths."""
+    return _files()
+
+
+def name_of(file: pathlib.Path) -> str:
+    """A module's path within the library."""
+    return file.relative_to(_root()).as_posix()
+
+
 def _root() -> pathlib.Path:
     return pathlib.Path(sysconfig.get_path('stdlib'))
 

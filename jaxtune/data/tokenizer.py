@@ -112,6 +112,19 @@ def vocab_size(tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def padding_id(tokenizer) -> int | None:
+    """The id that pads and never ends a text: a classifier in `transformers` reads the last token that is not padding.
+
+    A tokenizer that pads with its EOS gets its unknown token as padding, where that is another; else None, which
+    `transformers` takes as "one row at a time".
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
+            return None
+        tokenizer.pad_token = tokenizer.unk_token
+    return tokenizer.pad_token_id
+
+
 def fingerprint(tokenizer) -> str:
     """A hash of what turns text into ids: the same for a tokenizer that was saved and opened again."""
     backend = getattr(tokenizer, 'backend_tokenizer', None)

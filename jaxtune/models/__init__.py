@@ -51,7 +51,8 @@ def build(
       compute_dtype: what activations and matrix products use; norms, rotary angles and softmax stay in float32.
       remat: `none`, `full` or `dots`.
       attention: `auto`, `xla` or `flash`.
-      head: what follows the last layer: `lm`, `classification` (of a whole row) or `token_classification`.
+      head: what follows the last layer: `lm`, `classification` (of a whole row), `token_classification`, or a decoder's
+        `reward` (one number a token).
       labels: classes that a classifier tells apart.
 
     Raises:
@@ -60,12 +61,13 @@ def build(
     dtypes = {'param_dtype': jnp.dtype(param_dtype), 'compute_dtype': jnp.dtype(compute_dtype)}
     module, added = _module(fields), {}
     if head != 'lm':
-        if KINDS[fields['model_type']] != 'encoder':
+        kind = 'decoder' if head == 'reward' else 'encoder'
+        if KINDS[fields['model_type']] != kind:
             raise UserError(
                 f'objective: model_type={fields["model_type"]!r} has no {head} head in this version; expected one of '
-                + ', '.join(encoder_families.FAMILIES)
+                + ', '.join(name for name, its_kind in KINDS.items() if its_kind == kind)
             )
-        added = {'head': head, 'labels': labels}
+        added = {'head': head} if kind == 'decoder' else {'head': head, 'labels': labels}
     return module.build(fields, **dtypes, remat=remat, attention=attention, **added)
 
 

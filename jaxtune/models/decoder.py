@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
-from jaxtune.models.decoder_families import FAMILIES, DecoderConfig, decoder_config
+from jaxtune.models.decoder_families import FAMILIES, HEADS_IGNORED, DecoderConfig, decoder_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, RMSNorm, bottleneck
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
 from jaxtune.models.prompts import prepend, without_prompt
@@ -170,12 +170,23 @@ class Decoder(_Part):
     """Tokens `[batch, length]` to hidden states `[batch, length, d_model]` after the final norm."""
 
     remat: str = 'none'
+    head: str = 'lm'
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: Cache = None, prompt=None):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        cache: Cache = None,
+        prompt: jax.Array | None = None,
+        noise: jax.Array | None = None,
+    ):
         c = self.config
         # Looked up as the table lies; from there to whole rows in one exchange (in one go XLA would gather all rows).
         x = constrain(self.embed('embed_tokens', c.vocab_size)(tokens), 'copy', 'length', 'width')
+        if noise is not None:
+            x = x + noise.astype(x.dtype)
         if prompt is not None:
             x, positions, segments = prepend(prompt, x, positions, segments)
         if c.embed_scale is not None:
@@ -204,7 +215,9 @@ class Decoder(_Part):
         x = self.norm('norm')(x)
         if prompt is not None:
             x = x[:, prompt.shape[0] :]
-        if not c.tied and self.is_initializing():
+        if self.is_initializing() and self.head == 'reward':
+            self.dense('score', 1, False)(x)
+        elif self.is_initializing() and not c.tied:
             self.dense('lm_head', c.vocab_size, False)(x)
         return Outputs(x, cache)
 
@@ -229,10 +242,12 @@ def _forward(
     if prompt is not None:
         positions = positions + prompt.shape[0]
         prompt = prompt if begins else None
-    return module.apply({'params': own}, tokens, positions, segments, cache, prompt, rngs=rngs)
+    return module.apply({'params': own}, tokens, positions, segments, cache, prompt, batch.get('noise'), rngs=rngs)
 
 
-def _head(config: DecoderConfig, params: Any) -> Head:
+def _head(config: DecoderConfig, head: str, params: Any) -> Head:
+    if head == 'reward':
+        return Head(params['score']['kernel'])
     if config.tied:
         return Head(materialise(params['embed_tokens']['embedding']), softcap=config.logit_softcap, vocab_major=True)
     return Head(materialise(params['lm_head']['kernel']), softcap=config.logit_softcap)
@@ -243,9 +258,9 @@ def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int)
     return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
 
 
-def _flops(config: DecoderConfig, shapes: Any, length: int) -> float:
+def _flops(config: DecoderConfig, head: str, shapes: Any, length: int) -> float:
     products = sum(leaf.size for path, leaf in leaf_paths(shapes).items() if path.endswith('kernel'))
-    products += config.vocab_size * config.d_model if config.tied else 0
+    products += config.vocab_size * config.d_model if config.tied and head == 'lm' else 0
     keys = sum(min(length, window or length) for window in config.windows)
     return 6.0 * products + 12.0 * config.num_heads * config.head_dim * keys
 
@@ -255,8 +270,8 @@ def _tensors(model_type: str, shapes: Any) -> dict[str, Tensor]:
     tensors = {}
     for path in leaf_paths(shapes):
         module, leaf = path.rsplit('/', 1)
-        name = f'{family.modules[module]}.{"bias" if leaf == "bias" else "weight"}'
-        tensors[path] = Tensor(name, leaf == 'kernel' and (family.transposed or module == 'lm_head'))
+        name = f'{family.modules.get(module, module)}.{"bias" if leaf == "bias" else "weight"}'
+        tensors[path] = Tensor(name, leaf == 'kernel' and (family.transposed or module in ('lm_head', 'score')))
     return tensors
 
 
@@ -266,21 +281,32 @@ def check(fields: Mapping[str, Any]) -> None:
 
 
 def build(
-    fields: Mapping[str, Any], *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, remat: str, attention: str
+    fields: Mapping[str, Any],
+    *,
+    param_dtype: jnp.dtype,
+    compute_dtype: jnp.dtype,
+    remat: str,
+    attention: str,
+    head: str = 'lm',
 ) -> Model:
     """The model of Hugging Face's config fields.
+
+    Args:
+      fields: the config fields.
+      param_dtype, compute_dtype, remat, attention: as for `models.build`.
+      head: `lm`, or `reward`: one number a token, which `transformers`' sequence classifiers give for the last one.
 
     Raises:
       FieldError: a field's value is impossible here.
     """
     config, family = decoder_config(fields), FAMILIES[fields['model_type']]
-    module = Decoder(config, param_dtype, compute_dtype, attention, remat)
+    module = Decoder(config, param_dtype, compute_dtype, attention, remat, head)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
-    init = functools.partial(_init, Decoder(config, param_dtype, compute_dtype, 'xla'))
+    init = functools.partial(_init, Decoder(config, param_dtype, compute_dtype, 'xla', head=head))
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(
         hf_config=dict(fields),
-        architecture=family.architecture,
+        architecture=family.architecture if head == 'lm' else family.classifier,
         kind='decoder',
         config=config,
         param_dtype=param_dtype,
@@ -288,11 +314,11 @@ def build(
         shapes=shapes,
         init=init,
         forward=functools.partial(_forward, module),
-        make_head=functools.partial(_head, config),
+        make_head=functools.partial(_head, config, head),
         make_cache=functools.partial(_cache, config, compute_dtype),
-        count_flops=functools.partial(_flops, config, shapes),
+        count_flops=functools.partial(_flops, config, head, shapes),
         tensors=_tensors(fields['model_type'], shapes),
         base_prefix=family.base_prefix,
-        ignored=family.ignored,
-        heads=('lm_head',),
+        ignored=(*family.ignored, *HEADS_IGNORED),
+        heads=('lm_head', 'score'),
     )

@@ -4,6 +4,7 @@ A new family is a function and a line in `FAMILIES`.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 from jaxtune.models.fields import FieldError, Fields
@@ -82,6 +83,15 @@ class Family:
     base_prefix: str = 'model.'
     transposed: bool = True
     ignored: tuple[str, ...] = (r'rotary_emb\.inv_freq$',)
+
+    @property
+    def classifier(self) -> str:
+        """The class in `transformers` that makes labels of a row."""
+        return re.sub('(ForCausalLM|LMHeadModel)$', 'ForSequenceClassification', self.architecture)
+
+
+# Heads that a folder may hold and a run may not want.
+HEADS_IGNORED = (r'^(lm_head|score)\.',)
 
 
 def _rope_of(fields: Fields, rotary_dim: int) -> Rope:

@@ -133,7 +133,8 @@ class Model:
         Args:
           params: the parameter tree; kernels may be typed leaves.
           batch: `tokens [batch, length]` int32; maybe `positions` (default 0, 1, …) and `segments` (default 1; 0 is
-            padding, tokens see only their own segment); an encoder's `token_types` (default 0). An encoder-decoder's
+            padding, tokens see only their own segment); an encoder's `token_types` (default 0); `noise [batch, length,
+            d_model]`, added to a decoder's embeddings. An encoder-decoder's
             `tokens` and `segments` are the source's; it has `decoder_tokens`, `decoder_segments` and (with a cache)
             `decoder_positions` too, and `hidden` is the decoder's. With a cache, a batch without `tokens` goes on from
             the source that the cache holds.

@@ -32,7 +32,7 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> R
     return window_rows(tokens, config.data.seq_len, config.data.packing)
 
 
-def loss(model, params, batch, rng):
+def loss(config, model, params, batch, rng):
     """Summed negative log-likelihood of the targets in nats, their number, and how many were predicted right."""
     outputs = model.apply(params, batch, rng=rng)
     nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], batch['weights'])

@@ -41,7 +41,7 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> '
     return Examples(config, split, tokenizer, Labels.of(config))
 
 
-def loss(model, params, batch, rng):
+def loss(config, model, params, batch, rng):
     """Summed negative log-likelihood of the labels in nats, their number, and how many were predicted right."""
     outputs = model.apply(params, batch, rng=rng)
     labels, weights = batch['labels'][:, None], batch['weights'][:, None]

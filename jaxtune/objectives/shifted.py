@@ -46,10 +46,11 @@ def pair_sizes(sources: np.ndarray, targets: np.ndarray, seq_len: int, target_le
     return np.maximum(sources, -(-targets * seq_len // target_len))
 
 
-def loss(model, params, batch, rng, name_ids: Callable[[jax.Array], jax.Array] = lambda ids: ids):
+def loss(config, model, params, batch, rng, name_ids: Callable[[jax.Array], jax.Array] = lambda ids: ids):
     """Summed negative log-likelihood of the targets in nats, their number, and how many were predicted right.
 
     Args:
+      config: the recipe.
       model: an encoder-decoder; its decoder begins with the family's start token, then reads the targets one late.
       params: its parameters.
       batch: rows of `make_row`.

@@ -133,7 +133,7 @@ def _cut(
     return shifted.fill_row(map(pair, chunks), plan.seq_len, plan.target_len)
 
 
-def loss(model, params, batch, rng):
+def loss(config, model, params, batch, rng):
     """Summed negative log-likelihood of the targets (sentinels and EOS too), their number, and the accuracy's sum."""
     vocab_size = model.config.vocab_size
-    return shifted.loss(model, params, batch, rng, lambda ids: jnp.where(ids < 0, vocab_size + ids, ids))
+    return shifted.loss(config, model, params, batch, rng, lambda ids: jnp.where(ids < 0, vocab_size + ids, ids))

@@ -75,7 +75,7 @@ def _time(stage: Source) -> str:
 
 
 def _body(source: Source) -> str:
-    parts = (sections.charts, sections.samples, sections.time_spent, sections.results)
+    parts = (sections.charts, sections.example, sections.samples, sections.time_spent, sections.results)
     return ''.join(part(source) for part in parts)
 
 

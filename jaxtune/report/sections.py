@@ -69,7 +69,7 @@ def _how(name: str) -> tuple[str, Callable[[float], str]]:
     """The unit of a metric and how it is shown, by its name."""
     if name.endswith('bytes'):
         return 'bytes', size
-    if name.endswith(('mfu', 'accuracy', 'exact_match', 'fraction', 'share')):
+    if name.endswith(('mfu', 'accuracy', 'exact_match', 'fraction', 'share', 'longer_is_better')):
         return 'percent', percent
     return '', number
 
@@ -137,7 +137,9 @@ def tiles(source: Source, seconds: float | None = None) -> str:
         made.append(('Bits per byte', f'{bits:.3f}', *_against_gzip(bits, source.gzip)))
     for name in ('eval/accuracy', 'eval/reward', 'ppo/reward', 'grpo/reward'):
         if (value := metric(name)) is not None:
-            made.append((title(name), _how(name)[1](value), '', ''))
+            longer = metric('eval/longer_is_better') if name == 'eval/accuracy' else None
+            note = '' if longer is None else f'always the longer answer: {percent(longer)}'
+            made.append((title(name), _how(name)[1](value), note, ''))
     if source.task == 'prepare':
         counts = {'documents': 'Documents', 'train_tokens': 'Training tokens', 'eval_tokens': 'Held-out tokens'}
         for name, words in counts.items():
@@ -175,9 +177,14 @@ def _spaced(words: str) -> str:
 def _best_note(source: Source, loss: float) -> str:
     curve = source.curves.get('eval/loss')
     if not curve or len(curve) < 2:
-        return 'a scored token'
+        return f'a {_counted(source)}'
     step, best = min(curve, key=lambda point: point[1])
     return f'best {best:.3f} at update {step:,.0f}' if best < loss - 5e-4 else 'the best of the run'
+
+
+def _counted(source: Source) -> str:
+    """What a loss is a mean over."""
+    return 'pair' if source.metric('eval/pairs') is not None else 'scored token'
 
 
 def _against_gzip(bits: float, gzip: float | None) -> tuple[str, str]:
@@ -229,7 +236,9 @@ def _loss_chart(source: Source) -> str:
     if held_out:
         step, best = min(held_out, key=lambda point: point[1])
         mark = (step, best, f'best {best:.3f} at {step:,.0f}')
-    return chart('Loss, nats a token', series, number, axis, kind='log', large=True, mark=mark)
+    return chart(
+        f'Loss, nats a {_counted(source).split()[-1]}', series, number, axis, kind='log', large=True, mark=mark
+    )
 
 
 def time_spent(source: Source) -> str:
@@ -273,6 +282,19 @@ def samples(source: Source) -> str:
             f'<details><summary>{len(more)} more{left}</summary><div class="samples">{"".join(more)}</div></details>'
         )
     return f'<h3>Samples, each after its prompt</h3><div class="samples">{"".join(first)}</div>{folded}'
+
+
+def example(source: Source) -> str:
+    """The first example as the model saw it, what it learnt to write standing out."""
+    pieces = source.run.get('example') or ()
+    if not pieces:
+        return ''
+    tags = ((text(piece), 'mark' if trained else 'span') for piece, trained in pieces)
+    shown = ''.join(f'<{tag}>{words}</{tag}>' for words, tag in tags)
+    return (
+        '<h3>The first example, what is learnt in colour</h3><div class="samples"><article class="sample">'
+        f'<pre>{shown}</pre></article></div>'
+    )
 
 
 def _sample(row: Mapping[str, Any]) -> str:

@@ -19,6 +19,9 @@ def corpus(tmp_path_factory) -> pathlib.Path:
         for _ in range(documents):
             words = [rng.choice(vocabulary) for _ in range(rng.randint(5, 60))]
             record = {'text': ' '.join(words) + '.', 'label': 'early' if words[0] < 'j' else 'late'}
+            question, answer = ' '.join(words[:3]), ' '.join(words[3:5])
+            record |= {'prompt': f'{question}? ', 'completion': answer}
+            record |= {'chosen': f'{answer} home', 'rejected': f'{answer} {rng.choice(vocabulary)} dog'}
             lines.append(json.dumps(record))
         (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
     return folder

@@ -23,31 +23,41 @@ _BERT = {
     'num_attention_heads': 4,
     'max_position_embeddings': 128,
 }
+_LLAMA = {
+    'model_type': 'llama',
+    'hidden_size': 32,
+    'intermediate_size': 64,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'max_position_embeddings': 128,
+    'tie_word_embeddings': False,
+}
 _T5 = {'model_type': 't5', 'd_model': 32, 'd_kv': 8, 'd_ff': 64, 'num_layers': 2, 'num_heads': 4}
 
 # What each objective trains here: a new one joins every test of the trainer by a line.
 MODELS = {
-    'causal_lm': {
-        'model_type': 'llama',
-        'hidden_size': 32,
-        'intermediate_size': 64,
-        'num_hidden_layers': 2,
-        'num_attention_heads': 4,
-        'num_key_value_heads': 2,
-        'max_position_embeddings': 128,
-        'tie_word_embeddings': False,
-    },
+    'causal_lm': _LLAMA,
     'masked_lm': _BERT,
     'classification': _BERT,
     'span_corruption': _T5,
     'seq2seq': _T5 | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False},
+    'sft': _LLAMA,
+    'reward': _LLAMA,
+    'dpo': _LLAMA,
 }
 # The keys it needs beside those that all have.
 KEYS = {
     'span_corruption': {'optimizer.lr': 5e-3},
+    'sft': {'data.format': 'prompt'},
+    # What both answers share has gradients of rounding errors alone, which Adam must not scale up.
+    'reward': {'optimizer.eps': 1e-4, 'optimizer.lr': 2e-3},
+    'dpo': {'optimizer.eps': 1e-4},
     'seq2seq': {'data.source_key': 'text', 'data.target_key': 'text', 'data.target_len': 48, 'optimizer.lr': 5e-3},
 }
 OBJECTIVES = tuple(MODELS)
+# Those whose batches and forward pass another one has too: fewer meshes, and no run of theirs is killed.
+SHARING = ('sft', 'reward')
 
 
 def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dict:

@@ -127,7 +127,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_their_own(corpus, tm
 
     def run(rows):
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        loss = jax.jit(jax.value_and_grad(lambda params: module.loss(model, params, batch, None)[0]))
+        loss = jax.jit(jax.value_and_grad(lambda params: module.loss(config, model, params, batch, None)[0]))
         return loss(params)
 
     (ours, grads), (theirs, expected) = run([row]), run(alone)

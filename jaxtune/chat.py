@@ -1,0 +1,196 @@
+"""A conversation in the terminal with any model folder or workdir: `python -m jaxtune.chat --model=WORKDIR`.
+
+Answers appear as they are written. `/reset` forgets the conversation, `/system TEXT` begins a new one under a system
+prompt, `/exit` (or the end of the input) leaves.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from absl import app, flags
+
+from jaxtune.errors import UserError
+
+FLAGS = {
+    'model': ('', 'a model folder, a hub id, or the workdir of a run'),
+    'template': ('auto', "the model's own chat template (auto), a name such as chatml, or a Jinja text"),
+    'system': ('', 'a system prompt'),
+    'temperature': (0.7, '0 takes the likeliest token'),
+    'top_p': (0.95, 'draw among the likeliest tokens of this total probability'),
+    'top_k': (0, 'draw among the k likeliest tokens; 0 = all'),
+    'max_new_tokens': (256, 'length of an answer at most'),
+    'seed': (0, 'seed of the draws'),
+    'dtype': ('float32', 'float32 or bfloat16'),
+}
+
+
+class Chat:
+    """A conversation with a model.
+
+    Args:
+      config: a full recipe; `model.path`, `data.template`, `sft.system` and `generate` are read.
+
+    Raises:
+      UserError: no such model, one that cannot write, or a template that fails.
+    """
+
+    def __init__(self, config):
+        import jax
+
+        from jaxtune.assemble import assemble
+        from jaxtune.data import templates
+        from jaxtune.data.spans import Encoder, end_of_turn
+        from jaxtune.parallel import make_mesh
+        from jaxtune.sampling import Stream, from_config
+
+        if not config.model.path:
+            raise UserError("--model='': expected a model folder, a hub id or a workdir")
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            parts = assemble(config, mesh)
+        if parts.model.kind != 'decoder' or 'score' in parts.params:
+            raise UserError(
+                f'--model={config.model.path}: {parts.model.architecture} does not chat; expected a decoder'
+            )
+        self.tokenizer = parts.tokenizer
+        self.template = templates.open_template(config.data.template, self.tokenizer)
+        self.encode = Encoder(self.template, self.tokenizer)
+        end = end_of_turn(self.template, self.tokenizer)
+        sampling = from_config(config.generate, self.tokenizer, parts.model, [] if end is None else [end])
+        self.limit = parts.model.config.max_positions
+        self.room, self.stops = sampling.max_new_tokens, set(sampling.stop_ids)
+        self.stream = Stream(parts.model, sampling, parts.params)
+        self.key, self.turns = jax.random.key(config.seed), []
+        self.system = config.sft.system
+
+    def say(self, text: str) -> Iterator[str]:
+        """Answers, piece by piece; of a conversation that is too long, the oldest turns are forgotten.
+
+        Raises:
+          UserError: the message alone is too long.
+        """
+        import jax
+
+        from jaxtune.generate import decode_continuation
+
+        self.turns.append({'role': 'user', 'content': text})
+        prompt = self._prompt()
+        self.key, key = jax.random.split(self.key)
+        new: list[int] = []
+        shown = ''
+        for token in self.stream(prompt, key):
+            if token in self.stops:
+                break
+            new.append(token)
+            whole = decode_continuation(self.tokenizer, prompt, new)
+            if not whole.endswith('�'):  # half a character: the rest is under way
+                yield whole[len(shown) :]
+                shown = whole
+        self.turns.append({'role': 'assistant', 'content': shown})
+
+    def reset(self, system: str | None = None) -> None:
+        """Forgets the conversation, and begins one under another system prompt if one is given."""
+        self.turns = []
+        self.system = self.system if system is None else system
+
+    def _prompt(self) -> list[int]:
+        from jaxtune.data.formats import Chat as Turns
+        from jaxtune.data.formats import FormatError
+
+        while True:
+            head = [{'role': 'system', 'content': self.system}] if self.system else []
+            try:
+                _, ids = self.encode.prompt(Turns((*head, *self.turns)))
+            except FormatError as error:
+                raise UserError(f'data.template: {error}') from None
+            if not self.limit or len(ids) + self.room <= self.limit:
+                return ids
+            if len(self.turns) < 3:
+                self.turns.pop()
+                raise UserError(
+                    f'the message has {len(ids)} tokens; expected at most {self.limit - self.room}, the '
+                    f"model's {self.limit} positions less --max_new_tokens={self.room}"
+                )
+            self.turns = self.turns[2:]
+
+
+def run(chat: Chat, lines: Iterator[str], write) -> None:
+    """Talks until the input ends.
+
+    Args:
+      chat: the conversation.
+      lines: what a person types.
+      write: shows a piece of text.
+    """
+    for line in lines:
+        words = line.strip()
+        if words in ('/exit', '/quit'):
+            return
+        if words == '/reset' or words.startswith('/system'):
+            chat.reset(words.removeprefix('/system').strip() if words.startswith('/system') else None)
+            continue
+        if not words:
+            continue
+        try:
+            for piece in chat.say(line.rstrip('\n')):
+                write(piece)
+        except UserError as error:
+            write(f'({error})')
+        write('\n')
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the terminal, with a prompt where a person sits there."""
+    while True:
+        try:
+            yield input('\n> ' if sys.stdin.isatty() else '')
+        except (EOFError, KeyboardInterrupt):
+            return
+
+
+def _config(values):
+    from jaxtune import recipes
+
+    config = recipes.defaults()
+    names = {'model': 'model.path', 'template': 'data.template', 'system': 'sft.system', 'seed': 'seed'}
+    names |= {name: f'generate.{name}' for name in ('temperature', 'top_p', 'top_k', 'max_new_tokens')}
+    keys = {key: getattr(values, name) for name, key in names.items()}
+    keys |= {'task': 'generate', 'model.param_dtype': values.dtype, 'model.compute_dtype': values.dtype}
+    recipes.lay_over(config, keys)
+    return config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the conversation; returns the exit status."""
+    from jaxtune import console
+
+    console.quiet_logs()
+    try:
+        if len(argv) > 1:
+            raise UserError(f'{argv[1]}: expected flags only, such as --model=WORKDIR')
+        chat = Chat(_config(flags.FLAGS))
+        if sys.stdin.isatty():
+            console.note(f'template {chat.template.name}; /reset, /system TEXT, /exit')
+
+        def write(text: str) -> None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        run(chat, _typed(), write)
+    except UserError as error:
+        print(f'jaxtune: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    return 0
+
+
+def _define() -> None:
+    kinds = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    for name, (default, comment) in FLAGS.items():
+        kinds[type(default)](name, default, comment)
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
+    _define()
+    app.run(lambda argv: sys.exit(main(argv)))

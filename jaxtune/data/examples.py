@@ -1,0 +1,295 @@
+"""Examples: tokens of conversations with which of them are trained, encoded once into a folder and memory-mapped."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxtune import console
+from jaxtune.data import formats, lessons, templates
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.cache import once
+from jaxtune.data.formats import Chat, FormatError
+from jaxtune.data.packing import Row, pack
+from jaxtune.data.records import Records, open_records
+from jaxtune.data.spans import Encoded, Encoder
+from jaxtune.data.templates import Template
+from jaxtune.data.tokens import replace_folder
+from jaxtune.errors import UserError
+
+_VERSION = 1  # of how conversations become tokens: another number makes the cache anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Examples one after the other.
+
+    Attributes:
+      ids: `[tokens]` int32.
+      trained: `[tokens]` bool.
+      offsets: `[examples + 1]` int64, where each begins.
+      extra: further arrays by name, as the objective put them there.
+      notes: what there is to say about how they were made.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    extra: Mapping[str, np.ndarray]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Encoded:
+        low, high = self.offsets[index], self.offsets[index + 1]
+        return Encoded(np.asarray(self.ids[low:high]), np.asarray(self.trained[low:high]))
+
+    @classmethod
+    def of(cls, encoded: Iterable[Encoded], extra: Mapping[str, Any] | None = None, notes: Iterable[str] = ()):
+        """Examples in memory."""
+        encoded = list(encoded)
+        offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(one.ids) for one in encoded], out=offsets[1:])
+        ids = np.concatenate([one.ids for one in encoded] or [np.zeros(0, np.int32)])
+        trained = np.concatenate([one.trained for one in encoded] or [np.zeros(0, bool)])
+        arrays = {name: np.asarray(value) for name, value in (extra or {}).items()}
+        return cls(ids.astype(np.int32), trained.astype(bool), offsets, arrays, tuple(notes))
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes a folder that appears whole or not at all."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f'.{folder.name}.{os.getpid()}')
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        arrays = {'ids': self.ids, 'trained': self.trained, 'offsets': self.offsets}
+        arrays |= {f'extra.{name}': value for name, value in self.extra.items()}
+        for name, array in arrays.items():
+            np.save(temporary / f'{name}.npy', array, allow_pickle=False)
+        meta = {'arrays': sorted(arrays), 'notes': list(self.notes)}
+        (temporary / 'meta.json').write_text(json.dumps(meta, ensure_ascii=False) + '\n', encoding='utf-8')
+        replace_folder(temporary, folder)
+
+    @classmethod
+    def open(cls, folder: pathlib.Path) -> 'Examples':
+        """Maps a folder that `save` made.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        try:
+            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            arrays = {name: np.load(folder / f'{name}.npy', 'r', allow_pickle=False) for name in meta['arrays']}
+            extra = {name.removeprefix('extra.'): array for name, array in arrays.items() if name.startswith('extra.')}
+            return cls(arrays['ids'], arrays['trained'], arrays['offsets'], extra, tuple(meta['notes']))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f'{folder}: damaged: {error}; expected what an earlier run cached there') from None
+
+
+class Source:
+    """The conversations of `data.train` or `data.eval`, and the template that they are read with.
+
+    Args:
+      config: the recipe.
+      split: `train` or `eval`.
+      tokenizer: of the run; gets the template as its own, so that the exported folder carries it.
+      suits: formats that the objective reads.
+
+    Raises:
+      UserError: no such data or template, or data of another format.
+    """
+
+    def __init__(self, config: ConfigDict, split: str, tokenizer, suits: tuple[str, ...]):
+        self.config, self.tokenizer = config, tokenizer
+        self.records = open_data(config.data[split], f'data.{split}', suits)
+        found = formats.find(self.records, config.data.format, self.records.name, suits)
+        self.formats = ', '.join(f'{name} ({count:,})' for name, count in found.items())
+        self.format = next(iter(found), '') if len(found) == 1 else ''
+        self.template = open_template(config, tokenizer, self.format, self.records)
+        self.demonstrations = demonstrations(config)
+
+    def prepared(self, chat: Chat) -> Chat:
+        """A conversation with the recipe's system prompt and demonstrations."""
+        return prepare(chat, self.config.sft.system, self.demonstrations)
+
+    def encoder(self, last: bool) -> Encoder:
+        """Encodes prepared conversations."""
+        skip = len(self.demonstrations) + 1 if self.demonstrations else 0
+        return Encoder(self.template, self.tokenizer, last, skip)
+
+    def cached(self, cache: pathlib.Path, key: str, settings: list, build: Callable[[], Examples]) -> Examples:
+        """What `build` makes, from the cache if these settings made it before."""
+        identity = [_VERSION, self.records.identity, tokenizers.fingerprint(self.tokenizer), self.template.source]
+        identity += [list(self.template.tokens), self.format, self.config.sft.system, settings]
+        identity += [json.dumps(list(self.demonstrations), sort_keys=True)]
+        folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        once(lambda: (folder / 'meta.json').is_file(), lambda: build().save(folder), key)
+        examples = Examples.open(folder)
+        console.note(f'{self.records.name}: format {self.formats}, template {self.template.name}')
+        for note in examples.notes:
+            console.note(f'{self.records.name}: {note}')
+        return examples
+
+
+def open_data(path: str, key: str, suits: tuple[str, ...]) -> Records:
+    """The records of a recipe's key; `python-stdlib` stands for lessons made of it."""
+    if path == 'python-stdlib':
+        return lessons.open_lessons(key, 'preference' in suits)
+    return open_records(path, key)
+
+
+def open_template(config: ConfigDict, tokenizer, format_name: str, records: Iterable) -> Template:
+    """The template of a recipe, which becomes the tokenizer's own.
+
+    Raises:
+      UserError: there is no such template, or it does not compile.
+    """
+    template = templates.open_template(config.data.template, tokenizer, format_name, is_raw(format_name, records))
+    tokenizer.chat_template = template.source
+    return template
+
+
+def is_raw(format_name: str, records: Iterable) -> bool:
+    """Whether the first record is made of texts that follow each other, not of turns."""
+    for place, record in records:
+        try:
+            if format_name == 'preference':
+                pair = formats.preference(place, record)
+                return (pair.chosen or pair.rejected).raw
+            return formats.chat(format_name, place, record, answered=False).raw
+        except FormatError:
+            return False  # reading all of them says what is wrong
+    return False
+
+
+def demonstrations(config: ConfigDict) -> tuple[dict, ...]:
+    """The turns of `sft.demonstrations`, which stand before every conversation.
+
+    Raises:
+      UserError: they are no conversations.
+    """
+    if not config.sft.demonstrations:
+        return ()
+    records = open_records(config.sft.demonstrations, 'sft.demonstrations')
+    formats.find(records, 'auto', records.name, formats.CHATS)
+    chats = formats.read(records, lambda place, record: formats.chat('', place, record), records.name)
+    return tuple(turn for _, chat in chats for turn in chat.turns if turn['role'] != 'system')
+
+
+def prepare(chat: Chat, system: str, shown: tuple[dict, ...]) -> Chat:
+    """A conversation with a system prompt, where it has none, and demonstrations before it."""
+    turns = chat.turns
+    if system and turns[0]['role'] != 'system':
+        turns = ({'role': 'system', 'content': system}, *turns)
+    head = [turn for turn in turns[:1] if turn['role'] == 'system']
+    return dataclasses.replace(chat, turns=(*head, *shown, *turns[len(head) :]))
+
+
+def encode_all(
+    chats: list[tuple[str, Chat]], encode: Callable[[Chat], Encoded], seq_len: int, title: str
+) -> tuple[list[Encoded | None], list[str]]:
+    """Encodes conversations, cut to `seq_len` tokens.
+
+    Returns:
+      `(encoded, notes)`: None for those of which no trained token is left, and how many were cut and left out.
+
+    Raises:
+      UserError: `file:line` and count of what the template refuses; or nothing is left.
+    """
+    encoded: list[Encoded | None] = []
+    problems: dict[str, list] = {}
+    cut, empty = [], []
+    with console.progress(len(chats), title, 'conversation') as bar:
+        for place, chat in chats:
+            bar.advance(1)
+            try:
+                one = encode(chat)
+            except FormatError as error:
+                problems.setdefault(error.kind, [f'{place}: {error}', 0])[1] += 1
+                continue
+            except UserError as error:
+                raise UserError(f'{place}: {error}') from None
+            if len(one.ids) > seq_len:
+                one = Encoded(one.ids[:seq_len], one.trained[:seq_len])
+                (cut if one.trained[1:].any() else empty).append(place)
+            elif not one.trained[1:].any():
+                empty.append(place)
+            encoded.append(one if one.trained[1:].any() else None)
+    for text, count in problems.values():
+        raise UserError(f'{text} ({count:,} of {len(chats):,} records are like this)')
+    if empty and len(empty) == len(chats):
+        raise UserError(
+            f'{empty[0]}: data.seq_len={seq_len}: the prompt alone fills the row, here and in all {len(chats):,} '
+            'records; expected a larger data.seq_len'
+        )
+    notes = []
+    if cut:
+        notes.append(f'{len(cut):,} of {len(chats):,} are longer than data.seq_len={seq_len} and cut, first {cut[0]}')
+    if empty:
+        notes.append(
+            f'{len(empty):,} of {len(chats):,} are left out: their prompt alone fills data.seq_len={seq_len}, first '
+            f'{empty[0]}'
+        )
+    return encoded, notes
+
+
+class ExampleRows:
+    """Examples by number as rows of `causal_lm`, only trained tokens being scored, for `grain.MapDataset.source`.
+
+    Args:
+      examples: none longer than a row.
+      seq_len: length of a row.
+      packing: several examples share a row, each a segment of its own; else each has its own row.
+    """
+
+    def __init__(self, examples: Examples, seq_len: int, packing: bool):
+        self.examples, self.seq_len = examples, seq_len
+        sizes = np.diff(examples.offsets)
+        rows = pack(sizes, seq_len) if packing else np.arange(len(sizes))
+        self.order = np.argsort(rows, kind='stable')
+        self.edges = np.concatenate([[0], np.cumsum(np.bincount(rows))]) if len(sizes) else np.zeros(1, np.int64)
+        self.facts = {
+            'examples': len(examples),
+            'tokens': len(examples.ids),
+            'trained_tokens': int(np.count_nonzero(examples.trained)),
+        }
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    def __getitem__(self, index: int) -> Row:
+        index = int(index)
+        row = {name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'targets', 'positions', 'segments')}
+        row['weights'] = np.zeros(self.seq_len, np.float32)
+        at = 0
+        for segment, number in enumerate(self.order[self.edges[index] : self.edges[index + 1]], 1):
+            one = self.examples[number]
+            size = len(one.ids)
+            row['tokens'][at : at + size] = one.ids
+            row['targets'][at : at + size - 1] = one.ids[1:]
+            row['weights'][at : at + size - 1] = one.trained[1:]
+            row['positions'][at : at + size] = np.arange(size)
+            row['segments'][at : at + size] = segment
+            at += size
+        return row
+
+
+def pieces(tokenizer, ids: np.ndarray, trained: np.ndarray) -> list[tuple[str, bool]]:
+    """An example as text in runs of trained and other tokens."""
+    edges = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
+    texts, before = [], ''
+    for low, high in itertools.pairwise(edges):
+        whole = tokenizer.decode(ids[:high].tolist(), skip_special_tokens=False)
+        # Decoded by itself a run could lose a leading space.
+        text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[low:high].tolist())
+        texts.append((text, bool(trained[low])))
+        before = whole
+    return texts

@@ -1,0 +1,321 @@
+"""Formats of instruction and preference data: records to conversations, every mistake with its place and a count.
+
+| format | a record |
+|---|---|
+| `alpaca` | `instruction`, maybe `input`, `output`, `system`, `history` (pairs of earlier instructions and outputs) |
+| `sharegpt` | `conversations`: turns `{"from", "value"}`; maybe `system`, `tools` |
+| `messages` | `messages`: turns `{"role", "content"}`; maybe `tools` |
+| `prompt` | `prompt`, `completion`: texts, or lists of messages |
+| `preference` | `chosen`, `rejected`, maybe `prompt` (or `conversations`, `messages`) and `margin`: texts or turns |
+| | texts without a prompt may be whole dialogues (`\\n\\nHuman: …\\n\\nAssistant: …`) |
+| | unpaired: a conversation, or a prompt and a completion, with `label` |
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from jaxtune.data.records import Placed, field
+from jaxtune.errors import UserError
+
+CHATS = ('alpaca', 'sharegpt', 'messages', 'prompt')
+FORMATS = (*CHATS, 'preference')
+ROLES = ('system', 'user', 'assistant', 'tool')
+
+_ROLES = {role: role for role in ROLES} | {
+    'human': 'user',
+    'gpt': 'assistant',
+    'bing': 'assistant',
+    'bot': 'assistant',
+    'chatgpt': 'assistant',
+    'model': 'assistant',
+    'function_call': 'assistant',
+    'developer': 'system',
+    'observation': 'tool',
+    'function_response': 'tool',
+    'ipython': 'tool',
+}
+
+T = TypeVar('T')
+
+
+class FormatError(ValueError):
+    """A record is not what its format says; the text says what was expected. `kind` groups mistakes for counting."""
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(text)
+        self.kind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation.
+
+    Attributes:
+      turns: `{"role": one of ROLES, "content": text}`, further keys for templates that read them.
+      tools: what the assistant may call: a list of JSON schemas, a text, or None.
+      raw: prompt and completion are texts that follow each other as they are, where no template is asked for.
+    """
+
+    turns: tuple[dict[str, Any], ...]
+    tools: Any = None
+    raw: bool = False
+
+    def before(self, index: int) -> 'Chat':
+        """The conversation up to a turn."""
+        return dataclasses.replace(self, turns=self.turns[:index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two conversations that end with the better and the worse answer, and by how much; unpaired data has one only."""
+
+    chosen: Chat | None
+    rejected: Chat | None
+    margin: float = 0.0
+
+
+def detect(record: Any) -> str | None:
+    """The format of a record by its fields; None if it is none of them."""
+    if not isinstance(record, dict):
+        return None
+    labelled = 'label' in record and any(name in record for name in ('messages', 'conversations', 'prompt'))
+    if 'chosen' in record or 'rejected' in record or labelled:
+        return 'preference'
+    if 'messages' in record:
+        return 'messages'
+    if 'conversations' in record:
+        return 'sharegpt'
+    if 'instruction' in record:
+        return 'alpaca'
+    if 'prompt' in record:
+        return 'prompt'
+    return None
+
+
+def read(records: Iterable[Placed], convert: Callable[[str, Any], T], name: str) -> list[tuple[str, T]]:
+    """Converts all records, `(place, converted)`.
+
+    Raises:
+      UserError: `file:line` of the first record that cannot be, what was expected, and how many are like it; or there
+        are none.
+    """
+    made: list[tuple[str, T]] = []
+    problems: dict[str, list] = {}
+    total = 0
+    for place, record in records:
+        total += 1
+        try:
+            made.append((place, convert(place, record)))
+        except FormatError as error:
+            problem = problems.setdefault(error.kind, [f'{place}: {error}', 0])
+            problem[1] += 1
+    for text, count in problems.values():
+        raise UserError(f'{text} ({count:,} of {total:,} records are like this)')
+    if not total:
+        raise UserError(f'{name}: the data is empty; expected at least one record')
+    return made
+
+
+def find(records: Iterable[Placed], wanted: str, name: str, suits: tuple[str, ...]) -> dict[str, int]:
+    """The formats that `data.format` means for these records, with how many are of each; `auto` looks at every record.
+
+    Raises:
+      UserError: the format does not suit the objective, or a record is of none that does.
+    """
+    if wanted != 'auto':
+        if wanted not in suits:
+            raise UserError(f'data.format={wanted!r}: expected auto or {", ".join(suits)} for this objective')
+        return {wanted: sum(1 for _ in records)}
+    found: dict[str, int] = {}
+    strange, total = '', 0
+    for place, record in records:
+        total += 1
+        kind = detect(record) or ''
+        kind = kind if kind in suits else ''
+        found[kind] = found.get(kind, 0) + 1
+        if not kind and not strange:
+            held = ', '.join(map(repr, list(record)[:8])) if isinstance(record, dict) else f'{record!r:.60}'
+            strange = f'{place}: data.format=auto: expected the fields of {_fields(suits)}; found {held}'
+    if strange:
+        raise UserError(f'{strange} ({found[""]:,} of {total:,} records are like this)')
+    return found
+
+
+def _fields(suits: tuple[str, ...]) -> str:
+    fields = {
+        'alpaca': 'instruction and output',
+        'sharegpt': 'conversations',
+        'messages': 'messages',
+        'prompt': 'prompt and completion',
+        'preference': 'chosen and rejected',
+    }
+    return ', '.join(f'{name} ({fields[name]})' for name in suits)
+
+
+def chat(format_name: str, place: str, record: Any, answered: bool = True) -> Chat:
+    """The conversation of a record.
+
+    Args:
+      format_name: one of `FORMATS` but `preference`; '' = read off the record.
+      place: where the record stands.
+      record: what `records.open_records` gave.
+      answered: it must hold an assistant's turn; else it may end with the question.
+
+    Raises:
+      FormatError: it is not of the format.
+    """
+    found = _READERS[format_name or detect(record)](place, record, answered)
+    _check_order(found.turns, answered)
+    return found
+
+
+def _get(record: Any, place: str, name: str, kind: type | tuple[type, ...] = str) -> Any:
+    try:
+        return field(record, place, name, kind=kind)
+    except UserError as error:
+        raise FormatError(f'field {name}', str(error).removeprefix(f'{place}: ')) from None
+
+
+def _optional(record: Mapping[str, Any], place: str, name: str) -> str:
+    return '' if record.get(name) is None else _get(record, place, name)
+
+
+def _system(text: str) -> list[dict[str, Any]]:
+    return [{'role': 'system', 'content': text}] if text else []
+
+
+def _alpaca(place: str, record: Any, answered: bool) -> Chat:
+    turns = _system(_optional(record, place, 'system') if isinstance(record, dict) else '')
+    instruction = _get(record, place, 'instruction')
+    context = _optional(record, place, 'input')
+    for pair in record.get('history') or ():
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            raise FormatError('history', f"expected pairs of texts in 'history'; found {pair!r:.60}")
+        turns += [_user(pair[0]), {'role': 'assistant', 'content': pair[1]}]
+    turns.append(_user(instruction, context))
+    if answered or record.get('output') is not None:
+        turns.append({'role': 'assistant', 'content': _get(record, place, 'output')})
+    return Chat(tuple(turns))
+
+
+def _user(instruction: str, context: str = '') -> dict[str, Any]:
+    """A question whose parts the alpaca template shows apart."""
+    content = f'{instruction}\n\n{context}' if context else instruction
+    return {'role': 'user', 'content': content, 'instruction': instruction, 'input': context}
+
+
+def _sharegpt(place: str, record: Any, answered: bool) -> Chat:
+    turns = [_turn(turn, place) for turn in _get(record, place, 'conversations', list)]
+    if turns and turns[0]['role'] != 'system':
+        turns = _system(_optional(record, place, 'system')) + turns
+    return Chat(tuple(turns), _tools(record))
+
+
+def _tools(record: Mapping[str, Any]) -> Any:
+    tools = record.get('tools')
+    return None if not tools or (isinstance(tools, str) and tools.strip() in ('', '[]')) else tools
+
+
+def _messages(place: str, record: Any, answered: bool) -> Chat:
+    turns = tuple(_turn(turn, place) for turn in _get(record, place, 'messages', list))
+    return Chat(turns, _tools(record))
+
+
+def _prompt(place: str, record: Any, answered: bool) -> Chat:
+    prompt = _get(record, place, 'prompt', (str, list))
+    wanted = answered or (isinstance(record, dict) and record.get('completion') is not None)
+    completion = _get(record, place, 'completion', (str, list)) if wanted else []
+    return _joined(prompt, completion, place, _tools(record))
+
+
+def _joined(prompt: str | list, completion: str | list | Mapping, place: str, tools: Any = None) -> Chat:
+    """A prompt and its completion, each a text or turns."""
+    raw = isinstance(prompt, str) and not isinstance(completion, Mapping)
+    turns = [_user(prompt)] if isinstance(prompt, str) else [_turn(turn, place) for turn in prompt]
+    if isinstance(completion, str):
+        turns.append({'role': 'assistant', 'content': completion})
+    else:
+        rest = [completion] if isinstance(completion, Mapping) else completion
+        turns += [_turn(turn, place) for turn in rest]
+        raw = raw and not rest
+    return Chat(tuple(turns), tools, raw)
+
+
+_READERS = {'alpaca': _alpaca, 'sharegpt': _sharegpt, 'messages': _messages, 'prompt': _prompt}
+
+
+def _turn(turn: Any, place: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise FormatError('turn', f'expected a turn with a role and a text; found {turn!r:.60}')
+    key, content_key = ('from', 'value') if 'from' in turn else ('role', 'content')
+    name = _get(turn, place, key)
+    role = _ROLES.get(name.lower())
+    if role is None:
+        raise FormatError('role', f'unknown role {name!r:.40}; expected one of {", ".join(_ROLES)}')
+    content = turn.get(content_key)
+    if isinstance(content, list):  # parts of text, as vision models' data has them
+        content = ''.join(_get(part, place, 'text') for part in content)
+    elif content is None and turn.get('tool_calls'):
+        content = ''
+    else:
+        content = _get(turn, place, content_key)
+    rest = {name: value for name, value in turn.items() if name not in (key, content_key) and value is not None}
+    return {'role': role, 'content': content, **rest}
+
+
+def _check_order(turns: tuple[dict[str, Any], ...], answered: bool) -> None:
+    first = next((turn['role'] for turn in turns if turn['role'] != 'system'), None)
+    if first is None:
+        raise FormatError('empty', 'the conversation has no turns; expected a user and an assistant')
+    if first != 'user':
+        raise FormatError('order', f'the conversation starts with the {first}; expected the user')
+    if answered and all(turn['role'] != 'assistant' for turn in turns):
+        raise FormatError('answer', 'the conversation has no turn of the assistant; expected one to learn from')
+
+
+_DIALOGUE = re.compile(r'(?:^|\n\n)(Human|Assistant): ?')
+
+
+def preference(place: str, record: Any) -> Preference:
+    """The pair of a record; without its own prompt, a text is a whole dialogue or a bare answer.
+
+    Raises:
+      FormatError: it is not of the format.
+    """
+    if isinstance(record, dict) and 'label' in record and 'chosen' not in record:
+        label = _get(record, place, 'label', (bool, int))
+        unlabelled = {name: value for name, value in record.items() if name != 'label'}
+        found = chat(detect(unlabelled) or 'messages', place, unlabelled)
+        return Preference(found, None) if label else Preference(None, found)
+    sides = [_get(record, place, name, (str, list, dict)) for name in ('chosen', 'rejected')]
+    margin = float(_get(record, place, 'margin', (int, float))) if record.get('margin') is not None else 0.0
+    chosen, rejected = (_side(record, side, place) for side in sides)
+    for side in (chosen, rejected):
+        _check_order(side.turns, True)
+        if side.turns[-1]['role'] != 'assistant':
+            last = side.turns[-1]['role']
+            raise FormatError('last', f"expected 'chosen' and 'rejected' to end with the assistant; found the {last}")
+    return Preference(chosen, rejected, margin)
+
+
+def _side(record: Mapping[str, Any], answer: str | list | Mapping, place: str) -> Chat:
+    tools = _tools(record)
+    key = next((key for key in ('prompt', 'conversations', 'messages') if record.get(key) is not None), '')
+    if key:
+        prompt = _get(record, place, key, (str, list))
+        if isinstance(answer, list) and isinstance(prompt, list) and answer[: len(prompt)] == prompt:
+            answer = answer[len(prompt) :]
+        side = _joined(prompt, answer, place, tools)
+        system = _system(_optional(record, place, 'system'))
+        return dataclasses.replace(side, turns=(*system, *side.turns)) if system else side
+    if isinstance(answer, str):
+        parts = _DIALOGUE.split(answer)
+        if len(parts) > 1 and not parts[0].strip():
+            roles = {'Human': 'user', 'Assistant': 'assistant'}
+            pairs = zip(parts[1::2], parts[2::2], strict=True)
+            return Chat(tuple({'role': roles[who], 'content': text.strip()} for who, text in pairs))
+        return Chat(({'role': 'user', 'content': ''}, {'role': 'assistant', 'content': answer}), tools, raw=True)
+    turns = [answer] if isinstance(answer, Mapping) else answer
+    return Chat(tuple(_turn(turn, place) for turn in turns), tools)

@@ -1,0 +1,225 @@
+"""EleutherAI's lm-evaluation-harness over a jaxtune model (extra `eval`).
+
+    python -m jaxtune.lm_eval --model jaxtune --model_args path=WORKDIR_OR_FOLDER --tasks arc_easy,gsm8k
+
+Everything after the module's name is the harness's own command line; scores equal those of its `hf` model on the
+exported folder.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from jaxtune import console, recipes
+from jaxtune.assemble import assemble
+from jaxtune.errors import UserError
+from jaxtune.parallel import make_mesh, place
+from jaxtune.sampling import Sampling, pad_prompts, sample
+
+_MULTIPLE = 64  # lengths are padded to it, so that few shapes are compiled
+_LONGEST = 2048  # of a model that has no limit of its own
+
+
+@register_model('jaxtune')
+class JaxtuneLM(TemplateLM):
+    """A decoder, as the harness asks for it.
+
+    Args:
+      path: a model folder, a hub id or a workdir.
+      batch_size: rows a batch.
+      max_length: the longest row; default the model's own positions.
+      dtype: `float32` or `bfloat16`.
+      fsdp, tensor: sizes of the mesh; the rest of the devices hold copies.
+      seed: of sampling, where a task samples.
+      recipe: further keys of a recipe, flat.
+
+    Raises:
+      UserError: no such model, or one that is no decoder.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        dtype: str = 'float32',
+        fsdp: int = 1,
+        tensor: int = 1,
+        seed: int = 0,
+        recipe: dict[str, Any] | None = None,
+        **_,
+    ):
+        super().__init__()
+        config = recipes.defaults()
+        keys = {'task': 'generate', 'model.path': path, 'model.param_dtype': dtype, 'model.compute_dtype': dtype}
+        recipes.lay_over(config, keys | {'mesh.fsdp': fsdp, 'mesh.tensor': tensor, **(recipe or {})})
+        self.mesh = make_mesh(config.mesh)
+        with jax.set_mesh(self.mesh):
+            parts = assemble(config, self.mesh)
+        if parts.model.kind != 'decoder' or 'score' in parts.params:
+            raise UserError(f'path={path}: {parts.model.architecture} writes no text; expected a decoder')
+        self.model, self.params, self.tokenizer = parts.model, parts.params, parts.tokenizer
+        per = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+        self.batch_size = -(-(8 if batch_size == 'auto' else int(batch_size)) // per) * per
+        self.max_length = int(max_length or min(self.model.config.max_positions or _LONGEST, 2**20))
+        self.key = jax.random.key(int(seed))
+        self._score = jax.jit(self._scores)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace('/', '__')
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Ids of a text; one that begins with the prefix token already gets no other."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, by the tokenizer's own template."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _scores(self, params, batch):
+        """Log-probability of every target `[batch, length]`, and whether it is the likeliest."""
+        hidden = self.model.apply(params, batch).hidden
+
+        def row(row):
+            hidden, targets = row
+            logits = self.model.logits(params, hidden)
+            picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+            return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets
+
+        return jax.lax.map(row, (hidden, batch['targets']))
+
+    def _batches(self, lengths: list[int]):
+        """Numbers of rows by batch, the longest first, so that a batch's rows are of one length nearly."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        for first in range(0, len(order), self.batch_size):
+            yield order[first : first + self.batch_size]
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        rows = []
+        for _, context, continuation in requests:
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            rows.append((whole[:-1], whole[1:], min(len(continuation), len(whole) - 1)))
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        with console.progress(0 if disable_tqdm else len(rows), 'loglikelihood', 'request') as bar:
+            for numbers in self._batches([len(row[0]) for row in rows]):
+                width = -(-max(1, *(len(rows[i][0]) for i in numbers)) // _MULTIPLE) * _MULTIPLE
+                batch = {
+                    name: np.zeros((self.batch_size, width), np.int32) for name in ('tokens', 'targets', 'segments')
+                }
+                for at, number in enumerate(numbers):
+                    inputs, targets, _ = rows[number]
+                    batch['tokens'][at, : len(inputs)] = inputs
+                    batch['targets'][at, : len(targets)] = targets
+                    batch['segments'][at, : len(inputs)] = 1
+                with jax.set_mesh(self.mesh):
+                    placed = place(functools.partial(_cut, batch), self.batch_size, self.mesh)
+                    logprobs, greedy = (np.asarray(x) for x in self._score(self.params, placed))
+                for at, number in enumerate(numbers):
+                    _, targets, scored = rows[number]
+                    span = slice(len(targets) - scored, len(targets))
+                    answers[number] = (float(logprobs[at, span].sum(dtype=np.float64)), bool(greedy[at, span].all()))
+                bar.advance(len(numbers))
+        return answers
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of which each token is scored once."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            rolling = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+            for context, continuation in map(utils.make_disjoint_window, rolling):
+                windows.append((None, context, continuation))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += logprob
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Completions up to the first stop text."""
+        answers = [''] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        with console.progress(0 if disable_tqdm else len(requests), 'generate', 'request') as bar:
+            for numbers in groups.values():
+                kwargs = normalize_gen_kwargs(requests[numbers[0]].args[1], 256)
+                eos = self.tokenizer.decode(self.eot_token_id)
+                until = handle_stop_sequences(kwargs.get('until'), eos=eos)
+                room = kwargs['max_gen_toks']
+                if room >= self.max_length:
+                    raise UserError(f'max_gen_toks={room}: expected less than the {self.max_length} positions')
+                prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - room) :] for i in numbers]
+                sampling = Sampling(
+                    max_new_tokens=room,
+                    temperature=float(kwargs.get('temperature') or 0.0),
+                    top_k=int(kwargs.get('top_k') or 0),
+                    top_p=float(kwargs.get('top_p') or 1.0),
+                    stop_ids=(self.eot_token_id,),
+                    pad_id=self.tokenizer.pad_token_id or 0,
+                )
+                for chosen in self._batches([len(prompt) for prompt in prompts]):
+                    texts = self._complete([prompts[i] for i in chosen], sampling)
+                    for i, text in zip(chosen, texts, strict=True):
+                        answers[numbers[i]] = postprocess_generated_text(text, until, None)
+                    bar.advance(len(chosen))
+        return answers
+
+    def _complete(self, prompts: list[list[int]], sampling: Sampling) -> list[str]:
+        filled = prompts + [prompts[-1]] * (self.batch_size - len(prompts))
+        tokens, lengths = pad_prompts(filled, sampling.pad_id, _MULTIPLE)
+        self.key, key = jax.random.split(self.key)
+        with jax.set_mesh(self.mesh):
+            batch = place(functools.partial(_cut, {'tokens': tokens, 'lengths': lengths}), self.batch_size, self.mesh)
+            keys = jax.random.split(key, self.batch_size)
+            done = _sampler(self.model, sampling)(self.params, batch['tokens'], batch['lengths'], keys)
+        new, sizes = np.asarray(done.tokens), np.asarray(done.lengths)
+        rows = (new[i, : sizes[i]].tolist() for i in range(len(prompts)))
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def _cut(arrays: dict[str, np.ndarray], low: int, high: int) -> dict[str, np.ndarray]:
+    return {name: value[low:high] for name, value in arrays.items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(model, sampling: Sampling):
+    return jax.jit(functools.partial(sample, model, sampling))
+
+
+def main() -> None:
+    """The harness's own command line, with the model `jaxtune`."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == '__main__':
+    # The class must be registered under its importable name, not under __main__.
+    import jaxtune.lm_eval
+
+    jaxtune.lm_eval.main()

@@ -1,0 +1,100 @@
+"""Reward models: from pairs of answers, one number an answer (Bradley and Terry 1952; Ouyang et al. 2022, 2203.02155).
+
+The number is read off the last real token of an answer. The exported folder is a sequence classifier with one label.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxtune.objectives import preferences
+from jaxtune.objectives.preferences import SIDES, Pairs, preview
+
+__all__ = ['COUNTED', 'HEAD', 'KINDS', 'SEQUENCES', 'dataset', 'label_fields', 'loss', 'preview', 'row', 'summarise']
+
+KINDS = ('decoder',)
+HEAD = 'reward'
+COUNTED = 'pairs'
+SEQUENCES = 2
+
+_BINS = 10  # of confidence, for the calibration error
+
+
+def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """What one row of a batch holds: a pair."""
+    return preferences.make_row(config.data.seq_len)
+
+
+def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> Pairs:
+    """Pairs of `data.train` or `data.eval`; see `preferences.dataset`."""
+    return preferences.dataset(config, split, tokenizer, cache)
+
+
+def label_fields(config: ConfigDict) -> dict[str, dict]:
+    """Hugging Face's config fields of a classifier with one label."""
+    return {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
+
+
+def rewards(model, params, inputs, rng=None) -> jax.Array:
+    """The reward of each row, `[rows]` float32.
+
+    Args:
+      model: with a `reward` head.
+      params: its parameters.
+      inputs: a model's batch, with `ends [rows]`: the number of tokens of each row.
+      rng: for dropout of added weights.
+    """
+    hidden = model.apply(params, inputs, rng=rng).hidden
+    last = jnp.take_along_axis(hidden, jnp.maximum(inputs['ends'] - 1, 0)[:, None, None], axis=1)[:, 0]
+    # A sum of products, not a matrix product: those round their inputs on some accelerators.
+    return (last.astype(jnp.float32) * model.head(params).kernel[:, 0].astype(jnp.float32)).sum(-1)
+
+
+def loss(config, model, params, batch, rng):
+    """Summed Bradley-Terry loss of the pairs, their number, and how often the better answer has the higher reward.
+
+    `-log sigmoid(chosen - rejected - margin)` (margins: Llama 2, arXiv:2307.09288), smoothed by
+    `reward.label_smoothing`, and `reward.center * (chosen + rejected)^2` (Eisenstein et al. 2023, arXiv:2312.09244).
+    """
+    found = rewards(model, params, preferences.stacked(batch, SIDES), rng).reshape(-1, 2)
+    weights = batch['chosen_weight']
+    losses, metrics = pair_losses(config.reward, found[:, 0], found[:, 1], batch['margin'])
+    if rng is None:
+        metrics |= calibration(found[:, 0] - found[:, 1])
+    sums = {name: (values * weights).sum() for name, values in metrics.items()}
+    return (losses * weights).sum(), weights.sum(), sums
+
+
+def pair_losses(settings: ConfigDict, chosen: jax.Array, rejected: jax.Array, margin: jax.Array):
+    """Losses `[pairs]` and metrics of pairs of rewards; `settings` are the recipe's `reward`."""
+    difference = chosen - rejected
+    smooth = settings.label_smoothing
+    losses = -(1 - smooth) * jax.nn.log_sigmoid(difference - margin)
+    if smooth:
+        losses -= smooth * jax.nn.log_sigmoid(margin - difference)
+    if settings.center:
+        losses += settings.center * jnp.square(chosen + rejected)
+    metrics = {
+        'accuracy': (difference > 0).astype(jnp.float32),
+        'margin': difference,
+        'reward_chosen': chosen,
+        'reward_rejected': rejected,
+    }
+    return losses, metrics
+
+
+def calibration(difference: jax.Array) -> dict[str, jax.Array]:
+    """By bin of confidence in the preferred answer, confidence less correctness; see `summarise`."""
+    confidence = jax.nn.sigmoid(jnp.abs(difference))
+    gap = confidence - (difference > 0)
+    bins = jnp.clip(((confidence - 0.5) * 2 * _BINS).astype(jnp.int32), 0, _BINS - 1)
+    return {f'calibration_{number}': jnp.where(bins == number, gap, 0.0) for number in range(_BINS)}
+
+
+def summarise(sums: dict[str, float], count: float) -> dict[str, float]:
+    """Means, and the expected calibration error (Guo et al. 2017, arXiv:1706.04599) over bins of confidence."""
+    bins = [name for name in sums if name.startswith('calibration_')]
+    means = {name: value / count for name, value in sums.items() if name not in bins}
+    return means | {'calibration_error': sum(abs(sums[name]) for name in bins) / count}

@@ -1,0 +1,78 @@
+"""Instruction tuning: from a conversation's prompt the model learns the answers (Ouyang et al. 2022, arXiv:2203.02155).
+
+Only the tokens that the assistant writes are scored, with the one that ends its turn.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxtune.data import formats
+from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all, pieces
+from jaxtune.objectives.causal_lm import KINDS, row
+from jaxtune.objectives.cross_entropy import cross_entropy
+
+__all__ = ['KINDS', 'dataset', 'loss', 'preview', 'row']
+
+
+def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> ExampleRows:
+    """Rows of `data.train` or `data.eval`: conversations of at most `seq_len` tokens, packed or one a row.
+
+    The template becomes the tokenizer's own.
+
+    Raises:
+      UserError: no such data, conversations that are none (with `file:line` and a count), or a template that fails.
+    """
+    source = Source(config, split, tokenizer, formats.CHATS)
+
+    def build() -> Examples:
+        chats = formats.read(
+            source.records, lambda place, record: formats.chat(source.format, place, record), source.records.name
+        )
+        chats = [(place, source.prepared(chat)) for place, chat in chats]
+        encode = source.encoder(config.sft.train_on == 'last')
+        encoded, notes = encode_all(chats, encode, config.data.seq_len, f'tokenise data.{split}')
+        return Examples.of((one for one in encoded if one is not None), notes=notes)
+
+    settings = ['sft', config.sft.train_on, config.data.seq_len]
+    examples = source.cached(cache, f'data.{split}', settings, build)
+    return ExampleRows(examples, config.data.seq_len, config.data.packing)
+
+
+def loss(config, model, params, batch, rng):
+    """Summed negative log-likelihood of the answers' tokens in nats, their number, and how many were foretold."""
+    if config.sft.neftune_alpha and rng is not None:
+        rng, key = jax.random.split(rng)
+        noise = neftune(key, batch['segments'], model.config.d_model, config.sft.neftune_alpha)
+        batch = {**batch, 'noise': noise}
+    outputs = model.apply(params, batch, rng=rng)
+    nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], batch['weights'])
+    return nll, batch['weights'].sum(), {'accuracy': correct}
+
+
+def neftune(key: jax.Array, segments: jax.Array, d_model: int, alpha: float) -> jax.Array:
+    """NEFTune's noise on embeddings (Jain et al. 2023, arXiv:2310.05914).
+
+    Args:
+      key: a random key.
+      segments: `[batch, length]`, 0 = padding; a packed example's noise is scaled by its own length.
+      d_model: width of the embeddings.
+      alpha: the paper's.
+
+    Returns:
+      `[batch, length, d_model]`: uniform in `±alpha / sqrt(length of the segment * d_model)`, 0 on padding.
+    """
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
+    lengths = jnp.maximum(same.sum(-1), 1)
+    scale = jnp.where(segments > 0, alpha / jnp.sqrt(lengths * d_model), 0.0)
+    return jax.random.uniform(key, (*segments.shape, d_model), minval=-1.0, maxval=1.0) * scale[..., None]
+
+
+def preview(rows: ExampleRows, tokenizer) -> list[tuple[str, bool]]:
+    """The first example as text, in runs of trained tokens and others."""
+    one = rows.examples[0]
+    trained = one.trained.copy()
+    trained[:1] = False  # no position predicts it
+    return pieces(tokenizer, one.ids, trained)

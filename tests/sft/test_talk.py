@@ -1,0 +1,172 @@
+"""Talking to a trained model: the chat, and the evaluation harness beside its own backend."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxtune import chat, models, recipes
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.models import hf
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A small random model that writes bytes, with a chat template."""
+    path = tmp_path_factory.mktemp('model') / 'small'
+    fields = {'model_type': 'llama', 'vocab_size': 320, 'hidden_size': 32, 'intermediate_size': 64}
+    fields |= {
+        'num_hidden_layers': 2,
+        'num_attention_heads': 4,
+        'max_position_embeddings': 256,
+        'initializer_range': 0.2,
+    }
+    tokenizer = tokenizers.load('bytes')
+    from jaxtune.data.templates import open_template
+
+    tokenizer.chat_template = open_template('chatml', tokenizer).source
+    model = models.build(models.read_config(fields | {'eos_token_id': 257, 'pad_token_id': 256}))
+    hf.save(path, model, jax.jit(model.init)(jax.random.key(0)), add_files=tokenizer.save_pretrained)
+    return path
+
+
+def _config(folder, **changes):
+    config = recipes.defaults()
+    keys = {'task': 'generate', 'model.path': str(folder), 'generate.max_new_tokens': 24, 'generate.temperature': 0.0}
+    recipes.lay_over(config, keys | {name.replace('__', '.'): value for name, value in changes.items()})
+    return config
+
+
+def test_a_conversation_goes_on_and_answers_as_transformers_does(folder):
+    torch = pytest.importorskip('torch')
+    import transformers
+
+    talk = chat.Chat(_config(folder))
+    written: list[str] = []
+    chat.run(talk, iter(['Hi\n', '/system Be kind.\n', 'And 你?\n', '\n', '/exit\n', 'never read\n']), written.append)
+    assert talk.system == 'Be kind.'
+    assert [turn['role'] for turn in talk.turns] == ['user', 'assistant']
+    assert ''.join(written).endswith(talk.turns[1]['content'] + '\n')
+    assert len(written) > 4  # piece by piece
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    turns = [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'And 你?'}]
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors='pt', return_dict=True)
+    with torch.no_grad():
+        new = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs['input_ids'].shape[1] :]
+    expected = tokenizer.decode(new, skip_special_tokens=True)
+    assert talk.turns[1]['content'].rstrip('�') == expected.rstrip('�')
+
+
+def test_old_turns_are_forgotten_where_a_conversation_grows_too_long(folder):
+    talk = chat.Chat(_config(folder))
+    for _ in range(3):
+        list(talk.say('x' * 60))
+    assert len(talk.turns) == 2 * 1  # only the newest fits
+    written: list[str] = []
+    chat.run(talk, iter(['x' * 300]), written.append)
+    assert 'expected at most 232' in ''.join(written)
+
+
+def test_the_command_refuses_what_is_no_model(tmp_path):
+    words = [sys.executable, '-m', 'jaxtune.chat', f'--model={tmp_path}']
+    done = subprocess.run(words, input='Hi\n', capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith('jaxtune: ')
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_generate_answers_conversations_of_every_format(folder, tmp_path):
+    from jaxtune import generate
+    from jaxtune.flags import Command
+
+    asked = {'role': 'user', 'content': 'Hi'}
+    records = [
+        {'messages': [asked, {'role': 'assistant', 'content': 'not read'}]},
+        {'conversations': [{'from': 'human', 'value': 'Hi'}]},
+        {'instruction': 'Hi', 'input': ''},
+    ]
+    (tmp_path / 'asked.jsonl').write_text('\n'.join(map(json.dumps, records)) + '\n')
+    config = _config(folder, data__eval=str(tmp_path / 'asked.jsonl'), generate__batch_size=1)
+    config.mesh.data = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, 'make_mesh', lambda sizes: _one_device())
+        generate.run(config, tmp_path, Command('recipe.py', tmp_path, False, {'': config}, ('jaxtune',)))
+    lines = [json.loads(line) for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
+    assert [line['prompt'] for line in lines] == [[asked]] * 3
+    talk = chat.Chat(_config(folder))
+    assert {line['completion'].rstrip('�') for line in lines} == {''.join(talk.say('Hi')).rstrip('�')}
+
+
+def _one_device():
+    from jaxtune.parallel import AXES
+    from jaxtune.parallel import make_mesh as make
+
+    return make(dict.fromkeys(AXES, 1), jax.devices()[:1])
+
+
+def test_the_harness_scores_as_its_own_backend_does(folder, tmp_path):
+    lm_eval = pytest.importorskip('lm_eval')
+    pytest.importorskip('torch')
+    from lm_eval.models.huggingface import HFLM
+
+    from jaxtune.lm_eval import JaxtuneLM
+
+    words = ['red', 'green', 'blue', 'round', 'heavy', 'old']
+    records = [
+        {
+            'question': f'Is {a} like {b}?',
+            'choices': [f' {a}', f' {b} indeed', ' no'],
+            'answer': i % 3,
+            'text': f'{a} {b} ' * i,
+        }
+        for i, (a, b) in enumerate((a, b) for a in words for b in words if a < b)
+    ]
+    file = tmp_path / 'test.jsonl'
+    file.write_text('\n'.join(map(json.dumps, records[1:])) + '\n')
+    data = {'dataset_path': 'json', 'dataset_kwargs': {'data_files': {'test': str(file)}}, 'test_split': 'test'}
+    tasks = [
+        data
+        | {
+            'task': 'choices',
+            'output_type': 'multiple_choice',
+            'doc_to_text': '{{question}}',
+            'doc_to_choice': '{{choices}}',
+            'doc_to_target': 'answer',
+            'target_delimiter': '',
+            'metric_list': [{'metric': 'acc'}, {'metric': 'acc_norm'}],
+        },
+        data
+        | {
+            'task': 'rolling',
+            'output_type': 'loglikelihood_rolling',
+            'doc_to_text': '',
+            'doc_to_target': '{{text}}',
+            'metric_list': [{'metric': 'word_perplexity'}, {'metric': 'bits_per_byte'}],
+        },
+        data
+        | {
+            'task': 'written',
+            'output_type': 'generate_until',
+            'doc_to_text': '{{question}}',
+            'doc_to_target': '{{choices[0]}}',
+            'generation_kwargs': {'until': ['\n'], 'max_gen_toks': 8, 'do_sample': False},
+            'metric_list': [{'metric': 'exact_match'}],
+        },
+    ]
+    ours = JaxtuneLM(path=str(folder), batch_size=8, max_length=64)
+    theirs = HFLM(pretrained=str(folder), device='cpu', dtype='float32', batch_size=4, max_length=64)
+    found, expected = (
+        lm_eval.simple_evaluate(model=model, tasks=tasks, bootstrap_iters=0, log_samples=True)
+        for model in (ours, theirs)
+    )
+    for task in ('choices', 'rolling', 'written'):
+        for name, value in expected['results'][task].items():
+            if isinstance(value, float):
+                assert found['results'][task][name] == pytest.approx(value, rel=1e-4), (task, name)
+    written = [[sample['resps'] for sample in result['samples']['written']] for result in (found, expected)]
+    assert written[0] == written[1]
+    assert any(text for ((text,),) in written[0])

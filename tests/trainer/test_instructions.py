@@ -1,0 +1,172 @@
+"""Instruction tuning and preferences through the trainer: 30 updates as TRL has them, and what runs leave."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from runs import full_config, metrics, recipe, train
+
+from jaxtune import objectives
+from jaxtune.assemble import open_model
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.loader import Loader
+from jaxtune.models import hf
+
+BYTES = tokenizers.load('bytes')
+STEPS = 30
+EPS = 1e-5  # what both answers share has gradients of rounding errors alone, which Adam must not scale up
+
+LR = {'reward': 5e-4}
+
+CASES = {
+    'sft': {'objective': 'sft', 'data.packing': False},
+    'reward': {'objective': 'reward', 'reward.center': 0.1},
+    'sigmoid': {'objective': 'dpo'},
+    'hinge': {'objective': 'dpo', 'dpo.loss': 'hinge'},
+    'ipo': {'objective': 'dpo', 'dpo.loss': 'ipo'},
+}
+
+
+@pytest.fixture(scope='module')
+def pairs(corpus, tmp_path_factory):
+    """The corpus' pairs, each with a margin."""
+    folder = tmp_path_factory.mktemp('pairs')
+    for name in ('train', 'eval'):
+        records = [json.loads(line) for line in (corpus / f'{name}.jsonl').read_text().splitlines()]
+        names = ('prompt', 'completion', 'chosen', 'rejected')
+        lines = [json.dumps({key: r[key] for key in names} | {'margin': i % 3 / 4}) for i, r in enumerate(records)]
+        (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
+    return folder
+
+
+def _keys(pairs, case, **changes):
+    objective = CASES[case]['objective']
+    keys = recipe(pairs, objective, train__steps=STEPS, train__batch_size=8, optimizer__schedule='constant', **changes)
+    rate = LR.get(case, 2e-3)
+    keys |= {'optimizer.lr': rate, 'optimizer.new_lr': rate, 'optimizer.weight_decay': 0.0, 'optimizer.warmup_steps': 0}
+    keys['optimizer.eps'] = EPS
+    return keys | {'data.eval': ''} | CASES[case]
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_30_updates_follow_trl(pairs, tmp_path, case):
+    torch, trl = pytest.importorskip('torch'), pytest.importorskip('trl')
+    import transformers
+
+    keys = _keys(pairs, case)
+    config = full_config(keys)
+    model, _ = open_model(config, BYTES)
+    hf.save(tmp_path / 'start', model, jax.jit(model.init)(jax.random.key(1)), add_files=BYTES.save_pretrained)
+    del keys['model.config'], keys['tokenizer.path']
+    train(keys | {'model.path': str(tmp_path / 'start')}, tmp_path / 'run')
+    ours = metrics(tmp_path / 'run', 'train/loss')
+
+    kind = 'SequenceClassification' if case == 'reward' else 'CausalLM'
+    theirs = getattr(transformers, f'AutoModelFor{kind}').from_pretrained(tmp_path / 'start', dtype=torch.float32)
+    trainer = _trl_trainer(trl, case, theirs, tmp_path)
+    optimizer = torch.optim.AdamW(
+        theirs.parameters(), lr=LR.get(case, 2e-3), betas=(0.9, 0.999), eps=EPS, weight_decay=0.0
+    )
+    objective = objectives.get(config.objective)
+    loader = Loader(objective.dataset(config, 'train', BYTES, tmp_path / 'cache'), 8, config.seed)
+    losses = []
+    for t in range(STEPS):
+        loss = trainer.compute_loss(theirs, _trl_inputs(torch, case, loader.rows(t, 0, 8)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    np.testing.assert_allclose(ours[0], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(ours, losses, rtol=1e-3)
+
+
+def _trl_trainer(trl, case, model, folder):
+    import datasets
+
+    common = {'output_dir': str(folder / 'trl'), 'report_to': [], 'use_cpu': True, 'bf16': False}
+    common |= {'gradient_checkpointing': False, 'per_device_train_batch_size': 8}
+    if case == 'sft':
+        kind, settings = trl.SFTTrainer, trl.SFTConfig(**common)
+        rows = [{'prompt': 'a', 'completion': 'b'}]
+    elif case == 'reward':
+        kind, settings = trl.RewardTrainer, trl.RewardConfig(center_rewards_coefficient=0.1, **common)
+        rows = [{'chosen': 'a', 'rejected': 'b'}]
+    else:
+        kind, settings = trl.DPOTrainer, trl.DPOConfig(loss_type=[case], beta=0.1, **common)
+        rows = [{'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}]
+    trainer = kind(
+        model=model, args=settings, train_dataset=datasets.Dataset.from_list(rows * 8), processing_class=BYTES
+    )
+    model.train()
+    return trainer
+
+
+def _trl_inputs(torch, case, batch):
+    """Our rows under TRL's names."""
+    if case == 'sft':
+        ids, weights = torch.tensor(batch['tokens']).long(), torch.tensor(batch['weights'])
+        labels = torch.full_like(ids, -100)
+        labels[:, 1:] = torch.where(weights[:, :-1] > 0, torch.tensor(batch['targets'][:, :-1]).long(), -100)
+        return {'input_ids': ids, 'attention_mask': torch.tensor(batch['segments']), 'labels': labels}
+    ids, masks, answers = [], [], []
+    for side in ('chosen', 'rejected'):
+        places = np.arange(batch[side].shape[1])[None]
+        real = places < batch[f'{side}_end'][:, None]
+        ids.append(np.where(real, batch[side], BYTES.pad_token_id))
+        masks.append(real)
+        answers.append(real & (places >= batch[f'{side}_start'][:, None]))
+    inputs = {'input_ids': torch.tensor(np.concatenate(ids)).long()}
+    inputs['attention_mask'] = torch.tensor(np.concatenate(masks)).long()
+    if case == 'reward':
+        return inputs | {'margin': torch.tensor(batch['margin'])}
+    return inputs | {'completion_mask': torch.tensor(np.concatenate(answers)).long()}
+
+
+def test_dpo_begins_at_ln_2_and_its_reference_stays(pairs, tmp_path):
+    keys = recipe(pairs, 'dpo', train__steps=12, eval__every=4)
+    train(keys, tmp_path)
+    first = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[0])
+    assert first['train/loss'] == pytest.approx(math.log(2), abs=1e-7)
+    assert first['train/margin'] == pytest.approx(0.0, abs=1e-6)
+    margins = metrics(tmp_path, 'eval/margin')
+    assert margins[-1] > margins[0] > 0
+    cached = {path.name: path.read_bytes() for path in (tmp_path / 'cache').glob('reference-*.npy')}
+    assert len(cached) == 2
+    # A run resumed for longer reads the same reference, though its own weights have moved.
+    train(keys | {'train.steps': 14}, tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'cache').glob('reference-*.npy')} == cached
+
+
+def test_a_reward_model_scores_the_same_in_transformers(pairs, tmp_path):
+    torch = pytest.importorskip('torch')
+    import transformers
+
+    from jaxtune.objectives import reward
+    from jaxtune.objectives.preferences import SIDES, stacked
+
+    train(recipe(pairs, 'reward', train__steps=5), tmp_path)
+    result = json.loads((tmp_path / 'result.json').read_text())['metrics']
+    for name in ('eval/accuracy', 'eval/calibration_error', 'eval/pairs', 'eval/longer_is_better', 'eval/margin'):
+        assert name in result
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'export')
+    assert theirs.config.num_labels == 1
+    keys = {'task': 'evaluate', 'objective': 'reward', 'model.path': str(tmp_path), 'data.seq_len': 64}
+    config = full_config(keys | {'data.eval': str(pairs / 'eval.jsonl')})
+    from jaxtune.assemble import assemble
+    from jaxtune.parallel import make_mesh
+
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        parts = assemble(config, mesh)
+        rows = reward.dataset(config, 'eval', parts.tokenizer, tmp_path / 'again')
+        batch = Loader(rows, len(rows), shuffle=False).rows(0, 0, len(rows))
+        inputs = stacked({name: jax.numpy.asarray(value) for name, value in batch.items()}, SIDES)
+        ours = np.asarray(reward.rewards(parts.model, parts.params, inputs))
+    ids = np.where(np.asarray(inputs['segments']) > 0, np.asarray(inputs['tokens']), theirs.config.pad_token_id)
+    with torch.no_grad():
+        logits = theirs(torch.tensor(ids).long(), torch.tensor(np.asarray(inputs['segments'])).long()).logits[:, 0]
+    np.testing.assert_allclose(ours, logits.numpy(), atol=2e-5)
