@@ -83,6 +83,7 @@ def _phases(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command
     empty = [source for source in plan.sources if not any(plan.sources[unit.source] is source for unit in found)]
     for source in empty:
         console.note(f'{source.key}={source.path}: holds no data that can be read; set aside')
+    plan = dataclasses.replace(plan, empty=tuple(source.path for source in empty))
     if not found:
         raise UserError(f'{plan.sources[0].key}={plan.sources[0].path}: no source holds data; expected files there')
     work, cut = workdir / 'work', sources.tasks(found)
@@ -98,7 +99,6 @@ def _phases(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command
         with info.timed(phase.name):
             engines.run(phase, config.data.engine, workers)
     stats = read_json(workdir / 'stats.json')
-    stats['broken'] += [{'place': source.path, 'reason': 'holds no data that can be read'} for source in empty]
     info.write(workdir)
     _note_seconds(workdir, work, len(cut))
     metrics = _metrics(stats)

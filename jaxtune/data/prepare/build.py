@@ -141,6 +141,7 @@ def statistics(work: pathlib.Path, plan: Plan, tasks: int) -> dict[str, Any]:
                 entry = stats['sources'].setdefault(label, {})
                 entry[name] = entry.get(name, 0) + count
     stats['sources'] = {source.label: stats['sources'].get(source.label, {}) for source in plan.sources}
+    stats['broken'] += [{'place': path, 'reason': 'holds no data that can be read'} for path in plan.empty]
     return stats
 
 

@@ -56,6 +56,7 @@ class Plan:
       format: of what is made: `text` (tokens) or one of `RECORDS` (records).
       tokenizer: `tokenizer.path`; '' = train one.
       keys: the other keys of `data` that matter: `text_key`, `min_chars`, `eval_fraction`, `vocab_size`, `append_eos`.
+      empty: paths of the sources that hold nothing.
     """
 
     sources: tuple[Source, ...]
@@ -63,6 +64,7 @@ class Plan:
     format: str
     tokenizer: str
     keys: Mapping[str, Any]
+    empty: tuple[str, ...] = ()
 
     @property
     def records(self) -> bool:

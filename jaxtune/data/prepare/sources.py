@@ -17,7 +17,7 @@ _FORMATS = {
     '.html': 'html', '.htm': 'html', '.xhtml': 'html', '.warc': 'warc', '.wet': 'warc', '.arc': 'warc',
     '.epub': 'epub', '.txt': 'text', '.md': 'text', '.rst': 'text', '.xml': 'xml',
 }  # fmt: skip
-_CUT = 32 << 20  # a file of lines is read in pieces of so many bytes
+_CUT = 4 << 20  # a file of lines is read in pieces of so many bytes
 _TASK, _MOST_TASKS = 4 << 20, 2000
 
 

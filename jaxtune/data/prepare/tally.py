@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 _EXAMPLES, _EXCERPT = 3, 320
+_LENGTHS = ('lengths_in', 'lengths_out')
 # As a document meets them.
 ORDER = (
     'extract', 'clean', 'length', 'language', 'gopher repetition', 'gopher quality', 'c4', 'fineweb', 'code', 'zh',
@@ -79,8 +80,15 @@ def total(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
             _add(whole.sources.setdefault(label, {}), counts)
         _add(whole.languages, state['languages'])
         whole.broken += state['broken']
-    whole.steps = {name: whole.steps[name] for name in sorted(whole.steps, key=ORDER.index)}
-    return whole.state()
+    whole.steps = {name: _ordered(whole.steps[name]) for name in sorted(whole.steps, key=ORDER.index)}
+    return {**whole.state(), 'languages': dict(sorted(whole.languages.items(), key=lambda item: (-item[1], item[0])))}
+
+
+def _ordered(step: dict[str, Any]) -> dict[str, Any]:
+    """The same whatever the order of its making: the commonest reasons and the shortest lengths first."""
+    dropped = sorted(step['dropped'].items(), key=lambda item: (-item[1]['documents'], item[0]))
+    lengths = {name: dict(sorted(step[name].items(), key=lambda item: int(item[0]))) for name in _LENGTHS}
+    return {**step, 'dropped': dict(dropped), **lengths}
 
 
 def _add_step(into: dict[str, Any], step: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import re
 import signal
 import threading
@@ -108,6 +109,8 @@ def limited(seconds: float) -> Iterator[None]:
 def _trafilatura():
     import trafilatura
     from trafilatura.utils import load_html
+
+    logging.getLogger('trafilatura').setLevel(logging.CRITICAL)  # pages without text are counted, not told
 
     return trafilatura.extract, load_html
 

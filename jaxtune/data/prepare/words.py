@@ -7,9 +7,9 @@ import numpy as np
 
 # Han, kana and the like: scripts written without spaces, where one character stands for a word.
 UNSPACED = '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff'
-_TOKENS = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+(?:['’-][^\W_{UNSPACED}]+)*|[^\w\s]+|_+")
-_WORDS = re.compile(rf'[{UNSPACED}]|[^\W{UNSPACED}]+')
-_ASCII_WORDS = re.compile(r'\w+', re.ASCII)
+_TOKENS = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+(?:[.,:'’-][^\W_{UNSPACED}]+)*|[^\w\s]+|_+")
+_WORDS = re.compile(rf'[{UNSPACED}]|[^\W_{UNSPACED}]+')
+_ASCII_WORDS = re.compile(r'[a-z0-9]+')
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _CACHE_ENTRIES = 1 << 20
 
