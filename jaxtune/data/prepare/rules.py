@@ -71,7 +71,7 @@ def _datatrove(rule, text: str, metadata: Mapping) -> str:
     document = Document(text, '')
     verdict = rule.filter(document)
     kept, reason = verdict if isinstance(verdict, tuple) else (verdict, rule.name)
-    return document.text if kept else Dropped(reason.removeprefix('gopher_'))
+    return document.text if kept else Dropped(reason.replace('_', ' '))
 
 
 _GENERATED = re.compile(

@@ -56,7 +56,11 @@ def corpus(tmp_path):
     with (root / 'pages.warc.gz').open('wb') as file:
         writer = WARCWriter(file, gzip=True)
         for i, body in enumerate(
-            (b'<p>' + prose(60, 30).encode(), b'z' * (4 * LIMIT), b'<p>' + prose(60, 31).encode())
+            (
+                b'<html><body><p>' + prose(200, 30).encode(),
+                b'z' * (4 * LIMIT),
+                b'<html><body><p>' + prose(200, 31).encode(),
+            )
         ):
             headers = StatusAndHeaders(
                 '200 OK', [('Content-Type', 'text/html'), ('Content-Encoding', 'gzip')], 'HTTP/1.1'
@@ -115,7 +119,7 @@ def test_broken_inputs(corpus, prepared, tmp_path, capsys):
     wanted = {prose(80, i) for i in range(5)} | {prose(80, 20), 'before the long line', 'after the long line'}
     wanted |= {'a good line', 'the next', 'Le garçon a mangé la pêche près de la forêt, où il était né à Noël.'}
     assert wanted <= texts
-    assert any(text.startswith(prose(60, 31)[:60]) for text in texts)
+    assert any(text.startswith(prose(200, 31)[:60]) for text in texts)
 
     with pytest.raises(UserError, match=r'broken files and records in all, more than data\.steps\.limits\.broken=3'):
         prepared('b', {**changes, 'data.steps.limits.broken': 3})
