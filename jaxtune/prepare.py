@@ -86,14 +86,15 @@ def _phases(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command
     plan = dataclasses.replace(plan, empty=tuple(source.path for source in empty))
     if not found:
         raise UserError(f'{plan.sources[0].key}={plan.sources[0].path}: no source holds data; expected files there')
-    work, cut = workdir / 'work', sources.tasks(found)
+    work, cut = (workdir / 'work').absolute(), sources.tasks(found)  # tasks may run in another folder
     _begin(work, cut, [sources.identity(found), dataclasses.asdict(plan)])
     what = ', '.join(source.label for source in plan.sources)
     console.note(f'reading {what}: {size(sum(unit.size for unit in found))} in {len(cut)} tasks; writing to {workdir}')
     todo = phases.phases(work, plan, len(cut))
     workers = config.data.workers or hardware.cpu_cores()
-    if config.data.engine == 'slurm' and not (work / 'logs' / 'build' / 'completions').is_dir():
-        _submit(engines.submit(todo, config.data.slurm, config.data.workers), config.data.slurm.dry_run, workdir)
+    built = (work / 'logs' / 'build' / 'completions').is_dir()
+    if config.data.engine == 'slurm' and not built:
+        _submit(work, todo, config.data)
         return
     for phase in todo if config.data.engine != 'slurm' else ():
         with info.timed(phase.name):
@@ -126,14 +127,21 @@ def _begin(work: pathlib.Path, cut: list, identity: list) -> None:
     write_json(work / 'identity.json', identity)
 
 
-def _submit(scripts: list[pathlib.Path], dry_run: bool, workdir: pathlib.Path) -> None:
-    for script in scripts:
+def _submit(work: pathlib.Path, todo: list, data: ConfigDict) -> None:
+    from jaxtune.data.prepare import engines
+
+    mark = work / 'submitted'
+    if mark.exists():
+        console.note(f'submitted before, and not done yet; to submit what is left again, remove {mark}')
+        return
+    for script in engines.submit(todo, data.slurm, data.workers):
         console.note(f'--- {script}')
         console.note(script.read_text(encoding='utf-8').rstrip())
-    if dry_run:
+    if data.slurm.dry_run:
         console.note('data.slurm.dry_run: nothing was submitted')
-    else:
-        console.note(f'submitted {len(scripts)} jobs; when they are done, the same command ends the run in {workdir}')
+        return
+    mark.touch()
+    console.note(f'submitted {len(todo)} jobs; when they are done, the same command ends the run')
 
 
 def _note_seconds(workdir: pathlib.Path, work: pathlib.Path, tasks: int) -> None:

@@ -54,8 +54,8 @@ _WHICH = (
 )
 
 
-def from_stdlib(form: str) -> Iterator[dict[str, Any]]:
-    """Questions and answers from the docstrings of the running interpreter's library, as records of a format.
+def from_stdlib(form: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Questions and answers from the docstrings of the running interpreter's library: `(name, record of a format)`.
 
     A rejected answer is the documentation of something else in the same module, or a sentence of the right one where
     the module has no other: wrong or too little, in the same style and of about the same length.
@@ -67,14 +67,14 @@ def from_stdlib(form: str) -> Iterator[dict[str, Any]]:
     for number, (module, name, kind, signature, doc) in enumerate(found):
         choice = hashlib.blake2b(name.encode(), digest_size=8).digest()
         question = _WHAT[choice[0] % len(_WHAT)].format(name=name, kind=kind, signature=signature)
-        yield from _records(form, question, doc, _other(found, by_module[module], number, choice[1]))
+        yield name, _record(form, question, doc, _other(found, by_module[module], number, choice[1]))
         summary = re.split(r'(?<=[.!?])\s|\n\n', doc)[0].replace('\n', ' ').strip()
         tail = name.rsplit('.', 1)[-1]
         if 30 <= len(summary) <= 300 and tail.lower() not in summary.lower():
             question = _WHICH[choice[2] % len(_WHICH)].format(kind=kind, summary=summary)
             answer = f'That is `{name}{signature}`.\n\n{doc}'
             wrong = _other(found, by_module[module], number, choice[3], named=True)
-            yield from _records(form, question, answer, wrong)
+            yield name, _record(form, question, answer, wrong)
 
 
 def _other(found: list, numbers: list[int], number: int, choice: int, named: bool = False) -> str:
@@ -92,19 +92,18 @@ def _other(found: list, numbers: list[int], number: int, choice: int, named: boo
     return f'That is `{name}{signature}`.\n\n{doc}' if named else doc
 
 
-def _records(form: str, question: str, answer: str, wrong: str) -> Iterator[dict[str, Any]]:
+def _record(form: str, question: str, answer: str, wrong: str) -> dict[str, Any]:
     if form == 'alpaca':
-        yield {'instruction': question, 'input': '', 'output': answer}
-    elif form == 'pair':
-        yield {'source': question, 'target': answer}
-    elif form == 'sharegpt':
-        yield {'conversations': [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}]}
-    elif form == 'messages':
-        yield {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]}
-    elif form == 'prompt':
-        yield {'prompt': question}
-    else:
-        yield {'prompt': question, 'chosen': answer, 'rejected': wrong}
+        return {'instruction': question, 'input': '', 'output': answer}
+    if form == 'pair':
+        return {'source': question, 'target': answer}
+    if form == 'sharegpt':
+        return {'conversations': [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}]}
+    if form == 'messages':
+        return {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]}
+    if form == 'prompt':
+        return {'prompt': question}
+    return {'prompt': question, 'chosen': answer, 'rejected': wrong}
 
 
 def _documented() -> Iterator[tuple[str, str, str, str, str]]:

@@ -46,6 +46,7 @@ class Corpus:
         self.counts = np.array([len(part['bytes']) for part in parts], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
         self.digests = np.concatenate([part['digest'] for part in parts])
+        self.groups = np.concatenate([part['group'] for part in parts])
         self.sources = np.concatenate([part['source'] for part in parts])
 
     def __len__(self) -> int:
@@ -112,7 +113,7 @@ def decide(corpus: Corpus, plan: Plan, pairs: np.ndarray) -> dict[str, np.ndarra
         near = minhash.clusters(count, pairs) != np.arange(count)
         state[near & (state == shards.KEPT)] = shards.NEAR
     kept = state == shards.KEPT
-    scores = corpus.digests[:, 0] / 2.0**64
+    scores = corpus.groups / 2.0**64
     fraction = plan.keys['eval_fraction']
     if kept.sum() < (2 if fraction else 1):
         raise UserError(

@@ -89,22 +89,24 @@ def candidates(values: np.ndarray) -> np.ndarray:
     Of a small group every pair; of a large one each with the group's first and with its neighbour, which is enough to
     join them and keeps a thousand copies from becoming a million pairs.
     """
+    if not len(values):
+        return np.zeros((0, 2), np.int64)
     order = np.argsort(values, kind='stable')
     ordered = values[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(values) else np.zeros(0, int)
-    ends = np.append(starts[1:], len(values))
-    pairs = [np.zeros((0, 2), np.int64)]
-    for start, end in zip(starts, ends, strict=True) if len(starts) < len(values) else ():
-        if end - start < 2:
-            continue
-        group = order[start:end]
-        if len(group) <= _PAIRWISE:
-            left, right = np.triu_indices(len(group), 1)
+    edges = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
+    sizes = np.diff(edges)
+    starts = edges[:-1]
+    twins = starts[sizes == 2]
+    pairs = [np.stack([order[twins], order[twins + 1]], 1)]
+    for start, size in zip(starts[sizes > 2].tolist(), sizes[sizes > 2].tolist(), strict=True):
+        group = order[start : start + size]
+        if size <= _PAIRWISE:
+            left, right = np.triu_indices(size, 1)
             pairs.append(np.stack([group[left], group[right]], 1))
         else:
-            pairs.append(np.stack([np.full(len(group) - 1, group[0]), group[1:]], 1))
+            pairs.append(np.stack([np.full(size - 1, group[0]), group[1:]], 1))
             pairs.append(np.stack([group[1:-1], group[2:]], 1))
-    return np.concatenate(pairs)
+    return np.concatenate(pairs).astype(np.int64)
 
 
 def clusters(count: int, pairs: np.ndarray) -> np.ndarray:

@@ -98,10 +98,12 @@ class _Index:
         self.plan, steps = plan, plan.steps
         self.near, self.hashes, self.ngram = steps['dedup.near'], steps['dedup.hashes'], steps['dedup.ngram']
         self.digests, self.bytes, self.sources, self.signatures = [], [], [], []
-        self.paragraphs, self.lines = [], []
+        self.groups, self.paragraphs, self.lines = [], [], []
 
     def add(self, document: shards.Stored) -> None:
         self.digests.append(decide.digest(document.text))
+        group = document.metadata.get('group')
+        self.groups.append(decide.digest(group)[0] if group else self.digests[-1][0])
         self.bytes.append(len(document.text.encode()))
         self.sources.append(document.source)
         if self.near:
@@ -123,6 +125,7 @@ class _Index:
         shards.save(
             folder / 'index' / f'{rank:05d}.npz',
             digest=np.array(self.digests, np.uint64).reshape(-1, 2),
+            group=np.array(self.groups, np.uint64),
             bytes=np.array(self.bytes, np.int64),
             source=np.array(self.sources, np.int32),
             lines=np.array(self.lines, np.int64),

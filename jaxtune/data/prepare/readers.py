@@ -30,7 +30,7 @@ class Document:
       text: what is read.
       kind: `text`, `web`, `books`, `code` or `wikipedia`: which rules suit it.
       page: whether the text still is HTML.
-      metadata: `language`, `licence`, `url`, as far as they are known.
+      metadata: `language`, `licence`, `url`, as far as they are known; documents of one `group` stay on one side.
       record: of instruction and preference data, the whole record; the text is all its texts.
     """
 
@@ -297,9 +297,9 @@ def _raw(path: str) -> io.BufferedIOBase:
 
 def _stdlib(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterator[Document]:
     if plan.records:
-        for number, record in enumerate(convert.from_stdlib(plan.format), 1):
+        for number, (name, record) in enumerate(convert.from_stdlib(plan.format), 1):
             place = f'{unit.path}: record {number}'
-            yield Document(place, *convert.checked(record, plan.format), record=record)
+            yield Document(place, *convert.checked(record, plan.format), metadata={'group': name}, record=record)
         return
     kind = source.kind if source.kind != 'auto' else 'code'
     for number, text in enumerate(stdlib.documents(), 1):
