@@ -123,9 +123,9 @@ def decide(corpus: Corpus, plan: Plan, pairs: np.ndarray) -> dict[str, np.ndarra
     side = np.where(kept, TRAIN, DROPPED).astype(np.uint8)
     if fraction:
         held_out = kept & (scores < fraction)
-        held_out[np.argmin(np.where(kept, scores, 2.0))] = True
+        held_out |= kept & (scores == scores[kept].min())  # at least one, with all of its group
         if held_out.sum() == kept.sum():
-            held_out[np.argmax(np.where(kept, scores, -1.0))] = False
+            held_out &= scores < scores[kept].max()
         side[held_out] = EVAL
     weights = np.array([source.weight for source in plan.sources])[corpus.sources]
     whole = np.floor(weights)
