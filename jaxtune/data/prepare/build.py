@@ -1,5 +1,6 @@
 """The end: each task's tokens or records, and the training set, its statistics and its manifest made of them."""
 
+import functools
 import hashlib
 import json
 import os
@@ -39,7 +40,8 @@ class Part:
             from jaxtune.data import tokenizer as tokenizers
             from jaxtune.data.tokens import dtype_of
 
-            self.tokenizer = tokenizers.load(str(work / 'tokenizer'))
+            changed = (work / 'tokenizer').stat().st_mtime_ns
+            self.tokenizer = _tokenizer(str(work / 'tokenizer'), changed)
             self.encode = tokenizers.encode_batch
             self.eos = self.tokenizer.eos_token_id if plan.keys['append_eos'] else None
             self.dtype = dtype_of(tokenizers.vocab_size(self.tokenizer))
@@ -99,6 +101,14 @@ class Part:
             os.rename(self.temporary, self.folder)
         except OSError:  # the same part, by a run before this one
             shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+@functools.lru_cache(1)
+def _tokenizer(path: str, changed: int):
+    """Opened once a process, not once a task."""
+    from jaxtune.data import tokenizer as tokenizers
+
+    return tokenizers.load(path)
 
 
 def assemble(work: pathlib.Path, workdir: pathlib.Path, plan: Plan, tasks: int) -> None:

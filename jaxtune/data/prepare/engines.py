@@ -44,8 +44,10 @@ def _local(phase: Phase, logs: pathlib.Path, workers: int):
     import multiprocess
     from datatrove.executor import LocalPipelineExecutor
 
-    # Forked from a process that has imported everything once, and never JAX.
-    multiprocess.set_forkserver_preload(['jaxtune.data.prepare.phases', 'jaxtune.data.tokenizer'])
+    # Forked from a process that has imported everything once, and never JAX, whose threads a fork would break.
+    multiprocess.set_start_method('forkserver', force=True)
+    preloaded = ('jaxtune.data.prepare.orphans', 'jaxtune.data.prepare.phases', 'jaxtune.data.tokenizer')
+    multiprocess.set_forkserver_preload(list(preloaded))
     if workers > 1:
         os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # each worker is a core's already
     try:

@@ -116,6 +116,8 @@ class Processor:
 
     def _language(self, document: Document, given: str) -> bool:
         keep, model = self.steps['language.keep'], self.steps['language.model']
+        if document.kind == 'records' and not keep:
+            return True
         if given or document.kind == 'code':
             document.metadata['language'] = given or document.metadata.get('programming_language', '')
             return True
