@@ -19,7 +19,7 @@ from jaxtune.config import SCHEMA, Free
 from jaxtune.errors import UserError
 
 # What may differ when a workdir is continued, since it changes no result.
-MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.')
+MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'data.slurm.')
 
 
 # Groups of keys whose names stages may have: `sft.system` is the key, `sft.train.steps` the stage's.
@@ -231,28 +231,35 @@ REFERENCES = (
 )
 
 
+def _references(config: ConfigDict) -> dict[str, str]:
+    """Path of every key that names an earlier stage -> `@NAME`, those inside `data.sources` among them."""
+    values = {path: config_get(config, path) for path in REFERENCES}
+    for label, source in config.data.sources.items():
+        if isinstance(source, Mapping | ConfigDict):
+            values[f'data.sources.{label}.path'] = source.get('path')
+        else:
+            values[f'data.sources.{label}'] = source
+    return {path: value for path, value in values.items() if isinstance(value, str) and value.startswith('@')}
+
+
 def _check_references(config: ConfigDict, earlier: tuple[str, ...], prefix: str) -> None:
-    for path in REFERENCES:
-        value = config_get(config, path)
-        if value.startswith('@') and value[1:] not in earlier:
+    for path, value in _references(config).items():
+        if value[1:] not in earlier:
             names = ', '.join(f'@{name}' for name in earlier) or 'none'
             raise UserError(f'{prefix}{path}={value!r}: expected the name of an earlier stage ({names})')
 
 
 def references(config: ConfigDict) -> set[str]:
     """Names of the earlier stages whose output a recipe reads."""
-    values = [config_get(config, path) for path in REFERENCES]
-    return {value[1:] for value in values if value.startswith('@')}
+    return {value[1:] for value in _references(config).values()}
 
 
 def point_to_stages(config: ConfigDict, root: pathlib.Path) -> ConfigDict:
     """A copy in which `@NAME` is the folder of the stage NAME below `root`."""
     config = copy.deepcopy(config)
-    for path in REFERENCES:
-        value = config_get(config, path)
-        if value.startswith('@'):
-            parent, last = path.rsplit('.', 1)
-            config_get(config, parent)[last] = str(root / value[1:])
+    for path, value in _references(config).items():
+        parent, last = path.rsplit('.', 1)
+        config_get(config, parent)[last] = str(root / value[1:])
     return config
 
 

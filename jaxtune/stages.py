@@ -10,7 +10,7 @@ from jaxtune.parallel import hosts
 
 # Each task is `run(config, workdir, command) -> metrics of result.json`, in the module named here.
 TASKS = {
-    'prepare': 'jaxtune.data.prepare',
+    'prepare': 'jaxtune.prepare',
     'train': 'jaxtune.train',
     'evaluate': 'jaxtune.evaluate',
     'generate': 'jaxtune.generate',

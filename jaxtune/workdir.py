@@ -15,7 +15,7 @@ from jaxtune.errors import UserError
 from jaxtune.recipes import differing
 
 INPUTS = 'inputs.json'
-OURS = ('checkpoints', 'export', 'adapter', 'tensorboard', 'cache', 'train', 'eval', 'tokenizer')
+OURS = ('checkpoints', 'export', 'adapter', 'tensorboard', 'cache', 'train', 'eval', 'tokenizer', 'work')
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

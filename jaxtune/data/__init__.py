@@ -1,7 +1,14 @@
 """From text to batches: documents, tokenizers, memory-mapped tokens, rows, and the loader that orders them."""
 
-from jaxtune.data.cache import open_tokens
-from jaxtune.data.loader import Loader, Prefetch
-from jaxtune.data.tokens import Tokens
+import importlib
 
-__all__ = ['Loader', 'Prefetch', 'Tokens', 'open_tokens']
+_HOMES = {'Loader': 'loader', 'Prefetch': 'loader', 'Tokens': 'tokens', 'open_tokens': 'cache'}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    # On demand: the workers that prepare data need neither JAX nor Grain, which are slow to import and large.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f'jaxtune.data.{_HOMES[name]}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -49,7 +49,8 @@ def open_records(
     `.jsonl` holds one a line, `.json` one or a list of them, `.parquet` one a row; a file without a known suffix, and
     `.txt`, `.md` and `.rst`, is one record with the whole text under `text_key`. Each may be compressed (`.gz`, `.zst`,
     `.bz2`). A folder is read in the order of its paths, with its folders, and without hidden files and unknown
-    suffixes. A dataset is `ID`, `ID:CONFIG`, or `ID:CONFIG:SPLIT`.
+    suffixes; of a prepare stage's workdir its `train.jsonl`, for `data.eval` its `eval.jsonl`. A dataset is `ID`,
+    `ID:CONFIG`, or `ID:CONFIG:SPLIT`.
 
     Args:
       path: the value of the key.
@@ -66,7 +67,7 @@ def open_records(
         raise UserError(f"{key}='': {EXPECTED}")
     if path == 'python-stdlib':
         return Records(name, stdlib.identity(), lambda: _numbered(stdlib.documents(), path, text_key))
-    files = _files(path, name)
+    files = _prepared(path, key) or _files(path, name)
     if files is None:
         return _hub_dataset(path, name, key, columns)
     identity = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -147,6 +148,17 @@ def _suffix(file: pathlib.Path) -> str:
     for ending in COMPRESSED_SUFFIXES:
         name = name.removesuffix(ending)
     return pathlib.PurePath(name).suffix
+
+
+def _prepared(path: str, key: str) -> list[pathlib.Path] | None:
+    """The records of a split, where the path is the workdir of a prepare stage that left records."""
+    folder = pathlib.Path(path).expanduser()
+    if not (folder / 'manifest.json').is_file() or not (folder / 'train.jsonl').is_file():
+        return None
+    file = folder / ('eval.jsonl' if key == 'data.eval' else 'train.jsonl')
+    if not file.is_file():
+        raise UserError(f'{key}={path}: the prepared folder has no {file.name}; expected data.eval_fraction > 0 there')
+    return [file]
 
 
 def _files(path: str, name: str) -> list[pathlib.Path] | None:

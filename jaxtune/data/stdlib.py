@@ -107,3 +107,15 @@ def _members(module: Any, name: str) -> Iterator[tuple[str, Any]]:
             for own_name, own in sorted(vars(member).items()):
                 if not own_name.startswith('_'):
                     yield f'{name}.{member_name}.{own_name}', own
+
+
+def modules() -> Iterator[tuple[str, str]]:
+    """`(dotted name, source)` of the modules written in Python, in the order of their paths."""
+    for file in _files():
+        name = file.relative_to(_root()).with_suffix('').as_posix().replace('/', '.').removesuffix('.__init__')
+        if any(part.startswith('_') for part in name.split('.')):
+            continue
+        try:
+            yield name, file.read_text(encoding='utf-8')
+        except UnicodeDecodeError:
+            continue

@@ -75,22 +75,38 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
       vocab_size: entries at most, of which 0 is `<pad>`, 1 is `<eos>`, 2 is `<mask>` and 256 are bytes; little text
         gives fewer.
     """
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+    return train(texts, vocab_size)
+
+
+def train(
+    texts: Iterable[str], vocab_size: int, model: str = 'bpe', special_tokens: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level tokenizer that gives every text back unchanged.
+
+    Args:
+      texts: the training documents, read once.
+      vocab_size: as for `train_bpe`.
+      model: `bpe` or `unigram` (Kudo 2018).
+      special_tokens: further tokens that no text makes, from id 3 on.
+    """
+    special = [PAD, EOS, MASK, *(token for token in special_tokens if token not in (PAD, EOS, MASK))]
+    made = tokenizers.Tokenizer(models.BPE() if model == 'bpe' else models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(_SPLIT), 'isolated'),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    made.decoder = decoders.ByteLevel()
+    kind = trainers.BpeTrainer if model == 'bpe' else trainers.UnigramTrainer
+    trainer = kind(
         vocab_size=vocab_size,
-        special_tokens=[PAD, EOS, MASK],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
-    return _quiet(_wrap(bpe))
+    made.train_from_iterator(texts, trainer)
+    return _quiet(_wrap(made, special[3:]))
 
 
 def check_vocab(tokenizer, vocab_size: int) -> None:
@@ -160,7 +176,7 @@ def _bytes() -> PreTrainedTokenizerFast:
     return _wrap(tokenizer)
 
 
-def _wrap(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: tokenizers.Tokenizer, special_tokens: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     """In transformers' clothes. No BOS: a document's first token is not predicted."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -169,6 +185,7 @@ def _wrap(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
         mask_token=MASK,
         unk_token=EOS,  # as GPT-2 has it: never made of bytes, but some classes add a token of their own where it lacks
         clean_up_tokenization_spaces=False,
+        **({'additional_special_tokens': list(special_tokens)} if special_tokens else {}),
     )
 
 

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Tokens:
     """A folder of tokens, open for reading.
 
     Attributes:
-      tokens: ids, memory-mapped, `[tokens]`, uint16 or uint32.
+      tokens: ids, memory-mapped, `[tokens]`, uint16 or uint32: an array, or `Shards` of a folder with several files.
       offsets: where each document begins, and the end, int64 `[documents + 1]`.
       text_bytes: UTF-8 bytes of the documents.
       vocab_size: one more than the largest id the tokenizer has.
@@ -33,7 +34,7 @@ class Tokens:
       append_eos: whether documents end with the tokenizer's EOS.
     """
 
-    tokens: np.ndarray
+    tokens: 'np.ndarray | Shards'
     offsets: np.ndarray
     text_bytes: int
     vocab_size: int
@@ -63,8 +64,13 @@ class Tokens:
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
             offsets = np.load(folder / 'offsets.npy', allow_pickle=False)
             dtype = {'uint16': np.uint16, 'uint32': np.uint32}[meta['dtype']]
-            tokens = np.memmap(folder / 'tokens.bin', dtype, 'r', shape=(meta['tokens'],))
-            whole = (folder / 'tokens.bin').stat().st_size == tokens.nbytes and offsets[-1] == meta['tokens']
+            files = [folder / 'tokens.bin']
+            if len(counts := meta.get('shards') or [meta['tokens']]) > 1:
+                files = [folder / f'tokens-{i:05d}.bin' for i in range(len(counts))]
+            parts = [np.memmap(file, dtype, 'r', shape=(count,)) for file, count in zip(files, counts, strict=True)]
+            sizes = all(file.stat().st_size == part.nbytes for file, part in zip(files, parts, strict=True))
+            whole = sizes and offsets[-1] == meta['tokens'] == sum(counts)
+            tokens = parts[0] if len(parts) == 1 else Shards(parts)
             fields = [
                 meta[name] for name in ('text_bytes', 'vocab_size', 'gzip_bits_per_byte', 'tokenizer', 'append_eos')
             ]
@@ -73,6 +79,32 @@ class Tokens:
         if not whole:
             raise UserError(f'{folder}: damaged: tokens.bin or offsets.npy is not as long as meta.json says')
         return cls(tokens, offsets, *fields)
+
+
+class Shards:
+    """Several files as one array that can be sliced; a slice within one file is a view of it.
+
+    Args:
+      parts: memory-mapped arrays of one type.
+    """
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.dtype = parts, parts[0].dtype
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(len(self))
+        first = int(np.searchsorted(self.ends, start, 'right'))
+        pieces = [self.parts[0][:0]]
+        while start < stop:
+            begin = int(self.ends[first]) - len(self.parts[first])
+            end = min(stop, int(self.ends[first]))
+            pieces.append(self.parts[first][start - begin : end - begin])
+            start, first = end, first + 1
+        return pieces[-1] if len(pieces) <= 2 else np.concatenate(pieces)
 
 
 class TokenWriter:
@@ -97,7 +129,7 @@ class TokenWriter:
             raise UserError('data.append_eos=True: the tokenizer has no EOS token; expected data.append_eos=False')
         self.folder, self.tokenizer, self.source, self.append_eos = folder, tokenizer, source, append_eos
         self.vocab_size = tokenizers.vocab_size(tokenizer)
-        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self.dtype = dtype_of(self.vocab_size)
         self.text_bytes, self.lengths = 0, array.array('q')
         self.pending: list[str] = []
         self.pending_characters = 0
@@ -155,27 +187,55 @@ class TokenWriter:
         self.pending, self.pending_characters = [], 0
 
     def _finish(self) -> None:
-        offsets = np.zeros(len(self.lengths) + 1, np.int64)
-        np.cumsum(self.lengths, out=offsets[1:])
-        np.save(self.temporary / 'offsets.npy', offsets, allow_pickle=False)
         ratio = None
         if self.gzip is not None and self.text_bytes:
             ratio = 8 * (self.gzip_bytes + len(self.gzip.flush())) / self.text_bytes
-        meta = {
-            'documents': len(self.lengths),
-            'tokens': int(offsets[-1]),
-            'text_bytes': self.text_bytes,
-            'gzip_bits_per_byte': ratio,
-            'dtype': np.dtype(self.dtype).name,
-            'vocab_size': self.vocab_size,
-            'tokenizer': tokenizers.fingerprint(self.tokenizer),
-            'append_eos': self.append_eos,
-            'source': self.source,
-        }
-        (self.temporary / 'meta.json').write_text(
-            json.dumps(meta, indent=2, ensure_ascii=False) + '\n', encoding='utf-8'
-        )
+        lengths = np.array(self.lengths, np.int64)
+        write_meta(self.temporary, lengths, self.text_bytes, self.tokenizer, self.append_eos, self.source, ratio)
         replace_folder(self.temporary, self.folder)
+
+
+def write_meta(
+    folder: pathlib.Path,
+    lengths: np.ndarray,
+    text_bytes: int,
+    tokenizer,
+    append_eos: bool,
+    source: str,
+    gzip_bits_per_byte: float | None,
+    shards: list[int] | None = None,
+) -> dict[str, Any]:
+    """Writes `offsets.npy` and `meta.json` beside the tokens of a folder; returns what the latter holds.
+
+    Args:
+      folder: where the tokens are.
+      lengths: ids of each document, `[documents]`.
+      shards: ids in each file, where there are several.
+    """
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    np.save(folder / 'offsets.npy', offsets, allow_pickle=False)
+    vocab_size = tokenizers.vocab_size(tokenizer)
+    meta = {
+        'documents': len(lengths),
+        'tokens': int(offsets[-1]),
+        'text_bytes': text_bytes,
+        'gzip_bits_per_byte': gzip_bits_per_byte,
+        'dtype': np.dtype(dtype_of(vocab_size)).name,
+        'vocab_size': vocab_size,
+        'tokenizer': tokenizers.fingerprint(tokenizer),
+        'append_eos': append_eos,
+        'source': source,
+    }
+    if shards is not None and len(shards) > 1:
+        meta['shards'] = shards
+    (folder / 'meta.json').write_text(json.dumps(meta, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    return meta
+
+
+def dtype_of(vocab_size: int) -> type:
+    """The smallest type that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def replace_folder(new: pathlib.Path, folder: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ import pathlib
 
 from jaxtune import console
 from jaxtune.report import sections
+from jaxtune.report.preparation import preparation
 from jaxtune.report.source import Source, read
 from jaxtune.units import duration
 from jaxtune.workdir import read_json, write_text
@@ -75,7 +76,14 @@ def _time(stage: Source) -> str:
 
 
 def _body(source: Source) -> str:
-    parts = (sections.charts, sections.example, sections.samples, sections.time_spent, sections.results)
+    parts = (
+        preparation,
+        sections.charts,
+        sections.example,
+        sections.samples,
+        sections.time_spent,
+        sections.results,
+    )
     return ''.join(part(source) for part in parts)
 
 

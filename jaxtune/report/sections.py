@@ -24,6 +24,9 @@ _PHASES = {
     'collect': ('collecting', 'load'),
     'tokenizer': ('training the tokenizer', 'compile'),
     'tokenise': ('tokenising', 'step'),
+    'near-duplicates': ('finding near-duplicates', 'eval-phase'),
+    'decide': ('deciding what stays', 'checkpoint'),
+    'build': ('building the set', 'export'),
 }
 
 _TITLES = {
@@ -84,7 +87,10 @@ def lead(source: Source) -> str:
     """One sentence on what was done."""
     key, model, steps = source.key, source.run.get('model') or {}, source.result.get('step')
     if source.task == 'prepare':
-        return f'Text from {text(_short(key("data.train") or "its sources"))}, made ready for training.'
+        names = _short(key('data.train')) if key('data.train') else ', '.join(source.stats.get('sources') or ())
+        collected, kept = source.metric('data/collected_documents'), source.metric('data/documents')
+        of = f': {kept:,} of {collected:,} documents stay' if collected and kept is not None else ''
+        return f'Text from {text(names or "its sources")}, made ready for training{of}.'
     if source.task == 'generate':
         return f'Completions by {text(_short(key("model.path")))} of prompts from {text(_short(key("data.eval")))}.'
     if source.task == 'evaluate':

@@ -24,6 +24,7 @@ class Source:
       run: `run.json`.
       curves: metric -> `(step, value)` in the order of steps, from `metrics.jsonl`.
       samples: the objects of `samples.jsonl`.
+      stats: `stats.json` of a preparation.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Source:
     run: Mapping[str, Any]
     curves: Mapping[str, Points]
     samples: list[Mapping[str, Any]]
+    stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -123,4 +125,5 @@ def read(folder: pathlib.Path, name: str = '') -> Source:
         read_json(folder / 'run.json') or {},
         _curves(folder / 'metrics.jsonl'),
         _samples(folder / 'samples.jsonl'),
+        read_json(folder / 'stats.json') or {},
     )

@@ -67,7 +67,7 @@ def train(config, model, params):
     trainable, frozen = tuning.partition(config, params, frozenset())
     objective = objectives.get('causal_lm')
     step = make_train_step(
-        lambda params, batch, rng: objective.loss(model, params, batch, rng),
+        lambda params, batch, rng: objective.loss(config, model, params, batch, rng),
         optimizer, schedule(config.optimizer, STEPS), seed=0,
     )  # fmt: skip
     batch = {

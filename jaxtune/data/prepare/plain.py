@@ -1,4 +1,4 @@
-"""`task=prepare`: documents become a tokenizer and two folders of tokens, one of them held out.
+"""The short way: documents become a tokenizer and two folders of tokens, one of them held out.
 
 Everything is a function of the documents and the recipe, so a run that was interrupted starts again and ends the same.
 The documents are streamed once to sort them, once for the tokenizer and once for the tokens; what stays in memory is
@@ -18,76 +18,21 @@ from ml_collections import ConfigDict
 
 from jaxtune import console
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.cache import once
 from jaxtune.data.documents import Documents, open_documents
-from jaxtune.data.tokens import Tokens, TokenWriter, replace_folder
+from jaxtune.data.prepare import HELD_OUT
+from jaxtune.data.tokens import TokenWriter, replace_folder
 from jaxtune.errors import UserError
-from jaxtune.report import write_report
-from jaxtune.runinfo import RunInfo
-from jaxtune.workdir import read_json, write_result
 
-HELD_OUT = 'eval.jsonl'  # the held-out documents as text
 DROPPED, TRAIN, EVAL = 0, 1, 2
-
-
-def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
-    """Prepares `data.train` (or `data.sources`) in the workdir; returns `result.json`'s content.
-
-    Leaves `tokenizer/` (where one was trained, or a copy of the one named), `train/` and `eval/` (tokens), and
-    `eval.jsonl` (the held-out documents, from which generation takes its prompts).
-
-    Raises:
-      UserError: the recipe or the data is wrong.
-    """
-    results = workdir / 'result.json'
-    once(results.is_file, lambda: _prepare(config, workdir, command), 'task=prepare')
-    return read_json(results)
-
-
-def _prepare(config: ConfigDict, workdir: pathlib.Path, command) -> None:
-    info = RunInfo(command, config)
-    documents = collect(config)
-    console.note(f'reading {documents.name}; writing to {workdir}')
-    with info.timed('collect'):
-        plan = Plan(documents, config.data.min_chars, config.data.eval_fraction)
-    with info.timed('tokenizer'):
-        tokenizer = _tokenizer(config, plan, workdir / 'tokenizer')
-    with info.timed('tokenise'):
-        _write(config, plan, tokenizer, workdir)
-
-    train = Tokens.open(workdir / 'train')
-    held_out = Tokens.open(workdir / 'eval') if plan.count(EVAL) else None
-    metrics = {
-        'data/documents': plan.count(TRAIN) + plan.count(EVAL),
-        'data/train_documents': plan.count(TRAIN),
-        'data/eval_documents': plan.count(EVAL),
-        'data/dropped_short': plan.short,
-        'data/dropped_duplicates': plan.duplicates,
-        'data/text_bytes': train.text_bytes + (held_out.text_bytes if held_out else 0),
-        'data/train_tokens': len(train),
-        'data/eval_tokens': len(held_out) if held_out else 0,
-        'data/bytes_per_token': train.text_bytes / len(train),
-        'data/vocab_size': train.vocab_size,
-    }
-    if held_out and held_out.gzip_bits_per_byte is not None:
-        metrics['data/eval_gzip_bits_per_byte'] = held_out.gzip_bits_per_byte
-    info.write(workdir)
-    write_result(workdir, 'prepare', 0, metrics)
-    write_report(workdir)
-    _say(metrics, workdir, staged=getattr(command, 'workdir', workdir) != workdir)
 
 
 def collect(config: ConfigDict) -> Documents:
     """The documents of `data.train`, or of all `data.sources` (label -> path) one after the other.
 
     Raises:
-      UserError: neither is given, nothing is there, or the recipe asks for what this version cannot do.
+      UserError: neither is given, or nothing is there.
     """
     data = config.data
-    if data.steps:
-        raise UserError('data.steps: not in this version; expected none')
-    if data.engine != 'local':
-        raise UserError(f'data.engine={data.engine!r}: not in this version; expected local')
     if data.train:
         return open_documents(data.train, 'data.train', data.text_key)
     parts = []
@@ -160,7 +105,7 @@ class Plan:
         return (text for its_side, text in self if its_side == side)
 
 
-def _tokenizer(config: ConfigDict, plan: Plan, folder: pathlib.Path):
+def make_tokenizer(config: ConfigDict, plan: Plan, folder: pathlib.Path):
     """The tokenizer named, or one trained on the training side; a copy lies in the folder either way."""
     if config.tokenizer.path:
         tokenizer = tokenizers.load(config.tokenizer.path)
@@ -175,7 +120,7 @@ def _tokenizer(config: ConfigDict, plan: Plan, folder: pathlib.Path):
     return tokenizers.load(str(folder))
 
 
-def _write(config: ConfigDict, plan: Plan, tokenizer, workdir: pathlib.Path) -> None:
+def write(config: ConfigDict, plan: Plan, tokenizer, workdir: pathlib.Path) -> None:
     """The two folders of tokens, and the held-out documents as text."""
     append_eos, source = config.data.append_eos, plan.documents.name
     train = TokenWriter(workdir / 'train', tokenizer, append_eos, source)
@@ -194,18 +139,3 @@ def _write(config: ConfigDict, plan: Plan, tokenizer, workdir: pathlib.Path) -> 
                     file.write(json.dumps({'text': text}, ensure_ascii=False) + '\n')
                 bar.advance(1)
         os.replace(prompts, workdir / HELD_OUT)
-
-
-def _say(metrics: dict, workdir: pathlib.Path, staged: bool) -> None:
-    console.note(
-        f'{metrics["data/documents"]:,} documents ({metrics["data/dropped_short"]:,} short and '
-        f'{metrics["data/dropped_duplicates"]:,} duplicate ones left out): {metrics["data/train_tokens"]:,} tokens to '
-        f'train on, {metrics["data/eval_tokens"]:,} held out, {metrics["data/bytes_per_token"]:.2f} bytes a token '
-        f'({metrics["data/vocab_size"]:,} in the vocabulary)'
-    )
-    ratio = metrics.get('data/eval_gzip_bits_per_byte')
-    if ratio is not None:
-        console.note(f'gzip -9 needs {ratio:.3f} bits per byte of the held-out documents')
-    if not staged:
-        held_out = f' data.eval={workdir}' if metrics['data/eval_documents'] else ''
-        console.note(f'next: train with data.train={workdir}{held_out} tokenizer.path={workdir} in a recipe')

@@ -1,0 +1,109 @@
+"""Cleaning: what was text keeps its words; what a machine put between them goes."""
+
+import functools
+import html
+import re
+import unicodedata
+
+_CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufff9-\ufffb]')
+# What UTF-8 read as a one-byte encoding looks like: one of the letters and signs that its first bytes become, and
+# another that is not ASCII behind it.
+_SUSPECT = re.compile('[\u0080-\u024f\u0400-\u04ff\u2010-\u2122\ufffd][^\x00-\x7f]')
+_SPACE_ENDS = re.compile(r'[ \t\u00a0]+$', re.MULTILINE)
+_BLANK_LINES = re.compile(r'\n{4,}')
+_LINE_ENDS = re.compile('\r\n?|\u2028|\u2029|\x85')
+# Entities that were escaped twice, tags and comments that extraction left, lines that are nothing but an address.
+_ENTITY = re.compile(r'&(?:#\d{1,6}|#x[0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});')
+_TAG = re.compile(
+    r'<!--.*?-->|</?(?:a|abbr|b|big|blockquote|br|center|code|dd|div|dl|dt|em|font|h[1-6]|hr|i|img|li|ol|p|pre|s|'
+    r'script|small|span|strike|strong|style|sub|sup|table|tbody|td|th|thead|tr|tt|u|ul)(?:\s[^<>]{0,2000})?/?>',
+    re.IGNORECASE | re.DOTALL,
+)
+_URL_LINE = re.compile(r'^[ \t]*(?:[-*•·|>]+[ \t]*)?<?(?:https?://|ftp://|www\.)\S+>?[ \t]*(?:\n|\Z)', re.MULTILINE)
+_GUTENBERG_START = re.compile(r'^.{0,9}\*\*\* ?START OF .{0,200}PROJECT GUTENBERG.*$\n?', re.IGNORECASE | re.MULTILINE)
+_GUTENBERG_END = re.compile(
+    r'^.{0,9}(?:\*\*\* ?END OF .{0,200}PROJECT GUTENBERG|End of (?:the )?Project Gutenberg).*\Z',
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
+
+
+def mend_encoding(text: str) -> str:
+    """Undoes wrong decodings (`â€œ` for a quotation mark), line by line, with ftfy (Speer 2019)."""
+    if text.isascii() or not _SUSPECT.search(text):
+        return text
+    fix, is_bad, config = _ftfy()
+    return ''.join(
+        fix(line, config) if not line.isascii() and _SUSPECT.search(line) and is_bad(line) else line
+        for line in text.splitlines(keepends=True)
+    )
+
+
+@functools.cache
+def _ftfy():
+    import ftfy
+
+    # Only the encoding: quotation marks, ligatures and widths are the author's own.
+    config = ftfy.TextFixerConfig(
+        unescape_html=False,
+        remove_terminal_escapes=False,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        fix_line_breaks=False,
+        remove_control_chars=False,
+        normalization=None,
+        explain=False,
+    )
+    return ftfy.fix_text, ftfy.is_bad, config
+
+
+def plain_unicode(text: str) -> str:
+    """NFC, `\\n` as the end of lines, and no control or invisible direction characters."""
+    text = _LINE_ENDS.sub('\n', text)
+    text = _CONTROL.sub('', text)
+    return text if text.isascii() else unicodedata.normalize('NFC', text)
+
+
+def without_markup(text: str) -> str:
+    """No rests of HTML, no lines of bare addresses, no e-book licence around a book, no long stretches of blank."""
+    if '&' in text:
+        text = _ENTITY.sub(lambda found: html.unescape(found[0]), text)
+    if '<' in text:
+        text = _TAG.sub(' ', text)
+    if '://' in text or 'www.' in text:
+        text = _URL_LINE.sub('', text)
+    if 'utenberg' in text or 'UTENBERG' in text:
+        text = without_licence(text)
+    return _BLANK_LINES.sub('\n\n\n', _SPACE_ENDS.sub('', text))
+
+
+def without_licence(text: str) -> str:
+    """The book between the marks that Project Gutenberg puts around it; all of it where there are none."""
+    text = _GUTENBERG_END.sub('', text)
+    start = _GUTENBERG_START.search(text)
+    return text[start.end() :] if start else text
+
+
+EMAIL, ADDRESS, TELEPHONE = 'email@example.com', '192.0.2.1', '555-0100'
+_ADDRESS_HINT = re.compile(r'\d\.\d{1,3}\.\d{1,3}\.\d')
+_TELEPHONE = re.compile(
+    r'(?<![\w./+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]\d{2,8}){1,4}'
+    r'|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4}|1[3-9]\d{9})(?![\w-]|\.\d)'
+)
+
+
+@functools.cache
+def _masks():
+    from datatrove.pipeline.formatters import PIIFormatter
+
+    return PIIFormatter(email_replacement=EMAIL, ip_replacement=ADDRESS)
+
+
+def mask_pii(text: str) -> str:
+    """Email addresses, public IP addresses and telephone numbers become ones that belong to nobody."""
+    masks = _masks()
+    if '@' in text:
+        text = masks.emails_replacer.replace(text)
+    if _ADDRESS_HINT.search(text):
+        text = masks.ip_replacer.replace(text)
+    return _TELEPHONE.sub(lambda found: TELEPHONE if 9 <= sum(map(str.isdigit, found[0])) <= 15 else found[0], text)

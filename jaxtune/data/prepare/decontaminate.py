@@ -1,0 +1,63 @@
+"""Decontamination: text that evaluation files hold must not be trained on (Brown et al. 2020, appendix C)."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+
+from jaxtune.data.prepare import words
+from jaxtune.data.records import open_records
+
+# Shorter evaluation texts are no sign of anything: they are found everywhere.
+_FEWEST_WORDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Hashes of the runs of words that evaluation files hold.
+
+    Attributes:
+      runs: length in words -> sorted hashes, uint64. Texts shorter than the n-gram are looked for whole.
+    """
+
+    runs: dict[int, np.ndarray]
+
+    def finds(self, hashes: np.ndarray) -> bool:
+        """Whether a document with these word hashes shares a run of words."""
+        for length, known in self.runs.items():
+            if len(hashes) < length:
+                continue
+            found = words.shingles(hashes, length)
+            at = np.minimum(np.searchsorted(known, found), len(known) - 1)
+            if np.any(known[at] == found):
+                return True
+        return False
+
+
+def index(paths: Iterable[str], ngram: int) -> Index:
+    """Reads evaluation files; of a record, every field that is text is looked for by itself.
+
+    Raises:
+      UserError: a file is not there or is damaged.
+    """
+    runs: dict[int, list[np.ndarray]] = {}
+    for path in paths:
+        for _, record in open_records(path, 'data.steps.decontaminate.against'):
+            for text in texts(record):
+                hashes = words.word_hashes(text)
+                if len(hashes) >= _FEWEST_WORDS:
+                    length = min(ngram, len(hashes))
+                    runs.setdefault(length, []).append(words.shingles(hashes, length))
+    return Index({length: np.unique(np.concatenate(parts)) for length, parts in sorted(runs.items())})
+
+
+def texts(record) -> Iterable[str]:
+    """Every text in a record, in order."""
+    if isinstance(record, str):
+        yield record
+    elif isinstance(record, dict):
+        for value in record.values():
+            yield from texts(value)
+    elif isinstance(record, list):
+        for value in record:
+            yield from texts(value)

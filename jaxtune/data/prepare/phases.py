@@ -1,0 +1,328 @@
+"""The phases of preparation as datatrove steps, each cut into tasks that know nothing of each other.
+
+1. `Collect`: units are read, extracted, cleaned and filtered; documents and their hashes are stored.
+2. `Bands`: near-duplicates are looked for, some bands of the signatures a task.
+3. `Decide`: duplicates go, documents are held out (one task).
+4. `Vocabulary`: a tokenizer is trained, or the one named is copied (one task).
+5. `Tokenise`: what stays becomes tokens, or records.
+6. `Build`: the parts become the training set, its statistics and its manifest (one task).
+
+How the work is cut depends on the data alone, and every file appears whole or not at all: the result is the same bytes
+whatever runs the tasks, however many at once, and however often they were interrupted.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import numpy as np
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+
+from jaxtune.data.prepare import build, decide, minhash, readers, shards, words
+from jaxtune.data.prepare.plan import Plan
+from jaxtune.data.prepare.process import Processor
+from jaxtune.data.prepare.sources import Unit
+from jaxtune.data.prepare.tally import Tally, total
+from jaxtune.errors import UserError
+
+logger.disable('datatrove')  # an exception says what is wrong; a page of log beside it does not help
+
+
+class Phase(PipelineStep):
+    """What all phases share.
+
+    Args:
+      work: folder that all tasks see.
+      plan: what is asked.
+      tasks: how many tasks `Collect` and `Tokenise` have.
+    """
+
+    type = 'jaxtune'
+
+    def __init__(self, work: str, plan: Plan, tasks: int):
+        super().__init__()
+        self.work, self.plan, self.tasks = work, plan, tasks
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return pathlib.Path(self.work)
+
+    @property
+    def count(self) -> int:
+        """Into how many tasks the phase is cut."""
+        return 1
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        self.do(rank)
+
+    def do(self, rank: int) -> None:
+        raise NotImplementedError
+
+
+class Collect(Phase):
+    name = 'collect'
+
+    @property
+    def count(self) -> int:
+        return self.tasks
+
+    def do(self, rank: int) -> None:
+        units = [Unit(**unit) for unit in json.loads((self.folder / 'tasks' / f'{rank:05d}.json').read_text())]
+        tally = Tally()
+        process = Processor(self.plan, tally)
+        index = _Index(self.plan)
+        writer = shards.Writer(self.folder / 'documents' / f'{rank:05d}.jsonl.zst')
+        for unit in units:
+            for document in readers.read(unit, self.plan, tally.set_aside):
+                if process(document, unit.source):
+                    stored = shards.Stored(
+                        unit.source, document.id, document.text, document.kind, document.metadata, document.record
+                    )
+                    writer.add(stored)
+                    index.add(stored)
+        writer.close()
+        index.save(self.folder, rank)
+        write_text(
+            self.folder / 'tally' / f'collect-{rank:05d}.json', json.dumps({**tally.state(), 'seconds': tally.seconds})
+        )
+
+
+class _Index:
+    """What `Decide` must know of the documents of a task."""
+
+    def __init__(self, plan: Plan):
+        self.plan, steps = plan, plan.steps
+        self.near, self.hashes, self.ngram = steps['dedup.near'], steps['dedup.hashes'], steps['dedup.ngram']
+        self.digests, self.bytes, self.sources, self.signatures = [], [], [], []
+        self.groups, self.paragraphs, self.lines = [], [], []
+
+    def add(self, document: shards.Stored) -> None:
+        self.digests.append(decide.digest(document.text))
+        group = document.metadata.get('group')
+        self.groups.append(decide.digest(group)[0] if group else self.digests[-1][0])
+        self.bytes.append(len(document.text.encode()))
+        self.sources.append(document.source)
+        if self.near:
+            self.signatures.append(minhash.signature(words.word_hashes(document.text), self.ngram, self.hashes))
+        if self.plan.steps['dedup.paragraphs'] and document.kind not in ('code', 'records'):
+            hashes, _ = decide.paragraph_hashes(document.text)
+            hashes = hashes[hashes > 0]
+            self.paragraphs.append(hashes)
+            self.lines.append(len(hashes))
+        else:
+            self.lines.append(0)
+
+    def save(self, folder: pathlib.Path, rank: int) -> None:
+        if self.near:
+            signatures = np.array(self.signatures, np.uint32).reshape(-1, self.hashes)
+            values = minhash.band_hashes(signatures, *minhash.bands(self.near, self.hashes))
+            save_array(folder / 'bands' / f'{rank:05d}.npy', np.ascontiguousarray(values.T))
+            save_array(folder / 'short' / f'{rank:05d}.npy', minhash.short(signatures))
+        shards.save(
+            folder / 'index' / f'{rank:05d}.npz',
+            digest=np.array(self.digests, np.uint64).reshape(-1, 2),
+            group=np.array(self.groups, np.uint64),
+            bytes=np.array(self.bytes, np.int64),
+            source=np.array(self.sources, np.int32),
+            lines=np.array(self.lines, np.int64),
+            paragraphs=np.concatenate([np.zeros(0, np.uint64), *self.paragraphs]),
+        )
+
+
+class Bands(Phase):
+    name = 'near-duplicates'
+
+    @property
+    def count(self) -> int:
+        return decide.BAND_TASKS
+
+    def do(self, rank: int) -> None:
+        found = decide.edges(decide.Corpus(self.folder, self.tasks), self.plan, rank)
+        save_array(self.folder / 'edges' / f'{rank:05d}.npy', found)
+
+
+class Decide(Phase):
+    name = 'decide'
+
+    def do(self, rank: int) -> None:
+        check_broken(self.folder, self.tasks, self.plan)
+        corpus = decide.Corpus(self.folder, self.tasks)
+        pairs = np.zeros((0, 2), np.int64)
+        if self.plan.steps['dedup.near']:
+            parts = [np.load(self.folder / 'edges' / f'{i:05d}.npy') for i in range(decide.BAND_TASKS)]
+            pairs = np.concatenate(parts)
+        fates = decide.decide(corpus, self.plan, pairs)
+        for task in range(self.tasks):
+            part = slice(corpus.starts[task], corpus.starts[task + 1])
+            shards.save(
+                self.folder / 'fates' / f'{task:05d}.npz',
+                start=corpus.starts[task],
+                **{name: values[part] for name, values in fates.items()},
+            )
+        if most := self.plan.steps['dedup.paragraphs']:
+            found = decide.repeated(self.folder, corpus, fates['state'], most)
+            shards.save(self.folder / 'paragraphs.npz', **found)
+
+
+def check_broken(folder: pathlib.Path, tasks: int, plan: Plan) -> None:
+    """Fails where more is broken than the recipe allows.
+
+    Raises:
+      UserError: with the first of it.
+    """
+    states = [json.loads((folder / 'tally' / f'collect-{rank:05d}.json').read_text()) for rank in range(tasks)]
+    broken = total(states)['broken']
+    limit = plan.steps['limits.broken']
+    if len(broken) > limit:
+        raise UserError(
+            f'{broken[0]["place"]}: {broken[0]["reason"]}; {len(broken)} broken files and records in all, more than '
+            f'data.steps.limits.broken={limit}'
+        )
+
+
+class Remaining:
+    """The documents of a task that stay, as they stay.
+
+    Args:
+      phase: whose folder and plan are used.
+      rank: of the task.
+      tally: counts what goes; None = nobody asks.
+    """
+
+    def __init__(self, phase: Phase, rank: int, tally: Tally | None = None):
+        self.folder, self.plan, self.rank, self.tally = phase.folder, phase.plan, rank, tally
+        self.fates = shards.load(self.folder / 'fates' / f'{rank:05d}.npz')
+        self.repeated = None
+        if self.plan.steps['dedup.paragraphs']:
+            self.repeated = shards.load(self.folder / 'paragraphs.npz')
+
+    def __iter__(self) -> Iterator[tuple[shards.Stored, str, int, int]]:
+        """`(document, text, side, copies)`."""
+        states, sides, copies = (self.fates[name].tolist() for name in ('state', 'side', 'copies'))
+        number = int(self.fates['start'])
+        documents = shards.read(self.folder / 'documents' / f'{self.rank:05d}.jsonl.zst')
+        tally = self.tally or Tally()
+        near = bool(self.plan.steps['dedup.near'])
+        for i, document in enumerate(documents):
+            text, size = document.text, len(document.text.encode())
+            if states[i] == shards.EXACT:
+                tally.dropped('exact duplicates', size, 'the same text before', document.id, text)
+                continue
+            tally.passed('exact duplicates', size, size)
+            if states[i] == shards.NEAR:
+                tally.dropped('near-duplicates', size, 'nearly the same text before', document.id, text)
+                continue
+            if near:
+                tally.passed('near-duplicates', size, size)
+            if self.repeated is not None and document.kind not in ('code', 'records'):
+                text = self._without_repeated(text, number + i)
+                after = len(text.encode())
+                if len(text.strip()) < max(1, self.plan.keys['min_chars']):
+                    tally.dropped('paragraphs', size, 'little but repeated paragraphs', document.id, document.text)
+                    continue
+                tally.passed('paragraphs', size, after, after != size)
+                size = after
+            if not copies[i]:
+                tally.dropped('mixture', size, 'weight of its source below 1', document.id, text)
+                continue
+            tally.source(self.plan.sources[document.source].label, 'kept', size)
+            yield document, text, sides[i], copies[i]
+
+    def _without_repeated(self, text: str, number: int) -> str:
+        known, first = self.repeated['hash'], self.repeated['first']
+        if not len(known):
+            return text
+        hashes, lines = decide.paragraph_hashes(text)
+        at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+        goes = (known[at] == hashes) & (first[at] != number)
+        return (
+            '\n'.join(line for line, gone in zip(lines, goes.tolist(), strict=True) if not gone) if goes.any() else text
+        )
+
+
+class Vocabulary(Phase):
+    name = 'tokenizer'
+
+    def do(self, rank: int) -> None:
+        from jaxtune.data import tokenizer as tokenizers
+
+        target = self.folder / 'tokenizer'
+        if self.plan.tokenizer:
+            tokenizer = tokenizers.load(self.plan.tokenizer)
+        else:
+            steps = self.plan.steps
+            tokenizer = tokenizers.train(
+                self._texts(), self.plan.keys['vocab_size'], steps['tokenizer.model'], steps['tokenizer.special_tokens']
+            )
+        temporary = self.folder / f'.tokenizer.{os.uname().nodename}.{os.getpid()}'
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(str(temporary))
+        from jaxtune.data.tokens import replace_folder
+
+        replace_folder(temporary, target)
+
+    def _texts(self) -> Iterator[str]:
+        indexes = [shards.load(self.folder / 'index' / f'{rank:05d}.npz') for rank in range(self.tasks)]
+        share = self.plan.steps['tokenizer.sample_bytes'] / max(1, sum(int(part['bytes'].sum()) for part in indexes))
+        del indexes
+        for rank in range(self.tasks):
+            for _, text, side, _ in Remaining(self, rank):
+                if side == decide.TRAIN and (share >= 1 or decide.digest(text)[1] / 2.0**64 < share):
+                    yield text
+
+
+class Tokenise(Phase):
+    name = 'tokenise'
+
+    @property
+    def count(self) -> int:
+        return self.tasks
+
+    def do(self, rank: int) -> None:
+        tally = Tally()
+        made = collections.Counter()
+        with build.Part(self.folder, rank, self.plan) as part:
+            for document, text, side, copies in Remaining(self, rank, tally):
+                part.add(document, text, side == decide.TRAIN, copies)
+                made[self.plan.sources[document.source].label] += copies
+        state = {**tally.state(), 'copies': dict(made), 'tokens': part.tokens}
+        write_text(self.folder / 'tally' / f'tokenise-{rank:05d}.json', json.dumps(state))
+
+
+class Build(Phase):
+    name = 'build'
+
+    def do(self, rank: int) -> None:
+        build.assemble(self.folder, self.folder.parent, self.plan, self.tasks)
+
+
+def phases(work: pathlib.Path, plan: Plan, tasks: int) -> list[Phase]:
+    """What there is to do, in order."""
+    kinds = [Collect]
+    if plan.steps['dedup.near']:
+        kinds.append(Bands)
+    kinds.append(Decide)
+    if not plan.records:
+        kinds.append(Vocabulary)
+    return [kind(str(work), plan, tasks) for kind in [*kinds, Tokenise, Build]]
+
+
+def save_array(path: pathlib.Path, values: np.ndarray) -> None:
+    """Writes an array whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
+    with temporary.open('wb') as file:
+        np.save(file, values, allow_pickle=False)
+    os.replace(temporary, path)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)

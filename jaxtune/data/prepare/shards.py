@@ -1,0 +1,86 @@
+"""What lies between the phases: documents of one task in a compressed file, with an index of what they are like."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+# What becomes of a document.
+KEPT, EXACT, NEAR = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A document that passed the filters.
+
+    Attributes:
+      source: number of its source.
+      id: where it stood.
+      text: cleaned.
+      kind, metadata: as read.
+      record: of instruction and preference data.
+    """
+
+    source: int
+    id: str
+    text: str
+    kind: str
+    metadata: dict[str, Any]
+    record: Any = None
+
+
+class Writer:
+    """Writes the documents of a task; the file appears whole, on `close`."""
+
+    def __init__(self, path: pathlib.Path):
+        import pyarrow
+
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
+        self._file = pyarrow.CompressedOutputStream(pyarrow.OSFile(str(self._temporary), 'wb'), 'zstd')
+
+    def add(self, document: Stored) -> None:
+        row = [document.source, document.id, document.text, document.kind, document.metadata, document.record]
+        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
+
+    def close(self) -> None:
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+
+def read(path: pathlib.Path) -> Iterator[Stored]:
+    """The documents of a task, in order."""
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), 'rb'), 'zstd') as packed:
+        for line in _lines(packed):
+            yield Stored(*json.loads(line))
+
+
+def _lines(stream) -> Iterator[bytes]:
+    rest = b''
+    while block := stream.read(1 << 20):
+        *lines, rest = (rest + block).split(b'\n')
+        yield from lines
+    if rest:
+        yield rest
+
+
+def save(path: pathlib.Path, **arrays: np.ndarray) -> None:
+    """Writes arrays whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
+    with temporary.open('wb') as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
+
+
+def load(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads them again."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}

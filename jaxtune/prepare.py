@@ -1,0 +1,214 @@
+"""`task=prepare`: documents become a training set: a tokenizer and two folders of tokens, one of them held out."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxtune import console, hardware, recipes
+from jaxtune.data.cache import once
+from jaxtune.data.prepare import plain
+from jaxtune.data.prepare import plan as plans
+from jaxtune.data.tokens import Tokens
+from jaxtune.errors import UserError
+from jaxtune.report import write_report
+from jaxtune.runinfo import RunInfo
+from jaxtune.units import size
+from jaxtune.workdir import read_json, write_json, write_result
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+    """Prepares `data.train` (or `data.sources`) in the workdir; returns `result.json`'s content.
+
+    Leaves `tokenizer/` (where one was trained, or a copy of the one named), `train/` and `eval/` (tokens), and
+    `eval.jsonl` (the held-out documents, from which generation takes its prompts). A recipe with steps, kinds of
+    sources or another engine leaves `stats.json`, `manifest.json` and `set_aside.jsonl` (what was broken) too; one
+    with a `data.format` of instruction or preference data leaves `train.jsonl` and `eval.jsonl` instead of tokens.
+
+    Raises:
+      UserError: the recipe or the data is wrong.
+    """
+    results = workdir / 'result.json'
+    long = plans.needed(config, recipes.defaults())
+    if not long:
+        once(results.is_file, lambda: _plain(config, workdir, command), 'task=prepare')
+        return read_json(results)
+    plans.check_installed(config)
+    plan = plans.make(config)
+    once(results.is_file, lambda: _phases(config, plan, workdir, command), 'task=prepare')
+    return read_json(results) or {'task': 'prepare', 'status': 'submitted', 'step': 0, 'metrics': {}}
+
+
+def _plain(config: ConfigDict, workdir: pathlib.Path, command) -> None:
+    info = RunInfo(command, config)
+    documents = plain.collect(config)
+    console.note(f'reading {documents.name}; writing to {workdir}')
+    with info.timed('collect'):
+        plan = plain.Plan(documents, config.data.min_chars, config.data.eval_fraction)
+    with info.timed('tokenizer'):
+        tokenizer = plain.make_tokenizer(config, plan, workdir / 'tokenizer')
+    with info.timed('tokenise'):
+        plain.write(config, plan, tokenizer, workdir)
+
+    train = Tokens.open(workdir / 'train')
+    held_out = Tokens.open(workdir / 'eval') if plan.count(plain.EVAL) else None
+    metrics = {
+        'data/documents': plan.count(plain.TRAIN) + plan.count(plain.EVAL),
+        'data/train_documents': plan.count(plain.TRAIN),
+        'data/eval_documents': plan.count(plain.EVAL),
+        'data/dropped_short': plan.short,
+        'data/dropped_duplicates': plan.duplicates,
+        'data/text_bytes': train.text_bytes + (held_out.text_bytes if held_out else 0),
+        'data/train_tokens': len(train),
+        'data/eval_tokens': len(held_out) if held_out else 0,
+        'data/bytes_per_token': train.text_bytes / len(train),
+        'data/vocab_size': train.vocab_size,
+    }
+    if held_out and held_out.gzip_bits_per_byte is not None:
+        metrics['data/eval_gzip_bits_per_byte'] = held_out.gzip_bits_per_byte
+    info.write(workdir)
+    write_result(workdir, 'prepare', 0, metrics)
+    write_report(workdir)
+    _say(metrics, workdir, staged=getattr(command, 'workdir', workdir) != workdir)
+
+
+def _phases(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command) -> None:
+    from jaxtune.data.prepare import engines, phases, sources
+
+    info = RunInfo(command, config)
+    found = [unit for number, source in enumerate(plan.sources) for unit in sources.units(number, source)]
+    empty = [source for source in plan.sources if not any(plan.sources[unit.source] is source for unit in found)]
+    for source in empty:
+        console.note(f'{source.key}={source.path}: holds no data that can be read; set aside')
+    plan = dataclasses.replace(plan, empty=tuple(source.path for source in empty))
+    if not found:
+        raise UserError(f'{plan.sources[0].key}={plan.sources[0].path}: no source holds data; expected files there')
+    work, cut = (workdir / 'work').absolute(), sources.tasks(found)  # tasks may run in another folder
+    _begin(work, cut, [sources.identity(found), dataclasses.asdict(plan)])
+    what = ', '.join(source.label for source in plan.sources)
+    console.note(f'reading {what}: {size(sum(unit.size for unit in found))} in {len(cut)} tasks; writing to {workdir}')
+    todo = phases.phases(work, plan, len(cut))
+    workers = config.data.workers or hardware.cpu_cores()
+    built = (work / 'logs' / 'build' / 'completions').is_dir()
+    if config.data.engine == 'slurm' and not built:
+        _submit(work, todo, config.data)
+        return
+    for phase in todo if config.data.engine != 'slurm' else ():
+        with info.timed(phase.name):
+            engines.run(phase, config.data.engine, workers)
+    stats = read_json(workdir / 'stats.json')
+    info.write(workdir)
+    _note_seconds(workdir, work, len(cut))
+    metrics = _metrics(stats)
+    write_result(workdir, 'prepare', 0, metrics)
+    write_report(workdir)
+    _table(stats)
+    if plan.records:
+        console.note(f'next: train with data.train={workdir} data.format={plan.format} in a recipe')
+    else:
+        _say(metrics, workdir, staged=getattr(command, 'workdir', workdir) != workdir)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _begin(work: pathlib.Path, cut: list, identity: list) -> None:
+    """Lays out the tasks, unless they lie there from a run before this one over the same data."""
+    identity = json.loads(json.dumps(identity))
+    if read_json(work / 'identity.json') == identity:
+        return
+    if work.exists():
+        shutil.rmtree(work)
+    for rank, units in enumerate(cut):
+        path = work / 'tasks' / f'{rank:05d}.json'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([dataclasses.asdict(unit) for unit in units]))
+    write_json(work / 'identity.json', identity)
+
+
+def _submit(work: pathlib.Path, todo: list, data: ConfigDict) -> None:
+    from jaxtune.data.prepare import engines
+
+    mark = work / 'submitted'
+    if mark.exists():
+        console.note(f'submitted before, and not done yet; to submit what is left again, remove {mark}')
+        return
+    for script in engines.submit(todo, data.slurm, data.workers):
+        console.note(f'--- {script}')
+        console.note(script.read_text(encoding='utf-8').rstrip())
+    if data.slurm.dry_run:
+        console.note('data.slurm.dry_run: nothing was submitted')
+        return
+    mark.touch()
+    console.note(f'submitted {len(todo)} jobs; when they are done, the same command ends the run')
+
+
+def _note_seconds(workdir: pathlib.Path, work: pathlib.Path, tasks: int) -> None:
+    """Adds the processor seconds of each step to `run.json`."""
+    seconds: dict[str, float] = {}
+    for rank in range(tasks):
+        for name, value in read_json(work / 'tally' / f'collect-{rank:05d}.json')['seconds'].items():
+            seconds[name] = seconds.get(name, 0.0) + value
+    write_json(workdir / 'run.json', {**read_json(workdir / 'run.json'), 'step_seconds': seconds})
+
+
+def _metrics(stats: dict[str, Any]) -> dict[str, Any]:
+    sources = stats['sources'].values()
+    metrics = {
+        'data/collected_documents': sum(source.get('collected', 0) for source in sources),
+        'data/documents': sum(source.get('kept', 0) for source in sources),
+        'data/set_aside': len(stats['broken']),
+    }
+    for name, step in stats['steps'].items():
+        if dropped := step['documents_in'] - step['documents_out']:
+            metrics[f'data/dropped_{name.replace(" ", "_").replace("-", "_")}'] = dropped
+    if 'train' not in stats:
+        return metrics
+    train, held_out = stats['train'], stats['eval']
+    metrics |= {
+        'data/train_documents': train['documents'],
+        'data/eval_documents': held_out['documents'],
+        'data/text_bytes': train['text_bytes'] + held_out['text_bytes'],
+        'data/train_tokens': train['tokens'],
+        'data/eval_tokens': held_out['tokens'],
+        'data/bytes_per_token': train['text_bytes'] / max(1, train['tokens']),
+        'data/vocab_size': stats['vocab_size'],
+    }
+    if held_out['gzip_bits_per_byte'] is not None:
+        metrics['data/eval_gzip_bits_per_byte'] = held_out['gzip_bits_per_byte']
+    return metrics
+
+
+def _table(stats: dict[str, Any]) -> None:
+    """What each step took and left, and why the rest went."""
+    rows = [('step', 'documents', 'stayed', 'bytes', 'stayed', 'why the rest went')]
+    for name, step in stats['steps'].items():
+        reasons = sorted(step['dropped'].items(), key=lambda item: (-item[1]['documents'], item[0]))
+        why = ', '.join(f'{reason} ({entry["documents"]:,})' for reason, entry in reasons[:3])
+        more = f', {len(reasons) - 3} more' if len(reasons) > 3 else ''
+        counts = step['documents_in'], step['documents_out'], size(step['bytes_in']), size(step['bytes_out'])
+        rows.append((name, *counts, why + more))
+    console.table(rows)
+    for row in stats['broken'][:5]:
+        console.note(f'set aside: {row["place"]}: {row["reason"]}')
+    if len(stats['broken']) > 5:
+        console.note(f'set aside: {len(stats["broken"]) - 5:,} more, in set_aside.jsonl')
+
+
+def _say(metrics: dict, workdir: pathlib.Path, staged: bool) -> None:
+    left_out = ''
+    if 'data/dropped_short' in metrics:
+        short, duplicates = metrics['data/dropped_short'], metrics['data/dropped_duplicates']
+        left_out = f' ({short:,} short and {duplicates:,} duplicate ones left out)'
+    console.note(
+        f'{metrics["data/documents"]:,} documents{left_out}: {metrics["data/train_tokens"]:,} tokens to '
+        f'train on, {metrics["data/eval_tokens"]:,} held out, {metrics["data/bytes_per_token"]:.2f} bytes a token '
+        f'({metrics["data/vocab_size"]:,} in the vocabulary)'
+    )
+    ratio = metrics.get('data/eval_gzip_bits_per_byte')
+    if ratio is not None:
+        console.note(f'gzip -9 needs {ratio:.3f} bits per byte of the held-out documents')
+    if not staged:
+        held_out = f' data.eval={workdir}' if metrics['data/eval_documents'] else ''
+        console.note(f'next: train with data.train={workdir}{held_out} tokenizer.path={workdir} in a recipe')
