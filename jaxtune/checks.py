@@ -96,6 +96,15 @@ def layers(value):
     raise ExpectedError("'all', a range such as '4:8', or a tuple of layer numbers")
 
 
+def ranks(value):
+    """`''`, or `q_proj=4,layers.0.mlp.up_proj=2`: numbers by name."""
+    if isinstance(value, str):
+        pairs = [pair.strip() for pair in value.split(',') if pair.strip()]
+        if all(re.fullmatch(r'[^=\s]+=[1-9]\d*', pair) for pair in pairs):
+            return ','.join(pairs)
+    raise ExpectedError("module names with ranks, such as 'q_proj=4,layers.0.mlp.up_proj=2'")
+
+
 _axis = integer(-1)
 
 

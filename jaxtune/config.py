@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxtune.checks import Check, axis_size, boolean, integer, layers, names, number, one_of, text
+from jaxtune.checks import Check, axis_size, boolean, integer, layers, names, number, one_of, ranks, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ SCHEMA: dict[str, Key | Free] = {
     'method.layers': Key('all', layers, "LoRA: 'all' or a range such as 4:8"),
     'method.rslora': Key(False, boolean, 'LoRA: scale alpha / sqrt(rank)'),
     'method.dora': Key(False, boolean, 'LoRA: train magnitudes apart from directions'),
-    'method.ranks': Free('LoRA: ranks by module name where they differ from method.rank, such as q_proj: 4'),
+    'method.ranks': Key('', ranks, 'LoRA: other ranks by module, such as q_proj=4,layers.0.mlp.up_proj=2'),
     'method.init': Key(
         'default', one_of('default', 'pissa', 'loftq'), "LoRA: factors begin at zero, at PiSSA's or at LoftQ's"
     ),

@@ -9,7 +9,7 @@ arXiv:2310.08659; its first iteration, which leaves the quantised base as it is)
 import dataclasses
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -136,19 +136,16 @@ def _of_what_is_lost(weight, base: NF4, a, scale):
 
 def rank_of(name: str, config: ConfigDict) -> int:
     """The rank of a module: that of the first pattern which its name ends with, else `method.rank`."""
-    return int(_by_pattern(config.ranks, name, config.rank))
+    for pair in filter(None, config.ranks.split(',')):
+        pattern, _, rank = pair.partition('=')
+        if re.fullmatch(rf'(.*\.)?({pattern})', name):
+            return int(rank)
+    return config.rank
 
 
 def scale_of(rank: int, config: ConfigDict) -> float:
     """`alpha / rank`, or with rsLoRA `alpha / sqrt(rank)`."""
     return config.alpha / (rank**0.5 if config.rslora else rank)
-
-
-def _by_pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf'(.*\.)?({pattern})', name):
-            return value
-    return default
 
 
 def trains(path: str) -> bool:

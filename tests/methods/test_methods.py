@@ -38,7 +38,7 @@ MORE = {
     'dora': {'method.dora': True},
     'some layers': {'method.layers': '1:2', 'method.dora': True},
     'pissa': {'method.init': 'pissa'},
-    'ranks': {'method.ranks': {'layers.0.self_attn.q_proj': 2, 'up_proj': 3}, 'method.rslora': True},
+    'ranks': {'method.ranks': 'layers.0.self_attn.q_proj=2,up_proj=3', 'method.rslora': True},
     'embedding': {'method.targets': ('embed_tokens', 'lm_head', 'q_proj')},
     'qlora and dora': {'method.name': 'qlora', 'method.dora': True},
     'pfeiffer': {'method.name': 'adapter', 'method.placement': 'pfeiffer'},
@@ -185,7 +185,7 @@ def test_a_prompt_serves_every_segment_of_a_packed_row():
     [
         ({'method.targets': 'query'}, ("method.targets: 'query' matches no module", 'q_proj', 'all-linear')),
         ({'method.rank': 65}, ('method.rank=65', '64', 'q_proj')),
-        ({'method.ranks': {'v_proj': 40}}, ('method.rank=40', '32', 'v_proj')),
+        ({'method.ranks': 'v_proj=40'}, ('method.rank=40', '32', 'v_proj')),
         ({'method.layers': '5:'}, ("method.layers='5:'",)),
         ({'method.targets': 'embed_tokens', 'method.dora': True}, ('method.targets', 'embedding')),
     ],
