@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtune.parallel import constrain
 from jaxtune.weights import Weight, dot, lookup
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -94,8 +95,10 @@ def bottleneck(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
         return x
     adapter = module.get_variable('params', name)
     down, up = adapter['down'], adapter['up']
+    # Said to be whole before and after: left to choose, XLA's partitioner (0.10) counts a layer's output twice.
+    x = constrain(x, 'batch', 'length', None)
     y = jax.nn.gelu(dot(x, down['kernel']) + down['bias'].astype(x.dtype))
-    return x + dot(y, up['kernel']) + up['bias'].astype(x.dtype)
+    return x + constrain(dot(y, up['kernel']), 'batch', 'length', None) + up['bias'].astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
