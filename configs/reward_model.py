@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.task = 'train'
     config.objective = 'reward'
     config.data = ConfigDict({'seq_len': 256})
-    config.train = ConfigDict({'epochs': 1.0, 'batch_size': 16})
+    config.train = ConfigDict({'epochs': 2.0, 'batch_size': 16})
     config.optimizer = ConfigDict({'lr': 3e-4, 'new_lr': 1e-3, 'warmup_steps': 20, 'schedule': 'cosine'})
     config.optimizer.weight_decay = 0.0
     config.eval = ConfigDict({'every': 100, 'metric': 'eval/accuracy'})

@@ -14,6 +14,7 @@ from jaxtune.errors import UserError
 
 FLAGS = {
     'model': ('', 'a model folder, a hub id, or the workdir of a run'),
+    'adapter': ('', 'an adapter folder, or the workdir that holds one'),
     'template': ('auto', "the model's own chat template (auto), a name such as chatml, or a Jinja text"),
     'system': ('', 'a system prompt'),
     'temperature': (0.7, '0 takes the likeliest token'),
@@ -153,7 +154,13 @@ def _config(values):
     from jaxtune import recipes
 
     config = recipes.defaults()
-    names = {'model': 'model.path', 'template': 'data.template', 'system': 'sft.system', 'seed': 'seed'}
+    names = {
+        'model': 'model.path',
+        'adapter': 'method.path',
+        'template': 'data.template',
+        'system': 'sft.system',
+        'seed': 'seed',
+    }
     names |= {name: f'generate.{name}' for name in ('temperature', 'top_p', 'top_k', 'max_new_tokens')}
     keys = {key: getattr(values, name) for name, key in names.items()}
     keys |= {'task': 'generate', 'model.param_dtype': values.dtype, 'model.compute_dtype': values.dtype}

@@ -33,6 +33,7 @@ class JaxtuneLM(TemplateLM):
 
     Args:
       path: a model folder, a hub id or a workdir.
+      adapter: an adapter folder, or the workdir that holds one.
       batch_size: rows a batch.
       max_length: the longest row; default the model's own positions.
       dtype: `float32` or `bfloat16`.
@@ -47,6 +48,7 @@ class JaxtuneLM(TemplateLM):
     def __init__(
         self,
         path: str,
+        adapter: str = '',
         batch_size: int | str = 8,
         max_length: int | None = None,
         dtype: str = 'float32',
@@ -58,7 +60,13 @@ class JaxtuneLM(TemplateLM):
     ):
         super().__init__()
         config = recipes.defaults()
-        keys = {'task': 'generate', 'model.path': path, 'model.param_dtype': dtype, 'model.compute_dtype': dtype}
+        keys = {
+            'task': 'generate',
+            'model.path': path,
+            'method.path': adapter,
+            'model.param_dtype': dtype,
+            'model.compute_dtype': dtype,
+        }
         recipes.lay_over(config, keys | {'mesh.fsdp': fsdp, 'mesh.tensor': tensor, **(recipe or {})})
         self.mesh = make_mesh(config.mesh)
         with jax.set_mesh(self.mesh):

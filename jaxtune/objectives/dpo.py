@@ -12,6 +12,7 @@
 The reference's log-probabilities are computed once, before training, into the workdir's cache.
 """
 
+import copy
 import hashlib
 import json
 import pathlib
@@ -29,6 +30,7 @@ from jaxtune.objectives import preferences
 from jaxtune.objectives.cross_entropy import token_logprobs
 from jaxtune.objectives.preferences import SIDES, Pairs, preview, stacked
 from jaxtune.parallel import hosts, place
+from jaxtune.weights import evaluating
 
 __all__ = ['COUNTED', 'KINDS', 'SEQUENCES', 'complete', 'dataset', 'loss', 'preview', 'row']
 
@@ -68,8 +70,8 @@ def complete(config: ConfigDict, rows: Pairs, model, params, mesh, cache: pathli
     path = cache / f'reference-{digest.hexdigest()[:16]}.npy'
     if not hosts.from_primary(path.is_file):
         if config.dpo.reference:
-            params = _load_reference(config, model, params)
-        values = _reference(config, rows, model, params, mesh, f'reference of data.{split}')
+            model, params = _load_reference(config, mesh)
+        values = _reference(config, rows, model, evaluating(params), mesh, f'reference of data.{split}')
         hosts.from_primary(lambda: _save(path, values))
     else:
         values = np.asarray(hosts.from_primary(lambda: np.load(path, allow_pickle=False).tolist()), np.float32)
@@ -85,12 +87,15 @@ def _save(path: pathlib.Path, values: np.ndarray) -> None:
     partial.replace(path)
 
 
-def _load_reference(config: ConfigDict, model, params):
-    from jaxtune.assemble import model_folder
-    from jaxtune.models import hf
+def _load_reference(config: ConfigDict, mesh):
+    """Model and parameters of `dpo.reference`, an adapter's own base with it."""
+    from jaxtune.assemble import assemble
 
-    placed = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return hf.load(model_folder(config.dpo.reference), model, placed, config.model.param_dtype)[0]
+    config = copy.deepcopy(config)
+    config.task, config.model.path = 'evaluate', config.dpo.reference
+    config.tokenizer.path, config.method.name, config.method.path = '', 'full', ''
+    parts = assemble(config, mesh)
+    return parts.model, parts.params
 
 
 def _reference(config: ConfigDict, rows: Pairs, model, params, mesh, title: str) -> np.ndarray:

@@ -51,7 +51,7 @@ KEYS = {
     'span_corruption': {'optimizer.lr': 5e-3},
     'sft': {'data.format': 'prompt'},
     # What both answers share has gradients of rounding errors alone, which Adam must not scale up.
-    'reward': {'optimizer.eps': 1e-4, 'optimizer.lr': 2e-3},
+    'reward': {'optimizer.eps': 1e-3, 'optimizer.lr': 1e-3},
     'dpo': {'optimizer.eps': 1e-4},
     'seq2seq': {'data.source_key': 'text', 'data.target_key': 'text', 'data.target_len': 48, 'optimizer.lr': 5e-3},
 }
