@@ -11,7 +11,7 @@ _TOKENS = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+(?:[.,:'’-][^\W_{UNSPACE
 _WORDS = re.compile(rf'[{UNSPACED}]|[^\W_{UNSPACED}]+')
 _ASCII_WORDS = re.compile(r'[a-z0-9]+')
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_CACHE_ENTRIES = 1 << 20
+_CACHE_ENTRIES = 1 << 17
 
 
 def tokens(text: str) -> list[str]:

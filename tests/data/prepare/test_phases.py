@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.prepare import phases
 from jaxtune.data.tokens import Tokens
@@ -67,7 +68,7 @@ def recipe_of(corpus, **changes):
     return {'data.sources': sources, **STEPS, 'data.eval_fraction': 0.1, 'data.min_chars': 20, **changes}
 
 
-def test_what_is_made(corpus, prepared, tmp_path):
+def test_what_is_made(corpus, prepared, recipe, tmp_path):
     result = prepared('a', recipe_of(corpus))
     stats = json.loads((tmp_path / 'a' / 'stats.json').read_text())
     steps = stats['steps']
@@ -83,7 +84,7 @@ def test_what_is_made(corpus, prepared, tmp_path):
     tokenizer = tokenizers.load(str(tmp_path / 'a' / 'tokenizer'))
     sides = {}
     for side in ('train', 'eval'):
-        tokens = Tokens.open(tmp_path / 'a' / side)
+        tokens = open_tokens(str(tmp_path / 'a'), side, tokenizer, recipe({}), tmp_path / 'cache')  # as training does
         ids = [tokens.document(i) for i in range(tokens.documents)]
         assert all(document[-1] == tokenizer.eos_token_id for document in ids)
         sides[side] = [tokenizer.decode(document[:-1]) for document in ids]
