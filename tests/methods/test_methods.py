@@ -82,7 +82,7 @@ class Objective:
     """Any targets for any kind of model."""
 
     @staticmethod
-    def loss(model, params, batch, rng):
+    def loss(config, model, params, batch, rng):
         outputs = model.apply(params, {k: v for k, v in batch.items() if k != 'targets'}, rng=rng)
         weights = jnp.ones(batch['targets'].shape, jnp.float32)
         nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], weights)
