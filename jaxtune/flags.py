@@ -14,7 +14,7 @@ from ml_collections.config_flags import config_flags
 
 from jaxtune import recipes
 from jaxtune.checks import ExpectedError
-from jaxtune.config import SCHEMA
+from jaxtune.config import SCHEMA, Free, Key
 from jaxtune.errors import UserError
 
 USAGE = 'python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--overwrite] [--config.KEY=VALUE ...]'
@@ -48,7 +48,7 @@ def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 def _free(path: str) -> bool:
     kinds = SCHEMA.items()
-    return any(isinstance(kind, recipes.Free) and path.startswith(f'{key}.') for key, kind in kinds)
+    return any(isinstance(kind, Free) and path.startswith(f'{key}.') for key, kind in kinds)
 
 
 def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]) -> ConfigDict:
@@ -117,7 +117,7 @@ def _refused(text: str, stages: Sequence[str]) -> UserError:
         path, value = found.groups()
         rest = path.partition('.')[2]
         key = SCHEMA.get(rest if recipes.of_stage(path, stages) else path)
-        if isinstance(key, recipes.Key):
+        if isinstance(key, Key):
             try:
                 key.check(value)
             except ExpectedError as error:

@@ -28,3 +28,15 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip('needs the folder of real data beside the checkout (../shared), which is not there')
     return SHARED
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_programs():
+    """Keeps a worker's memory, and with it each collection of garbage, small."""
+    yield
+    import gc
+
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

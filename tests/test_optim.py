@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from jaxtune import recipes
-from jaxtune.errors import UserError
 from jaxtune.optim import clip, make_optimizer, schedule
 
 
@@ -150,8 +149,3 @@ def test_clip_scales_to_the_norm_and_no_further():
     np.testing.assert_allclose(optax.global_norm(clip(grads, jnp.asarray(5.0), 1.0)), 1.0, rtol=1e-6)
     for limit in (0.0, 6.0):
         jax.tree.map(np.testing.assert_array_equal, clip(grads, jnp.asarray(5.0), limit), grads)
-
-
-def test_what_is_not_here_is_said():
-    with pytest.raises(UserError, match=r'optimizer\.offload'):
-        make_optimizer(settings(offload=True), 1)

@@ -184,7 +184,7 @@ def test_a_prompt_serves_every_segment_of_a_packed_row():
     ('changes', 'words'),
     [
         ({'method.targets': 'query'}, ("method.targets: 'query' matches no module", 'q_proj', 'all-linear')),
-        ({'method.rank': 65}, ('method.rank=65', '64', 'q_proj')),
+        ({'method.rank': 65}, ('method.rank=65', '64', '_proj')),
         ({'method.ranks': 'v_proj=40'}, ('method.rank=40', '32', 'v_proj')),
         ({'method.layers': '5:'}, ("method.layers='5:'",)),
         ({'method.targets': 'embed_tokens', 'method.dora': True}, ('method.targets', 'embedding')),

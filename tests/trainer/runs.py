@@ -57,7 +57,7 @@ KEYS = {
 }
 OBJECTIVES = tuple(MODELS)
 # Those whose batches and forward pass another one has too: fewer meshes, and no run of theirs is killed.
-SHARING = ('sft', 'reward')
+SHARING = ('seq2seq', 'sft', 'reward')
 
 
 def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dict:
@@ -73,6 +73,8 @@ def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dic
         'train.batch_size': 16,
         'train.accumulate': 1,
         'optimizer.lr': 1e-2,
+        # A gradient that is rounding errors alone must not become a whole step, which no two meshes would share.
+        'optimizer.eps': 1e-4,
         'optimizer.warmup_steps': 3,
         'log.every': 1,
         **KEYS.get(objective, {}),

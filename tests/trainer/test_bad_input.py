@@ -111,7 +111,7 @@ CASES = (
         keys={'method.name': 'lora', 'method.targets': ('query', 'v_proj')},
     ),
     Case('rank 0', 'method.rank', 'integer >= 1', flags=['--config.method.rank=0']),
-    Case('rank above the matrix', 'method.rank=99', 'q_proj', keys={'method.name': 'lora', 'method.rank': 99}),
+    Case('rank above the matrix', 'method.rank=99', '_proj', keys={'method.name': 'lora', 'method.rank': 99}),
     Case('LoftQ without NF4', 'method.init=loftq', 'qlora', keys={'method.name': 'lora', 'method.init': 'loftq'}),
     Case('no adapter there', 'method.path', 'adapter_config.json', keys={'method.name': 'lora', 'method.path': '/tmp'}),
     Case(

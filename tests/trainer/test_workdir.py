@@ -88,7 +88,8 @@ def get_config():
     return ConfigDict({{
         'stages': ('words', 'first', 'more', 'sample', 'score', 'copy'),
         'seed': 5,
-        'words': {{'task': 'prepare', 'data': {{'train': {str(corpus / 'train.jsonl')!r}, 'vocab_size': 300}}}},
+        'words': {{'task': 'prepare', 'data': {{'train': {str(corpus / 'train.jsonl')!r}, 'vocab_size': 300,
+                  'eval_fraction': 0.1}}}},
         'first': {{'task': 'train', 'tokenizer': {{'path': '@words'}}, 'model': {{'config': model}},
                   'data': {{'train': '@words', 'eval': '@words', 'seq_len': 32}}, 'train': {{'steps': 3}}}},
         'more': {{'task': 'train', 'tokenizer': {{'path': '@words'}}, 'model': {{'path': '@first'}},
