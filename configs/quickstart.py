@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     config.sft.objective = 'sft'
     config.sft.model = ConfigDict({'path': '@pretrain'})
     config.sft.data = ConfigDict({'train': 'python-stdlib', 'eval': 'python-stdlib', 'seq_len': 256})
-    config.sft.train = ConfigDict({'steps': 40, 'batch_size': 16})
+    config.sft.train = ConfigDict({'steps': 24, 'batch_size': 16})
     config.sft.optimizer = ConfigDict({'lr': 1e-3, 'warmup_steps': 5, 'weight_decay': 0.0})
 
     config.reward = ConfigDict()
@@ -54,8 +54,8 @@ def get_config() -> ConfigDict:
     config.reward.objective = 'reward'
     config.reward.model = ConfigDict({'path': '@pretrain'})
     config.reward.data = ConfigDict({'train': 'python-stdlib', 'eval': 'python-stdlib', 'seq_len': 64})
-    config.reward.train = ConfigDict({'steps': 60, 'batch_size': 24})
-    config.reward.optimizer = ConfigDict({'lr': 5e-4, 'new_lr': 2e-3, 'warmup_steps': 10, 'weight_decay': 0.0})
+    config.reward.train = ConfigDict({'steps': 30, 'batch_size': 24})
+    config.reward.optimizer = ConfigDict({'lr': 5e-4, 'new_lr': 2e-3, 'warmup_steps': 5, 'weight_decay': 0.0})
     config.reward.eval = ConfigDict({'metric': 'eval/accuracy'})
 
     config.sample = ConfigDict()
