@@ -109,6 +109,8 @@ class NF4(Weight):
     def specs(self, spec: P, fit: Fit) -> 'NF4':
         if self.codes is None:
             return self
+        if self.matrix[0] % self.block:  # all in one row, whose blocks no division of the kernel fits
+            spec = P()
         inputs, outputs = (*(None,) * (2 - len(spec)), *spec)[-2:]
         # Fitted to the scales, which keeps blocks whole: where they divide, codes divide into the same blocks.
         both = fit(P(outputs, inputs), self.scales.shape)

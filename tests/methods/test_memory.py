@@ -95,6 +95,6 @@ def test_frozen_kernels_get_no_gradient():
         with jax.set_mesh(program.mesh):
             batch = {k: jnp.asarray(v) for k, v in batch_of('decoder').items()}
             text = program.train_step(1).lower(program.init_state(trainable), frozen, batch).compile().as_text()
-        counts[name] = len(re.findall(r'= \(?f32\[(?:64,96|96,64)\]\S*(?:, \S+)? (?:dot|custom-call)\(', text))
+        counts[name] = len(re.findall(r'= \(?f32\[(?:128,256|256,128)\]\S*(?:, \S+)? (?:dot|custom-call)\(', text))
     assert counts['full'] >= 3
     assert counts['lora'] == counts['qlora'] == 0
