@@ -52,7 +52,6 @@ KEYS = {
     'sft': {'data.format': 'prompt'},
     # What both answers share has gradients of rounding errors alone, which Adam must not scale up.
     'reward': {'optimizer.eps': 1e-3, 'optimizer.lr': 1e-3},
-    'dpo': {'optimizer.eps': 1e-4},
     'seq2seq': {'data.source_key': 'text', 'data.target_key': 'text', 'data.target_len': 48, 'optimizer.lr': 5e-3},
 }
 OBJECTIVES = tuple(MODELS)

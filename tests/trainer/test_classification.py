@@ -133,7 +133,7 @@ def test_losses_equal_transformers_in_pytorch(corpus, tmp_path):
         BertConfig(vocab_size=320, **shape, **still, id2label={0: 'early', 1: 'late'}, label2id={'early': 0, 'late': 1})
     )
     model.save_pretrained(tmp_path / 'model')
-    keys = recipe(corpus, 'classification', optimizer__lr=LR, optimizer__schedule='linear')
+    keys = recipe(corpus, 'classification', optimizer__lr=LR, optimizer__eps=1e-8, optimizer__schedule='linear')
     keys |= {'model.config': {}, 'model.path': str(tmp_path / 'model'), 'train.steps': STEPS}
     train(keys, tmp_path / 'run')
 

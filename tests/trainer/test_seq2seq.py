@@ -198,7 +198,12 @@ def test_losses_of_20_steps_equal_transformers(corpus, tmp_path, objective):
     import transformers
 
     keys = recipe(
-        corpus, objective, optimizer__lr=3e-3, optimizer__schedule='constant', optimizer__weight_decay=0.0
+        corpus,
+        objective,
+        optimizer__lr=3e-3,
+        optimizer__eps=1e-8,
+        optimizer__schedule='constant',
+        optimizer__weight_decay=0.0,
     ) | {'optimizer.warmup_steps': 0, 'data.eval': '', 'data.packing': False}  # PyTorch's model knows no segments
     config = full_config(keys)
     model, _ = open_model(config, BYTES)
