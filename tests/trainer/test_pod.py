@@ -1,6 +1,7 @@
 """The command on two hosts at once: the run of one host, and stopping and going on together."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -64,8 +65,9 @@ def test_two_hosts_are_one_run(whole, tmp_path):
     assert codes == [0, 0], ended
     assert_close(tmp_path, reference)
     assert 'updates' in ended[0][0]
-    # Only process 0 prints; the CPU's own collectives, which no accelerator uses, greet on every host.
-    assert not [line for line in ended[1][0].splitlines() if not line.startswith('[Gloo]')]
+    # Only process 0 prints; the CPU's own collectives, which no accelerator uses, greet on every host, all at once.
+    greeting = r'\[Gloo\]|Rank|\d+|is|connected|to|peer|ranks?|Expected|number|of|[.:\s]'
+    assert not re.sub(greeting, '', ended[1][0])
     sizes = [(folder / 'export' / 'model.safetensors').stat().st_size for folder in (tmp_path, reference)]
     assert sizes[0] == sizes[1]
 
