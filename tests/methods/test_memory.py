@@ -93,7 +93,8 @@ def test_frozen_kernels_get_no_gradient():
         config = settings(**{'method.name': name})
         program, trainable, frozen = program_of(config, model, params)
         with jax.set_mesh(program.mesh):
-            batch = {k: jnp.asarray(v) for k, v in batch_of('decoder').items()}
+            # 64 tokens: no activation has a kernel's shape.
+            batch = {k: jnp.asarray(v[:4]) for k, v in batch_of('decoder').items()}
             text = program.train_step(1).lower(program.init_state(trainable), frozen, batch).compile().as_text()
         counts[name] = len(re.findall(r'= \(?f32\[(?:128,256|256,128)\]\S*(?:, \S+)? (?:dot|custom-call)\(', text))
     assert counts['full'] >= 3
