@@ -55,8 +55,6 @@ KEYS = {
     'seq2seq': {'data.source_key': 'text', 'data.target_key': 'text', 'data.target_len': 48, 'optimizer.lr': 5e-3},
 }
 OBJECTIVES = tuple(MODELS)
-# Those whose batches and forward pass another one has too: fewer meshes, and no run of theirs is killed.
-SHARING = ('seq2seq', 'sft', 'reward')
 
 
 def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dict:
