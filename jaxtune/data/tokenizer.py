@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Iterable
 
 import tokenizers
@@ -11,19 +10,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from jaxtune.errors import UserError
+from jaxtune.hubnames import TOKENIZER_FILES, is_id
 
 PAD, EOS, MASK = '<pad>', '<eos>', '<mask>'
-
-# What a folder with a tokenizer holds at least one of.
-_FILES = (
-    'sentencepiece.bpe.model',
-    'spiece.model',
-    'tokenizer.json',
-    'tokenizer.model',
-    'tokenizer_config.json',
-    'vocab.json',
-    'vocab.txt',
-)
 
 # The split of Qwen2 (GPT-4's, but digit by digit): in a folder whose model_type is qwen2, transformers uses that one
 # whatever the tokenizer's own file says, so that only this one gives the same ids everywhere.
@@ -47,7 +36,7 @@ def load(path: str) -> PreTrainedTokenizerFast:
     folder = pathlib.Path(path).expanduser()
     kind = AutoTokenizer
     if folder.is_dir():
-        held = {name for name in _FILES if (folder / name).is_file()}
+        held = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
         if not held:
             raise UserError(
                 f'tokenizer.path={path}: holds no tokenizer; expected tokenizer.json or one of its kind there'
@@ -55,7 +44,7 @@ def load(path: str) -> PreTrainedTokenizerFast:
         if held == {'vocab.json'} and (folder / 'merges.txt').is_file():
             kind = GPT2TokenizerFast  # GPT-2's two original files, which name no class
         path, where = str(folder), f'tokenizer.path={path}'
-    elif folder.exists() or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', path):
+    elif folder.exists() or not is_id(path):
         raise UserError(f"tokenizer.path={path}: no such folder; expected a tokenizer's folder, a hub id or 'bytes'")
     else:
         where = f'tokenizer.path={path}: no such folder, and from the hub'

@@ -1,9 +1,9 @@
 """Model folders, on this machine or on the Hugging Face hub. Pickles and code are neither fetched nor read."""
 
 import pathlib
-import re
 
 from jaxtune.errors import UserError
+from jaxtune.hubnames import TOKENIZER_FILES, is_id
 
 # Files that travel with a model: tokenizer, chat template, generation settings.
 COMPANIONS = (
@@ -12,14 +12,8 @@ COMPANIONS = (
     'chat_template.json',
     'generation_config.json',
     'merges.txt',
-    'sentencepiece.bpe.model',
     'special_tokens_map.json',
-    'spiece.model',
-    'tokenizer.json',
-    'tokenizer.model',
-    'tokenizer_config.json',
-    'vocab.json',
-    'vocab.txt',
+    *TOKENIZER_FILES,
 )
 _FETCHED = ('config.json', '*.safetensors', '*.safetensors.index.json', *COMPANIONS)
 
@@ -33,7 +27,7 @@ def resolve(path: str) -> pathlib.Path:
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', path):
+    if folder.exists() or not is_id(path):
         raise UserError(f'model.path={path}: no such folder; expected a Hugging Face model folder or a hub id')
     from huggingface_hub import snapshot_download  # slow to import
 
