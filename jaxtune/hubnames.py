@@ -13,7 +13,14 @@ TOKENIZER_FILES = (
     'vocab.txt',
 )
 
+_ID = r'[\w-][\w.-]*(/[\w-][\w.-]*)?'
+
 
 def is_id(path: str) -> bool:
     """Whether a text can be a repository's id: a name, or an owner and a name."""
-    return re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', path) is not None
+    return re.fullmatch(_ID, path) is not None
+
+
+def is_dataset_id(path: str) -> bool:
+    """Whether a text can be a dataset's id, with a configuration and a split after colons or without."""
+    return re.fullmatch(_ID + r'(:[\w.-]*){0,2}', path) is not None

@@ -6,12 +6,12 @@ import io
 import json
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxtune.data import stdlib
 from jaxtune.errors import UserError
+from jaxtune.hubnames import is_dataset_id
 
 TEXT_SUFFIXES = ('.txt', '.md', '.rst')
 RECORD_SUFFIXES = ('.jsonl', '.ndjson', '.json', '.parquet')
@@ -180,7 +180,7 @@ def _files(path: str, name: str) -> list[pathlib.Path] | None:
         if not files:
             raise UserError(f'{name}: no file matches; {EXPECTED}')
         return list(dict.fromkeys(files))
-    if re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]*){0,2}', path) and _suffix(start) not in known:
+    if is_dataset_id(path) and _suffix(start) not in known:
         return None
     raise UserError(f'{name}: no such file; {EXPECTED}')
 

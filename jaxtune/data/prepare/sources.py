@@ -10,6 +10,7 @@ from jaxtune.data import stdlib
 from jaxtune.data.prepare import sourcecode
 from jaxtune.data.prepare.plan import Source
 from jaxtune.errors import UserError
+from jaxtune.hubnames import is_dataset_id
 
 COMPRESSED = ('.gz', '.bz2', '.zst', '.xz')
 _FORMATS = {
@@ -77,7 +78,7 @@ def units(number: int, source: Source) -> list[Unit]:
         raise UserError(
             f'{source.key}={path}: no file matches; expected a path, a glob, a folder, a URL or a dataset id'
         )
-    if re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]*){0,2}', path) and start.suffix not in _FORMATS:
+    if is_dataset_id(path) and start.suffix not in _FORMATS:
         return [Unit(number, path, 'hub', _TASK)]
     raise UserError(f'{source.key}={path}: no such file; expected a path, a glob, a folder, a URL or a dataset id')
 
