@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,11 @@ from jaxtune.parallel import match_rules, shardings
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """A model with its parameters on the mesh, its tokenizer, and where they came from."""
+    """A model with its parameters on the mesh, its tokenizer, and where they came from.
+
+    Where `method.path` names several adapters, `adapters` has the parameters with each of them by its name; they share
+    the base's arrays, and `params` are those with the first.
+    """
 
     model: models.Model
     params: Any
@@ -28,6 +33,7 @@ class Assembly:
     tokenizer: Any
     fresh: frozenset[str]
     folder: str
+    adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def model_folder(path: str) -> str:
@@ -51,19 +57,24 @@ def adapter_in(path: str) -> str:
     return str(folder / 'adapter') if finished else ''
 
 
-def adapter_folder(config: ConfigDict) -> str:
-    """The adapter that a recipe begins with: that of `method.path`, or what `model.path` is; '' if none.
+def adapter_folders(config: ConfigDict) -> dict[str, str]:
+    """The adapters that a recipe begins with, by name: those of `method.path`, or what `model.path` is.
 
     Raises:
-      UserError: there is none at `method.path`, or training it is another method's work.
+      UserError: there is none at `method.path`, more than the task can use, or training it is another method's work.
     """
-    path = config.method.path
-    folder = peft.find(path) if path else adapter_in(config.model.path) if config.model.path else ''
-    if folder and config.task == 'train':
+    paths = [path.strip() for path in config.method.path.split(',') if path.strip()]
+    if len(paths) > 1 and config.task != 'generate':
+        raise UserError(f'method.path={config.method.path}: expected one adapter; task=generate alone takes several')
+    folders = {path: peft.find(path) for path in paths}
+    if not folders and config.model.path and (folder := adapter_in(config.model.path)):
+        folders = {config.model.path: folder}
+    if folders and config.task == 'train':
+        (folder,) = folders.values()
         name = peft.METHODS[peft.read_config(folder)['peft_type']]
         if config.method.name.removeprefix('q') != name:
             raise UserError(f'method.name={config.method.name}: {folder} holds an adapter of method.name={name}')
-    return folder
+    return folders
 
 
 def tokenizer_folder(config: ConfigDict) -> str:
@@ -132,7 +143,8 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
     if limit and config.data.seq_len + taken > limit and config.task in _WITH_ROWS:
         less = f' less method.virtual_tokens={taken}' if taken else ''
         raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions{less}")
-    if prompted and model.kind == 'encoder' and config.objective == 'masked_lm' and config.data.packing:
+    tokens = prompted and not config.method.prefix
+    if tokens and model.kind == 'encoder' and config.objective == 'masked_lm' and config.data.packing:
         raise UserError('data.packing=True: an encoder reads its prompt with one text a row; expected False')
     return model, folder
 
@@ -202,9 +214,12 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
         params = jax.jit(lambda key: tuning.encoded(model.init(key), codecs), out_shardings=placed)(key)
-    if adapter := adapter_folder(config):
+    adapters = {}
+    for name, adapter in adapter_folders(config).items():
         init, arrays = peft.reader(adapter, model)
-        params = tuning.attach(init, params, mesh, arrays)
+        adapters[name] = tuning.attach(init, params, mesh, arrays)
+    if adapters:
+        params = next(iter(adapters.values()))
     elif config.task == 'train':
         config = copy.deepcopy(config)
         if config.method.init_text:
@@ -214,4 +229,5 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
             if not folder:
                 raise UserError('method.init=loftq: expected model.path, a model whose weights were quantised')
             params = lora.make_up(params, hf.kernels(folder, model))
-    return Assembly(model, params, specs, tokenizer, fresh, folder)
+    several = adapters if len(adapters) > 1 else {}
+    return Assembly(model, params, specs, tokenizer, fresh, folder, several)

@@ -1,7 +1,7 @@
 """A conversation in the terminal with any model folder or workdir: `python -m jaxtune.chat --model=WORKDIR`.
 
 Answers appear as they are written. `/reset` forgets the conversation, `/system TEXT` begins a new one under a system
-prompt, `/exit` (or the end of the input) leaves.
+prompt, `/adapter NAME` answers with another of several adapters, `/exit` (or the end of the input) leaves.
 """
 
 import os
@@ -14,7 +14,7 @@ from jaxtune.errors import UserError
 
 FLAGS = {
     'model': ('', 'a model folder, a hub id, or the workdir of a run'),
-    'adapter': ('', 'an adapter folder, or the workdir that holds one'),
+    'adapter': ('', 'an adapter folder, or the workdir that holds one; several, with commas, to switch between'),
     'template': ('auto', "the model's own chat template (auto), a name such as chatml, or a Jinja text"),
     'system': ('', 'a system prompt'),
     'temperature': (0.7, '0 takes the likeliest token'),
@@ -62,6 +62,7 @@ class Chat:
         self.limit = parts.model.config.max_positions
         self.room, self.stops = sampling.max_new_tokens, set(sampling.stop_ids)
         self.stream = Stream(parts.model, sampling, parts.params)
+        self.adapters = parts.adapters
         self.key, self.turns = jax.random.key(config.seed), []
         self.system = config.sft.system
 
@@ -94,6 +95,16 @@ class Chat:
         """Forgets the conversation, and begins one under another system prompt if one is given."""
         self.turns = []
         self.system = self.system if system is None else system
+
+    def switch(self, name: str) -> None:
+        """Answers with another adapter from here on.
+
+        Raises:
+          UserError: there is none of this name.
+        """
+        if name not in self.adapters:
+            raise UserError(f'/adapter {name}: expected one of {", ".join(self.adapters) or "several in --adapter"}')
+        self.stream.params = self.adapters[name]
 
     def _prompt(self) -> list[int]:
         from jaxtune.data.formats import Chat as Turns
@@ -134,6 +145,9 @@ def run(chat: Chat, lines: Iterator[str], write) -> None:
         if not words:
             continue
         try:
+            if words.startswith('/adapter'):
+                chat.switch(words.removeprefix('/adapter').strip())
+                continue
             for piece in chat.say(line.rstrip('\n')):
                 write(piece)
         except UserError as error:
@@ -178,7 +192,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f'{argv[1]}: expected flags only, such as --model=WORKDIR')
         chat = Chat(_config(flags.FLAGS))
         if sys.stdin.isatty():
-            console.note(f'template {chat.template.name}; /reset, /system TEXT, /exit')
+            switch = f', /adapter {"|".join(chat.adapters)}' if chat.adapters else ''
+            console.note(f'template {chat.template.name}; /reset, /system TEXT{switch}, /exit')
 
         def write(text: str) -> None:
             sys.stdout.write(text)

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from jaxtune import console, objectives, runinfo
 from jaxtune.assemble import open_model, tokenizer_folder
-from jaxtune.compiled import available_bytes, try_compile
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.fitting import available_bytes, try_compile
 from jaxtune.models.attention import chosen
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_batch

@@ -79,7 +79,9 @@ SCHEMA: dict[str, Key | Free] = {
         'default', one_of('default', 'pissa', 'loftq'), "LoRA: factors begin at zero, at PiSSA's or at LoftQ's"
     ),
     'method.lr_ratio': Key(1.0, number(above=0), 'LoRA+: learning rate of b over that of a'),
-    'method.path': Key('', text, 'an adapter folder, or the workdir that holds one, to begin with'),
+    'method.path': Key(
+        '', text, 'an adapter folder, or the workdir that holds one, to begin with; generate: several, with commas'
+    ),
     'method.block_size': Key(64, integer(16), 'NF4: weights that share one scale'),
     'method.double_quant': Key(True, boolean, 'NF4: quantise the scales too'),
     'method.bottleneck': Key(64, integer(1), 'adapter: width of the bottleneck'),
@@ -88,6 +90,7 @@ SCHEMA: dict[str, Key | Free] = {
     ),
     'method.virtual_tokens': Key(20, integer(1), 'prompt tuning: how many trained tokens'),
     'method.init_text': Key('', text, 'prompt tuning: text whose embeddings they start from; empty = random'),
+    'method.prefix': Key(False, boolean, 'prompt tuning: train keys and values in every layer instead (prefix tuning)'),
     'data.train': Key('', text, 'a path, glob, folder, dataset id, python-stdlib or @STAGE'),
     'data.eval': Key('', text, 'the same, held out; generate and RL take their prompts from it'),
     'data.format': Key(
@@ -187,6 +190,9 @@ SCHEMA: dict[str, Key | Free] = {
         1.0, number(), "beam search: a hypothesis' log-probability is divided by its length to this power"
     ),
     'generate.batch_size': Key(8, integer(1), 'prompts sampled together'),
+    'generate.bleu_tokenize': Key(
+        '13a', one_of('13a', 'zh', 'intl', 'char', 'none'), "words of BLEU's score; zh for Chinese"
+    ),
     'rl.rollouts': Key(64, integer(1), 'completions sampled an update'),
     'rl.group': Key(8, integer(2), 'grpo: completions a prompt'),
     'rl.kl_coef': Key(0.05, number(0), 'weight of the divergence from the reference'),

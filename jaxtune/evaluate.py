@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from jaxtune import console, objectives, runinfo
 from jaxtune.assemble import assemble
 from jaxtune.errors import UserError
-from jaxtune.evaluation import make_evaluator
+from jaxtune.evaluator import make_evaluator
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_batch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import jax
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
-from jaxtune.evaluation import rises
+from jaxtune.evaluator import rises
 from jaxtune.models import hf
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
@@ -112,9 +113,9 @@ def merged(params, where: str):
     Raises:
       UserError: something was added that cannot be merged.
     """
-    if any('_adapter/' in path or path.startswith('prompt/') for path in leaf_paths(params)):
+    if any(re.search(r'_adapter/|^prompt/|/prefix/', path) for path in leaf_paths(params)):
         raise UserError(
-            f'{where}: bottleneck adapters and prompts cannot be merged into a model; expected LoRA, or '
+            f'{where}: bottleneck adapters, prompts and prefixes cannot be merged into a model; expected LoRA, or '
             'task=generate or evaluate with the adapter itself'
         )
     return methods.get('lora').merge(params)

@@ -1,7 +1,8 @@
 """Adapters in and out, in the folder format of Hugging Face `peft`: `adapter_config.json`, `adapter_model.safetensors`.
 
-LoRA (with rsLoRA, DoRA and rank patterns) and prompt tuning are read and written as PEFT does; bottleneck adapters,
-which PEFT does not have, go into the same two files under this tree's own names. Nothing pickled is read.
+LoRA (with rsLoRA, DoRA and rank patterns), prompt tuning and a decoder's prefix are read and written as PEFT does; what
+PEFT does not have (bottleneck adapters, prefixes of other kinds of models) goes into the same two files under this
+tree's own names. Nothing pickled is read.
 """
 
 import collections
@@ -26,9 +27,11 @@ from jaxtune.weights import LoRA
 from jaxtune.weights.tree import nested
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
-BOTTLENECK = 'JAXTUNE_BOTTLENECK'
+BOTTLENECK, PREFIX = 'JAXTUNE_BOTTLENECK', 'JAXTUNE_PREFIX'
 # PEFT's name of a kind of adapter -> the method that trains it here.
-METHODS = {'LORA': 'lora', 'PROMPT_TUNING': 'prompt', BOTTLENECK: 'adapter'}
+METHODS = {
+    'LORA': 'lora', 'PROMPT_TUNING': 'prompt', 'PREFIX_TUNING': 'prompt', BOTTLENECK: 'adapter', PREFIX: 'prompt',
+}  # fmt: skip
 _PREFIX = 'base_model.model.'
 # Fields of PEFT's LoRA that change what is computed and are not built here; each is fine while it is empty.
 _UNSUPPORTED = (
@@ -96,7 +99,8 @@ def reader(folder: str, model: Model) -> tuple[Callable[..., Any], Any]:
       UserError: pickled weights, or an adapter of another model.
     """
     config, entries = read_config(folder), _entries(pathlib.Path(folder))
-    read = {'LORA': _read_lora, 'PROMPT_TUNING': _read_prompt, BOTTLENECK: _read_bottleneck}[config['peft_type']]
+    readers = {'LORA': _read_lora, 'PROMPT_TUNING': _read_prompt, 'PREFIX_TUNING': _read_prefix}
+    read = readers.get(config['peft_type'], _read_own)
     return read(pathlib.Path(folder), config, entries, model)
 
 
@@ -221,9 +225,46 @@ def _read_prompt(folder, config, entries, model: Model):
     return init, (prompt, whole)
 
 
-def _read_bottleneck(folder, config, entries, model: Model):
-    ours = {key: _float(entry) for key, entry in entries.items() if '_adapter/' in key}
+def _read_prefix(folder, config, entries, model: Model):
+    if model.kind != 'decoder':
+        raise _wrong_base(folder, f"PEFT's prefix tuning is read for decoders, and this model is an {model.kind}")
+    if 'prompt_embeddings' not in entries:
+        raise UserError(f'{folder}/{WEIGHTS}: expected prompt_embeddings')
+    c, flat = model.config, _float(entries['prompt_embeddings'])
+    shape = (c.num_layers, 2, c.num_kv_heads, c.head_dim)
+    if flat.shape[1] != np.prod(shape):
+        raise _wrong_base(
+            folder, f'its keys and values are {flat.shape[1]} numbers a token, this model has {np.prod(shape)}'
+        )
+    keys_and_values = flat.reshape(-1, *shape).transpose(2, 1, 0, 3, 4)  # [2, layers, virtual, kv_heads, head_dim]
+    rest = {k.removeprefix(_PREFIX): entry for k, entry in entries.items() if k != 'prompt_embeddings'}
+    whole = _whole(folder, rest, model)
+
+    def init(params, arrays):
+        (k, v), whole = arrays
+        added = {'layers/self_attn/prefix/k': k, 'layers/self_attn/prefix/v': v}
+        return nested(leaf_paths(params) | whole | added)
+
+    return init, (tuple(keys_and_values), whole)
+
+
+def _read_own(folder, config, entries, model: Model):
+    mark, fits = ('_adapter/', _bottlenecks_fit) if config['peft_type'] == BOTTLENECK else ('/prefix/', _prefixes_fit)
+    ours = {key: _float(entry) for key, entry in entries.items() if mark in key}
     whole = _whole(folder, {k.removeprefix(_PREFIX): e for k, e in entries.items() if k not in ours}, model)
+    fits(folder, ours, model)
+    return lambda params, arrays: nested(leaf_paths(params) | arrays[0] | arrays[1]), (ours, whole)
+
+
+def _prefixes_fit(folder, ours: Mapping[str, np.ndarray], model: Model) -> None:
+    shapes = leaf_paths(model.shapes)
+    for path, value in ours.items():
+        kernel = shapes.get(path.rsplit('/', 2)[0] + '/o_proj/kernel')
+        if kernel is None or (*value.shape[:-3], value.shape[-2] * value.shape[-1]) != kernel.shape[:-1]:
+            raise _wrong_base(folder, f'{path} {list(value.shape)} does not fit its attention layer')
+
+
+def _bottlenecks_fit(folder, ours: Mapping[str, np.ndarray], model: Model) -> None:
     stacks = {path.rsplit('/', 3)[0] for path in ours}
     shapes = leaf_paths(model.shapes)
     for path, value in ours.items():
@@ -236,7 +277,6 @@ def _read_bottleneck(folder, config, entries, model: Model):
             or (width is not None and width != kernel.shape[-1])
         ):
             raise _wrong_base(folder, f'{path} {list(value.shape)} does not fit; this model has {sorted(stacks)}')
-    return lambda params, arrays: nested(leaf_paths(params) | arrays[0] | arrays[1]), (ours, whole)
 
 
 def save_lora(
@@ -329,20 +369,26 @@ def _task_type(model: Model) -> str | None:
 
 
 def save_prompt(folder, params, model: Model, config: ConfigDict, base: str, whole: Iterable[str] = ()) -> None:
-    """Writes a tree's prompt as PEFT's prompt tuning; arguments as for `save_lora`."""
-    prompt = host_array(params['prompt']['embedding'])
-    kept = _whole_tensors(leaf_paths(params), whole, model)
-    decoder_layers = getattr(model.config, 'num_decoder_layers', model.config.num_layers)
-    fields = {
-        'peft_type': 'PROMPT_TUNING',
-        'num_virtual_tokens': prompt.shape[0],
-        'token_dim': prompt.shape[1],
-        'num_transformer_submodules': 1,
-        'num_attention_heads': model.config.num_heads,
-        'num_layers': decoder_layers,
-        'prompt_tuning_init': 'RANDOM',
-        'modules_to_save': _modules_to_save(kept) or None,
-    }
+    """Writes a tree's prompt as PEFT's prompt tuning, or its prefixes; arguments as for `save_lora`."""
+    leaves = leaf_paths(params)
+    kept = _whole_tensors(leaves, whole, model)
+    fields = {'num_transformer_submodules': 1, 'modules_to_save': _modules_to_save(kept) or None}
+    if 'prompt/embedding' in leaves:
+        prompt = host_array(leaves['prompt/embedding'])
+        fields |= {'peft_type': 'PROMPT_TUNING', 'prompt_tuning_init': 'RANDOM', 'token_dim': prompt.shape[1]}
+        fields['num_attention_heads'] = model.config.num_heads
+        fields['num_layers'] = getattr(model.config, 'num_decoder_layers', model.config.num_layers)
+    elif model.kind == 'decoder':
+        both = np.stack([host_array(leaves[f'layers/self_attn/prefix/{name}']) for name in ('k', 'v')])
+        _, layers, count, heads, head_dim = both.shape
+        prompt = both.transpose(2, 1, 0, 3, 4).reshape(count, -1)
+        fields |= {'peft_type': 'PREFIX_TUNING', 'prefix_projection': False, 'token_dim': heads * head_dim}
+        fields |= {'num_attention_heads': heads, 'num_layers': layers}
+    else:
+        ours = {path: host_array(leaf) for path, leaf in leaves.items() if '/prefix/' in path}
+        write(folder, {'peft_type': PREFIX}, ours | kept, model, base)
+        return
+    fields['num_virtual_tokens'] = prompt.shape[0]
     write(folder, fields, {'prompt_embeddings': prompt} | kept, model, base)
 
 

@@ -266,6 +266,8 @@ def _held_out(metrics: dict[str, Any], gzip: float | None) -> str:
     if (accuracy := metrics.get('eval/accuracy')) is not None:
         longer = metrics.get('eval/longer_is_better')
         parts.append(f'accuracy {accuracy:.1%}' + ('' if longer is None else f' (the longer answer: {longer:.1%})'))
+    if (exact := metrics.get('eval/exact_match')) is not None:
+        parts.append(f'whole answers {exact:.1%}')
     if (bits := metrics.get('eval/bits_per_byte')) is not None:
         parts.append(f'{bits:.3f} bits a byte' + (f' (gzip -9: {gzip:.3f})' if gzip else ''))
     return ', '.join(parts)

@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from jaxtune import console, export, interrupt, objectives, runinfo, tuning
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.compiled import compile_step
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
-from jaxtune.evaluation import Evaluator, make_evaluator, rises
+from jaxtune.evaluator import Evaluator, make_evaluator, rises
+from jaxtune.fitting import compile_step
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import make_mesh, place
 from jaxtune.parallel.batches import check_batch

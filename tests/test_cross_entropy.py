@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.objectives.cross_entropy import cross_entropy, token_logprobs
+from jaxtune.objectives.cross_entropy import cross_entropy, token_logprobs, token_scores
 from jaxtune.parallel import make_mesh
 
 
@@ -109,6 +109,10 @@ def test_equals_the_plain_formula(seed, batch, length, vocab, vocab_major, bias,
     reference, reference_pull = jax.vjp(their_logprobs, *arrays[:3])
     close(value, reference)
     close(pull(cotangent), reference_pull(cotangent))
+    full = dataclasses.replace(head, kernel=arrays[1], bias=arrays[2])
+    scores, right = token_scores(arrays[0], full, arrays[3], chunk=chunk)
+    close(scores, reference)
+    np.testing.assert_array_equal(right, plain_logprobs(*arrays[:4], head)[1])
 
 
 def test_only_wanted_gradients_are_made():

@@ -15,6 +15,9 @@ from jaxtune import interrupt, models, recipes
 from jaxtune.parallel import hosts, make_mesh, match_rules, place, shardings
 from jaxtune.program import make_program
 
+# tests/trainer/test_pod.py runs the whole command on two hosts.
+pytestmark = pytest.mark.exhaustive
+
 STEPS, ROWS, LENGTH = 3, 8, 16
 FIELDS = {
     'model_type': 'llama', 'vocab_size': 64, 'hidden_size': 16, 'intermediate_size': 32, 'num_hidden_layers': 2,

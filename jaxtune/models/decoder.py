@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.decoder_families import FAMILIES, HEADS_IGNORED, DecoderConfig, decoder_config
-from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, RMSNorm, bottleneck
-from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
-from jaxtune.models.prompts import prepend, without_prompt
+from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck
+from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths, virtual_tokens
+from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
 from jaxtune.weights import materialise
@@ -45,21 +45,10 @@ class Layer(NamedTuple):
     window: jax.Array
 
 
-class _Part(nn.Module):
+class _Part(Part):
     """What every part of a decoder is told."""
 
     config: DecoderConfig
-    param_dtype: jnp.dtype
-    dtype: jnp.dtype
-    implementation: str = 'auto'
-
-    def dense(self, name: str, features: int, use_bias: bool, residual: bool = False) -> Dense:
-        stddev = self.config.initializer_range * (self.config.residual_init_scale if residual else 1.0)
-        return Dense(features, use_bias, stddev, self.param_dtype, name=name)
-
-    def embed(self, name: str, rows: int) -> Embed:
-        c = self.config
-        return Embed(rows, c.d_model, c.initializer_range, self.param_dtype, self.dtype, name=name)
 
     def norm(self, name: str | None):
         if name is None:
@@ -67,9 +56,6 @@ class _Part(nn.Module):
         if self.config.norm == 'layer':
             return LayerNorm(self.config.norm_epsilon, self.param_dtype, name=name)
         return RMSNorm(self.config.norm_epsilon, self.param_dtype, self.config.norm_offset, name=name)
-
-    def same(self) -> tuple:
-        return self.config, self.param_dtype, self.dtype, self.implementation
 
 
 class Attention(_Part):
@@ -83,23 +69,28 @@ class Attention(_Part):
             q, k = rotary.rotate(q, *context.rope), rotary.rotate(k, *context.rope)
         if c.scale_by_layer:
             q = q / (layer.index + 1).astype(q.dtype)
+        prefix = prefix_of(self)
+        k_positions, k_segments = context.k_positions, context.k_segments
         if cache is not None:
-            cache = _write(cache, k, v, layer, context)
+            cache = _write(cache, k, v, layer, context, prefix)
             k, v = cache['k'][layer.index].astype(q.dtype), cache['v'][layer.index].astype(q.dtype)
+        elif prefix is not None:
+            k, v = put_before(prefix, k, v)
+            k_positions, k_segments = places_before(prefix[0].shape[0], k_positions, k_segments)
         y = attention(
             q,
             k,
             v,
             q_positions=context.q_positions,
-            k_positions=context.k_positions,
+            k_positions=k_positions,
             q_segments=context.q_segments,
-            k_segments=context.k_segments,
+            k_segments=k_segments,
             scale=c.attention_scale,
             softcap=c.attention_softcap,
             window=c.windows[0] if len(set(c.windows)) == 1 else layer.window,
             implementation=self.implementation,
             # A prompt is near every segment of a packed row, which blocks skipped by their place would not know.
-            self_attention=cache is None and context.prompt is None,
+            self_attention=cache is None and context.prompt is None and prefix is None,
         )
         y = y.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         return self.dense('o_proj', c.d_model, c.o_bias, residual=True)(y), cache
@@ -122,13 +113,19 @@ class Attention(_Part):
         return [constrain(y, 'batch', 'length', 'heads', None) for y in qkv]
 
 
-def _write(cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context) -> Cache:
-    """Puts keys and values into the slots of their positions; those of padding go nowhere."""
+def _write(cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context, prefix) -> Cache:
+    """Puts keys and values into the slots of their positions, a prefix into the first; those of padding go nowhere."""
     rows = jnp.arange(k.shape[0])[:, None]
     slots = jnp.where(context.q_segments != 0, context.q_positions, cache['k'].shape[2])
-    return {
+    cache = {
         name: cache[name].at[layer.index, rows, slots].set(new.astype(cache[name].dtype), mode='drop')
         for name, new in (('k', k), ('v', v))
+    }
+    if prefix is None:
+        return cache
+    return {
+        name: cache[name].at[layer.index, :, : part.shape[0]].set(part.astype(cache[name].dtype))
+        for name, part in zip(('k', 'v'), prefix, strict=True)
     }
 
 
@@ -239,9 +236,8 @@ def _forward(
         segments = jnp.ones_like(tokens)
     rngs = None if rng is None else {'dropout': rng}
     own, prompt = without_prompt(params)
-    if prompt is not None:
-        positions = positions + prompt.shape[0]
-        prompt = prompt if begins else None
+    positions = positions + virtual_tokens(params)
+    prompt = prompt if begins else None
     return module.apply({'params': own}, tokens, positions, segments, cache, prompt, batch.get('noise'), rngs=rngs)
 
 

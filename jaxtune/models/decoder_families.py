@@ -29,7 +29,8 @@ class DecoderConfig:
       embed_scale: factor on embeddings; None = 1.
       attention_scale: factor on scores; `scale_by_layer` divides it by the layer's number from 1 too.
       attention_softcap, logit_softcap: `cap * tanh(x / cap)`, or None.
-      initializer_range: standard deviation; `residual_init_scale` multiplies it for kernels that write to the residual.
+      initializer_range: standard deviation, cut off at `cutoff` of them (None = nowhere); `residual_init_scale`
+        multiplies it for kernels that write to the residual.
     """
 
     vocab_size: int
@@ -62,6 +63,7 @@ class DecoderConfig:
     logit_softcap: float | None = None
     scale_by_layer: bool = False
     residual_init_scale: float = 1.0
+    cutoff: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

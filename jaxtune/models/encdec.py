@@ -23,7 +23,7 @@ from jaxtune.models.attention import record, unrecorded
 from jaxtune.models.encdec_families import FAMILIES, EncDecConfig, encdec_config, modules
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
-from jaxtune.models.prompts import prepend, without_prompt
+from jaxtune.models.prompts import prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
 from jaxtune.weights import materialise
@@ -144,6 +144,11 @@ class Attention(_Part):
                 cache = _write(cache, dict(zip(names, (k, v), strict=True)), layer, slots)
         if cache is not None:
             k, v = (cache[name][layer].astype(q.dtype) for name in names)
+        if (prefix := prefix_of(self)) is not None:
+            k, v = put_before(prefix, k, v)
+            before = ((0, 0), (0, 0), (prefix[0].shape[0], 0))
+            bias = None if bias is None else jnp.pad(bias, ((0, 0), *before))
+            visible = jnp.pad(visible, before, constant_values=True) & visible.any(-1, keepdims=True)
         y = biased_attention(q, k, v, bias, visible)
         width = c.num_heads * c.head_dim
         return self.dense('o_proj', c.d_model, width**-0.5)(y.reshape(*x.shape[:2], width)), cache

@@ -16,9 +16,9 @@ from jaxtune.errors import UserError
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.encoder_families import FAMILIES, HEADS, IGNORED, EncoderConfig, encoder_config
-from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm, bottleneck, parameter
+from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
-from jaxtune.models.prompts import prepend, without_prompt
+from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
 from jaxtune.weights import materialise
@@ -37,28 +37,13 @@ class Context(NamedTuple):
     local_angles: Angles
 
 
-class _Part(nn.Module):
+class _Part(Part):
     """What every part of an encoder is told."""
 
     config: EncoderConfig
-    param_dtype: jnp.dtype
-    dtype: jnp.dtype
-    implementation: str = 'auto'
-
-    def dense(self, name: str, features: int, use_bias: bool, residual: bool = False) -> Dense:
-        c = self.config
-        stddev = c.initializer_range * (c.residual_init_scale if residual else 1.0)
-        return Dense(features, use_bias, stddev, self.param_dtype, c.cutoff, name=name)
-
-    def embed(self, name: str, rows: int) -> Embed:
-        c = self.config
-        return Embed(rows, c.d_model, c.initializer_range, self.param_dtype, self.dtype, c.cutoff, name=name)
 
     def norm(self, name: str) -> LayerNorm:
         return LayerNorm(self.config.norm_epsilon, self.param_dtype, self.config.norm_bias, name=name)
-
-    def same(self) -> tuple:
-        return self.config, self.param_dtype, self.dtype, self.implementation
 
 
 class Attention(_Part):
@@ -78,17 +63,23 @@ class Attention(_Part):
             local = window < _NO_WINDOW
             angles = [jnp.where(local, *pair) for pair in zip(context.local_angles, context.angles, strict=True)]
             q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
+        prefix = prefix_of(self)
+        k_positions, k_segments = context.positions, context.segments
+        if prefix is not None:
+            k, v = put_before(prefix, k, v)
+            k_positions, k_segments = places_before(prefix[0].shape[0], k_positions, k_segments)
         y = attention(
             q,
             k,
             v,
             q_positions=context.positions,
-            k_positions=context.positions,
+            k_positions=k_positions,
             q_segments=context.segments,
-            k_segments=context.segments,
+            k_segments=k_segments,
             scale=c.head_dim**-0.5,
             window=c.windows[0] if len(set(c.windows)) == 1 else window,
             implementation=self.implementation,
+            self_attention=prefix is None,
             causal=False,
         )
         return self.dense('o_proj', c.d_model, c.linear_bias, residual=True)(y.reshape(*x.shape[:2], width))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -84,6 +85,37 @@ class Embed(nn.Module):
         init = normal(self.stddev, self.cutoff)
         table = parameter(self, 'embedding', init, (self.rows, self.features), self.param_dtype)
         return lookup(table, ids, self.dtype)
+
+
+class Part(nn.Module):
+    """What every part of a model is told, and the layers that it makes of that.
+
+    Attributes:
+      config: the model's, with `d_model`, `initializer_range`, `residual_init_scale` and `cutoff`.
+      param_dtype: what parameters are kept in.
+      dtype: what activations and matrix products use.
+      implementation: of attention.
+    """
+
+    config: Any
+    param_dtype: jnp.dtype
+    dtype: jnp.dtype
+    implementation: str = 'auto'
+
+    def dense(self, name: str, features: int, use_bias: bool, residual: bool = False) -> Dense:
+        """A linear layer; `residual`: it writes to the residual stream."""
+        c = self.config
+        stddev = c.initializer_range * (c.residual_init_scale if residual else 1.0)
+        return Dense(features, use_bias, stddev, self.param_dtype, c.cutoff, name=name)
+
+    def embed(self, name: str, rows: int) -> Embed:
+        """A table of `[rows, d_model]`."""
+        c = self.config
+        return Embed(rows, c.d_model, c.initializer_range, self.param_dtype, self.dtype, c.cutoff, name=name)
+
+    def same(self) -> tuple:
+        """What a part inside this one is told."""
+        return self.config, self.param_dtype, self.dtype, self.implementation
 
 
 def bottleneck(module: nn.Module, name: str, x: jax.Array) -> jax.Array:

@@ -35,8 +35,11 @@ class Outputs(NamedTuple):
 
 
 def virtual_tokens(params: Params) -> int:
-    """How many trained tokens a tree puts before what the model reads (`models.prompts`)."""
-    return params['prompt']['embedding'].shape[0] if 'prompt' in params else 0
+    """How many trained tokens a decoder's tree puts before what the model reads (`models.prompts`)."""
+    if 'prompt' in params:
+        return params['prompt']['embedding'].shape[0]
+    prefix = params.get('layers', {}).get('self_attn', {}).get('prefix')
+    return 0 if prefix is None else prefix['k'].shape[-3]
 
 
 @functools.partial(

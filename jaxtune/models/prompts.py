@@ -1,10 +1,13 @@
-"""Prompt tuning's trained tokens, put before what a model reads (Lester et al. 2021, arXiv:2104.08691).
+"""Trained tokens before what a model reads, of which the tree holds one of two kinds. They are no part of any output.
 
-A tree that holds `prompt/embedding [virtual tokens, d_model]` has them; they are no part of any output.
+- `prompt/embedding [virtual, d_model]`: embedded tokens (prompt tuning; Lester et al. 2021, arXiv:2104.08691);
+- `prefix/k` and `prefix/v [virtual, kv_heads, head_dim]` in every attention layer: keys and values of tokens that
+  no layer computes (prefix tuning; Li and Liang 2021, arXiv:2101.00190). Keys are not rotated any more.
 """
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -42,3 +45,24 @@ def prepend(
     marks = jnp.full((batch, count), segment, segments.dtype)
     join = lambda *parts: jnp.concatenate(parts, axis=1)  # noqa: E731
     return join(rows, x), join(places, positions), join(marks, segments)
+
+
+def prefix_of(attention: nn.Module) -> tuple[jax.Array, jax.Array] | None:
+    """The trained keys and values `[virtual, kv_heads, head_dim]` of an attention layer, or None."""
+    if not attention.has_variable('params', 'prefix'):
+        return None
+    prefix = attention.get_variable('params', 'prefix')
+    return prefix['k'], prefix['v']
+
+
+def put_before(prefix: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[batch, keys, kv_heads, head_dim]` with the prefix's first, `[batch, virtual + keys, ...]`."""
+    rows = (jnp.broadcast_to(part.astype(k.dtype), (k.shape[0], *part.shape)) for part in prefix)
+    k, v = (jnp.concatenate(parts, axis=1) for parts in zip(rows, (k, v), strict=True))
+    return k, v
+
+
+def places_before(count: int, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments `[batch, keys]` with those of `count` keys that all segments see first."""
+    first = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (positions.shape[0], count))
+    return jnp.concatenate([first, positions], 1), jnp.pad(segments, ((0, 0), (count, 0)), constant_values=SHARED)

@@ -91,6 +91,17 @@ def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: i
     return _token_logprobs(_plan(hidden, head, chunk), hidden, head.kernel, head.bias, targets)
 
 
+def token_scores(
+    hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of every target, and whether its logit is the largest: `[batch, length]` float32 and bool.
+
+    Arguments as for `token_logprobs`. For evaluation: a gradient would hold all logits.
+    """
+    logprobs, _, right = _logprobs(_plan(hidden, head, chunk), hidden, head.kernel, head.bias, targets)
+    return logprobs, right
+
+
 def _vocab(head: Any) -> int:
     return head.kernel.shape[0 if head.vocab_major else 1]
 
@@ -304,7 +315,7 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_
 
 
 def _logprobs(plan: _Plan, hidden, kernel, bias, targets):
-    """`(log-probability, logsumexp)`, each `[batch, length]`."""
+    """`(log-probability, logsumexp, whether the target's logit is the largest)`, each `[batch, length]`."""
 
     def device(hidden, kernel, bias, targets):
         cast = kernel.astype(hidden.dtype)
@@ -314,13 +325,13 @@ def _logprobs(plan: _Plan, hidden, kernel, bias, targets):
             hidden, targets = chunk
             largest, _, total, picked = _score(plan, _logits(plan, hidden, cast, bias), targets)
             lse = jnp.log(total) + largest
-            return None, ((picked - lse)[:, 0], lse[:, 0])
+            return None, ((picked - lse)[:, 0], lse[:, 0], (picked >= largest)[:, 0])
 
         _, values = lax.scan(step, None, _chunks(plan, hidden, targets))
         return tuple(_uncut(x, *hidden.shape[:2]) for x in values)
 
     specs = _specs(plan, bias)
-    return _per_device(plan, device, specs, (specs[-1], specs[-1]))(hidden, kernel, bias, targets)
+    return _per_device(plan, device, specs, (specs[-1],) * 3)(hidden, kernel, bias, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -333,7 +344,7 @@ def _token_logprobs_forward(plan, hidden, kernel, bias, targets):
     wanted = (hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed)
     marks = tuple(() if want else None for want in wanted)
     arrays = [None if x is None else x.value for x in (hidden, kernel, bias, targets)]
-    logprobs, lse = _logprobs(plan, *arrays)
+    logprobs, lse, _ = _logprobs(plan, *arrays)
     return logprobs, (*arrays, lse, marks)
 
 

@@ -17,9 +17,10 @@ from jaxtune.data.records import Records, field, open_records
 from jaxtune.data.tokens import TokenWriter
 from jaxtune.errors import UserError
 from jaxtune.objectives import shifted
-from jaxtune.objectives.shifted import KINDS, loss
+from jaxtune.objectives.answers import score, summarise
+from jaxtune.objectives.shifted import KINDS
 
-__all__ = ['KINDS', 'Pairs', 'dataset', 'loss', 'row']
+__all__ = ['KINDS', 'Pairs', 'dataset', 'loss', 'row', 'summarise']
 
 
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
@@ -68,6 +69,13 @@ def _tokenise(records: Records, folder: pathlib.Path, tokenizer, config: ConfigD
             source.add(config.seq2seq.prefix + field(record, place, data.source_key, 'data.source_key'))
             target.add(field(record, place, data.target_key, 'data.target_key'))
             bar.advance(1)
+
+
+def loss(config, model, params, batch, rng):
+    """Summed negative log-likelihood of the targets in nats, their number, and sums for `summarise`."""
+    hidden, targets, weights = shifted.decode(model, params, batch, rng)
+    nll, sums = score(hidden, model.head(params), targets, weights, batch['target_segments'], rng)
+    return nll, weights.sum(), sums
 
 
 class Pairs:

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from jaxtune.data import formats
 from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all, pieces
+from jaxtune.objectives.answers import score, summarise
 from jaxtune.objectives.causal_lm import KINDS, row
-from jaxtune.objectives.cross_entropy import cross_entropy
 
-__all__ = ['KINDS', 'dataset', 'loss', 'preview', 'row']
+__all__ = ['KINDS', 'dataset', 'loss', 'preview', 'row', 'summarise']
 
 
 def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> ExampleRows:
@@ -42,14 +42,15 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> E
 
 
 def loss(config, model, params, batch, rng):
-    """Summed negative log-likelihood of the answers' tokens in nats, their number, and how many were foretold."""
+    """Summed negative log-likelihood of the answers' tokens in nats, their number, and sums for `summarise`."""
     if config.sft.neftune_alpha and rng is not None:
         rng, key = jax.random.split(rng)
         noise = neftune(key, batch['segments'], model.config.d_model, config.sft.neftune_alpha)
         batch = {**batch, 'noise': noise}
     outputs = model.apply(params, batch, rng=rng)
-    nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], batch['weights'])
-    return nll, batch['weights'].sum(), {'accuracy': correct}
+    weights = batch['weights']
+    nll, sums = score(outputs.hidden, model.head(params), batch['targets'], weights, batch['segments'], rng)
+    return nll, weights.sum(), sums
 
 
 def neftune(key: jax.Array, segments: jax.Array, d_model: int, alpha: float) -> jax.Array:

@@ -1,12 +1,10 @@
-"""What encoder-decoder objectives share: the shape of a row, and the loss of targets that the decoder reads shifted."""
+"""What encoder-decoder objectives share: the shape of a row, and the targets that the decoder reads shifted."""
 
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jaxtune.objectives.cross_entropy import cross_entropy
 
 KINDS = ('encdec',)
 
@@ -46,16 +44,18 @@ def pair_sizes(sources: np.ndarray, targets: np.ndarray, seq_len: int, target_le
     return np.maximum(sources, -(-targets * seq_len // target_len))
 
 
-def loss(config, model, params, batch, rng, name_ids: Callable[[jax.Array], jax.Array] = lambda ids: ids):
-    """Summed negative log-likelihood of the targets in nats, their number, and how many were predicted right.
+def decode(model, params, batch, rng, name_ids: Callable[[jax.Array], jax.Array] = lambda ids: ids):
+    """The decoder's states before each target, the targets, and which of them are scored.
 
     Args:
-      config: the recipe.
       model: an encoder-decoder; its decoder begins with the family's start token, then reads the targets one late.
       params: its parameters.
       batch: rows of `make_row`.
       rng: for dropout of added weights.
       name_ids: turns the ids of rows into the model's.
+
+    Returns:
+      `(hidden [batch, target_len, d_model], targets [batch, target_len], weights [batch, target_len])`.
     """
     targets, segments = name_ids(batch['targets']), batch['target_segments']
     first = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
@@ -68,5 +68,4 @@ def loss(config, model, params, batch, rng, name_ids: Callable[[jax.Array], jax.
     }
     outputs = model.apply(params, inputs, rng=rng)
     weights = (segments > 0).astype(jnp.float32)
-    nll, correct = cross_entropy(outputs.hidden, model.head(params), targets, weights)
-    return nll, weights.sum(), {'accuracy': correct}
+    return outputs.hidden, targets, weights

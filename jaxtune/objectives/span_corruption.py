@@ -24,6 +24,7 @@ from jaxtune.data.packing import Bins, Row, cut_documents
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 from jaxtune.objectives import shifted
+from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.objectives.shifted import KINDS
 
 __all__ = ['KINDS', 'dataset', 'loss', 'row', 'spare_tokens']
@@ -136,4 +137,7 @@ def _cut(
 def loss(config, model, params, batch, rng):
     """Summed negative log-likelihood of the targets (sentinels and EOS too), their number, and the accuracy's sum."""
     vocab_size = model.config.vocab_size
-    return shifted.loss(config, model, params, batch, rng, lambda ids: jnp.where(ids < 0, vocab_size + ids, ids))
+    name_ids = lambda ids: jnp.where(ids < 0, vocab_size + ids, ids)  # noqa: E731
+    hidden, targets, weights = shifted.decode(model, params, batch, rng, name_ids)
+    nll, correct = cross_entropy(hidden, model.head(params), targets, weights)
+    return nll, weights.sum(), {'accuracy': correct}

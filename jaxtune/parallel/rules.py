@@ -18,6 +18,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r'/(scale|bias)$', P()),
     (r'(o_proj|down_proj)/kernel$', P('tensor', 'fsdp')),
     (r'/kernel$', P('fsdp', 'tensor')),
+    (r'/prefix/[kv]$', P('tensor', None)),
     (r'embed_positions/embedding$', P(None, 'fsdp')),
     (r'/embedding$', P('tensor', 'fsdp')),
 )

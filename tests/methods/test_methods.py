@@ -34,6 +34,7 @@ VARIANTS = {
     'qlora': {'method.name': 'qlora'},
     'adapter': {'method.name': 'adapter', 'method.bottleneck': 8},
     'prompt': {'method.name': 'prompt', 'method.virtual_tokens': 4},
+    'prefix': {'method.name': 'prompt', 'method.virtual_tokens': 4, 'method.prefix': True},
 }
 MORE = {
     'dora': {'method.dora': True},
@@ -128,7 +129,9 @@ def test_begins_at_the_model_and_merges_into_the_same_function(kind, name):
 @pytest.mark.parametrize(
     ('kind', 'name'),
     [
-        pytest.param(kind, name, marks=() if kind == 'decoder' or name == 'lora' else pytest.mark.exhaustive)
+        pytest.param(
+            kind, name, marks=() if kind == 'decoder' or (kind, name) == ('encoder', 'lora') else pytest.mark.exhaustive
+        )
         for kind in KINDS
         for name in VARIANTS
     ],
@@ -178,14 +181,36 @@ def test_dropout_is_for_training_alone():
     np.testing.assert_array_equal(apply(evaluating(params), keys[0]), apply(evaluating(params), keys[1]))
 
 
-def test_a_prompt_serves_every_segment_of_a_packed_row():
-    config, (model, params) = settings(**VARIANTS['prompt']), build('decoder')
+@pytest.mark.parametrize('name', ['prompt', 'prefix'])
+def test_a_prompt_serves_every_segment_of_a_packed_row(name):
+    config, (model, params) = settings(**VARIANTS[name]), build('decoder')
     params = moved(config, tuned(config, model, params, one_device())[1])
     tokens = batch_of('decoder')['tokens'][:1]
     places = {'positions': np.r_[np.arange(10), np.arange(6)][None], 'segments': np.r_[[1] * 10, [2] * 6][None]}
     packed = model.apply(params, {'tokens': tokens, **{k: v.astype(np.int32) for k, v in places.items()}}).hidden
     apart = [model.apply(params, {'tokens': part}).hidden for part in (tokens[:, :10], tokens[:, 10:])]
     np.testing.assert_allclose(packed, np.concatenate(apart, axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['prompt', 'prefix'])
+def test_a_prompt_begins_as_its_text_and_generation_reads_it(name):
+    config, (model, params) = settings(**VARIANTS[name]), build('decoder')
+    config.method.init_ids = (5, 9, 3, 40)
+    _, prompted = tuned(config, model, params, one_device())
+    tokens = batch_of('decoder')['tokens'][:2]
+    text = np.concatenate([np.tile(np.asarray([config.method.init_ids]), (2, 1)), tokens], axis=1)
+    expected = model.apply(params, {'tokens': text}).hidden[:, 4:]
+    np.testing.assert_allclose(model.apply(prompted, {'tokens': tokens}).hidden, expected, rtol=1e-5, atol=1e-5)
+
+    lengths = np.full(2, 10, np.int32)
+    hidden, cache, positions = model.prefill(prompted, tokens[:, :10], lengths, 6)
+    found = [hidden]
+    for at in range(10, 16):
+        running = np.ones(2, bool)
+        hidden, cache = model.step(prompted, cache, tokens[:, at], positions, running)
+        found.append(hidden)
+        positions = positions + 1
+    np.testing.assert_allclose(np.stack(found, 1), expected[:, 9:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

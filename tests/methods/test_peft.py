@@ -205,6 +205,33 @@ def test_prompt_tuning_goes_there_and_back_and_trains_alike(llama, tmp_path):
     np.testing.assert_allclose(torch_logits(again)[:, 5:], logits(model, params), rtol=1e-4, atol=1e-4)
 
 
+def test_prefix_tuning_goes_there_and_back_and_trains_alike(llama, tmp_path):
+    settings = theirs.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=5)
+    torch.manual_seed(1)
+    model_theirs = theirs.get_peft_model(torch_base(llama), settings)
+    model_theirs.save_pretrained(tmp_path / 'theirs')
+    config, model, params = base(llama, 'prompt')
+    params = read(tmp_path / 'theirs', model, params)
+    np.testing.assert_allclose(logits(model, params), torch_logits(model_theirs), rtol=1e-4, atol=1e-4)
+    losses, params = train(config, model, params)
+    np.testing.assert_allclose(losses, train_theirs(model_theirs), rtol=1e-4)
+    peft.save_prompt(tmp_path / 'ours', params, model, config.method, str(llama))
+    again = theirs.PeftModel.from_pretrained(torch_base(llama), tmp_path / 'ours')
+    np.testing.assert_allclose(torch_logits(again), logits(model, params), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['encoder', 'encdec'])
+def test_prefixes_that_peft_does_not_have_come_back(kind, tmp_path):
+    from test_methods import build, one_device, outputs, settings, tuned
+
+    config = settings(**{'method.name': 'prompt', 'method.prefix': True, 'method.virtual_tokens': 3})
+    model, params = build(kind)
+    _, prefixed = tuned(config, model, params, one_device())
+    peft.save_prompt(tmp_path / 'ours', prefixed, model, config.method, 'base')
+    again = read(tmp_path / 'ours', model, params)
+    np.testing.assert_array_equal(outputs(model, again, kind), outputs(model, prefixed, kind))
+
+
 def test_what_cannot_be_read_is_one_line(llama, tmp_path):
     _, model, _ = base(llama)
     folder = tmp_path / 'adapter'

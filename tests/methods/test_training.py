@@ -22,7 +22,16 @@ METHODS = {
     'qlora': {'method.rank': 4, 'method.dora': True, 'optimizer.name': 'adamw8bit', 'optimizer.offload': True},
     'adapter': {'method.bottleneck': 8},
     'prompt': {'method.virtual_tokens': 4, 'method.init_text': 'the lazy dog', 'optimizer.lr': 3e-2},
+    'prefix': {'method.virtual_tokens': 4, 'method.init_text': 'the lazy dog', 'method.prefix': True},
 }
+UNMERGED = ('adapter', 'prompt', 'prefix')
+
+
+def keys_of(corpus, method, objective='causal_lm'):
+    keys = recipe(corpus, objective, optimizer__schedule='constant', train__steps=9, checkpoint__every=4)
+    if objective != 'causal_lm':
+        keys['data.packing'] = False  # one text a row: what an encoder reads with a prompt
+    return keys | {'method.name': 'prompt' if method == 'prefix' else method, **METHODS[method]}
 
 
 @pytest.fixture(scope='module')
@@ -48,8 +57,7 @@ def run(task, workdir, **keys):
 @pytest.fixture(scope='module', params=METHODS)
 def trained(request, corpus, tmp_path_factory):
     """`(method, keys, workdir)` of a run of 9 updates."""
-    keys = recipe(corpus, optimizer__schedule='constant', train__steps=9, checkpoint__every=4)
-    keys |= {'method.name': request.param, **METHODS[request.param]}
+    keys = keys_of(corpus, request.param)
     workdir = tmp_path_factory.mktemp(request.param)
     result = train(keys, workdir)
     assert result['metrics']['eval/loss'] < metrics(workdir, 'train/loss')[0]
@@ -64,6 +72,18 @@ def test_a_resumed_run_ends_the_same(trained, tmp_path):
     assert tensors(tmp_path / 'adapter') == tensors(whole / 'adapter')
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('objective', ['masked_lm', 'seq2seq'])
+@pytest.mark.parametrize('method', METHODS)
+def test_a_resumed_run_ends_the_same_on_other_kinds_of_models(method, objective, corpus, tmp_path):
+    keys = keys_of(corpus, method, objective)
+    train(keys, tmp_path / 'whole')
+    train({**keys, 'train.steps': 4}, tmp_path / 'parts')
+    train(keys, tmp_path / 'parts')
+    assert metrics(tmp_path / 'parts', 'train/loss') == metrics(tmp_path / 'whole', 'train/loss')
+    assert tensors(tmp_path / 'parts' / 'adapter') == tensors(tmp_path / 'whole' / 'adapter')
+
+
 def test_what_it_left_scores_as_in_training(trained, corpus, tmp_path):
     method, _, workdir = trained
     info = json.loads((workdir / 'run.json').read_text())['model']
@@ -73,7 +93,7 @@ def test_what_it_left_scores_as_in_training(trained, corpus, tmp_path):
     assert run(evaluate, tmp_path / 'a', **data, **{'model.path': str(workdir)})['metrics']['eval/loss'] == (
         pytest.approx(scored, rel=1e-5)
     )
-    if method in ('adapter', 'prompt'):
+    if method in UNMERGED:
         assert not (workdir / 'export').exists()
         with pytest.raises(UserError, match='cannot be merged'):
             run(export, tmp_path / 'b', **{'model.path': str(workdir)})
@@ -93,7 +113,7 @@ def test_what_it_left_scores_as_in_training(trained, corpus, tmp_path):
 
 def test_a_prompt_is_there_when_it_writes(trained, corpus, tmp_path):
     method, _, workdir = trained
-    if method != 'prompt':
+    if method not in ('prompt', 'prefix'):
         pytest.skip('for prompts only: all else changes no cache')
     keys = {
         'model.path': str(workdir), 'data.eval': str(corpus / 'eval.jsonl'), 'generate.prompt_tokens': 8,
@@ -127,3 +147,39 @@ def test_a_method_s_own_adapter_goes_on_and_another_s_is_refused(trained, corpus
     assert metrics(tmp_path / 'on', 'train/loss')[0] < metrics(workdir, 'train/loss')[0] - 0.1
     with pytest.raises(UserError, match=r'method\.name=prompt'):
         train({**on, 'method.name': 'prompt'}, tmp_path / 'off')
+
+
+def test_several_adapters_write_from_one_base(trained, corpus, tmp_path):
+    method, keys, workdir = trained
+    if method != 'lora':
+        pytest.skip('one is enough')
+    base = str(workdir / 'base')
+    of_base = {name: value for name, value in keys.items() if name not in ('model.config', 'tokenizer.path')}
+    other = tmp_path / 'other'
+    train(
+        {
+            **of_base,
+            'model.path': base,
+            'train.steps': 6,
+            'method.rank': 2,
+            'optimizer.warmup_steps': 0,
+            'optimizer.lr': 0.1,
+        },
+        other,
+    )
+    asked = {
+        'model.path': base, 'data.eval': str(corpus / 'eval.jsonl'), 'generate.prompt_tokens': 8,
+        'generate.max_new_tokens': 24, 'generate.prompts': 3,
+    }  # fmt: skip
+
+    def written(name, paths):
+        run(generate, tmp_path / name, **asked, **{'method.path': paths})
+        lines = (tmp_path / name / 'samples.jsonl').read_text().splitlines()
+        return [(line.get('adapter'), line['completion']) for line in map(json.loads, lines)]
+
+    first, second = (written(name, str(path)) for name, path in (('first', workdir), ('second', other)))
+    both = written('both', f'{workdir},{other}')
+    assert both == [(str(workdir), text) for _, text in first] + [(str(other), text) for _, text in second]
+    assert first != second
+    with pytest.raises(UserError, match='expected one adapter'):
+        train({**of_base, 'model.path': base, 'method.path': f'{workdir},{other}'}, tmp_path / 'refused')

@@ -160,7 +160,8 @@ def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implemen
         monkeypatch.setattr(decoder, 'attention', _plain_attention)
     params = jax.jit(model.init)(jax.random.key(0))
     config = _settings()
-    step = jax.value_and_grad(lambda params, batch: sft.loss(config, model, params, batch, None)[0])
+    key = jax.random.key(0)  # None would be evaluation
+    step = jax.value_and_grad(lambda params, batch: sft.loss(config, model, params, batch, key)[0])
     packed, single = (_batch(ExampleRows(examples, 32, packing)) for packing in (True, False))
     # Rows of padding keep the shape, and so the program, the same.
     rows = len(single['tokens']) - len(packed['tokens'])
@@ -181,17 +182,46 @@ def _plain_attention(q, k, v, *, q_positions, k_positions, q_segments, k_segment
     return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores), v)
 
 
-def test_only_answers_are_scored(examples):
+@pytest.mark.parametrize('key', [None, jax.random.key(0)], ids=['evaluation', 'training'])
+def test_only_answers_are_scored(examples, key):
     model = models.build(models.read_config(LLAMA))
     params = jax.jit(model.init)(jax.random.key(0))
     batch = _batch(ExampleRows(examples, 32, False))
-    total, count, metrics = sft.loss(_settings(), model, params, batch, None)
+    total, count, metrics = sft.loss(_settings(), model, params, batch, key)
     logits = model.logits(params, model.apply(params, batch).hidden)
     labels = torch.tensor(np.where(batch['weights'] > 0, batch['targets'], -100)).long()
     expected = F.cross_entropy(torch.tensor(np.asarray(logits)).flatten(0, 1), labels.flatten(), reduction='sum')
     np.testing.assert_allclose(total, expected.numpy(), rtol=1e-5)
     assert count == batch['weights'].sum()
-    assert 0 <= metrics['accuracy'] <= count
+    right = (np.asarray(logits).argmax(-1) == batch['targets']) * batch['weights']
+    assert metrics['accuracy'] == right.sum()
+
+
+def test_exact_answers_are_those_that_greedy_decoding_repeats(examples):
+    model = models.build(models.read_config(LLAMA))
+    params = jax.tree.map(lambda leaf: 8 * leaf, jax.jit(model.init)(jax.random.key(0)))
+    single = _batch(ExampleRows(examples, 32, False))
+    # Some examples are made what the model itself goes on with, so that it repeats them.
+    for row in range(0, len(single['tokens']), 2):
+        for at in np.flatnonzero(single['weights'][row]):
+            batch = {name: value[row : row + 1] for name, value in single.items()}
+            chosen = int(model.logits(params, model.apply(params, batch).hidden)[0, at].argmax())
+            single['targets'][row, at] = single['tokens'][row, at + 1] = chosen
+    _, count, sums = sft.loss(_settings(), model, params, single, None)
+    found = sft.summarise({name: float(value) for name, value in sums.items()}, float(count))
+    right = np.asarray(model.logits(params, model.apply(params, single).hidden)).argmax(-1) == single['targets']
+    exact = [row[scored > 0].all() for row, scored in zip(right, single['weights'], strict=True) if scored.any()]
+    assert found['exact_match'] == pytest.approx(np.mean(exact))
+    assert 0.5 <= found['exact_match'] < 1
+    # Several answers in a row are counted one by one.
+    rows = [
+        jax.tree.map(lambda *parts: np.concatenate(parts)[None], *({k: v[i] for k, v in single.items()} for i in pair))
+        for pair in ((0, 1), (2, 3))
+    ]
+    paired = {name: np.concatenate([row[name] for row in rows]) for name in single}
+    paired['segments'][:, 32:] *= 2 * (paired['segments'][:, 32:] > 0)
+    sums = sft.loss(_settings(), model, params, paired, None)[2]
+    assert (float(sums['answers']), float(sums['exact_match'])) == (4.0, float(sum(exact[:4])))
 
 
 def test_neftune_is_uniform_within_its_bound_and_off_in_evaluation(examples):

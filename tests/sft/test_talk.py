@@ -7,9 +7,11 @@ import sys
 import jax
 import pytest
 
-from jaxtune import chat, models, recipes
+from jaxtune import chat, methods, models, peft, recipes
+from jaxtune.assemble import assemble
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.models import hf
+from jaxtune.weights import tree
 
 
 @pytest.fixture(scope='module')
@@ -99,6 +101,27 @@ def test_generate_answers_conversations_of_every_format(folder, tmp_path):
     assert [line['prompt'] for line in lines] == [[asked]] * 3
     talk = chat.Chat(_config(folder))
     assert {line['completion'].rstrip('�') for line in lines} == {''.join(talk.say('Hi')).rstrip('�')}
+
+
+def _adapter(folder, path, seed):
+    """A LoRA with random factors."""
+    config, mesh, key = _config(folder, method__rank=4), _one_device(), jax.random.key(seed)
+    parts = assemble(config, mesh)
+    params = methods.get('lora').init(parts.params, parts.model, config.method, key)
+    trainable, frozen = tree.partition(params, methods.get('lora').trains)
+    moved = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(key, leaf.shape), trainable)
+    peft.save_lora(path, tree.combine(moved, frozen), parts.model, config.method, str(folder))
+    return str(path)
+
+
+def test_a_chat_switches_between_adapters(folder, tmp_path):
+    paths = [_adapter(folder, tmp_path / str(seed), seed) for seed in (0, 1)]
+    alone = [''.join(chat.Chat(_config(folder, method__path=path)).say('Hi')) for path in paths]
+    talk = chat.Chat(_config(folder, method__path=','.join(paths)))
+    shown: list[str] = []
+    chat.run(talk, iter(['Hi', '/reset', f'/adapter {paths[1]}', 'Hi', '/adapter nowhere']), shown.append)
+    assert alone[0] != alone[1]
+    assert ''.join(shown).startswith(f'{alone[0]}\n{alone[1]}\n(/adapter nowhere: expected one of')
 
 
 def _one_device():

@@ -127,7 +127,8 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_their_own(corpus, tm
 
     def run(rows):
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        loss = jax.jit(jax.value_and_grad(lambda params: module.loss(config, model, params, batch, None)[0]))
+        key = jax.random.key(0)  # None would be evaluation
+        loss = jax.jit(jax.value_and_grad(lambda params: module.loss(config, model, params, batch, key)[0]))
         return loss(params)
 
     (ours, grads), (theirs, expected) = run([row]), run(alone)

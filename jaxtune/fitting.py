@@ -1,4 +1,4 @@
-"""Compiling the step ahead of time, and choosing how many micro-batches fit in memory by what the compiler reports."""
+"""Fitting the step into memory: compiled ahead of time, with as many micro-batches as the compiler says are needed."""
 
 import re
 from collections.abc import Callable

@@ -1,0 +1,119 @@
+"""The prompts of `data.eval`: texts to go on from, sources to answer, or conversations; with what was expected."""
+
+import itertools
+import pathlib
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxtune.assemble import Assembly
+from jaxtune.data import formats
+from jaxtune.data.examples import demonstrations, open_data, open_template, prepare
+from jaxtune.data.prepare import HELD_OUT
+from jaxtune.data.records import Records, field, open_records
+from jaxtune.data.spans import Encoder
+from jaxtune.errors import UserError
+
+
+class Prompt(NamedTuple):
+    """What a model is given.
+
+    Attributes:
+      text: the prompt, or a conversation's turns.
+      ids: its tokens.
+      reference: the text that the record holds as its continuation, or None.
+    """
+
+    text: Any
+    ids: list[int]
+    reference: str | None = None
+
+
+def read_prompts(config: ConfigDict, parts: Assembly) -> list[Prompt]:
+    """The prompts of `data.eval`, cut to `generate.prompt_tokens`; or the questions of conversations.
+
+    Raises:
+      UserError: none, an empty one, or one that leaves no room for the completion in the model's positions.
+    """
+    source = _conversations(config) if parts.model.kind == 'decoder' else None
+    prompts = _texts(config, parts) if source is None else _questions(config, parts, source)
+    settings, limit = config.generate, parts.model.config.max_positions
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.ids:
+            raise UserError(f'data.eval={config.data.eval}: prompt {number} is empty; expected at least one token')
+        if limit and len(prompt.ids) + settings.max_new_tokens > limit:
+            raise UserError(
+                f'data.eval={config.data.eval}: prompt {number} has {len(prompt.ids)} tokens; expected at most the '
+                f"model's {limit} positions less generate.max_new_tokens={settings.max_new_tokens} "
+                '(generate.prompt_tokens cuts prompts)'
+            )
+    if not prompts:
+        raise UserError(f'data.eval={config.data.eval}: holds no prompt; expected at least one')
+    return prompts
+
+
+def _texts(config: ConfigDict, parts: Assembly) -> list[Prompt]:
+    data, limit = config.data, config.generate.prompt_tokens
+    keys = {'prompt': ('prompt', ''), 'pair': (data.source_key, 'data.source_key')}
+    text_key, named = keys.get(data.format, (data.text_key, 'data.text_key'))
+    reference_key = {'prompt': 'completion', 'pair': data.target_key}.get(data.format)
+    # What an encoder reads ends, and was introduced in training.
+    answers = parts.model.kind == 'encdec'
+    prefix, eos = (config.seq2seq.prefix, parts.tokenizer.eos_token_id) if answers else ('', None)
+    prompts = []
+    for place, record in itertools.islice(
+        open_records(data.eval, 'data.eval', None, text_key), config.generate.prompts or None
+    ):
+        text = field(record, place, text_key, named)
+        reference = record.get(reference_key)
+        if limit:
+            # A token is rarely longer than this; tokenising whole books for their first words takes long.
+            text = text[: 64 * limit]
+        text = prefix + text
+        ids = parts.tokenizer(text).input_ids
+        if limit and len(ids) > limit:
+            ids = ids[:limit]
+            text = parts.tokenizer.decode(ids, skip_special_tokens=True)
+        if answers and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        prompts.append(Prompt(text, ids, reference if isinstance(reference, str) else None))
+    return prompts
+
+
+def _conversations(config: ConfigDict) -> Records | None:
+    """The records of `data.eval` where they are conversations; None where they are texts to go on from."""
+    name, path = config.data.format, config.data.eval
+    if name not in ('auto', *formats.CHATS) or (path != 'python-stdlib' and not pathlib.Path(path).exists()):
+        return None
+    if path == 'python-stdlib' and (name == 'auto' or config.generate.prompt_tokens):
+        return None
+    if (pathlib.Path(path) / HELD_OUT).is_file():
+        return None
+    records = open_data(path, 'data.eval', formats.CHATS)
+    for _, record in records:
+        kind = formats.detect(record)
+        asked = kind == 'prompt' and config.data.template == 'auto' and isinstance(record.get('prompt'), str)
+        return None if kind not in formats.CHATS or asked else records
+    return None
+
+
+def _questions(config: ConfigDict, parts: Assembly, records: Records) -> list[Prompt]:
+    """Each conversation without the answer that ends it, as turns and as ids up to where the assistant writes."""
+    chosen = list(itertools.islice(records, config.generate.prompts or None))
+    found = formats.find(chosen, config.data.format, records.name, formats.CHATS)
+    kind = next(iter(found)) if len(found) == 1 else ''
+    encode = Encoder(open_template(config, parts.tokenizer, kind, chosen), parts.tokenizer)
+    shown = demonstrations(config)
+    chats = formats.read(chosen, lambda place, record: formats.chat(kind, place, record, False), records.name)
+    prompts = []
+    for where, chat in chats:
+        last = max(i for i, turn in enumerate(chat.turns) if turn['role'] != 'assistant')
+        asked = prepare(chat.before(last + 1), config.sft.system, shown)
+        try:
+            _, ids = encode.prompt(asked)
+        except formats.FormatError as error:
+            raise UserError(f'{where}: {error}') from None
+        answer = chat.turns[last + 1].get('content') if last + 1 < len(chat.turns) else None
+        turns = [{'role': turn['role'], 'content': turn['content']} for turn in asked.turns]
+        prompts.append(Prompt(turns, ids, answer or None))
+    return prompts
