@@ -48,6 +48,8 @@ def get_config() -> ConfigDict:
     config.sft.data = ConfigDict({'train': 'python-stdlib', 'eval': 'python-stdlib', 'seq_len': 256})
     config.sft.train = ConfigDict({'steps': 24, 'batch_size': 16})
     config.sft.optimizer = ConfigDict({'lr': 1e-3, 'warmup_steps': 5, 'weight_decay': 0.0})
+    config.sft.eval = ConfigDict({'samples': 4})
+    config.sft.generate = ConfigDict({'max_new_tokens': 48})
 
     config.reward = ConfigDict()
     config.reward.task = 'train'

@@ -24,5 +24,6 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({'seq_len': 256})
     config.train = ConfigDict({'epochs': 2.0, 'batch_size': 16})
     config.optimizer = ConfigDict({'lr': 1e-3, 'warmup_steps': 20, 'schedule': 'cosine', 'weight_decay': 0.0})
-    config.eval = ConfigDict({'every': 100})
+    config.eval = ConfigDict({'every': 100, 'samples': 4})
+    config.generate = ConfigDict({'max_new_tokens': 64})
     return config

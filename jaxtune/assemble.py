@@ -88,8 +88,9 @@ def tokenizer_folder(config: ConfigDict) -> str:
     return path
 
 
-# Tasks that read rows of data.seq_len tokens.
-_WITH_ROWS = ('train', 'evaluate', 'compile')
+def _reads_rows(config: ConfigDict) -> bool:
+    """Whether the task reads rows of `data.seq_len` tokens."""
+    return config.task in ('train', 'evaluate', 'compile') or (config.task == 'export' and config.export.requantise)
 
 
 def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
@@ -140,7 +141,7 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
     )
     limit, prompted = model.config.max_positions, config.method.name == 'prompt'
     taken = config.method.virtual_tokens if prompted else 0
-    if limit and config.data.seq_len + taken > limit and config.task in _WITH_ROWS:
+    if limit and config.data.seq_len + taken > limit and _reads_rows(config):
         less = f' less method.virtual_tokens={taken}' if taken else ''
         raise UserError(f"data.seq_len={config.data.seq_len}: expected at most the model's {limit} positions{less}")
     tokens = prompted and not config.method.prefix
@@ -151,7 +152,7 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
 
 def _spare_tokens(config: ConfigDict, tokenizer) -> int:
     """How many ids beyond the tokenizer's the objective uses."""
-    if config.task not in _WITH_ROWS:
+    if not _reads_rows(config):
         return 0
     count = getattr(objectives.get(config.objective), 'spare_tokens', None)
     return count(config, tokenizer) if count else 0
@@ -165,7 +166,7 @@ def _head(config: ConfigDict, fields: dict[str, Any], folder: str) -> tuple[dict
     Raises:
       UserError: the objective does not suit this kind of model.
     """
-    if config.task in _WITH_ROWS:
+    if _reads_rows(config):
         objective = objectives.get(config.objective)
         kind = models.KINDS[fields['model_type']]
         kinds = getattr(objective, 'KINDS', (kind,))

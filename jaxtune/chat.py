@@ -74,7 +74,7 @@ class Chat:
         """
         import jax
 
-        from jaxtune.generate import decode_continuation
+        from jaxtune.completer import decode_continuation
 
         self.turns.append({'role': 'user', 'content': text})
         prompt = self._prompt()

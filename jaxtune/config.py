@@ -173,6 +173,7 @@ SCHEMA: dict[str, Key | Free] = {
     'eval.batches': Key(0, integer(0), 'at most so many batches an evaluation; 0 = all'),
     'eval.batch_size': Key(0, integer(0), 'sequences a batch; 0 = that of a training micro-batch'),
     'eval.patience': Key(0, integer(0), 'stop after so many evaluations without a better value; 0 = off'),
+    'eval.samples': Key(0, integer(0), 'held-out prompts answered before and after training, for the report; 0 = off'),
     'eval.metric': Key('eval/loss', text, 'what "better" means; accuracies and rewards rise, all else falls'),
     'checkpoint.every': Key(0, integer(0), 'updates between checkpoints; 0 = at evaluations and at the end'),
     'checkpoint.keep': Key(1, integer(1), 'newest checkpoints kept; the best by eval.metric is kept beside them'),
@@ -207,6 +208,7 @@ SCHEMA: dict[str, Key | Free] = {
     'mesh.tensor': Key(1, axis_size, 'heads and widths divided'),
     'mesh.sequence': Key(1, axis_size, 'length divided'),
     'compile.topology': Key('', text, 'v5e:16x16, v5p:2x2x1, cuda:h200x8 …: compile for hardware that is not there'),
+    'export.requantise': Key(False, boolean, 'export: round the merged kernels to NF4 again, and say what it costs'),
     'log.every': Key(10, integer(1), 'updates between lines of metrics.jsonl'),
     'log.wandb': Key(False, boolean, 'send the metrics to Weights & Biases too'),
 }

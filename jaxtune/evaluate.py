@@ -2,20 +2,43 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import console, objectives, runinfo
-from jaxtune.assemble import assemble
+from jaxtune.assemble import Assembly, assemble
 from jaxtune.errors import UserError
-from jaxtune.evaluator import make_evaluator
+from jaxtune.evaluator import Evaluator, make_evaluator
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_batch
 from jaxtune.report import write_report
 from jaxtune.step import make_eval_step
 from jaxtune.workdir import write_result
+
+
+def open_evaluator(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: Assembly) -> Evaluator:
+    """What scores `data.eval` by the recipe's objective, for `score`.
+
+    Raises:
+      UserError: the data is wrong, or the mesh does not divide the batch.
+    """
+    objective = objectives.get(config.objective)
+    batch_size = config.eval.batch_size or config.train.batch_size
+    check_batch(mesh, batch_size, 1, objective.row(config))
+    rows = objective.dataset(config, 'eval', parts.tokenizer, workdir / 'cache')
+    rows = objectives.complete(config, rows, parts.model, parts.params, mesh, workdir / 'cache', 'eval')
+    step = jax.jit(make_eval_step(functools.partial(objective.loss, config, parts.model)))
+    return make_evaluator(config, mesh, rows, step, batch_size)
+
+
+def score(evaluator: Evaluator, params: Any) -> dict[str, float]:
+    """Metrics of a whole parameter tree."""
+    with console.progress(len(evaluator), 'evaluate', 'batch') as bar:
+        return evaluator.run(params, jax.tree.map(lambda leaf: None, params), bar.advance)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
@@ -26,23 +49,16 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """
     if not config.data.eval:
         raise UserError("data.eval='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
-    objective = objectives.get(config.objective)
     mesh = make_mesh(config.mesh)
-    batch_size = config.eval.batch_size or config.train.batch_size
-    check_batch(mesh, batch_size, 1, objective.row(config))
     info = runinfo.RunInfo(command, config, mesh)
     with jax.set_mesh(mesh):
         with info.timed('load'):
             parts = assemble(config, mesh)
         with info.timed('data'):
-            rows = objective.dataset(config, 'eval', parts.tokenizer, workdir / 'cache')
-            rows = objectives.complete(config, rows, parts.model, parts.params, mesh, workdir / 'cache', 'eval')
+            evaluator = open_evaluator(config, workdir, mesh, parts)
         info.describe_model(parts.model, parts.params, None, None)
-        step = jax.jit(make_eval_step(functools.partial(objective.loss, config, parts.model)))
-        evaluator = make_evaluator(config, mesh, rows, step, batch_size)
-        frozen = jax.tree.map(lambda leaf: None, parts.params)
-        with info.timed('eval'), console.progress(len(evaluator), 'evaluate', 'batch') as bar:
-            metrics = evaluator.run(parts.params, frozen, bar.advance)
+        with info.timed('eval'):
+            metrics = score(evaluator, parts.params)
     metrics['memory/peak_bytes'] = peak_memory_bytes()
     if not console.is_primary():
         return {'task': 'evaluate', 'status': 'done', 'step': 0, 'metrics': metrics}

@@ -3,12 +3,13 @@
 import dataclasses
 import pathlib
 import re
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, methods, peft, recipes, tuning
+from jaxtune import console, evaluate, methods, peft, recipes, tuning
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.data.spans import end_of_turn
@@ -41,13 +42,34 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
             parts, step = from_checkpoint(source, mesh)
         else:
             parts, step = assemble(config, mesh), 0
-        params = merged(parts.params, f'model.path={source}')
+        params, metrics = merged(parts.params, f'model.path={source}'), {}
+        if config.export.requantise:
+            params, metrics = _requantised(config, workdir, mesh, dataclasses.replace(parts, params=params))
         save(workdir / 'export', parts.model, params, parts.tokenizer, parts.folder)
-    metrics = {'export/parameters': tree.count(params), 'export/bytes': tree.nbytes(params)}
+    metrics |= {'export/parameters': tree.count(params), 'export/bytes': tree.nbytes(params)}
     if not console.is_primary():
         return {'task': 'export', 'status': 'done', 'step': step, 'metrics': metrics}
     console.note(f'made {workdir}/export: a Hugging Face folder of {metrics["export/parameters"]:,} parameters')
     return write_result(workdir, 'export', step, metrics)
+
+
+def _requantised(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: Assembly) -> tuple[Any, dict]:
+    """Merged parameters with the kernels that QLoRA stores rounded to NF4 once more, and what that does to the loss.
+
+    A light tuning moves weights by less than NF4's steps, and is lost.
+
+    Raises:
+      UserError: nothing is held out that could tell.
+    """
+    if not config.data.eval:
+        raise UserError("data.eval='': export.requantise=True needs held-out data, to tell what rounding again costs")
+    evaluator = evaluate.open_evaluator(config, workdir, mesh, parts)
+    before = evaluate.score(evaluator, parts.params)['eval/loss']
+    codecs = methods.get('qlora').codecs(parts.model, config.method)
+    rounded = jax.jit(lambda params: methods.get('qlora').merge(tuning.encoded(params, codecs)))(parts.params)
+    after = evaluate.score(evaluator, rounded)['eval/loss']
+    console.note(f'held-out loss {before:.4f} merged, {after:.4f} rounded to NF4 again ({after - before:+.4f})')
+    return rounded, {'export/loss_merged': before, 'export/loss_requantised': after}
 
 
 def save(path: pathlib.Path, model, params, tokenizer, folder: str) -> None:

@@ -8,22 +8,16 @@ import time
 from collections.abc import Iterable
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from jaxtune import console, runinfo
 from jaxtune.assemble import Assembly, assemble
-from jaxtune.beam import beam_search
-from jaxtune.data import templates
-from jaxtune.data.spans import end_of_turn
+from jaxtune.completer import Completer
 from jaxtune.errors import UserError
 from jaxtune.metrics import peak_memory_bytes
-from jaxtune.parallel import make_mesh, place
+from jaxtune.parallel import make_mesh
 from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.report import write_report
-from jaxtune.sampling import Sampling, from_config, pad_prompts, sample
 from jaxtune.scoring import exact, scores
 from jaxtune.workdir import write_result
 
@@ -54,9 +48,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
             raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a language model')
         info.describe_model(parts.model, parts.params, None, None)
         prompts = read_prompts(config, parts)
-        sampling = from_config(config.generate, parts.tokenizer, parts.model, _ends(config, parts))
+        complete = Completer(config, mesh, parts, config.generate.batch_size)
         started = time.perf_counter()
-        tokens = _complete(config, workdir, mesh, parts, sampling, prompts, info)
+        tokens = _complete(config, workdir, complete, parts, prompts, info)
         seconds = time.perf_counter() - started
     metrics = {
         'generate/prompts': len(prompts),
@@ -77,14 +71,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     return result
 
 
-def _ends(config: ConfigDict, parts: Assembly) -> list[int]:
-    """What ends an answer by the chat template, where the tokenizer has one."""
-    if not parts.tokenizer.chat_template:
-        return []
-    end = end_of_turn(templates.open_template('auto', parts.tokenizer), parts.tokenizer)
-    return [] if end is None else [end]
-
-
 def _partial(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / '.samples.partial.jsonl'
 
@@ -103,33 +89,20 @@ def _finished_lines(path: pathlib.Path, ends: Iterable[int]) -> list[dict]:
 def _complete(
     config: ConfigDict,
     workdir: pathlib.Path,
-    mesh: Mesh,
+    complete: Completer,
     parts: Assembly,
-    sampling: Sampling,
     prompts: list[Prompt],
     info: runinfo.RunInfo,
 ) -> int:
     """Samples batch by batch, appending to the partial file; returns the number of tokens sampled."""
-    tokenizer, batch_size = parts.tokenizer, config.generate.batch_size
-    root = jax.random.key(config.seed)
-
-    def run_batch(params, batch):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch['number'])
-        prompts = (batch['prompts'], batch['lengths'])
-        if config.generate.beams > 1:
-            return beam_search(
-                parts.model, sampling, params, *prompts, config.generate.beams, config.generate.length_penalty
-            )
-        return sample(parts.model, sampling, params, *prompts, keys)
-
-    sampler = jax.jit(run_batch, out_shardings=NamedSharding(mesh, P()))
+    size = complete.batch_size
     work = [prompt for prompt in prompts for _ in range(config.generate.samples)]
     # Batches as (adapter, first prompt, one after the last): adapters follow each other.
-    bounds = [(first, min(first + batch_size, len(work))) for first in range(0, len(work), batch_size)]
+    bounds = [(first, min(first + size, len(work))) for first in range(0, len(work), size)]
     batches = [(name, *bound) for name in parts.adapters or ('',) for bound in bounds]
     ends = list(itertools.accumulate(last - first for _, first, last in batches))
     done = _finished_lines(_partial(workdir), ends)
-    tokens = sum(len(tokenizer(line['completion']).input_ids) for line in done)
+    tokens = sum(len(parts.tokenizer(line['completion']).input_ids) for line in done)
     with (
         open(_partial(workdir) if console.is_primary() else os.devnull, 'a', encoding='utf-8') as file,
         console.progress(ends[-1], 'generate', 'completion', initial=len(done)) as bar,
@@ -138,20 +111,10 @@ def _complete(
             if end <= len(done):
                 continue
             chosen = work[first:last]
-            filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
-            ids, lengths = pad_prompts([prompt.ids for prompt in filled], sampling.pad_id)
-            arrays = {
-                'prompts': ids,
-                'lengths': lengths,
-                'number': np.arange(first, first + batch_size, dtype=np.int32),
-            }
-            rows = place(lambda low, high, a=arrays: {k: v[low:high] for k, v in a.items()}, batch_size, mesh)
             with info.timed('generate'):
-                completions = jax.tree.map(np.asarray, sampler(parts.adapters.get(name, parts.params), rows))
-            for row, prompt in enumerate(chosen):
-                new = completions.tokens[row, : completions.lengths[row]].tolist()
-                tokens += len(new)
-                completion = decode_continuation(tokenizer, [] if parts.model.kind == 'encdec' else prompt.ids, new)
+                made = complete(parts.adapters.get(name, parts.params), chosen, first)
+            for prompt, (completion, count) in zip(chosen, made, strict=True):
+                tokens += count
                 line = {'prompt': prompt.text, 'completion': completion, 'score': None, 'step': 0}
                 if name:
                     line['adapter'] = name
@@ -161,16 +124,6 @@ def _complete(
             file.flush()
             bar.advance(len(chosen))
     return tokens
-
-
-def decode_continuation(tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text that new tokens add to a prompt's.
-
-    Decoded by themselves they could lose what depends on the text before: a leading space, half a character.
-    """
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
 
 
 def _scores(path: pathlib.Path, tokenize: str, adapters: tuple[str, ...]) -> dict[str, float]:

@@ -29,23 +29,34 @@ class Prompt(NamedTuple):
     reference: str | None = None
 
 
-def read_prompts(config: ConfigDict, parts: Assembly) -> list[Prompt]:
+def read_prompts(config: ConfigDict, parts: Assembly, chats: bool = False, fitting: bool = False) -> list[Prompt]:
     """The prompts of `data.eval`, cut to `generate.prompt_tokens`; or the questions of conversations.
+
+    Args:
+      config: the recipe.
+      parts: model and tokenizer.
+      chats: the data holds conversations, whatever it looks like.
+      fitting: leave out those that are empty or too long instead of refusing them.
 
     Raises:
       UserError: none, an empty one, or one that leaves no room for the completion in the model's positions.
     """
-    source = _conversations(config) if parts.model.kind == 'decoder' else None
+    source = None
+    if chats:
+        source = open_data(config.data.eval, 'data.eval', formats.CHATS)
+    elif parts.model.kind == 'decoder':
+        source = _conversations(config)
     prompts = _texts(config, parts) if source is None else _questions(config, parts, source)
-    settings, limit = config.generate, parts.model.config.max_positions
+    room, limit = config.generate.max_new_tokens, parts.model.config.max_positions
+    if fitting:
+        prompts = [prompt for prompt in prompts if prompt.ids and not (limit and len(prompt.ids) + room > limit)]
     for number, prompt in enumerate(prompts, 1):
         if not prompt.ids:
             raise UserError(f'data.eval={config.data.eval}: prompt {number} is empty; expected at least one token')
-        if limit and len(prompt.ids) + settings.max_new_tokens > limit:
+        if limit and len(prompt.ids) + room > limit:
             raise UserError(
                 f'data.eval={config.data.eval}: prompt {number} has {len(prompt.ids)} tokens; expected at most the '
-                f"model's {limit} positions less generate.max_new_tokens={settings.max_new_tokens} "
-                '(generate.prompt_tokens cuts prompts)'
+                f"model's {limit} positions less generate.max_new_tokens={room} (generate.prompt_tokens cuts prompts)"
             )
     if not prompts:
         raise UserError(f'data.eval={config.data.eval}: holds no prompt; expected at least one')
@@ -60,9 +71,11 @@ def _texts(config: ConfigDict, parts: Assembly) -> list[Prompt]:
     # What an encoder reads ends, and was introduced in training.
     answers = parts.model.kind == 'encdec'
     prefix, eos = (config.seq2seq.prefix, parts.tokenizer.eos_token_id) if answers else ('', None)
+    held_out = pathlib.Path(data.eval) / HELD_OUT
+    path = str(held_out) if held_out.is_file() else data.eval
     prompts = []
     for place, record in itertools.islice(
-        open_records(data.eval, 'data.eval', None, text_key), config.generate.prompts or None
+        open_records(path, 'data.eval', None, text_key), config.generate.prompts or None
     ):
         text = field(record, place, text_key, named)
         reference = record.get(reference_key)

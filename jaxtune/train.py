@@ -28,6 +28,7 @@ from jaxtune.program import make_program
 from jaxtune.report import write_report
 from jaxtune.watch import Watch
 from jaxtune.weights import tree
+from jaxtune.witness import Witness
 from jaxtune.workdir import write_result
 
 
@@ -84,6 +85,7 @@ class Run:
         self.gzip_bits_per_byte: float | None = None  # of the held-out documents, to compare with
         self.evaluator = self._evaluator()
         del self._complete  # and with it the weights of the start
+        self.witness = Witness(config, workdir, mesh, self.parts) if config.eval.samples else None
         self.checkpoints = Checkpoints(
             workdir / 'checkpoints', config.checkpoint.keep, config.eval.metric, rises(config.eval.metric)
         )
@@ -109,6 +111,8 @@ class Run:
         self.writer = MetricsWriter(self.workdir, resume_step=self.start or None, wandb=self.config.log.wandb)
         self.info.announce(self)
         step = self.start
+        if not step:
+            self._witness(self.state['trainable'], 0)
         try:
             with interrupt.deferred():
                 if step < self.steps and not self.memory['stopped']:
@@ -120,6 +124,12 @@ class Run:
         result = self._finish(step)
         self.checkpoints.close()
         return result
+
+    def _witness(self, trainable, step: int) -> None:
+        """Writes down what the model answers now."""
+        if self.witness:
+            with self.info.timed('generate'):
+                self.witness.write(tree.combine(trainable, self.frozen), step)
 
     def _resume(self) -> None:
         newest = self.checkpoints.newest()
@@ -211,6 +221,7 @@ class Run:
         if config.eval.patience and best is not None and best != step:
             state, _ = self.checkpoints.restore(best, self.program.shapes, self.program.placed)
             exported, trainable = best, state['trainable']
+        self._witness(trainable, exported)
         with self.info.timed('export'):
             export.save_tuned(self.workdir, config, parts, tree.combine(trainable, self.frozen))
         metrics = {**self.writer.latest(), **self.memory['metrics'], 'memory/peak_bytes': peak_memory_bytes()}

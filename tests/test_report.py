@@ -123,6 +123,17 @@ def test_what_people_wrote_is_text(tmp_path):
     assert '<b>run' not in text
 
 
+def test_answers_before_training_stand_beside_those_after(tmp_path):
+    trained(tmp_path / 'run')
+    with (tmp_path / 'run' / 'samples.jsonl').open('w') as file:
+        for step, answer in ((0, 'gibberish'), (1200, 'an answer')):
+            line = {'prompt': 'ask', 'completion': answer, 'score': 0.0, 'step': step, 'reference': 'the truth'}
+            file.write(json.dumps(line) + '\n')
+    read, _ = page(tmp_path / 'run')
+    after = read.text[read.text.index('Before training and after') :]
+    assert after.index('gibberish') < after.index('an answer') < after.index('the truth')
+
+
 def test_a_workdir_of_stages(tmp_path):
     trained(tmp_path / 'zeta')
     (tmp_path / 'alpha').mkdir()

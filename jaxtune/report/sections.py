@@ -273,12 +273,16 @@ def time_spent(source: Source) -> str:
 
 
 def samples(source: Source) -> str:
-    """Prompts, muted, each with its completion; of the newest step where there are several."""
+    """Prompts, muted, each with its completion; of the newest step where there are several, beside the first one's."""
     rows = source.samples
     if not rows:
         return ''
-    newest = max((row.get('step') or 0 for row in rows), default=0)
-    rows = [row for row in rows if (row.get('step') or 0) == newest]
+    steps = [row.get('step') or 0 for row in rows]
+    newest, oldest = max(steps), min(steps)
+    before = [row for row, step in zip(rows, steps, strict=True) if step == oldest < newest]
+    rows = [row for row, step in zip(rows, steps, strict=True) if step == newest]
+    if len(before) == len(rows):
+        rows = [{**row, 'before': first.get('completion')} for row, first in zip(rows, before, strict=True)]
     made = [_sample(row) for row in rows[:_MOST_SAMPLES]]
     first, more = made[:_SHOWN_SAMPLES], made[_SHOWN_SAMPLES:]
     folded = ''
@@ -287,7 +291,8 @@ def samples(source: Source) -> str:
         folded = (
             f'<details><summary>{len(more)} more{left}</summary><div class="samples">{"".join(more)}</div></details>'
         )
-    return f'<h3>Samples, each after its prompt</h3><div class="samples">{"".join(first)}</div>{folded}'
+    title = 'Before training and after' if any('before' in row for row in rows) else 'Samples, each after its prompt'
+    return f'<h3>{title}</h3><div class="samples">{"".join(first)}</div>{folded}'
 
 
 def example(source: Source) -> str:
@@ -313,8 +318,18 @@ def _sample(row: Mapping[str, Any]) -> str:
         prompt = '… ' + prompt[-_MOST_CHARS:]
     score = row.get('score')
     head = f'<p>score {number(score)}</p>' if isinstance(score, int | float) and math.isfinite(score) else ''
+    if 'adapter' in row:
+        head = f'<p>{text(row["adapter"])}</p>{head}'
     # A line break right after <pre> would not be shown.
-    return f'<article class="sample">{head}<pre><span>{text(prompt)}</span>{text(completion)}{cut}</pre></article>'
+    body = f'<pre><span>{text(prompt)}</span>{text(completion)}{cut}</pre>'
+    if 'before' in row:
+        answers = [('before', row['before']), ('after', completion), ('expected', row.get('reference'))]
+        body = f'<pre><span>{text(prompt)}</span></pre>' + ''.join(
+            f'<p>{name}</p><pre>{text(_plain(answer)[:_MOST_CHARS])}</pre>'
+            for name, answer in answers
+            if answer is not None
+        )
+    return f'<article class="sample">{head}{body}</article>'
 
 
 def _plain(value: Any) -> str:

@@ -199,15 +199,15 @@ def test_a_prompt_begins_as_its_text_and_generation_reads_it(name):
     _, prompted = tuned(config, model, params, one_device())
     tokens = batch_of('decoder')['tokens'][:2]
     text = np.concatenate([np.tile(np.asarray([config.method.init_ids]), (2, 1)), tokens], axis=1)
-    expected = model.apply(params, {'tokens': text}).hidden[:, 4:]
-    np.testing.assert_allclose(model.apply(prompted, {'tokens': tokens}).hidden, expected, rtol=1e-5, atol=1e-5)
+    apply = jax.jit(lambda params, tokens: model.apply(params, {'tokens': tokens}).hidden)
+    expected = apply(params, text)[:, 4:]
+    np.testing.assert_allclose(apply(prompted, tokens), expected, rtol=1e-5, atol=1e-5)
 
-    lengths = np.full(2, 10, np.int32)
-    hidden, cache, positions = model.prefill(prompted, tokens[:, :10], lengths, 6)
+    prefill, step = jax.jit(model.prefill, static_argnums=3), jax.jit(model.step)
+    hidden, cache, positions = prefill(prompted, tokens[:, :10], np.full(2, 10, np.int32), 6)
     found = [hidden]
     for at in range(10, 16):
-        running = np.ones(2, bool)
-        hidden, cache = model.step(prompted, cache, tokens[:, at], positions, running)
+        hidden, cache = step(prompted, cache, tokens[:, at], positions, np.ones(2, bool))
         found.append(hidden)
         positions = positions + 1
     np.testing.assert_allclose(np.stack(found, 1), expected[:, 9:], rtol=1e-5, atol=1e-5)

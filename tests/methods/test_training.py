@@ -149,6 +149,26 @@ def test_a_method_s_own_adapter_goes_on_and_another_s_is_refused(trained, corpus
         train({**on, 'method.name': 'prompt'}, tmp_path / 'off')
 
 
+def test_requantising_after_the_merge_says_what_it_costs(trained, corpus, tmp_path):
+    method, _, workdir = trained
+    if method != 'qlora':
+        pytest.skip('for four bits only')
+    asked = {'model.path': str(workdir), 'export.requantise': True}
+    with pytest.raises(UserError, match=r'data\.eval.*export\.requantise=True needs held-out data'):
+        run(export, tmp_path / 'a', **asked)
+    found = run(export, tmp_path / 'b', **asked, **{'data.eval': str(corpus / 'eval.jsonl')})['metrics']
+    scored = metrics(workdir, 'eval/loss')[-1]
+    assert found['export/loss_merged'] == pytest.approx(scored, rel=1e-5)
+    data = {'model.path': str(tmp_path / 'b'), 'data.eval': str(corpus / 'eval.jsonl')}
+    again = run(evaluate, tmp_path / 'c', **data)['metrics']['eval/loss']
+    assert again == pytest.approx(found['export/loss_requantised'], rel=1e-5)
+    assert abs(again - scored) > 1e-6
+    merged, rounded = tensors(workdir / 'export'), tensors(tmp_path / 'b' / 'export')
+    changed = {name for name in merged if merged[name] != rounded[name]}
+    assert changed
+    assert all(name.endswith('proj.weight') for name in changed)
+
+
 def test_several_adapters_write_from_one_base(trained, corpus, tmp_path):
     method, keys, workdir = trained
     if method != 'lora':

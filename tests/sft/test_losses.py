@@ -201,15 +201,16 @@ def test_exact_answers_are_those_that_greedy_decoding_repeats(examples):
     model = models.build(models.read_config(LLAMA))
     params = jax.tree.map(lambda leaf: 8 * leaf, jax.jit(model.init)(jax.random.key(0)))
     single = _batch(ExampleRows(examples, 32, False))
+    logits = jax.jit(lambda batch: model.logits(params, model.apply(params, batch).hidden))
     # Some examples are made what the model itself goes on with, so that it repeats them.
     for row in range(0, len(single['tokens']), 2):
         for at in np.flatnonzero(single['weights'][row]):
             batch = {name: value[row : row + 1] for name, value in single.items()}
-            chosen = int(model.logits(params, model.apply(params, batch).hidden)[0, at].argmax())
+            chosen = int(logits(batch)[0, at].argmax())
             single['targets'][row, at] = single['tokens'][row, at + 1] = chosen
     _, count, sums = sft.loss(_settings(), model, params, single, None)
     found = sft.summarise({name: float(value) for name, value in sums.items()}, float(count))
-    right = np.asarray(model.logits(params, model.apply(params, single).hidden)).argmax(-1) == single['targets']
+    right = np.asarray(logits(single)).argmax(-1) == single['targets']
     exact = [row[scored > 0].all() for row, scored in zip(right, single['weights'], strict=True) if scored.any()]
     assert found['exact_match'] == pytest.approx(np.mean(exact))
     assert 0.5 <= found['exact_match'] < 1

@@ -10,19 +10,22 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Forked from a server without threads or devices, never from pytest's own process.
 _SERVER = multiprocessing.get_context('forkserver')
 _SERVER.set_forkserver_preload(['jaxtune.train', 'child'])
 
 
-def _run(words: Sequence[str], devices: int, outputs: tuple[str, str], compiled: pathlib.Path) -> None:
+def _run(
+    words: Sequence[str], devices: int, outputs: tuple[str, str], compiled: pathlib.Path, environment: Mapping[str, str]
+) -> None:
     for descriptor, path in enumerate(outputs, 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
     os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
+    os.environ.update(environment)
     import jax
 
     from jaxtune import main
@@ -42,9 +45,11 @@ def _run(words: Sequence[str], devices: int, outputs: tuple[str, str], compiled:
 class Child:
     """A started command, with the part of `subprocess.Popen` that tests use."""
 
-    def __init__(self, words: Sequence[str], folder: pathlib.Path, devices: int):
+    def __init__(
+        self, words: Sequence[str], folder: pathlib.Path, devices: int, environment: Mapping[str, str] | None = None
+    ):
         self.outputs = tuple(str(folder / f'{name}-{time.monotonic_ns()}') for name in ('stdout', 'stderr'))
-        args = (list(map(str, words)), devices, self.outputs, folder / f'compiled-{devices}')
+        args = (list(map(str, words)), devices, self.outputs, folder / f'compiled-{devices}', environment or {})
         self.process = _SERVER.Process(target=_run, args=args)
         self.process.start()
 

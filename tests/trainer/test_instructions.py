@@ -171,3 +171,38 @@ def test_a_reward_model_scores_the_same_in_transformers(pairs, tmp_path):
     with torch.no_grad():
         logits = theirs(torch.tensor(ids).long(), torch.tensor(np.asarray(inputs['segments'])).long()).logits[:, 0]
     np.testing.assert_allclose(ours, logits.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ('objective', 'changes'),
+    [('sft', {'model.config.max_position_embeddings': 256}), ('seq2seq', {}), ('causal_lm', {})],
+)
+def test_answers_before_training_and_after_are_kept(corpus, tmp_path, objective, changes):
+    keys = recipe(corpus, objective, train__steps=4, eval__samples=3, generate__max_new_tokens=4) | changes
+    train(keys, tmp_path / 'run')
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'samples.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines] == [0] * 3 + [4] * 3
+    assert [line['prompt'] for line in lines[:3]] == [line['prompt'] for line in lines[3:]]
+    assert ('reference' in lines[0]) == (objective != 'causal_lm')
+    # What is written last is what the exported model writes.
+    config = full_config({'task': 'generate', 'generate.temperature': 0.0, 'generate.max_new_tokens': 4})
+    from jaxtune.assemble import assemble
+    from jaxtune.completer import Completer
+    from jaxtune.parallel import AXES, make_mesh
+    from jaxtune.prompt_data import Prompt
+
+    config.model.path = str(tmp_path / 'run')
+    mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        parts = assemble(config, mesh)
+        if objective == 'causal_lm':
+            prompts = [Prompt(line['prompt'], parts.tokenizer(line['prompt']).input_ids) for line in lines[3:]]
+            made = Completer(config, mesh, parts, 3)(parts.params, prompts)
+            assert [text for text, _ in made] == [line['completion'] for line in lines[3:]]
+
+
+def test_samples_are_for_models_that_write(corpus, tmp_path):
+    from jaxtune.errors import UserError
+
+    with pytest.raises(UserError, match=r'eval\.samples=2: expected data\.eval and an objective of causal_lm'):
+        train(recipe(corpus, 'masked_lm', eval__samples=2), tmp_path)

@@ -13,9 +13,9 @@ from jaxtune import program
 MESHES = {'data': (8, 1, 1, 1), 'fsdp': (1, 8, 1, 1), 'all': (2, 2, 2, 1), 'sequence': (2, 1, 2, 2)}
 
 
-# By default an objective of each kind of model runs on the mesh that has most axes, the first one on all meshes; every
-# one runs on one device, where it is continued from a checkpoint.
+# By default an objective of each kind of model runs on the mesh that has most axes, the first one on all meshes.
 USUAL = (OBJECTIVES[0], 'masked_lm', 'span_corruption', 'reward')
+EVERY = [pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive) for name in OBJECTIVES]
 
 
 def cases():
@@ -66,7 +66,7 @@ def test_any_mesh_gives_the_losses_of_one_device(one_device, corpus, tmp_path, o
     np.testing.assert_allclose(metrics(tmp_path, 'eval/loss')[-1], metrics(reference, 'eval/loss')[-1], rtol=1e-5)
 
 
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', EVERY)
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(one_device, corpus, tmp_path, objective):
     reference, _ = one_device(objective)
     # As the run stood after update 15: what came later is lost.
@@ -80,17 +80,14 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(one_device, corpus, tmp_p
     assert exported(tmp_path / 'run') == exported(reference)
 
 
-@pytest.mark.parametrize(
-    'objective',
-    [pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive) for name in OBJECTIVES],
-)
+@pytest.mark.parametrize('objective', EVERY)
 def test_micro_batches_give_the_losses_of_one_batch(one_device, corpus, tmp_path, objective):
     reference, _ = one_device(objective)
     train(recipe(corpus, objective, train__accumulate=4), tmp_path)
     np.testing.assert_allclose(metrics(tmp_path, 'train/loss'), metrics(reference, 'train/loss'), rtol=1e-6)
 
 
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', EVERY)
 def test_one_trace_of_the_step_over_a_run_with_evaluations(one_device, objective):
     workdir, traces = one_device(objective)
     assert traces == {'make_train_step': 1, 'make_eval_step': 1}

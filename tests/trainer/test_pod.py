@@ -9,32 +9,24 @@ import sys
 
 import numpy as np
 import pytest
+from child import Child
 from runs import metrics, recipe, start, write_recipe
 from test_resume import updates, wait_for
 
 
-def start_pod(path, workdir):
-    """Two processes with two devices each."""
+def pod() -> list[dict[str, str]]:
+    """The environments of two processes that find each other."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
-    words = [sys.executable, '-m', 'jaxtune.main', '--config', str(path), '--workdir', str(workdir)]
-    common = {
-        'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0',
-        'JAX_NUM_PROCESSES': '2',
-        'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
-    }
-    return [
-        subprocess.Popen(
-            words,
-            env=os.environ | common | {'JAX_PROCESS_ID': str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    common = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_PROCESSES': '2', 'JAX_COORDINATOR_ADDRESS': f'localhost:{port}'}
+    return [common | {'JAX_PROCESS_ID': str(i)} for i in range(2)]
+
+
+def start_pod(path, workdir):
+    """The command on two hosts with two devices each."""
+    words = ['--config', path, '--workdir', workdir]
+    return [Child(words, path.parent, 2, environment) for environment in pod()]
 
 
 def finish(processes):
@@ -76,6 +68,8 @@ def test_two_hosts_are_one_run_also_when_one_is_told_to_stop(whole, tmp_path):
 
 def test_a_mistake_ends_all_of_them(corpus, tmp_path):
     path = write_recipe(tmp_path / 'recipe.py', recipe(corpus) | {'data.train': 'not/there.jsonl'})
-    codes, ended = finish(start_pod(path, tmp_path / 'run'))
+    words = [sys.executable, '-m', 'jaxtune.main', '--config', str(path), '--workdir', str(tmp_path / 'run')]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    codes, ended = finish([subprocess.Popen(words, env=os.environ | environment, **pipes) for environment in pod()])
     assert codes == [2, 2], ended
     assert 'data.train=not/there.jsonl' in ended[0][1]

@@ -165,6 +165,9 @@ def test_killed(corpus, prepared, tmp_path):
     done = tmp_path / 'cut' / 'work' / 'documents'
     while not list(done.glob('0*')) and process.poll() is None and time.monotonic() - begun < 120:
         time.sleep(0.02)
+    later = np.random.default_rng().uniform(0, 1.5)
+    print(f'killed {later:.2f} s after the first documents')
+    time.sleep(later)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     subprocess.run(command, check=True, env=environment, cwd=root, capture_output=True)

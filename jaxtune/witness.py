@@ -1,0 +1,67 @@
+"""What a model makes of a few held-out prompts before it is trained and after, for `samples.jsonl` and the report."""
+
+import copy
+import json
+import os
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxtune import console
+from jaxtune.assemble import Assembly
+from jaxtune.completer import Completer
+from jaxtune.errors import UserError
+from jaxtune.prompt_data import read_prompts
+from jaxtune.scoring import exact
+
+# Objectives whose models write, and how many tokens of a text they go on from (0 = the whole prompt).
+_PROMPT_TOKENS = {'causal_lm': 32, 'sft': 0, 'seq2seq': 0}
+
+
+class Witness:
+    """Greedy completions of the first `eval.samples` prompts of `data.eval`.
+
+    Args:
+      config: the recipe.
+      workdir: of the run.
+      mesh: the mesh.
+      parts: the run's model and tokenizer.
+
+    Raises:
+      UserError: the objective's model does not write, or there is nothing held out.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: Assembly):
+        if config.objective not in _PROMPT_TOKENS or not config.data.eval:
+            raise UserError(
+                f'eval.samples={config.eval.samples}: expected data.eval and an objective of '
+                f'{", ".join(_PROMPT_TOKENS)}, or 0'
+            )
+        count, config = config.eval.samples, copy.deepcopy(config)
+        config.generate.temperature, config.generate.beams = 0.0, 1
+        config.generate.prompts = 8 * count  # of which some may be too long
+        config.generate.prompt_tokens = _PROMPT_TOKENS[config.objective]
+        if config.objective == 'seq2seq':
+            config.data.format = 'pair'
+        self.prompts = read_prompts(config, parts, config.objective == 'sft', fitting=True)[:count]
+        rows = mesh.shape['data'] * mesh.shape['fsdp']
+        self.complete = Completer(config, mesh, parts, -(-len(self.prompts) // rows) * rows)
+        self.path = workdir / 'samples.jsonl'
+
+    def write(self, params: Any, step: int) -> None:
+        """Writes what the model answers after an update; what stands there of later ones goes."""
+        made = self.complete(params, self.prompts)
+        if not console.is_primary():
+            return
+        kept = self.path.read_text('utf-8').splitlines() if self.path.is_file() else []
+        lines = [line for line in map(json.loads, kept) if line['step'] < step]
+        for prompt, (completion, _) in zip(self.prompts, made, strict=True):
+            line = {'prompt': prompt.text, 'completion': completion, 'score': None, 'step': step}
+            if prompt.reference is not None:
+                line |= {'reference': prompt.reference, 'score': exact(completion, prompt.reference)}
+            lines.append(line)
+        partial = self.path.with_name('.samples.partial.jsonl')
+        partial.write_text(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines), 'utf-8')
+        os.replace(partial, self.path)
