@@ -224,7 +224,7 @@ class RunInfo:
         seconds = time.perf_counter() - self._began + (self._earlier or {}).get('seconds', 0.0)
         speed = metrics.get('train/tokens_per_second')
         made = [name for name in ('export', 'adapter', 'checkpoints') if (run.workdir / name).is_dir()]
-        made += [name for name in ('metrics.jsonl', 'report.html') if (run.workdir / name).is_file()]
+        made += [name for name in ('metrics.jsonl', 'samples.jsonl', 'report.html') if (run.workdir / name).is_file()]
         export = run.workdir / 'export'
         console.facts(
             [
