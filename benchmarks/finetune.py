@@ -10,11 +10,10 @@ each seed the largest relative difference of the first 50 losses and both scores
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
+from recipe_runs import run_recipe
 
 from jaxtune import objectives, recipes
 from jaxtune.assemble import assemble
@@ -23,17 +22,8 @@ from jaxtune.models import hf
 from jaxtune.parallel import make_mesh
 from jaxtune.scoring import scores
 
-ROOT = pathlib.Path(__file__).parents[1]
 CURVE = 50
 LR, WARMUP, DECAY, CLIP = 1e-3, 30, 0.01, 1.0
-
-
-def command(recipe: str, workdir: pathlib.Path, keys: dict) -> dict:
-    """Runs a recipe in a process of its own; returns its metrics."""
-    flags = [f'--config.{name}={value}' for name, value in keys.items()]
-    words = [sys.executable, '-m', 'jaxtune.main', '--config', str(ROOT / 'configs' / recipe)]
-    subprocess.run([*words, '--workdir', str(workdir), *flags], check=True, stdout=subprocess.DEVNULL)
-    return json.loads((workdir / 'result.json').read_text())['metrics']
 
 
 def start(config, folder: pathlib.Path) -> None:
@@ -121,7 +111,7 @@ def compare(args, seed: int, workdir: pathlib.Path) -> dict:
     keys |= {'optimizer.lr': LR, 'optimizer.warmup_steps': WARMUP, 'optimizer.weight_decay': DECAY}
     keys |= {'optimizer.schedule': 'linear', 'optimizer.clip_norm': CLIP, 'optimizer.eps': 1e-8, 'seed': seed}
     keys |= {'eval.every': 0, 'eval.patience': 0, 'log.every': 1}
-    keys |= {name: json.loads(value) if value[:1] in '0123456789"' else value for name, value in args.set}
+    keys |= {name: json.loads(value) if value[:1].isdigit() else value for name, value in args.set}
     config = recipes.defaults()
     recipes.lay_over(config, {'task': 'train', 'model.path': args.model} | keys)
     start(config, workdir / 'start')
@@ -132,25 +122,21 @@ def compare(args, seed: int, workdir: pathlib.Path) -> dict:
     model = model_class.from_pretrained(workdir / 'start').eval()  # no dropout, as here
     theirs = torch_train(model, config, rows_of(config, 'train', tokenizer, workdir), args.steps)
 
-    metrics = command('finetune_full.py', workdir / 'ours', keys | {'model.path': workdir / 'start'})
+    metrics = run_recipe('finetune_full.py', workdir / 'ours', keys | {'model.path': workdir / 'start'})
     lines = [json.loads(line) for line in (workdir / 'ours' / 'metrics.jsonl').read_text().splitlines()]
     ours = [line['train/loss'] for line in lines if 'train/loss' in line]
     found = {'curve': float(np.max(np.abs(np.divide(ours[:CURVE], theirs[:CURVE]) - 1)))}
     found |= {'losses': (ours[-1], theirs[-1])}
     if classes:
-        return found | {
-            'scores': (
-                metrics['eval/accuracy'],
-                torch_accuracy(model, config, rows_of(config, 'eval', tokenizer, workdir)),
-            )
-        }
+        accuracy = torch_accuracy(model, config, rows_of(config, 'eval', tokenizer, workdir))
+        return found | {'scores': (metrics['eval/accuracy'], accuracy)}
 
     room = config.data.target_len or config.data.seq_len
     written = {'model.path': workdir / 'ours', 'data.eval': args.test, 'data.format': 'pair'}
     written |= {name: keys[name] for name in ('data.source_key', 'data.target_key', 'seq2seq.prefix') if name in keys}
     written |= {'generate.temperature': 0, 'generate.max_new_tokens': room, 'generate.batch_size': 64}
     written |= {'generate.prompt_tokens': config.data.seq_len - 1, 'generate.bleu_tokenize': args.tokenize}
-    bleu = command('generate.py', workdir / 'written', written)['generate/bleu']
+    bleu = run_recipe('generate.py', workdir / 'written', written)['generate/bleu']
     records = [json.loads(line) for line in pathlib.Path(args.test).read_text().splitlines()]
     sources = [config.seq2seq.prefix + record[config.data.source_key] for record in records]
     references = [record[config.data.target_key] for record in records]

@@ -9,8 +9,8 @@ seconds an update, and the process's peak memory.
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
+
+from recipe_runs import run_recipe
 
 RATES = {
     'full': (1e-4, 3e-4, 1e-3),
@@ -22,12 +22,8 @@ RATES = {
 
 
 def run(recipe: str, workdir: pathlib.Path, keys: dict) -> dict:
-    """Runs a recipe in a process of its own; returns its metrics and what it said of the model."""
-    flags = [f'--config.{name}={value}' for name, value in keys.items()]
-    words = [sys.executable, '-m', 'jaxtune.main', '--config', recipe, '--workdir', str(workdir), *flags]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    result = json.loads((workdir / 'result.json').read_text())['metrics']
-    return result | json.loads((workdir / 'run.json').read_text())['model']
+    """Runs a recipe; returns its metrics and what it said of the model."""
+    return run_recipe(recipe, workdir, keys) | json.loads((workdir / 'run.json').read_text())['model']
 
 
 def main() -> None:
@@ -38,11 +34,11 @@ def main() -> None:
     parser.add_argument('--text-key', default='text')
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE')
     args = parser.parse_args()
-    configs, workdir = pathlib.Path(__file__).parents[1] / 'configs', pathlib.Path(args.workdir)
+    workdir = pathlib.Path(args.workdir)
     common = {'model.path': args.model, 'data.eval': args.eval, 'data.text_key': args.text_key}
     common |= dict(pair.split('=', 1) for pair in args.set)
     score = {name: value for name, value in common.items() if not name.startswith(('train.', 'optimizer.'))}
-    before = run(str(configs / 'evaluate.py'), workdir / 'before', score)['eval/loss']
+    before = run('evaluate.py', workdir / 'before', score)['eval/loss']
     best = {}
     for method, rates in RATES.items():
         for rate in rates:
@@ -51,7 +47,7 @@ def main() -> None:
                 'optimizer.weight_decay': 0.0, 'optimizer.warmup_steps': args.steps // 10, 'eval.every': 0,
                 'eval.patience': 0,
             }  # fmt: skip
-            found = run(str(configs / 'finetune_full.py'), workdir / f'{method}-{rate:g}', keys) | {'rate': rate}
+            found = run('finetune_full.py', workdir / f'{method}-{rate:g}', keys) | {'rate': rate}
             if method not in best or found['eval/loss'] < best[method]['eval/loss']:
                 best[method] = found
     drop = before - best['full']['eval/loss']

@@ -16,6 +16,7 @@ from jaxtune.data.templates import open_template
 from jaxtune.parallel import place
 from jaxtune.prompt_data import Prompt
 from jaxtune.sampling import from_config, pad_prompts, sample
+from jaxtune.scoring import exact
 
 
 class Completer:
@@ -57,6 +58,14 @@ class Completer:
             new = made.tokens[row, : made.lengths[row]].tolist()
             found.append((decode_continuation(self.tokenizer, [] if self.answers else prompt.ids, new), len(new)))
         return found
+
+
+def sample_record(prompt: Prompt, completion: str, step: int) -> dict[str, Any]:
+    """A line of `samples.jsonl`; its score tells whether the completion is what the data expected."""
+    line = {'prompt': prompt.text, 'completion': completion, 'score': None, 'step': step}
+    if prompt.reference is not None:
+        line |= {'reference': prompt.reference, 'score': exact(completion, prompt.reference)}
+    return line
 
 
 def _end_of_answer(tokenizer) -> list[int]:

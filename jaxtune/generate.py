@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 
 from jaxtune import console, runinfo
 from jaxtune.assemble import Assembly, assemble
-from jaxtune.completer import Completer
+from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
 from jaxtune.metrics import peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.report import write_report
-from jaxtune.scoring import exact, scores
+from jaxtune.scoring import scores
 from jaxtune.workdir import write_result
 
 SHOWN = 2  # completions printed at the end
@@ -115,11 +115,7 @@ def _complete(
                 made = complete(parts.adapters.get(name, parts.params), chosen, first)
             for prompt, (completion, count) in zip(chosen, made, strict=True):
                 tokens += count
-                line = {'prompt': prompt.text, 'completion': completion, 'score': None, 'step': 0}
-                if name:
-                    line['adapter'] = name
-                if prompt.reference is not None:
-                    line |= {'reference': prompt.reference, 'score': exact(completion, prompt.reference)}
+                line = sample_record(prompt, completion, 0) | ({'adapter': name} if name else {})
                 file.write(json.dumps(line, ensure_ascii=False) + '\n')
             file.flush()
             bar.advance(len(chosen))

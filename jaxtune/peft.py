@@ -207,45 +207,41 @@ def _whole(folder, saved: Mapping[str, Entry], model: Model) -> dict[str, np.nda
 
 
 def _read_prompt(folder, config, entries, model: Model):
-    if 'prompt_embeddings' not in entries:
-        raise UserError(f'{folder}/{WEIGHTS}: expected prompt_embeddings')
-    prompt = _float(entries['prompt_embeddings'])
+    prompt, whole = _prompt_embeddings(folder, entries, model)
     if prompt.shape[1] != model.config.d_model:
         raise _wrong_base(
             folder, f'its tokens have {prompt.shape[1]} dimensions, this model has {model.config.d_model}'
         )
     prompt = prompt[: config['num_virtual_tokens']]  # PEFT's own for an encoder-decoder has the decoder's too
-    rest = {k.removeprefix(_PREFIX): entry for k, entry in entries.items() if k != 'prompt_embeddings'}
-    whole = _whole(folder, rest, model)
-
-    def init(params, arrays):
-        prompt, whole = arrays
-        return nested(leaf_paths(params) | whole | {'prompt/embedding': prompt})
-
-    return init, (prompt, whole)
+    return _put_in, ({'prompt/embedding': prompt}, whole)
 
 
 def _read_prefix(folder, config, entries, model: Model):
     if model.kind != 'decoder':
         raise _wrong_base(folder, f"PEFT's prefix tuning is read for decoders, and this model is an {model.kind}")
-    if 'prompt_embeddings' not in entries:
-        raise UserError(f'{folder}/{WEIGHTS}: expected prompt_embeddings')
-    c, flat = model.config, _float(entries['prompt_embeddings'])
+    flat, whole = _prompt_embeddings(folder, entries, model)
+    c = model.config
     shape = (c.num_layers, 2, c.num_kv_heads, c.head_dim)
     if flat.shape[1] != np.prod(shape):
         raise _wrong_base(
             folder, f'its keys and values are {flat.shape[1]} numbers a token, this model has {np.prod(shape)}'
         )
-    keys_and_values = flat.reshape(-1, *shape).transpose(2, 1, 0, 3, 4)  # [2, layers, virtual, kv_heads, head_dim]
-    rest = {k.removeprefix(_PREFIX): entry for k, entry in entries.items() if k != 'prompt_embeddings'}
-    whole = _whole(folder, rest, model)
+    k, v = flat.reshape(-1, *shape).transpose(2, 1, 0, 3, 4)  # each [layers, virtual, kv_heads, head_dim]
+    return _put_in, ({'layers/self_attn/prefix/k': k, 'layers/self_attn/prefix/v': v}, whole)
 
-    def init(params, arrays):
-        (k, v), whole = arrays
-        added = {'layers/self_attn/prefix/k': k, 'layers/self_attn/prefix/v': v}
-        return nested(leaf_paths(params) | whole | added)
 
-    return init, (tuple(keys_and_values), whole)
+def _prompt_embeddings(folder, entries, model: Model) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What PEFT's prompt methods store, `[virtual, ...]`, and the leaves of the model beside it."""
+    rest = {key.removeprefix(_PREFIX): entry for key, entry in entries.items()}
+    if 'prompt_embeddings' not in rest:
+        raise UserError(f'{folder}/{WEIGHTS}: expected prompt_embeddings')
+    return _float(rest.pop('prompt_embeddings')), _whole(folder, rest, model)
+
+
+def _put_in(params, arrays):
+    """The tree of a base with added leaves, and with leaves of its own that the adapter brings along."""
+    added, whole = arrays
+    return nested(leaf_paths(params) | whole | added)
 
 
 def _read_own(folder, config, entries, model: Model):
@@ -253,7 +249,7 @@ def _read_own(folder, config, entries, model: Model):
     ours = {key: _float(entry) for key, entry in entries.items() if mark in key}
     whole = _whole(folder, {k.removeprefix(_PREFIX): e for k, e in entries.items() if k not in ours}, model)
     fits(folder, ours, model)
-    return lambda params, arrays: nested(leaf_paths(params) | arrays[0] | arrays[1]), (ours, whole)
+    return _put_in, (ours, whole)
 
 
 def _prefixes_fit(folder, ours: Mapping[str, np.ndarray], model: Model) -> None:

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, export, interrupt, objectives, runinfo, tuning
+from jaxtune import console, export, interrupt, objectives, runinfo, tuning, witness
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.data.loader import Loader
@@ -28,7 +28,6 @@ from jaxtune.program import make_program
 from jaxtune.report import write_report
 from jaxtune.watch import Watch
 from jaxtune.weights import tree
-from jaxtune.witness import Witness
 from jaxtune.workdir import write_result
 
 
@@ -54,6 +53,7 @@ class Run:
         self.objective = objectives.get(config.objective)
         accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
         check_batch(mesh, config.train.batch_size, accumulate, self.objective.row(config))
+        witness.check(config)
         if not config.data.train:
             raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
 
@@ -85,7 +85,7 @@ class Run:
         self.gzip_bits_per_byte: float | None = None  # of the held-out documents, to compare with
         self.evaluator = self._evaluator()
         del self._complete  # and with it the weights of the start
-        self.witness = Witness(config, workdir, mesh, self.parts) if config.eval.samples else None
+        self.witness = witness.Witness(config, workdir, mesh, self.parts) if config.eval.samples else None
         self.checkpoints = Checkpoints(
             workdir / 'checkpoints', config.checkpoint.keep, config.eval.metric, rises(config.eval.metric)
         )

@@ -11,13 +11,21 @@ from ml_collections import ConfigDict
 
 from jaxtune import console
 from jaxtune.assemble import Assembly
-from jaxtune.completer import Completer
+from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
 from jaxtune.prompt_data import read_prompts
-from jaxtune.scoring import exact
 
 # Objectives whose models write, and how many tokens of a text they go on from (0 = the whole prompt).
 _PROMPT_TOKENS = {'causal_lm': 32, 'sft': 0, 'seq2seq': 0}
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses `eval.samples` where the objective's model does not write, or nothing is held out."""
+    if config.eval.samples and (config.objective not in _PROMPT_TOKENS or not config.data.eval):
+        raise UserError(
+            f'eval.samples={config.eval.samples}: expected data.eval and an objective of '
+            f'{", ".join(_PROMPT_TOKENS)}, or 0'
+        )
 
 
 class Witness:
@@ -30,15 +38,10 @@ class Witness:
       parts: the run's model and tokenizer.
 
     Raises:
-      UserError: the objective's model does not write, or there is nothing held out.
+      UserError: the prompts are wrong.
     """
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: Assembly):
-        if config.objective not in _PROMPT_TOKENS or not config.data.eval:
-            raise UserError(
-                f'eval.samples={config.eval.samples}: expected data.eval and an objective of '
-                f'{", ".join(_PROMPT_TOKENS)}, or 0'
-            )
         count, config = config.eval.samples, copy.deepcopy(config)
         config.generate.temperature, config.generate.beams = 0.0, 1
         config.generate.prompts = 8 * count  # of which some may be too long
@@ -57,11 +60,8 @@ class Witness:
             return
         kept = self.path.read_text('utf-8').splitlines() if self.path.is_file() else []
         lines = [line for line in map(json.loads, kept) if line['step'] < step]
-        for prompt, (completion, _) in zip(self.prompts, made, strict=True):
-            line = {'prompt': prompt.text, 'completion': completion, 'score': None, 'step': step}
-            if prompt.reference is not None:
-                line |= {'reference': prompt.reference, 'score': exact(completion, prompt.reference)}
-            lines.append(line)
+        pairs = zip(self.prompts, made, strict=True)
+        lines += [sample_record(prompt, completion, step) for prompt, (completion, _) in pairs]
         partial = self.path.with_name('.samples.partial.jsonl')
         partial.write_text(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines), 'utf-8')
         os.replace(partial, self.path)

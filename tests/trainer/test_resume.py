@@ -10,7 +10,7 @@ from runs import OBJECTIVES, exported, metrics, recipe, start, train, write_reci
 STEPS = 60  # of 16 rows: the second epoch begins after about 10, the sixth ends with the run
 
 
-# By default one objective is killed; test_meshes goes on from a checkpoint of every one.
+# By default one objective is killed; test_meshes goes on from a checkpoint of one of every kind.
 CASES = [pytest.param(name, marks=() if name == OBJECTIVES[0] else pytest.mark.exhaustive) for name in OBJECTIVES]
 
 

@@ -1,0 +1,27 @@
+"""Running a recipe from a benchmark."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+_CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+
+
+def run_recipe(recipe: str, workdir: pathlib.Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs a recipe of `configs/` in a process of its own; returns the metrics of its `result.json`."""
+    flags = [f'--config.{name}={value}' for name, value in keys.items()]
+    words = [
+        sys.executable,
+        '-m',
+        'jaxtune.main',
+        '--config',
+        str(_CONFIGS / recipe),
+        '--workdir',
+        str(workdir),
+        *flags,
+    ]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((workdir / 'result.json').read_text())['metrics']
