@@ -4,8 +4,9 @@
 
 As it stands it reads the running Python's own library and trains a BERT of 2 million parameters with dynamic masks
 (15 % of the tokens; 80 % of those hidden, 10 % replaced, 10 % kept), sized for ten minutes on two CPU cores.
-`eval/accuracy` is the share of the chosen tokens that it predicts; always guessing the commonest gets 2.5 % right. So
-small a model needs a wider initialisation and a larger rate than BERT's to leave that level soon.
+`eval/accuracy` is the share of the chosen tokens that it predicts: 31.9 % after 3 million tokens, where always guessing
+the commonest gets 2.5 % right. With so few tokens the rows are short and the optimizer is Muon: a BERT first has to
+find out which position is whose neighbour, and on rows of 128 (AdamW 12.6 %, Muon 12.9 %) it does not get that far.
 
 With a tokenizer that closes each text itself, such as BERT's, add `--config.prepare.data.append_eos=False` and
 `--config.pretrain.data.append_eos=False`.
@@ -18,7 +19,7 @@ million tokens), for eight accelerator chips; not yet run to its end on hardware
     --config.pretrain.model.config.max_position_embeddings=512 --config.pretrain.model.config.initializer_range=0.02 \
     --config.pretrain.model.compute_dtype=bfloat16 \
     --config.prepare.data.vocab_size=32768 --config.pretrain.data.seq_len=512 --config.pretrain.train.batch_size=256 \
-    --config.pretrain.train.steps=1000000 --config.pretrain.optimizer.lr=1e-4 \
+    --config.pretrain.train.steps=1000000 --config.pretrain.optimizer.name=adamw --config.pretrain.optimizer.lr=1e-4 \
     --config.pretrain.optimizer.warmup_steps=10000 --config.pretrain.mesh.fsdp=-1 --config.pretrain.mesh.data=1
 """
 
@@ -50,10 +51,10 @@ def get_config() -> ConfigDict:
             'initializer_range': 0.05,
         }
     )
-    pretrain.data = ConfigDict({'train': '@prepare', 'eval': '@prepare', 'seq_len': 128})
-    pretrain.train = ConfigDict({'steps': 1500, 'batch_size': 16})
+    pretrain.data = ConfigDict({'train': '@prepare', 'eval': '@prepare', 'seq_len': 32})
+    pretrain.train = ConfigDict({'steps': 1500, 'batch_size': 64})
     pretrain.optimizer = ConfigDict(
-        {'lr': 2e-3, 'b2': 0.98, 'weight_decay': 0.01, 'warmup_steps': 100, 'schedule': 'linear'}
+        {'name': 'muon', 'lr': 2e-3, 'b2': 0.98, 'weight_decay': 0.01, 'warmup_steps': 100, 'schedule': 'linear'}
     )
     pretrain.eval = ConfigDict({'every': 500, 'metric': 'eval/accuracy', 'batches': 64})
     return config

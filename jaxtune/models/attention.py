@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import SAVED_NAMES, Pattern, Places, blockwise
+from jaxtune.parallel import platform
 
 __all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded']
 
@@ -96,7 +97,7 @@ def attention(
         window=window if window is None or isinstance(window, int) else 'traced',
         self_attention=self_attention,
         causal=causal,
-        platform=_platform(),
+        platform=platform(),
         sequence=_axis_size('sequence'),
     )
     name = _choose(implementation, call)
@@ -131,13 +132,6 @@ def _choose(implementation: str, call: flash.Call) -> str:
 def _axis_size(axis: str) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape.get(axis, 1)
-
-
-def _platform() -> str:
-    """Where the traced program will run: the mesh knows it when compiling for a machine that is not there."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 class _Division:

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtune.models.apart import apart
 from jaxtune.parallel import constrain
 from jaxtune.weights import Weight, dot, lookup
 
@@ -148,8 +149,14 @@ class RMSNorm(nn.Module):
         init = nn.initializers.constant(1.0 - self.offset)
         scale = parameter(self, 'scale', init, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+        shrink = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return apart(_scaled)(wide, shrink, scale.astype(jnp.float32) + self.offset).astype(x.dtype)
+
+
+def _scaled(x: jax.Array, *factors: jax.Array) -> jax.Array:
+    for factor in factors:
+        x = x * factor
+    return x
 
 
 class LayerNorm(nn.Module):
@@ -164,9 +171,9 @@ class LayerNorm(nn.Module):
         scale = parameter(self, 'scale', nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
-        wide = wide * scale.astype(jnp.float32)
-        if self.use_bias:
-            bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-            wide = wide + bias.astype(jnp.float32)
-        return wide.astype(x.dtype)
+        shrink = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        scale = scale.astype(jnp.float32)
+        if not self.use_bias:
+            return apart(_scaled)(centred, shrink, scale).astype(x.dtype)
+        bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        return apart(lambda *arrays: _scaled(*arrays) + bias)(centred, shrink, scale).astype(x.dtype)

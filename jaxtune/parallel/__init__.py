@@ -1,7 +1,7 @@
 """The device mesh: its axes, how parameters and batches lie on it, and how many hosts become one program."""
 
 from jaxtune.parallel.batches import batch_sharding, place
-from jaxtune.parallel.mesh import AXES, BATCH_AXES, axis_size, constrain, make_mesh
+from jaxtune.parallel.mesh import AXES, BATCH_AXES, axis_size, constrain, make_mesh, one_cpu, platform
 from jaxtune.parallel.rules import RULES, match_rules, shardings, state_specs
 
 __all__ = [
@@ -13,7 +13,9 @@ __all__ = [
     'constrain',
     'make_mesh',
     'match_rules',
+    'one_cpu',
     'place',
+    'platform',
     'shardings',
     'state_specs',
 ]

@@ -85,3 +85,16 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     if not any(spec):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def platform() -> str:
+    """Where the program being traced will run: the mesh knows it when compiling for a machine that is not there."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def one_cpu() -> bool:
+    """Whether the program being traced will run on one CPU device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return platform() == 'cpu' and (mesh.empty or mesh.size == 1)
