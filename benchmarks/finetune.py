@@ -107,7 +107,7 @@ def compare(args, seed: int, workdir: pathlib.Path) -> dict:
 
     classes = args.objective == 'classification'
     keys = {'objective': args.objective, 'data.train': args.train, 'data.eval': args.test, 'data.packing': False}
-    keys |= {'train.steps': args.steps, 'train.epochs': 0.0, 'train.batch_size': 32, 'train.accumulate': 1}
+    keys |= {'train.steps': args.steps, 'train.batch_size': 32, 'train.accumulate': 1}
     keys |= {'optimizer.lr': LR, 'optimizer.warmup_steps': WARMUP, 'optimizer.weight_decay': DECAY}
     keys |= {'optimizer.schedule': 'linear', 'optimizer.clip_norm': CLIP, 'optimizer.eps': 1e-8, 'seed': seed}
     keys |= {'eval.every': 0, 'eval.patience': 0, 'log.every': 1}
