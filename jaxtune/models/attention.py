@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import SAVED_NAMES, Pattern, Places, blockwise
-from jaxtune.parallel import platform
+from jaxtune.parallel import axis_size, platform
 
 __all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded']
 
@@ -98,7 +98,7 @@ def attention(
         self_attention=self_attention,
         causal=causal,
         platform=platform(),
-        sequence=_axis_size('sequence'),
+        sequence=axis_size('sequence'),
     )
     name = _choose(implementation, call)
     record(name)
@@ -127,11 +127,6 @@ def _choose(implementation: str, call: flash.Call) -> str:
     if implementation == 'flash':
         raise UserError(f'model.attention=flash: {why_not}; expected model.attention=auto or xla here')
     return 'xla'
-
-
-def _axis_size(axis: str) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape.get(axis, 1)
 
 
 class _Division:

@@ -150,13 +150,12 @@ class RMSNorm(nn.Module):
         scale = parameter(self, 'scale', init, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         shrink = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return apart(_scaled)(wide, shrink, scale.astype(jnp.float32) + self.offset).astype(x.dtype)
+        return apart(_affine)(wide, shrink, scale.astype(jnp.float32) + self.offset).astype(x.dtype)
 
 
-def _scaled(x: jax.Array, *factors: jax.Array) -> jax.Array:
-    for factor in factors:
-        x = x * factor
-    return x
+def _affine(x: jax.Array, shrink: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    x = x * shrink * scale
+    return x if bias is None else x + bias
 
 
 class LayerNorm(nn.Module):
@@ -172,8 +171,8 @@ class LayerNorm(nn.Module):
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         shrink = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
-        scale = scale.astype(jnp.float32)
-        if not self.use_bias:
-            return apart(_scaled)(centred, shrink, scale).astype(x.dtype)
-        bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
-        return apart(lambda *arrays: _scaled(*arrays) + bias)(centred, shrink, scale).astype(x.dtype)
+        arrays = [centred, shrink, scale.astype(jnp.float32)]
+        if self.use_bias:
+            bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+            arrays.append(bias.astype(jnp.float32))
+        return apart(_affine)(*arrays).astype(x.dtype)
