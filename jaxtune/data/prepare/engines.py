@@ -28,13 +28,16 @@ def run(phase: Phase, engine: str, workers: int) -> None:
       UserError: a task says what is wrong with the recipe or the data.
       RuntimeError: a task failed.
     """
-    logs = phase.folder / 'logs' / phase.name
+    logs = phase.logs
     workers = min(workers, phase.count)
+    shutil.rmtree(phase.refusals, ignore_errors=True)
     executor = (_ray if engine == 'ray' else _local)(phase, logs, workers)
     with _progress(phase, logs / 'completions'):
         executor.run()
     left = executor.get_incomplete_ranks(skip_completed=True)
     if left:
+        for refusal in sorted(phase.refusals.glob('[0-9]*')):
+            raise UserError(refusal.read_text())
         raise RuntimeError(
             f'{phase.name}: {len(left)} of {phase.count} tasks failed, the first is {left[0]}: see {logs}'
         )
@@ -149,7 +152,7 @@ def submit(phases: list[Phase], settings: ConfigDict, workers: int) -> list[path
     setup = settings.setup or f'export PATH={pathlib.Path(sys.executable).parent}:$PATH PYTHONPATH={root}:$PYTHONPATH'
     scripts, before = [], None
     for phase in phases:
-        logs = phase.folder / 'logs' / phase.name
+        logs = phase.logs
         before = kind(
             [phase],
             tasks=phase.count,

@@ -56,8 +56,21 @@ class Phase(PipelineStep):
         """Into how many tasks the phase is cut."""
         return 1
 
+    @property
+    def logs(self) -> pathlib.Path:
+        return self.folder / 'logs' / self.name
+
+    @property
+    def refusals(self) -> pathlib.Path:
+        """Where tasks leave the message of their `UserError`: not every engine hands the exception itself on."""
+        return self.logs / 'refused'
+
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        self.do(rank)
+        try:
+            self.do(rank)
+        except UserError as error:
+            write_text(self.refusals / f'{rank:05d}', str(error))
+            raise
 
     def do(self, rank: int) -> None:
         raise NotImplementedError

@@ -24,8 +24,18 @@ def changes(tmp_path, monkeypatch):
 def test_ray(changes, prepared, tmp_path):
     ray = pytest.importorskip('ray', reason="needs ray: pip install 'jaxtune[ray]'")
     prepared('local', changes)
+    cluster = {'data.engine': 'ray', 'data.workers': 2}
     try:
-        prepared('ray', {**changes, 'data.engine': 'ray', 'data.workers': 2})
+        prepared('ray', changes | cluster)
+        # What a task refuses there is said here, as from a local run.
+        broken = changes | {'data.train': str(tmp_path / 'broken.jsonl'), 'data.steps.limits.broken': 5}
+        (tmp_path / 'broken.jsonl').write_text('not json\n' * 200)
+        said = []
+        for name, engine in (('a', {}), ('b', cluster)):
+            with pytest.raises(UserError, match='limits.broken=5') as caught:
+                prepared(name, broken | engine)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
     finally:
         ray.shutdown()
     assert len(contents(tmp_path / 'local')) > 8
