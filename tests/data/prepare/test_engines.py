@@ -32,7 +32,7 @@ def test_ray(changes, prepared, tmp_path):
         (tmp_path / 'broken.jsonl').write_text('not json\n' * 200)
         said = []
         for name, engine in (('a', {}), ('b', cluster)):
-            with pytest.raises(UserError, match='limits.broken=5') as caught:
+            with pytest.raises(UserError, match=r'limits\.broken=5') as caught:
                 prepared(name, broken | engine)
             said.append(str(caught.value))
         assert said[0] == said[1]
