@@ -6,10 +6,10 @@ Reads the running Python's own library, trains a tokenizer, and hides 15 % of ea
 decoder writes (T5's objective; `--config.pretrain.span_corruption.mode=ul2` mixes seven denoisers instead). The size
 here is for a laptop without an accelerator. Rows are short and the optimizer is Muon so that so small a model leaves
 the level of single words' frequencies soon: held-out loss 3.84 after 1,200 updates (AdamW on rows of 128 was at 4.87
-after 900), where the tokens' frequencies alone give 6.67. For accelerators, T5 1.1's base model has `d_model` 768, `d_ff` 2048, `num_layers` 12, `num_heads`
-12 and `d_kv` 64 (`--config.pretrain.model.config.KEY=...`); give it rows of 512 tokens
-(`--config.pretrain.data.seq_len`), batches of 128 rows or more, `--config.pretrain.model.compute_dtype=bfloat16` and a
-corpus of your own (`--config.prepare.data.train`).
+after 900), where the tokens' frequencies alone give 6.67. For accelerators, T5 1.1's base model has `d_model` 768,
+`d_ff` 2048, `num_layers` 12, `num_heads` 12 and `d_kv` 64 (`--config.pretrain.model.config.KEY=...`); give it rows of
+512 tokens (`--config.pretrain.data.seq_len`), batches of 128 rows or more,
+`--config.pretrain.model.compute_dtype=bfloat16` and a corpus of your own (`--config.prepare.data.train`).
 """
 
 from ml_collections import ConfigDict

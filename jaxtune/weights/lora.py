@@ -163,8 +163,9 @@ def _sum_dot(x: jax.Array, frozen: tuple, a: jax.Array, b: jax.Array) -> jax.Arr
 
 
 def _sum_dot_forward(x, frozen, a, b):
-    # The sum is not kept: adding again costs less than the memory.
-    return _sum_dot(x, frozen, a, b), (x, frozen, a, b)
+    # The sum is not kept: adding again costs less than the memory. The product is written out, not called, so that a
+    # policy that saves products sees one.
+    return jnp.dot(x, _sum(frozen, a, b)), (x, frozen, a, b)
 
 
 def _sum_dot_backward(residuals, d_y):
@@ -175,7 +176,9 @@ def _sum_dot_backward(residuals, d_y):
     scale = frozen[-1].astype(x.dtype)
     inner = dot(x, a) * scale
     d_inner = lax.dot_general(d_y, b.astype(d_y.dtype), (((d_y.ndim - 1,), (1,)), ((), ()))) * scale
-    d_a = lax.dot_general(x, d_inner, ((rows, rows), ((), ())))
+    # The narrow factor on the left: XLA:CPU writes that one anew, transposed. Behind a barrier the transposition of
+    # the small result is not folded into the product, which would undo this.
+    d_a = lax.optimization_barrier(lax.dot_general(d_inner, x, ((rows, rows), ((), ())))).T
     d_b = lax.dot_general(inner, d_y, ((rows, rows), ((), ())))
     return d_x, None, d_a.astype(a.dtype), d_b.astype(b.dtype)
 
