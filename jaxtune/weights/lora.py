@@ -159,12 +159,11 @@ def _sum(frozen: tuple, a: jax.Array, b: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _sum_dot(x: jax.Array, frozen: tuple, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.dot(x, _sum(frozen, a, b))
+    return _sum_dot_forward(x, frozen, a, b)[0]
 
 
 def _sum_dot_forward(x, frozen, a, b):
-    # The sum is not kept: adding again costs less than the memory. The product is written out, not called, so that a
-    # policy that saves products sees one.
+    # The sum is not kept: adding again costs less than the memory.
     return jnp.dot(x, _sum(frozen, a, b)), (x, frozen, a, b)
 
 

@@ -153,12 +153,12 @@ def _unfused(product: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _dot(x: jax.Array, weight: NF4) -> jax.Array:
-    return lax.dot_general(x, weight.dequantise(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return _dot_forward(x, weight)[0]
 
 
 def _dot_forward(x, weight):
     # The codes are kept, not the wide weight: dequantising again costs less than the memory.
-    return _dot(x, weight), weight
+    return lax.dot_general(x, weight.dequantise(x.dtype), (((x.ndim - 1,), (1,)), ((), ()))), weight
 
 
 def _dot_backward(weight, d_y):
