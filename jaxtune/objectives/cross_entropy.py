@@ -20,6 +20,8 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxtune.weights.leaf import transposed
+
 # Elements of one chunk's float32 logits (32 MiB), and the fewest tokens for which the kernel's gradient, read and
 # written once a chunk, costs little beside the products.
 _CHUNK_ELEMENTS = 2**23
@@ -210,7 +212,7 @@ def _logit_gradient(plan: _Plan, logits, probabilities, targets, weights):
 
 
 def _pull(plan: _Plan, grad, hidden, kernel, sums, wanted):
-    """Gradient of one chunk's hidden; adds its kernel's and bias's to `sums`."""
+    """Gradient of one chunk's hidden; adds its kernel's, `[d_model, vocab]`, and bias's to `sums`."""
     (product, plain), (d_kernel, d_bias) = grad, sums
     product = product.astype(hidden.dtype)
     d_hidden = None
@@ -218,15 +220,14 @@ def _pull(plan: _Plan, grad, hidden, kernel, sums, wanted):
         dims = (((1,), (0 if plan.vocab_major else 1,)), ((), ()))
         d_hidden = lax.dot_general(product, kernel, dims, preferred_element_type=hidden.dtype)
     if wanted[1]:
-        pair = (product, hidden) if plan.vocab_major else (hidden, product)
-        d_kernel += lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        d_kernel += lax.dot_general(hidden, product, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     if wanted[2]:
         d_bias += plain.sum(0)
     return d_hidden, (d_kernel, d_bias)
 
 
-def _zeros(kernel, bias, wanted):
-    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
+def _zeros(plan, kernel, bias, wanted):
+    d_kernel = jnp.zeros(kernel.shape[::-1] if plan.vocab_major else kernel.shape, jnp.float32) if wanted[1] else None
     return d_kernel, jnp.zeros(bias.shape, jnp.float32) if wanted[2] else None
 
 
@@ -242,8 +243,9 @@ def _collect(plan: _Plan, d_hidden, sums, shape, wanted):
         if rest:
             d_kernel = lax.psum(d_kernel, rest)
         if plan.scatter_axes:
-            width = 1 if plan.vocab_major else 0
-            d_kernel = lax.psum_scatter(d_kernel, plan.scatter_axes, scatter_dimension=width, tiled=True)
+            d_kernel = lax.psum_scatter(d_kernel, plan.scatter_axes, scatter_dimension=0, tiled=True)
+        if plan.vocab_major:
+            d_kernel = transposed(d_kernel)
     if wanted[2] and plan.token_axes:
         d_bias = lax.psum(d_bias, plan.token_axes)
     return d_hidden, d_kernel, d_bias
@@ -270,7 +272,7 @@ def _loss_and_gradients(plan: _Plan, wanted, hidden, kernel, bias, targets, weig
             return (loss + (weights * nll).sum(), correct + (weights * right).sum(), sums), (nll, d_hidden)
 
         zero = jnp.zeros((), jnp.float32)
-        carry = (zero, zero, _zeros(cast, bias, wanted))
+        carry = (zero, zero, _zeros(plan, cast, bias, wanted))
         (loss, correct, sums), (nll, d_hidden) = lax.scan(step, carry, _chunks(plan, hidden, targets, weights))
         if plan.token_axes:
             loss, correct = lax.psum((loss, correct), plan.token_axes)
@@ -368,7 +370,7 @@ def _token_logprobs_backward(plan, residuals, cotangent):
             return sums, d_hidden
 
         chunks = _chunks(plan, hidden, targets, lse, cotangent)
-        sums, d_hidden = lax.scan(step, _zeros(cast, bias, wanted), chunks)
+        sums, d_hidden = lax.scan(step, _zeros(plan, cast, bias, wanted), chunks)
         return _collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
 
     specs = _specs(plan, bias)

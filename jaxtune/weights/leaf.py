@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxtune.parallel import one_cpu
+
 # Fits a spec to a shape: aligned to the last dimensions, without axes that do not divide theirs.
 Fit = Callable[[P, tuple[int, ...]], P]
 
@@ -93,11 +95,20 @@ def _dot_backward(residuals, d_y):
     if kernel.shape[0] <= kernel.shape[1]:
         d_kernel = lax.dot_general(x, d_y, ((rows, rows), ((), ())))
     else:
-        d_kernel = lax.dot_general(d_y, x, ((rows, rows), ((), ()))).T
+        d_kernel = transposed(lax.dot_general(d_y, x, ((rows, rows), ((), ()))))
     return d_x, d_kernel
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+def transposed(product: jax.Array) -> jax.Array:
+    """The transposition of a product `[m, n]` whose factor on the left is the narrower one.
+
+    On one CPU device it is made after the product: XLA:CPU would fold the two into a product that transposes the wide
+    factor, and leave that to a slower library.
+    """
+    return (lax.optimization_barrier(product) if one_cpu() else product).T
 
 
 def lookup(embedding: jax.Array | Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.weights.leaf import Fit, Weight, dot, lookup, materialise
+from jaxtune.weights.leaf import Fit, Weight, dot, lookup, materialise, transposed
 
 
 @functools.partial(
@@ -175,9 +175,7 @@ def _sum_dot_backward(residuals, d_y):
     scale = frozen[-1].astype(x.dtype)
     inner = dot(x, a) * scale
     d_inner = lax.dot_general(d_y, b.astype(d_y.dtype), (((d_y.ndim - 1,), (1,)), ((), ()))) * scale
-    # The narrow factor on the left: XLA:CPU writes that one anew, transposed. Behind a barrier the transposition of
-    # the small result is not folded into the product, which would undo this.
-    d_a = lax.optimization_barrier(lax.dot_general(d_inner, x, ((rows, rows), ((), ())))).T
+    d_a = transposed(lax.dot_general(d_inner, x, ((rows, rows), ((), ()))))
     d_b = lax.dot_general(inner, d_y, ((rows, rows), ((), ())))
     return d_x, None, d_a.astype(a.dtype), d_b.astype(b.dtype)
 
