@@ -392,7 +392,7 @@ def _write_companions(folder: pathlib.Path, model: Model, source, dtype: str) ->
     (folder / 'config.json').write_text(config_json(model.hf_config, model.architecture, dtype), 'utf-8')
     generation = folder / 'generation_config.json'
     if not generation.exists():
-        names = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+        names = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
         values = {name: model.hf_config[name] for name in names if model.hf_config.get(name) is not None}
         generation.write_text(json.dumps(values, indent=2) + '\n', 'utf-8')
 

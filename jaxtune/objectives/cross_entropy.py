@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.weights.leaf import transposed
+from jaxtune.parallel import one_cpu
 
 # Elements of one chunk's float32 logits (32 MiB), and the fewest tokens for which the kernel's gradient, read and
 # written once a chunk, costs little beside the products.
@@ -34,6 +34,7 @@ class _Plan:
 
     chunk: int
     vocab_major: bool
+    turned: bool  # the gradient of a `vocab_major` kernel is summed `[d_model, vocab]`, which XLA:CPU does faster
     scale: float
     softcap: float | None
     batch_axes: tuple[str, ...] = ()
@@ -130,7 +131,7 @@ def _plan(hidden: jax.Array, head: Any, chunk: int | None) -> _Plan:
         parts = math.prod(mesh.shape[axis] for axis in vocab_axes)
         chunk = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS * parts // vocab)
     axes = (batch_axes, length_axes, vocab_axes, scatter_axes)
-    return _Plan(chunk, bool(head.vocab_major), scale, softcap, *axes)
+    return _Plan(chunk, bool(head.vocab_major), bool(head.vocab_major) and one_cpu(), scale, softcap, *axes)
 
 
 def _per_device(plan: _Plan, function, in_specs, out_specs):
@@ -212,7 +213,7 @@ def _logit_gradient(plan: _Plan, logits, probabilities, targets, weights):
 
 
 def _pull(plan: _Plan, grad, hidden, kernel, sums, wanted):
-    """Gradient of one chunk's hidden; adds its kernel's, `[d_model, vocab]`, and bias's to `sums`."""
+    """Gradient of one chunk's hidden; adds its kernel's and bias's to `sums`."""
     (product, plain), (d_kernel, d_bias) = grad, sums
     product = product.astype(hidden.dtype)
     d_hidden = None
@@ -220,14 +221,16 @@ def _pull(plan: _Plan, grad, hidden, kernel, sums, wanted):
         dims = (((1,), (0 if plan.vocab_major else 1,)), ((), ()))
         d_hidden = lax.dot_general(product, kernel, dims, preferred_element_type=hidden.dtype)
     if wanted[1]:
-        d_kernel += lax.dot_general(hidden, product, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        pair = (product, hidden) if plan.vocab_major and not plan.turned else (hidden, product)
+        d_kernel += lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     if wanted[2]:
         d_bias += plain.sum(0)
     return d_hidden, (d_kernel, d_bias)
 
 
-def _zeros(plan, kernel, bias, wanted):
-    d_kernel = jnp.zeros(kernel.shape[::-1] if plan.vocab_major else kernel.shape, jnp.float32) if wanted[1] else None
+def _zeros(plan: _Plan, kernel, bias, wanted):
+    shape = kernel.shape[::-1] if plan.turned else kernel.shape
+    d_kernel = jnp.zeros(shape, jnp.float32) if wanted[1] else None
     return d_kernel, jnp.zeros(bias.shape, jnp.float32) if wanted[2] else None
 
 
@@ -243,9 +246,10 @@ def _collect(plan: _Plan, d_hidden, sums, shape, wanted):
         if rest:
             d_kernel = lax.psum(d_kernel, rest)
         if plan.scatter_axes:
-            d_kernel = lax.psum_scatter(d_kernel, plan.scatter_axes, scatter_dimension=0, tiled=True)
-        if plan.vocab_major:
-            d_kernel = transposed(d_kernel)
+            width = 1 if plan.vocab_major else 0
+            d_kernel = lax.psum_scatter(d_kernel, plan.scatter_axes, scatter_dimension=width, tiled=True)
+        if plan.turned:
+            d_kernel = lax.optimization_barrier(d_kernel).T
     if wanted[2] and plan.token_axes:
         d_bias = lax.psum(d_bias, plan.token_axes)
     return d_hidden, d_kernel, d_bias

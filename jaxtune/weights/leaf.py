@@ -84,31 +84,25 @@ def _dot_forward(x, kernel):
 
 
 def _dot_backward(residuals, d_y):
-    """The usual products; of the two ways to write the kernel's gradient, the one that transposes the narrower factor.
-
-    XLA:CPU writes the factor on the left anew, transposed, with all the arithmetic that made it fused into strided
-    writes; JAX's own rule always puts the output's gradient there, four times as wide in a feed-forward layer.
-    """
     x, kernel = residuals
     d_x = lax.dot_general(d_y, kernel, (((d_y.ndim - 1,), (1,)), ((), ())))
-    rows = tuple(range(x.ndim - 1))
-    if kernel.shape[0] <= kernel.shape[1]:
-        d_kernel = lax.dot_general(x, d_y, ((rows, rows), ((), ())))
-    else:
-        d_kernel = transposed(lax.dot_general(d_y, x, ((rows, rows), ((), ()))))
-    return d_x, d_kernel
+    return d_x, kernel_gradient(x, d_y)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
-def transposed(product: jax.Array) -> jax.Array:
-    """The transposition of a product `[m, n]` whose factor on the left is the narrower one.
+def kernel_gradient(x: jax.Array, d_y: jax.Array) -> jax.Array:
+    """Gradient `[in, out]` of a kernel between `x` `[..., in]` and an output whose gradient is `d_y` `[..., out]`.
 
-    On one CPU device it is made after the product: XLA:CPU would fold the two into a product that transposes the wide
-    factor, and leave that to a slower library.
+    XLA:CPU writes the factor on the left anew, transposed, with all the arithmetic that made it fused into strided
+    writes: the narrower one belongs there. The result is then transposed in a step of its own, or XLA would fold the
+    two into a product the other way round, and leave that to a slower library.
     """
-    return (lax.optimization_barrier(product) if one_cpu() else product).T
+    rows = tuple(range(x.ndim - 1))
+    if x.shape[-1] <= d_y.shape[-1] or not one_cpu():
+        return lax.dot_general(x, d_y, ((rows, rows), ((), ())))
+    return lax.optimization_barrier(lax.dot_general(d_y, x, ((rows, rows), ((), ())))).T
 
 
 def lookup(embedding: jax.Array | Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.weights.leaf import Fit, Weight, dot, lookup, materialise, transposed
+from jaxtune.weights.leaf import Fit, Weight, dot, kernel_gradient, lookup, materialise
 
 
 @functools.partial(
@@ -171,12 +171,10 @@ def _sum_dot_backward(residuals, d_y):
     """The factors' gradients go through the narrow products: the wide gradient of the sum is never made."""
     x, frozen, a, b = residuals
     d_x = lax.dot_general(d_y, _sum(frozen, a, b), (((d_y.ndim - 1,), (1,)), ((), ())))
-    rows = tuple(range(x.ndim - 1))
     scale = frozen[-1].astype(x.dtype)
     inner = dot(x, a) * scale
     d_inner = lax.dot_general(d_y, b.astype(d_y.dtype), (((d_y.ndim - 1,), (1,)), ((), ()))) * scale
-    d_a = transposed(lax.dot_general(d_inner, x, ((rows, rows), ((), ()))))
-    d_b = lax.dot_general(inner, d_y, ((rows, rows), ((), ())))
+    d_a, d_b = kernel_gradient(x, d_inner), kernel_gradient(inner, d_y)
     return d_x, None, d_a.astype(a.dtype), d_b.astype(b.dtype)
 
 

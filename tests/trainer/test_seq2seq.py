@@ -216,6 +216,9 @@ def test_losses_of_20_steps_equal_transformers(corpus, tmp_path, objective):
     ours = metrics(tmp_path / 'run', 'train/loss')
 
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / 'start').eval()  # eval: no dropout
+    assert (
+        theirs.generate(torch.tensor([[5, 6, 1]]), max_new_tokens=2)[0, 0] == model.hf_config['decoder_start_token_id']
+    )
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     dataset = {'span_corruption': span_corruption, 'seq2seq': seq2seq}[objective].dataset
     loader = Loader(dataset(config, 'train', BYTES, tmp_path / 'cache'), 16, config.seed)
