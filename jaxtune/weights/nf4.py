@@ -162,6 +162,8 @@ def _dot_forward(x, weight):
 
 
 def _dot_backward(weight, d_y):
+    # Not before its gradient is there: wide weights that wait for theirs would fill the memory.
+    weight, d_y = lax.optimization_barrier((weight, d_y))
     return lax.dot_general(d_y, weight.dequantise(d_y.dtype), (((d_y.ndim - 1,), (0,)), ((), ()))), None
 
 
