@@ -46,6 +46,25 @@ def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
     return path, rest
 
 
+def _choose_stages(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
+    """Takes `--config.stages=NAME,...` out of the arguments; leaves those stages in the recipe, in their order."""
+    rest = [word for word in words if not re.match(r'--?config\.stages=', word)]
+    stages = recipes.stage_names(recipe)
+    for word in words:
+        if word in rest:
+            continue
+        value = word.partition('=')[2]
+        chosen = re.findall(r'[\w-]+', value)
+        if not chosen or not set(chosen) <= set(stages):
+            expected = f'some of {",".join(stages)}' if stages else 'a recipe that has stages'
+            raise UserError(f'--config.stages={value}: expected {expected}')
+        with recipe.unlocked():
+            recipe.stages = tuple(name for name in stages if name in chosen)
+            for name in set(stages) - set(chosen):
+                del recipe[name]
+    return rest
+
+
 def _free(path: str) -> bool:
     kinds = SCHEMA.items()
     return any(isinstance(kind, Free) and path.startswith(f'{key}.') for key, kind in kinds)
@@ -88,6 +107,7 @@ def parse(argv: Sequence[str]) -> Command:
     """
     recipe_path, rest = _recipe_path(argv[1:])
     recipe = recipes.read_recipe(recipe_path)
+    rest = _choose_stages(recipe, rest)
     stages = recipes.stage_names(recipe)
     named = [match[1] for word in rest if (match := re.match(r'--?(?:no)?config\.([^=]+)', word))]
     holder = flags.FlagValues()

@@ -31,6 +31,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     Raises:
       UserError: the recipe or the data is wrong.
     """
+    _raw(config)
     results = workdir / 'result.json'
     long = plans.needed(config, recipes.defaults())
     if not long:
@@ -40,6 +41,18 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     plan = plans.make(config)
     once(results.is_file, lambda: _phases(config, plan, workdir, command), 'task=prepare')
     return read_json(results) or {'task': 'prepare', 'status': 'submitted', 'step': 0, 'metrics': {}}
+
+
+def _raw(config: ConfigDict) -> None:
+    """Refuses token files where text is expected: a folder that preparing made."""
+    sources = {f'data.sources.{label}.path': source.path for label, source in config.data.sources.items()}
+    for key, path in ({'data.train': config.data.train} | sources).items():
+        folder = pathlib.Path(path).expanduser()
+        if path and (folder / 'train').is_dir() and (folder / 'result.json').is_file():
+            raise UserError(
+                f'{key}={path}: what task=prepare made, expected what to make it of; to train on it leave the stage '
+                'out (--config.stages=pretrain --config.pretrain.data.train=…)'
+            )
 
 
 def _plain(config: ConfigDict, workdir: pathlib.Path, command) -> None:
@@ -211,4 +224,7 @@ def _say(metrics: dict, workdir: pathlib.Path, staged: bool) -> None:
         console.note(f'gzip -9 needs {ratio:.3f} bits per byte of the held-out documents')
     if not staged:
         held_out = f' data.eval={workdir}' if metrics['data/eval_documents'] else ''
-        console.note(f'next: train with data.train={workdir}{held_out} tokenizer.path={workdir} in a recipe')
+        console.note(f'next: train with data.train={workdir}{held_out} tokenizer.path={workdir} in a recipe, such as')
+        keys = {'data.train': workdir, **({'data.eval': workdir} if held_out else {}), 'tokenizer.path': workdir}
+        flags = ' '.join(f'--config.pretrain.{name}={value}' for name, value in keys.items())
+        console.note(f'python -m jaxtune.main --config configs/pretrain_causal_lm.py --config.stages=pretrain {flags}')

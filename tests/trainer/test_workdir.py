@@ -116,6 +116,22 @@ def get_config():
     capsys.readouterr()
     assert run(path, workdir, '--config.more.train.steps=4') == 0
     assert capsys.readouterr().out.count('already done') == 6
+    # Some of the stages, on what was made elsewhere.
+    made = [f'--config.score.{key}={workdir}/words' for key in ('data.eval', 'tokenizer.path')]
+    flags = ['--config.stages=score', f'--config.score.model.path={workdir}/more', *made]
+    assert run(path, tmp_path / 'score', *flags) == 0, capsys.readouterr().err
+    assert result(tmp_path / 'score')['stages'] == ['score']
+    assert result(tmp_path / 'score' / 'score')['metrics']['eval/loss'] == scored['eval/loss']
+    capsys.readouterr()
+    for flags, words in (
+        (['--config.stages=sing'], '--config.stages=sing: expected some of words,first,more,sample,score,copy'),
+        (['--config.stages=score'], "score.model.path='@more': expected the name of an earlier stage"),
+        ([f'--config.words.data.train={workdir}/words'], 'what task=prepare made, expected what to make it of'),
+    ):
+        assert run(path, tmp_path / 'refused', *flags) == 2
+        error = capsys.readouterr().err
+        assert error.count('\n') == 1
+        assert words in error
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('torch')
     tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / 'copy' / 'export')
