@@ -59,7 +59,8 @@ def test_what_is_made(corpus, prepared, recipe, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f'reading data.train={corpus}; writing to ')
     assert 'gzip -9' in said
-    assert said.rstrip().endswith(f'tokenizer.path={tmp_path / "a"} in a recipe')
+    flags = [f'--config.pretrain.{key}={tmp_path / "a"}' for key in ('data.train', 'data.eval', 'tokenizer.path')]
+    assert said.rstrip().endswith(f'--config.stages=pretrain {" ".join(flags)}')
 
 
 def test_two_runs_are_the_same_byte_for_byte(corpus, prepared, tmp_path):
