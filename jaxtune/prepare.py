@@ -31,28 +31,28 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     Raises:
       UserError: the recipe or the data is wrong.
     """
-    _raw(config)
     results = workdir / 'result.json'
     long = plans.needed(config, recipes.defaults())
     if not long:
+        _check_raw('data.train', config.data.train)
         once(results.is_file, lambda: _plain(config, workdir, command), 'task=prepare')
         return read_json(results)
     plans.check_installed(config)
     plan = plans.make(config)
+    for source in plan.sources:
+        _check_raw(source.key, source.path)
     once(results.is_file, lambda: _phases(config, plan, workdir, command), 'task=prepare')
     return read_json(results) or {'task': 'prepare', 'status': 'submitted', 'step': 0, 'metrics': {}}
 
 
-def _raw(config: ConfigDict) -> None:
-    """Refuses token files where text is expected: a folder that preparing made."""
-    sources = {f'data.sources.{label}.path': source.path for label, source in config.data.sources.items()}
-    for key, path in ({'data.train': config.data.train} | sources).items():
-        folder = pathlib.Path(path).expanduser()
-        if path and (folder / 'train').is_dir() and (folder / 'result.json').is_file():
-            raise UserError(
-                f'{key}={path}: what task=prepare made, expected what to make it of; to train on it leave the stage '
-                'out (--config.stages=pretrain --config.pretrain.data.train=…)'
-            )
+def _check_raw(key: str, path: str) -> None:
+    """Refuses a folder that preparing made, where what it is to be made of is expected."""
+    folder = pathlib.Path(path).expanduser()
+    if path and (folder / 'train').is_dir() and (folder / 'result.json').is_file():
+        raise UserError(
+            f'{key}={path}: what task=prepare made, expected what to make it of; to train on it leave the stage out '
+            '(--config.stages=pretrain --config.pretrain.data.train=…)'
+        )
 
 
 def _plain(config: ConfigDict, workdir: pathlib.Path, command) -> None:
