@@ -8,7 +8,7 @@ _POLICIES = {
     'full': None,
     'dots': jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse'),
+        jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse', 'product'),
     ),
 }
 

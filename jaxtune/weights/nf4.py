@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.weights.blockwise8 import decode, stepped_code
@@ -30,7 +31,7 @@ VALUES = np.asarray(
 _BOUNDS = (VALUES[:-1] + VALUES[1:]) / np.float32(2)
 _PAIRS = np.stack([np.repeat(VALUES, 16), np.tile(VALUES, 16)], axis=-1)  # what the two codes of a byte mean
 
-# Bytes of codes that are widened at a time on one device: what is in between is several times as large.
+# Bytes of codes that are widened and multiplied at a time on one device: wide, they are several times as large.
 _PART = 2**23
 
 OUTER_BLOCK = 256  # scales that share one of their own
@@ -89,22 +90,23 @@ class NF4(Weight):
 
     def dequantise(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """`[out, in]` of one layer; float32 arithmetic, rounded to `dtype` at the end."""
+        widen = functools.partial(_widen, block=self.block, dtype=dtype)
+        pieces = self.pieces()
+        wide = widen(pieces[0][0], pieces[1][0]) if len(pieces[0]) == 1 else lax.map(lambda part: widen(*part), pieces)
+        inputs, outputs = self.matrix
+        return wide.reshape(-1)[: inputs * outputs].reshape(outputs, inputs)
+
+    def pieces(self) -> tuple[jax.Array, jax.Array]:
+        """Codes and float32 scales of one layer, its rows cut into `[pieces, rows, ...]`."""
         scales = self.scales
         if self.outer is not None:
             outer = jnp.repeat(self.outer, OUTER_BLOCK)[: scales.size].reshape(scales.shape)
             scales = _unfused(decode(scales) * outer) + self.offset
-        widen = functools.partial(_widen, block=self.block, dtype=dtype)
         rows = self.codes.shape[0]
         mesh = jax.sharding.get_abstract_mesh()
-        parts = max(1, self.codes.size // _PART) if mesh.empty or mesh.size == 1 else 1
-        parts = next(n for n in range(parts, rows + 1) if rows % n == 0)
-        if parts == 1:
-            wide = widen(self.codes, scales)
-        else:
-            cut = [leaf.reshape(parts, rows // parts, -1) for leaf in (self.codes, scales)]
-            wide = lax.map(lambda part: widen(*part), cut)
-        inputs, outputs = self.matrix
-        return wide.reshape(-1)[: inputs * outputs].reshape(outputs, inputs)
+        count = min(rows, max(1, self.codes.size // _PART)) if mesh.empty or mesh.size == 1 else 1
+        count = next(n for n in range(count, rows + 1) if rows % n == 0)
+        return tuple(leaf.reshape(count, rows // count, -1) for leaf in (self.codes, scales))
 
     def specs(self, spec: P, fit: Fit) -> 'NF4':
         if self.codes is None:
@@ -158,13 +160,34 @@ def _dot(x: jax.Array, weight: NF4) -> jax.Array:
 
 def _dot_forward(x, weight):
     # The codes are kept, not the wide weight: dequantising again costs less than the memory.
-    return lax.dot_general(x, weight.dequantise(x.dtype), (((x.ndim - 1,), (1,)), ((), ()))), weight
+    pieces = weight.pieces()
+    last = x.ndim - 1
+    if len(pieces[0]) == 1:
+        return lax.dot_general(x, weight.dequantise(x.dtype), (((last,), (1,)), ((), ()))), weight
+
+    def some(piece):
+        return lax.dot_general(x, _widen(*piece, weight.block, x.dtype), (((last,), (1,)), ((), ())))
+
+    y = jnp.moveaxis(lax.map(some, pieces), 0, last)
+    return checkpoint_name(y.reshape(*x.shape[:-1], -1), 'product'), weight
 
 
 def _dot_backward(weight, d_y):
     # Not before its gradient is there: wide weights that wait for theirs would fill the memory.
     weight, d_y = lax.optimization_barrier((weight, d_y))
-    return lax.dot_general(d_y, weight.dequantise(d_y.dtype), (((d_y.ndim - 1,), (0,)), ((), ()))), None
+    pieces = weight.pieces()
+    last = d_y.ndim - 1
+    if len(pieces[0]) == 1:
+        return lax.dot_general(d_y, weight.dequantise(d_y.dtype), (((last,), (0,)), ((), ()))), None
+
+    def add(d_x, piece):
+        wide = _widen(*piece[:2], weight.block, d_y.dtype)
+        dims = (((last,), (0,)), ((), ()))
+        return d_x + lax.dot_general(piece[2], wide, dims, preferred_element_type=jnp.float32), None
+
+    cut = jnp.moveaxis(d_y.reshape(*d_y.shape[:-1], len(pieces[0]), -1), last, 0)
+    d_x = jnp.zeros((*d_y.shape[:-1], weight.matrix[0]), jnp.float32)
+    return lax.scan(add, d_x, (*pieces, cut))[0].astype(d_y.dtype), None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

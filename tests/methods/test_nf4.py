@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.weights import Codec, dot
+from jaxtune.weights import Codec, dot, nf4
 from jaxtune.weights.blockwise8 import dynamic_map
 from jaxtune.weights.nf4 import NF4, VALUES, mean
 
@@ -73,9 +73,11 @@ def test_bits_a_weight():
     assert leaf.size == kernel.size
 
 
+@pytest.mark.parametrize('piece', [2**23, 500])
 @pytest.mark.parametrize('shape', [(128, 96), (50, 36)])
-def test_products_and_their_gradient(shape):
-    """Stacked layers, and a backward pass that keeps codes rather than the wide weight."""
+def test_products_and_their_gradient(shape, piece, monkeypatch):
+    """Stacked layers, and a backward pass that keeps codes rather than the wide weight; also piece by piece."""
+    monkeypatch.setattr(nf4, '_PART', piece)
     kernel = jax.random.normal(jax.random.key(0), (2, *shape))
     leaf = Codec().encode_kernel(kernel)
     plain = leaf.materialise()
