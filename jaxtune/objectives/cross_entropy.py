@@ -20,8 +20,6 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.parallel import one_cpu
-
 # Elements of one chunk's float32 logits (32 MiB), and the fewest tokens for which the kernel's gradient, read and
 # written once a chunk, costs little beside the products.
 _CHUNK_ELEMENTS = 2**23
@@ -34,7 +32,6 @@ class _Plan:
 
     chunk: int
     vocab_major: bool
-    turned: bool  # the gradient of a `vocab_major` kernel is summed `[d_model, vocab]`, which XLA:CPU does faster
     scale: float
     softcap: float | None
     batch_axes: tuple[str, ...] = ()
@@ -131,7 +128,7 @@ def _plan(hidden: jax.Array, head: Any, chunk: int | None) -> _Plan:
         parts = math.prod(mesh.shape[axis] for axis in vocab_axes)
         chunk = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS * parts // vocab)
     axes = (batch_axes, length_axes, vocab_axes, scatter_axes)
-    return _Plan(chunk, bool(head.vocab_major), bool(head.vocab_major) and one_cpu(), scale, softcap, *axes)
+    return _Plan(chunk, bool(head.vocab_major), scale, softcap, *axes)
 
 
 def _per_device(plan: _Plan, function, in_specs, out_specs):
@@ -221,16 +218,15 @@ def _pull(plan: _Plan, grad, hidden, kernel, sums, wanted):
         dims = (((1,), (0 if plan.vocab_major else 1,)), ((), ()))
         d_hidden = lax.dot_general(product, kernel, dims, preferred_element_type=hidden.dtype)
     if wanted[1]:
-        pair = (product, hidden) if plan.vocab_major and not plan.turned else (hidden, product)
+        pair = (product, hidden) if plan.vocab_major else (hidden, product)
         d_kernel += lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     if wanted[2]:
         d_bias += plain.sum(0)
     return d_hidden, (d_kernel, d_bias)
 
 
-def _zeros(plan: _Plan, kernel, bias, wanted):
-    shape = kernel.shape[::-1] if plan.turned else kernel.shape
-    d_kernel = jnp.zeros(shape, jnp.float32) if wanted[1] else None
+def _zeros(kernel, bias, wanted):
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
     return d_kernel, jnp.zeros(bias.shape, jnp.float32) if wanted[2] else None
 
 
@@ -248,8 +244,6 @@ def _collect(plan: _Plan, d_hidden, sums, shape, wanted):
         if plan.scatter_axes:
             width = 1 if plan.vocab_major else 0
             d_kernel = lax.psum_scatter(d_kernel, plan.scatter_axes, scatter_dimension=width, tiled=True)
-        if plan.turned:
-            d_kernel = lax.optimization_barrier(d_kernel).T
     if wanted[2] and plan.token_axes:
         d_bias = lax.psum(d_bias, plan.token_axes)
     return d_hidden, d_kernel, d_bias
@@ -276,7 +270,7 @@ def _loss_and_gradients(plan: _Plan, wanted, hidden, kernel, bias, targets, weig
             return (loss + (weights * nll).sum(), correct + (weights * right).sum(), sums), (nll, d_hidden)
 
         zero = jnp.zeros((), jnp.float32)
-        carry = (zero, zero, _zeros(plan, cast, bias, wanted))
+        carry = (zero, zero, _zeros(cast, bias, wanted))
         (loss, correct, sums), (nll, d_hidden) = lax.scan(step, carry, _chunks(plan, hidden, targets, weights))
         if plan.token_axes:
             loss, correct = lax.psum((loss, correct), plan.token_axes)
@@ -374,7 +368,7 @@ def _token_logprobs_backward(plan, residuals, cotangent):
             return sums, d_hidden
 
         chunks = _chunks(plan, hidden, targets, lse, cotangent)
-        sums, d_hidden = lax.scan(step, _zeros(plan, cast, bias, wanted), chunks)
+        sums, d_hidden = lax.scan(step, _zeros(cast, bias, wanted), chunks)
         return _collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
 
     specs = _specs(plan, bias)
