@@ -48,11 +48,9 @@ def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 def _choose_stages(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
     """Takes `--config.stages=NAME,...` out of the arguments; leaves those stages in the recipe, in their order."""
-    rest = [word for word in words if not re.match(r'--?config\.stages=', word)]
+    given = [word for word in words if re.match(r'--?config\.stages=', word)]
     stages = recipes.stage_names(recipe)
-    for word in words:
-        if word in rest:
-            continue
+    for word in given:
         value = word.partition('=')[2]
         chosen = re.findall(r'[\w-]+', value)
         if not chosen or not set(chosen) <= set(stages):
@@ -62,7 +60,7 @@ def _choose_stages(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
             recipe.stages = tuple(name for name in stages if name in chosen)
             for name in set(stages) - set(chosen):
                 del recipe[name]
-    return rest
+    return [word for word in words if word not in given]
 
 
 def _free(path: str) -> bool:

@@ -223,8 +223,8 @@ def _say(metrics: dict, workdir: pathlib.Path, staged: bool) -> None:
     if ratio is not None:
         console.note(f'gzip -9 needs {ratio:.3f} bits per byte of the held-out documents')
     if not staged:
-        held_out = f' data.eval={workdir}' if metrics['data/eval_documents'] else ''
-        console.note(f'next: train with data.train={workdir}{held_out} tokenizer.path={workdir} in a recipe, such as')
-        keys = {'data.train': workdir, **({'data.eval': workdir} if held_out else {}), 'tokenizer.path': workdir}
-        flags = ' '.join(f'--config.pretrain.{name}={value}' for name, value in keys.items())
+        names = ('data.train', 'data.eval', 'tokenizer.path')
+        keys = [f'{name}={workdir}' for name in names if name != 'data.eval' or metrics['data/eval_documents']]
+        console.note(f'next: train with {" ".join(keys)} in a recipe, such as')
+        flags = ' '.join(f'--config.pretrain.{key}' for key in keys)
         console.note(f'python -m jaxtune.main --config configs/pretrain_causal_lm.py --config.stages=pretrain {flags}')

@@ -93,7 +93,7 @@ def _steps(stats: Mapping, source: Source) -> str:
             notes.append(f'{step["changed"]:,} changed')
         if spent := seconds.get(name):
             rate = step['bytes_in'] / 1e6 / spent
-            notes.append(f'{f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"} MB/s a core')
+            notes.append((f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}') + ' MB/s a core')
         rows.append(
             f'<div class="step"><div><b>{_text(name)}</b><small>{_text(_ABOUT.get(name, ""))}</small></div>'
             f'<div><div class="flow" title="{size(step["bytes_in"])} in, {size(step["bytes_out"])} stayed">'

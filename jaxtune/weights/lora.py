@@ -91,10 +91,10 @@ class LoRA(Weight):
         """Whether to add `a @ b` to the weight rather than its product with `x` to the output.
 
         That saves two products and a sum of the output's size in both directions, and costs one of the weight's size:
-        a gain where there are more tokens than features. Only in float32: in bfloat16 the sum would round away most of
-        a small update.
+        a gain where there are more tokens than features. Only in float32 on a CPU: in bfloat16, which accelerators'
+        products round float32 to as well, the sum would lose most of a small update.
         """
-        return x.dtype == jnp.float32 and math.prod(x.shape[:-1]) >= max(self.base.shape)
+        return x.dtype == jnp.float32 and platform() == 'cpu' and math.prod(x.shape[:-1]) >= max(self.base.shape)
 
     def _lengths(self) -> jax.Array:
         """`[out]`: length of every output's weights; a constant to the gradient (DoRA's section 4.3)."""

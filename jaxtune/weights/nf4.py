@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from jaxtune.parallel import AXES, axis_size
 from jaxtune.weights.blockwise8 import decode, stepped_code
 from jaxtune.weights.leaf import Fit, Weight
 
@@ -91,8 +92,9 @@ class NF4(Weight):
     def dequantise(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """`[out, in]` of one layer; float32 arithmetic, rounded to `dtype` at the end."""
         widen = functools.partial(_widen, block=self.block, dtype=dtype)
-        pieces = self.pieces()
-        wide = widen(pieces[0][0], pieces[1][0]) if len(pieces[0]) == 1 else lax.map(lambda part: widen(*part), pieces)
+        codes, scales = self.pieces()
+        one = len(codes) == 1
+        wide = widen(codes[0], scales[0]) if one else lax.map(lambda piece: widen(*piece), (codes, scales))
         inputs, outputs = self.matrix
         return wide.reshape(-1)[: inputs * outputs].reshape(outputs, inputs)
 
@@ -102,11 +104,14 @@ class NF4(Weight):
         if self.outer is not None:
             outer = jnp.repeat(self.outer, OUTER_BLOCK)[: scales.size].reshape(scales.shape)
             scales = _unfused(decode(scales) * outer) + self.offset
-        rows = self.codes.shape[0]
-        mesh = jax.sharding.get_abstract_mesh()
-        count = min(rows, max(1, self.codes.size // _PART)) if mesh.empty or mesh.size == 1 else 1
-        count = next(n for n in range(count, rows + 1) if rows % n == 0)
+        rows, count = self.codes.shape[0], self.count()
         return tuple(leaf.reshape(count, rows // count, -1) for leaf in (self.codes, scales))
+
+    def count(self) -> int:
+        """Into how many pieces the rows of one layer are cut."""
+        rows = self.codes.shape[0]
+        least = min(rows, max(1, self.codes.size // _PART)) if axis_size(*AXES) == 1 else 1
+        return next(n for n in range(least, rows + 1) if rows % n == 0)
 
     def specs(self, spec: P, fit: Fit) -> 'NF4':
         if self.codes is None:
@@ -160,24 +165,22 @@ def _dot(x: jax.Array, weight: NF4) -> jax.Array:
 
 def _dot_forward(x, weight):
     # The codes are kept, not the wide weight: dequantising again costs less than the memory.
-    pieces = weight.pieces()
     last = x.ndim - 1
-    if len(pieces[0]) == 1:
+    if weight.count() == 1:
         return lax.dot_general(x, weight.dequantise(x.dtype), (((last,), (1,)), ((), ()))), weight
 
     def some(piece):
         return lax.dot_general(x, _widen(*piece, weight.block, x.dtype), (((last,), (1,)), ((), ())))
 
-    y = jnp.moveaxis(lax.map(some, pieces), 0, last)
+    y = jnp.moveaxis(lax.map(some, weight.pieces()), 0, last)
     return checkpoint_name(y.reshape(*x.shape[:-1], -1), 'product'), weight
 
 
 def _dot_backward(weight, d_y):
     # Not before its gradient is there: wide weights that wait for theirs would fill the memory.
     weight, d_y = lax.optimization_barrier((weight, d_y))
-    pieces = weight.pieces()
     last = d_y.ndim - 1
-    if len(pieces[0]) == 1:
+    if weight.count() == 1:
         return lax.dot_general(d_y, weight.dequantise(d_y.dtype), (((last,), (0,)), ((), ()))), None
 
     def add(d_x, piece):
@@ -185,9 +188,9 @@ def _dot_backward(weight, d_y):
         dims = (((last,), (0,)), ((), ()))
         return d_x + lax.dot_general(piece[2], wide, dims, preferred_element_type=jnp.float32), None
 
-    cut = jnp.moveaxis(d_y.reshape(*d_y.shape[:-1], len(pieces[0]), -1), last, 0)
+    cut = jnp.moveaxis(d_y.reshape(*d_y.shape[:-1], weight.count(), -1), last, 0)
     d_x = jnp.zeros((*d_y.shape[:-1], weight.matrix[0]), jnp.float32)
-    return lax.scan(add, d_x, (*pieces, cut))[0].astype(d_y.dtype), None
+    return lax.scan(add, d_x, (*weight.pieces(), cut))[0].astype(d_y.dtype), None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

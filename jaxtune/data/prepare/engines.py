@@ -36,8 +36,8 @@ def run(phase: Phase, engine: str, workers: int) -> None:
         executor.run()
     left = executor.get_incomplete_ranks(skip_completed=True)
     if left:
-        for refusal in sorted(phase.refusals.glob('[0-9]*')):
-            raise UserError(refusal.read_text())
+        if refused := sorted(phase.refusals.glob('[0-9]*')):
+            raise UserError(refused[0].read_text())
         raise RuntimeError(
             f'{phase.name}: {len(left)} of {phase.count} tasks failed, the first is {left[0]}: see {logs}'
         )
