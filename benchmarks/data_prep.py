@@ -25,7 +25,7 @@ from datatrove.data import Document
 
 from jaxtune.data import stdlib
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.prepare import clean, decide, decontaminate, gopher, language, minhash, rules, web, words
+from jaxtune.data.prepare import clean, decide, decontaminate, gopher, language, minhash, repeats, rules, web, words
 
 
 def speed(step, texts: list[str], repeats: int = 2) -> float:
@@ -79,12 +79,17 @@ def steps(texts: list[str], pages: list[str]) -> None:
     )
     for name, ours, plain in pairs:
         show(name, speed(ours, few), speed(theirs(plain), few, 1))
-    for name, plain in (('c4', filters.C4QualityFilter(**own)), ('fineweb', filters.FineWebQualityFilter(**own))):
+    pairs = (
+        ('c4', filters.C4QualityFilter(**own, filter_no_terminal_punct=False)),
+        ('fineweb', filters.FineWebQualityFilter(**own)),
+    )
+    for name, plain in pairs:
         mine = dict(rules.rules('web', 'en'))[name]
         show(name, speed(lambda text, mine=mine: mine(text, {}), few), speed(theirs(plain), few, 1))
     show('code', speed(lambda text: rules.code(text, {}), texts))
     show('exact', speed(decide.digest, texts))
     show('paragraphs', speed(decide.paragraph_hashes, texts))
+    show('substrings', speed(lambda text: repeats.windows(text, 50), texts))
     with tempfile.TemporaryDirectory() as folder:
         # As many hashes as ours; its xxhash does not know xxhash 4, which wants bytes.
         config = MinhashConfig(num_buckets=32, hashes_per_bucket=8, hash_config=HashConfig(hash_fc='sha1'))

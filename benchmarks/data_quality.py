@@ -14,10 +14,11 @@ import json
 import pathlib
 import random
 import re
+import tempfile
 
 import numpy as np
 
-from jaxtune.data.prepare import clean, decontaminate, minhash, rules, web, words
+from jaxtune.data.prepare import clean, decide, decontaminate, minhash, phases, repeats, rules, web, words
 
 
 def near_duplicates(texts: list[str], similarity: float = 0.8, hashes: int = 256) -> set[tuple[int, int]]:
@@ -154,6 +155,9 @@ def planted_flaws() -> dict:
     left = sum(clean.mend_encoding(text) == text for i in range(60) for text in good)
     found['encoding'] = {'recall': mended / len(lines), 'precision': mended / (mended + 240 - left)}
 
+    found['exact duplicates'] = _exact()
+    found['substrings'] = _quoted()
+
     rests = ('<br />', '</div>', '&amp;nbsp;', '<span class="x">', '\nhttp://example.org/a/b?c=d\n', '<!-- ad -->')
     gone = sum(rest.strip() not in clean.without_markup(f'so {rest} and {i}') for i in range(60) for rest in rests)
     prose_like = ('a < b and c > d', 'AT&T', 'x<y>', 'see https://example.org for more', 'R&D;', '<3')
@@ -179,6 +183,37 @@ def planted_flaws() -> dict:
         'pages_with_all_their_text': whole / len(texts),
     }
     return found
+
+
+def _exact() -> dict:
+    """Copies with other white space, and texts that differ in one letter."""
+    texts = [' '.join(prose(100, i)) for i in range(200)]
+    same = sum(decide.digest(text).tolist() == decide.digest(f'\n{text}'.replace(' ', '  ')).tolist() for text in texts)
+    other = sum(decide.digest(text).tolist() == decide.digest(f'{text[:-1]}x').tolist() for text in texts)
+    return {'recall': same / 200, 'precision': same / max(1, same + other)}
+
+
+def _quoted(length: int = 50) -> dict:
+    """Runs of words, some long enough to be cut, that every second document takes from the one before."""
+    texts, long, short = [], {}, {}
+    for number in range(0, 400, 2):
+        source, copy = prose(300, f'quoted {number}'), prose(300, f'quoting {number}')
+        count = random.Random(number).choice((10, 30, 49, 50, 51, 80, 150))
+        copy[100:100] = source[60 : 60 + count]
+        texts += [' '.join(source), ' '.join(copy)]
+        (long if count >= length else short)[number + 1] = ' '.join(source[60 : 60 + count])
+    with tempfile.TemporaryDirectory() as folder:
+        work, windows = pathlib.Path(folder), repeats.Windows(length)
+        for number, text in enumerate(texts):
+            windows.add(text, number)
+        phases.save_array(work / 'windows' / '00000.npy', windows.merged())
+        for task in range(repeats.SUBSTRING_TASKS):
+            repeats.substrings(work, 1, task)
+        cutter = repeats.Substrings(work, length)
+        left = [cutter.cut(text, number) for number, text in enumerate(texts)]
+    gone = sum(left[number] == texts[number].replace(f'{run} ', '') for number, run in long.items())
+    wrong = sum(left[number] != texts[number] for number in range(400) if number not in long)
+    return {'recall': gone / len(long), 'precision': gone / max(1, gone + wrong)}
 
 
 def _shingles(seed, count):

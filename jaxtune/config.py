@@ -135,6 +135,9 @@ SCHEMA: dict[str, Key | Free] = {
     'data.steps.dedup.paragraphs': Key(
         0, integer(0), 'prepare: a paragraph that more documents hold stays in the first of them only; 0 = off'
     ),
+    'data.steps.dedup.substring': Key(
+        0, integer(0), 'prepare: a run of so many words stays in the first document only; 0 = off, 50 is usual'
+    ),
     'data.steps.decontaminate.against': Key((), names, 'prepare: evaluation files whose text must not be in the data'),
     'data.steps.decontaminate.ngram': Key(13, integer(3), 'prepare: words in a row that make an overlap'),
     'data.steps.tokenizer.model': Key('bpe', one_of('bpe', 'unigram'), 'prepare: what is trained'),

@@ -25,6 +25,7 @@ _ABOUT = {
     'exact duplicates': 'the same text, white space aside',
     'near-duplicates': 'MinHash over shingles of words',
     'paragraphs': 'lines that many documents share',
+    'substrings': 'runs of words that an earlier document holds',
     'mixture': 'weights of the sources below 1',
 }
 

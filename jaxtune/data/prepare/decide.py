@@ -132,27 +132,3 @@ def decide(corpus: Corpus, plan: Plan, pairs: np.ndarray) -> dict[str, np.ndarra
     extra = corpus.digests[:, 1] / 2.0**64 < weights - whole
     copies = np.where(side == TRAIN, whole + extra, side == EVAL).astype(np.int32)
     return {'state': state, 'side': side, 'copies': copies}
-
-
-def repeated(work: pathlib.Path, corpus: Corpus, state: np.ndarray, most: int) -> dict[str, np.ndarray]:
-    """Paragraphs that more than `most` kept documents hold.
-
-    Returns:
-      `hash`, sorted uint64, and `first`, the one document where each stays.
-    """
-    hashes, owners = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
-    for rank in range(corpus.tasks):
-        part = shards.load(work / 'index' / f'{rank:05d}.npz')
-        owner = corpus.starts[rank] + np.repeat(np.arange(len(part['lines'])), part['lines'])
-        stays = state[owner] == shards.KEPT
-        hashes.append(part['paragraphs'][stays])
-        owners.append(owner[stays])
-    values, owner = np.concatenate(hashes), np.concatenate(owners)
-    order = np.lexsort((owner, values))
-    values, owner = values[order], owner[order]
-    new = (
-        np.concatenate([[True], (values[1:] != values[:-1]) | (owner[1:] != owner[:-1])]) if len(values) else values > 0
-    )
-    values, owner = values[new], owner[new]  # once a document
-    found, first, counts = np.unique(values, return_index=True, return_counts=True)
-    return {'hash': found[counts > most], 'first': owner[first][counts > most]}

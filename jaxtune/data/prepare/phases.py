@@ -3,9 +3,10 @@
 1. `Collect`: units are read, extracted, cleaned and filtered; documents and their hashes are stored.
 2. `Bands`: near-duplicates are looked for, some bands of the signatures a task.
 3. `Decide`: duplicates go, documents are held out (one task).
-4. `Vocabulary`: a tokenizer is trained, or the one named is copied (one task).
-5. `Tokenise`: what stays becomes tokens, or records.
-6. `Build`: the parts become the training set, its statistics and its manifest (one task).
+4. `Windows`, `Substrings`: runs of words that several documents hold are looked for, some of the hashes a task.
+5. `Vocabulary`: a tokenizer is trained, or the one named is copied (one task).
+6. `Tokenise`: what stays becomes tokens, or records.
+7. `Build`: the parts become the training set, its statistics and its manifest (one task).
 
 How the work is cut depends on the data alone, and every file appears whole or not at all: the result is the same bytes
 whatever runs the tasks, however many at once, and however often they were interrupted.
@@ -17,12 +18,13 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from jaxtune.data.prepare import build, decide, minhash, readers, shards, words
+from jaxtune.data.prepare import build, decide, minhash, readers, repeats, shards, words
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.process import Processor
 from jaxtune.data.prepare.sources import Unit
@@ -121,7 +123,7 @@ class _Index:
         self.sources.append(document.source)
         if self.near:
             self.signatures.append(minhash.signature(words.word_hashes(document.text), self.ngram, self.hashes))
-        if self.plan.steps['dedup.paragraphs'] and document.kind not in ('code', 'records'):
+        if self.plan.steps['dedup.paragraphs'] and document.kind not in repeats.WHOLE:
             hashes, _ = decide.paragraph_hashes(document.text)
             hashes = hashes[hashes > 0]
             self.paragraphs.append(hashes)
@@ -177,8 +179,7 @@ class Decide(Phase):
                 **{name: values[part] for name, values in fates.items()},
             )
         if most := self.plan.steps['dedup.paragraphs']:
-            found = decide.repeated(self.folder, corpus, fates['state'], most)
-            shards.save(self.folder / 'paragraphs.npz', **found)
+            repeats.paragraphs(self.folder, corpus, fates['state'], most)
 
 
 def check_broken(folder: pathlib.Path, tasks: int, plan: Plan) -> None:
@@ -197,6 +198,23 @@ def check_broken(folder: pathlib.Path, tasks: int, plan: Plan) -> None:
         )
 
 
+class Remains(NamedTuple):
+    """A document that stays.
+
+    Attributes:
+      number: among all documents.
+      document: as collected.
+      text: as it stays.
+      side, copies: as `decide.decide` says.
+    """
+
+    number: int
+    document: shards.Stored
+    text: str
+    side: int
+    copies: int
+
+
 class Remaining:
     """The documents of a task that stay, as they stay.
 
@@ -204,57 +222,82 @@ class Remaining:
       phase: whose folder and plan are used.
       rank: of the task.
       tally: counts what goes; None = nobody asks.
+      substrings: whether they are known already.
     """
 
-    def __init__(self, phase: Phase, rank: int, tally: Tally | None = None):
-        self.folder, self.plan, self.rank, self.tally = phase.folder, phase.plan, rank, tally
+    def __init__(self, phase: Phase, rank: int, tally: Tally | None = None, substrings: bool = True):
+        self.folder, self.plan, self.rank, self.tally = phase.folder, phase.plan, rank, tally or Tally()
         self.fates = shards.load(self.folder / 'fates' / f'{rank:05d}.npz')
-        self.repeated = None
+        self.cutters = []
         if self.plan.steps['dedup.paragraphs']:
-            self.repeated = shards.load(self.folder / 'paragraphs.npz')
+            self.cutters.append(repeats.Paragraphs(self.folder))
+        if substrings and (length := self.plan.steps['dedup.substring']):
+            self.cutters.append(repeats.Substrings(self.folder, length))
 
-    def __iter__(self) -> Iterator[tuple[shards.Stored, str, int, int]]:
-        """`(document, text, side, copies)`."""
+    def __iter__(self) -> Iterator[Remains]:
         states, sides, copies = (self.fates[name].tolist() for name in ('state', 'side', 'copies'))
         number = int(self.fates['start'])
         documents = shards.read(self.folder / 'documents' / f'{self.rank:05d}.jsonl.zst')
-        tally = self.tally or Tally()
-        near = bool(self.plan.steps['dedup.near'])
+        tally, near = self.tally, bool(self.plan.steps['dedup.near'])
         for i, document in enumerate(documents):
-            text, size = document.text, len(document.text.encode())
+            size = len(document.text.encode())
             if states[i] == shards.EXACT:
-                tally.dropped('exact duplicates', size, 'the same text before', document.id, text)
+                tally.dropped('exact duplicates', size, 'the same text before', document.id, document.text)
                 continue
             tally.passed('exact duplicates', size, size)
             if states[i] == shards.NEAR:
-                tally.dropped('near-duplicates', size, 'nearly the same text before', document.id, text)
+                tally.dropped('near-duplicates', size, 'nearly the same text before', document.id, document.text)
                 continue
             if near:
                 tally.passed('near-duplicates', size, size)
-            if self.repeated is not None and document.kind not in ('code', 'records'):
-                text = self._without_repeated(text, number + i)
-                after = len(text.encode())
-                if len(text.strip()) < max(1, self.plan.keys['min_chars']):
-                    tally.dropped('paragraphs', size, 'little but repeated paragraphs', document.id, document.text)
-                    continue
-                tally.passed('paragraphs', size, after, after != size)
-                size = after
+            text = document.text if document.kind in repeats.WHOLE else self._cut(document, number + i)
+            if not text:
+                continue
+            size = len(text.encode())
             if not copies[i]:
                 tally.dropped('mixture', size, 'weight of its source below 1', document.id, text)
                 continue
             tally.source(self.plan.sources[document.source].label, 'kept', size)
-            yield document, text, sides[i], copies[i]
+            yield Remains(number + i, document, text, sides[i], copies[i])
 
-    def _without_repeated(self, text: str, number: int) -> str:
-        known, first = self.repeated['hash'], self.repeated['first']
-        if not len(known):
-            return text
-        hashes, lines = decide.paragraph_hashes(text)
-        at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-        goes = (known[at] == hashes) & (first[at] != number)
-        return (
-            '\n'.join(line for line, gone in zip(lines, goes.tolist(), strict=True) if not gone) if goes.any() else text
-        )
+    def _cut(self, document: shards.Stored, number: int) -> str:
+        """A document's text without what others hold; '' if too little is left."""
+        text, size = document.text, len(document.text.encode())
+        for cutter in self.cutters:
+            text = cutter.cut(text, number)
+            after = len(text.encode())
+            if len(text.strip()) < max(1, self.plan.keys['min_chars']):
+                self.tally.dropped(cutter.name, size, cutter.reason, document.id, document.text)
+                return ''
+            self.tally.passed(cutter.name, size, after, after != size)
+            size = after
+        return text
+
+
+class Windows(Phase):
+    name = 'windows'
+
+    @property
+    def count(self) -> int:
+        return self.tasks
+
+    def do(self, rank: int) -> None:
+        found = repeats.Windows(self.plan.steps['dedup.substring'])
+        for each in Remaining(self, rank, substrings=False):
+            if each.document.kind not in repeats.WHOLE:
+                found.add(each.text, each.number)
+        save_array(self.folder / 'windows' / f'{rank:05d}.npy', found.merged())
+
+
+class Substrings(Phase):
+    name = 'substrings'
+
+    @property
+    def count(self) -> int:
+        return repeats.SUBSTRING_TASKS
+
+    def do(self, rank: int) -> None:
+        repeats.substrings(self.folder, self.tasks, rank)
 
 
 class Vocabulary(Phase):
@@ -283,9 +326,9 @@ class Vocabulary(Phase):
         share = self.plan.steps['tokenizer.sample_bytes'] / max(1, sum(int(part['bytes'].sum()) for part in indexes))
         del indexes
         for rank in range(self.tasks):
-            for _, text, side, _ in Remaining(self, rank):
-                if side == decide.TRAIN and (share >= 1 or decide.digest(text)[1] / 2.0**64 < share):
-                    yield text
+            for each in Remaining(self, rank):
+                if each.side == decide.TRAIN and (share >= 1 or decide.digest(each.text)[1] / 2.0**64 < share):
+                    yield each.text
 
 
 class Tokenise(Phase):
@@ -299,9 +342,9 @@ class Tokenise(Phase):
         tally = Tally()
         made = collections.Counter()
         with build.Part(self.folder, rank, self.plan) as part:
-            for document, text, side, copies in Remaining(self, rank, tally):
-                part.add(document, text, side == decide.TRAIN, copies)
-                made[self.plan.sources[document.source].label] += copies
+            for each in Remaining(self, rank, tally):
+                part.add(each.document, each.text, each.side == decide.TRAIN, each.copies)
+                made[self.plan.sources[each.document.source].label] += each.copies
         state = {**tally.state(), 'copies': dict(made), 'tokens': part.tokens}
         write_text(self.folder / 'tally' / f'tokenise-{rank:05d}.json', json.dumps(state))
 
@@ -319,6 +362,8 @@ def phases(work: pathlib.Path, plan: Plan, tasks: int) -> list[Phase]:
     if plan.steps['dedup.near']:
         kinds.append(Bands)
     kinds.append(Decide)
+    if plan.steps['dedup.substring']:
+        kinds += [Windows, Substrings]
     if not plan.records:
         kinds.append(Vocabulary)
     return [kind(str(work), plan, tasks) for kind in [*kinds, Tokenise, Build]]

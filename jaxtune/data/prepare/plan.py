@@ -130,9 +130,12 @@ def make(config: ConfigDict) -> Plan:
     keys = {name: data[name] for name in ('text_key', 'min_chars', 'eval_fraction', 'vocab_size', 'append_eos')}
     made = data.format if data.format in RECORDS else 'text'
     steps = {name: (value,) if name in _TUPLES and isinstance(value, str) else value for name, value in _steps(data)}
+    if 0 < (length := steps['dedup.substring']) < _SHORTEST:
+        raise UserError(f'data.steps.dedup.substring={length}: expected 0 (off) or at least {_SHORTEST} words')
     return Plan(sources, steps, made, config.tokenizer.path, keys)
 
 
+_SHORTEST = 10  # fewer words in a row are language, not a copy
 _TUPLES = ('language.keep', 'decontaminate.against', 'tokenizer.special_tokens')
 
 

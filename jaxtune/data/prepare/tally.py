@@ -9,7 +9,8 @@ _LENGTHS = ('lengths_in', 'lengths_out')
 # As a document meets them.
 ORDER = (
     'extract', 'clean', 'length', 'language', 'gopher repetition', 'gopher quality', 'c4', 'fineweb', 'code', 'zh',
-    'blocklist', 'custom', 'decontaminate', 'exact duplicates', 'near-duplicates', 'paragraphs', 'mixture',
+    'blocklist', 'custom', 'decontaminate', 'exact duplicates', 'near-duplicates', 'paragraphs', 'substrings',
+    'mixture',
 )  # fmt: skip
 
 

@@ -26,6 +26,16 @@ def words(text: str) -> list[str]:
     return _WORDS.findall(text.lower())
 
 
+def in_place(text: str) -> list[str]:
+    """The words of `words`, as many as `starts` has."""
+    return [word.lower() for word in _WORDS.findall(text)]
+
+
+def starts(text: str) -> list[int]:
+    """Where each word begins."""
+    return [match.start() for match in _WORDS.finditer(text)]
+
+
 class _Hashes(dict):
     """Word -> 64-bit hash, remembered."""
 

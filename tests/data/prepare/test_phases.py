@@ -18,7 +18,7 @@ from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 
 from .conftest import contents
-from .corpus import altered, prose
+from .corpus import altered, prose, words
 
 PAGE = '<html><head><title>t</title></head><body><nav><a href="/">Home</a></nav><article>{}</article></body></html>'
 STEPS = {
@@ -29,8 +29,10 @@ STEPS = {
     'data.steps.filter.preset': 'auto',
     'data.steps.dedup.near': 0.8,
     'data.steps.dedup.paragraphs': 3,
+    'data.steps.dedup.substring': 40,
 }
 STAMP = 'All rights of this made up page are reserved by somebody'
+QUOTED = ' '.join(words(45, 'quoted'))
 
 
 @pytest.fixture
@@ -42,6 +44,8 @@ def corpus(tmp_path, monkeypatch):
     (root / 'web').mkdir(parents=True)
     (root / 'code').mkdir()
     texts = [prose(300, i) for i in range(60)]
+    texts[50] += f'\n\nHe said: {QUOTED}.'
+    texts[51] = f'{QUOTED.upper()}!\n\n{texts[51]}'
     for i, text in enumerate(texts[:20]):
         body = ''.join(f'<p>{part}</p>' for part in text.split('\n\n')) + f'<p>{STAMP}</p>'
         (root / 'web' / f'{i:02d}.html').write_text(PAGE.format(body))
@@ -79,6 +83,7 @@ def test_what_is_made(corpus, prepared, recipe, tmp_path):
     assert sum(entry['documents'] for entry in steps['near-duplicates']['dropped'].values()) == 2
     assert steps['code']['dropped'].keys() == {'minified: a line of over 1000 characters'}
     assert steps['paragraphs']['changed'] == 19
+    assert steps['substrings']['changed'] == 1
     assert steps['exact duplicates']['documents_out'] == steps['near-duplicates']['documents_in'] == 63
 
     tokenizer = tokenizers.load(str(tmp_path / 'a' / 'tokenizer'))
@@ -97,6 +102,7 @@ def test_what_is_made(corpus, prepared, recipe, tmp_path):
     assert len(twice) == len(sides['train']) - len(set(sides['train'])) == stats['sources']['web']['copies'] - 20 > 10
     whole = sides['train'] + sides['eval']
     assert len({text for text in whole if STAMP in text}) == 1
+    assert [text.count(QUOTED) for text in whole if QUOTED.lower() in text.lower()] == [1]
     assert not any('someone@somewhere.org' in text for text in whole)
     held_out = [json.loads(line)['text'] for line in (tmp_path / 'a' / 'eval.jsonl').read_text().splitlines()]
     assert held_out == sides['eval']
@@ -195,6 +201,7 @@ def test_shards_of_tokens_are_cut_between_documents(corpus, prepared, tmp_path):
         ({'data.sources': {'a': {'path': 'x', 'weight': 0}}}, r'data\.sources\.a\.weight=0: expected a number > 0'),
         ({'data.sources': {'a': {'path': 'nowhere.jsonl', 'kind': 'web'}}}, r'nowhere\.jsonl: no such file'),
         ({'data.sources': {}, 'data.steps.dedup.near': 0.8}, r"data\.train='': expected"),
+        ({'data.train': 'x.txt', 'data.steps.dedup.substring': 3}, r'dedup\.substring=3: expected 0 \(off\)'),
         ({'data.train': 'x.txt', 'data.engine': 'slurm'}, 'no such file'),
     ],
 )
