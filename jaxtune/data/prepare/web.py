@@ -124,6 +124,8 @@ def extract(page: str, favour: str = 'balance') -> str:
     """
     run, load = _trafilatura()
     tree = load(page)
+    if tree is None and '<' in page:
+        tree = load(f'<html><body>{page}</body></html>')  # a part of a page, as tools save it
     if tree is None:
         return ''
     _unwrap_layout(tree)

@@ -197,6 +197,9 @@ def test_pages():
         f'<html><body><table><tr><td>{"".join(f"<p>{part}</p>" for part in parts)}</td></tr></table></body></html>'
     )
     assert text.splitlines() == parts
+    # A part of a page is one too, and what is no page has no text.
+    assert web.extract(f'<div class="page">{"".join(f"<p>{part}</p>" for part in parts)}</div>').splitlines() == parts
+    assert web.extract('') == web.extract('no page') == ''
 
 
 def test_encodings_of_files():
