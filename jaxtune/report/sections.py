@@ -26,6 +26,8 @@ _PHASES = {
     'tokenise': ('tokenising', 'step'),
     'near-duplicates': ('finding near-duplicates', 'eval-phase'),
     'decide': ('deciding what stays', 'checkpoint'),
+    'windows': ('reading runs of words', 'data'),
+    'substrings': ('finding substrings', 'data'),
     'build': ('building the set', 'export'),
 }
 
