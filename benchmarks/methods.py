@@ -13,11 +13,11 @@ import pathlib
 from recipe_runs import run_recipe
 
 RATES = {
-    'full': (1e-4, 3e-4, 1e-3),
-    'lora': (3e-4, 1e-3, 3e-3),
-    'qlora': (3e-4, 1e-3, 3e-3),
-    'adapter': (3e-4, 1e-3, 3e-3),
-    'prompt': (1e-2, 3e-2, 1e-1),
+    'full': (3e-4, 1e-3, 3e-3),
+    'lora': (1e-3, 3e-3, 1e-2),
+    'qlora': (1e-3, 3e-3, 1e-2),
+    'adapter': (1e-3, 3e-3, 1e-2),
+    'prompt': (3e-2, 1e-1, 3e-1),
 }
 
 

@@ -70,7 +70,7 @@ SCHEMA: dict[str, Key | Free] = {
     'method.rank': Key(16, integer(1), 'LoRA: rank of the update'),
     'method.alpha': Key(32.0, number(above=0), 'LoRA: scale alpha / rank'),
     'method.dropout': Key(0.0, number(0, 0.99), 'LoRA: dropout on its input'),
-    'method.targets': Key('all-linear', names, "LoRA: 'all-linear' or Hugging Face module names"),
+    'method.targets': Key('all-linear', names, "LoRA: 'all-linear', Hugging Face module names, or both"),
     'method.layers': Key('all', layers, "LoRA: 'all' or a range such as 4:8"),
     'method.rslora': Key(False, boolean, 'LoRA: scale alpha / sqrt(rank)'),
     'method.dora': Key(False, boolean, 'LoRA: train magnitudes apart from directions'),

@@ -57,27 +57,23 @@ def select(model: Model, targets: str | Sequence[str], layers='all') -> dict[str
 
     Args:
       model: the model.
-      targets: `all-linear`, a module's name, or several.
+      targets: `all-linear` and names of modules: one, several, or a text with commas between them.
       layers: as `method.layers` has it.
 
     Raises:
       UserError: nothing matches; names the modules that there are.
     """
     every, keep = modules(model), chosen_layers(layers)
-    if targets == 'all-linear':
-        allowed = set(linear(model))
-    else:
-        names = (targets,) if isinstance(targets, str) else tuple(targets)
-        for target in names:
-            if not any(matches(name, (target,)) for stack in every.values() for name in stack):
-                raise UserError(f'method.targets: {target!r} matches no module; {_known(every, target)}')
-        allowed = None
+    names = [name.strip() for name in targets.split(',')] if isinstance(targets, str) else list(targets)
+    allowed = set(linear(model)) if 'all-linear' in names else ()
+    names = [name for name in names if name != 'all-linear']
+    for target in names:
+        if not any(matches(name, (target,)) for stack in every.values() for name in stack):
+            raise UserError(f'method.targets: {target!r} matches no module; {_known(every, target)}')
     found = {}
     for path, stack in every.items():
         numbers = tuple(
-            i
-            for i, name in enumerate(stack)
-            if keep(layer_number(name)) and (path in allowed if allowed is not None else matches(name, names))
+            i for i, name in enumerate(stack) if keep(layer_number(name)) and (path in allowed or matches(name, names))
         )
         if numbers:
             found[path] = numbers

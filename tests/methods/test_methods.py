@@ -10,6 +10,7 @@ import pytest
 
 from jaxtune import methods, models, recipes, tuning
 from jaxtune.export import merged
+from jaxtune.methods import targets
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.parallel import make_mesh, match_rules, place, shardings
 from jaxtune.program import make_program
@@ -41,7 +42,7 @@ MORE = {
     'some layers': {'method.layers': '1:2', 'method.dora': True},
     'pissa': {'method.init': 'pissa'},
     'ranks': {'method.ranks': 'layers.0.self_attn.q_proj=2,up_proj=3', 'method.rslora': True},
-    'embedding': {'method.targets': ('embed_tokens', 'lm_head', 'q_proj')},
+    'embedding': {'method.targets': 'embed_tokens, lm_head,q_proj'},
     'qlora and dora': {'method.name': 'qlora', 'method.dora': True},
     'pfeiffer': {'method.name': 'adapter', 'method.placement': 'pfeiffer'},
 }
@@ -211,6 +212,14 @@ def test_a_prompt_begins_as_its_text_and_generation_reads_it(name):
         found.append(hidden)
         positions = positions + 1
     np.testing.assert_allclose(np.stack(found, 1), expected[:, 9:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('given', [('all-linear', 'embed_tokens'), 'all-linear,embed_tokens'])
+def test_more_than_all_linear(given):
+    model, _ = build('decoder')
+    chosen = targets.select(model, given)
+    assert set(chosen) == set(targets.linear(model)) | {'embed_tokens/embedding'}
+    assert chosen.keys() - targets.select(model, 'all-linear').keys() == {'embed_tokens/embedding'}
 
 
 @pytest.mark.parametrize(
