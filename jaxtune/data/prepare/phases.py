@@ -251,7 +251,7 @@ class Remaining:
             if near:
                 tally.passed('near-duplicates', size, size)
             text = document.text if document.kind in repeats.WHOLE else self._cut(document, number + i)
-            if not text:
+            if text is None:
                 continue
             size = len(text.encode())
             if not copies[i]:
@@ -260,15 +260,15 @@ class Remaining:
             tally.source(self.plan.sources[document.source].label, 'kept', size)
             yield Remains(number + i, document, text, sides[i], copies[i])
 
-    def _cut(self, document: shards.Stored, number: int) -> str:
-        """A document's text without what others hold; '' if too little is left."""
+    def _cut(self, document: shards.Stored, number: int) -> str | None:
+        """A document's text without what others hold; None if too little is left."""
         text, size = document.text, len(document.text.encode())
         for cutter in self.cutters:
             text = cutter.cut(text, number)
             after = len(text.encode())
             if len(text.strip()) < max(1, self.plan.keys['min_chars']):
                 self.tally.dropped(cutter.name, size, cutter.reason, document.id, document.text)
-                return ''
+                return None
             self.tally.passed(cutter.name, size, after, after != size)
             size = after
         return text
