@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.reward.objective = 'reward'
     config.reward.model = ConfigDict({'path': '@pretrain'})
     config.reward.data = ConfigDict({'train': 'python-stdlib', 'eval': 'python-stdlib', 'seq_len': 64})
-    config.reward.train = ConfigDict({'steps': 80, 'batch_size': 24})
+    config.reward.train = ConfigDict({'steps': 140, 'batch_size': 24})
     config.reward.optimizer = ConfigDict({'lr': 5e-4, 'new_lr': 2e-3, 'warmup_steps': 5, 'weight_decay': 0.0})
     config.reward.eval = ConfigDict({'metric': 'eval/accuracy'})
 
