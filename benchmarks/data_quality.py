@@ -195,13 +195,14 @@ def _exact() -> dict:
 
 def _quoted(length: int = 50) -> dict:
     """Runs of words, some long enough to be cut, that every second document takes from the one before."""
-    texts, long, short = [], {}, {}
+    texts, long = [], {}
     for number in range(0, 400, 2):
         source, copy = prose(300, f'quoted {number}'), prose(300, f'quoting {number}')
         count = random.Random(number).choice((10, 30, 49, 50, 51, 80, 150))
         copy[100:100] = source[60 : 60 + count]
         texts += [' '.join(source), ' '.join(copy)]
-        (long if count >= length else short)[number + 1] = ' '.join(source[60 : 60 + count])
+        if count >= length:
+            long[number + 1] = ' '.join(source[60 : 60 + count])
     with tempfile.TemporaryDirectory() as folder:
         work, windows = pathlib.Path(folder), repeats.Windows(length)
         for number, text in enumerate(texts):
