@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import re
 import sys
@@ -16,19 +17,21 @@ from jaxtune import recipes
 from jaxtune.checks import ExpectedError
 from jaxtune.config import SCHEMA, Free, Key
 from jaxtune.errors import UserError
+from jaxtune.workdir import done
 
 USAGE = 'python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--overwrite] [--config.KEY=VALUE ...]'
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a person typed."""
+    """What a person typed, and which stages before those that are to run the workdir holds, finished."""
 
     recipe: str
     workdir: pathlib.Path
     overwrite: bool
     configs: dict[str, ConfigDict]
     argv: tuple[str, ...]
+    finished: tuple[str, ...] = ()
 
 
 def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -105,6 +108,7 @@ def parse(argv: Sequence[str]) -> Command:
     """
     recipe_path, rest = _recipe_path(argv[1:])
     recipe = recipes.read_recipe(recipe_path)
+    all_stages = recipes.stage_names(recipe)
     rest = _choose_stages(recipe, rest)
     stages = recipes.stage_names(recipe)
     named = [match[1] for word in rest if (match := re.match(r'--?(?:no)?config\.([^=]+)', word))]
@@ -123,9 +127,11 @@ def parse(argv: Sequence[str]) -> Command:
     if others:
         raise UserError(f'{others[0]!r}: expected flags only. Usage: {USAGE}')
     overrides: dict[str, Any] = config_flags.get_override_values(config_flag)
-    workdir = holder.workdir or f'runs/{pathlib.Path(recipe_path).stem}'
-    configs = recipes.resolve(recipe, overrides)
-    return Command(recipe_path, pathlib.Path(workdir), holder.overwrite, configs, tuple(argv))
+    workdir = pathlib.Path(holder.workdir or f'runs/{pathlib.Path(recipe_path).stem}')
+    before = itertools.takewhile(lambda name: name not in stages, all_stages)
+    finished = tuple(name for name in before if done(workdir / name))
+    configs = recipes.resolve(recipe, overrides, finished)
+    return Command(recipe_path, workdir, holder.overwrite, configs, tuple(argv), finished)
 
 
 def _refused(text: str, stages: Sequence[str]) -> UserError:

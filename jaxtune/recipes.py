@@ -9,7 +9,7 @@ import difflib
 import importlib.util
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -181,10 +181,13 @@ def of_stage(path: str, stages) -> bool:
     return path.split('.')[0] in stages and path not in SCHEMA
 
 
-def resolve(recipe: ConfigDict, overrides: Mapping[str, Any] | None = None) -> dict[str, ConfigDict]:
+def resolve(
+    recipe: ConfigDict, overrides: Mapping[str, Any] | None = None, done: Sequence[str] = ()
+) -> dict[str, ConfigDict]:
     """A recipe and the command line's overrides as full, checked recipes.
 
-    Keys beside the stages' own are common to all stages; a stage's own win, the command line wins over both.
+    Keys beside the stages' own are common to all stages; a stage's own win, the command line wins over both. `done` are
+    stages that are not in the recipe, whose output its stages may read.
 
     Returns:
       `{'': config}` for a single task, `{stage: config}` in order for stages.
@@ -211,7 +214,7 @@ def resolve(recipe: ConfigDict, overrides: Mapping[str, Any] | None = None) -> d
             ours = {path: value for path, value in overrides.items() if of_stage(path, (stage,))}
             lay_over(config, {path[len(prefix) :]: value for path, value in ours.items()}, prefix)
             known.update(ours)
-        _check_references(config, tuple(configs), prefix)
+        _check_references(config, (*done, *configs), prefix)
         configs[stage] = config
     for path in overrides:
         if path not in known:
@@ -246,7 +249,8 @@ def _check_references(config: ConfigDict, earlier: tuple[str, ...], prefix: str)
     for path, value in _references(config).items():
         if value[1:] not in earlier:
             names = ', '.join(f'@{name}' for name in earlier) or 'none'
-            raise UserError(f'{prefix}{path}={value!r}: expected the name of an earlier stage ({names})')
+            expected = f'the name of an earlier stage, of this run or done in the workdir ({names})'
+            raise UserError(f'{prefix}{path}={value!r}: expected {expected}')
 
 
 def references(config: ConfigDict) -> set[str]:

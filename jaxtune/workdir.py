@@ -49,6 +49,12 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f'{path}: expected JSON: {error}') from None
 
 
+def done(workdir: pathlib.Path) -> dict | None:
+    """`result.json` of a run that finished, or None."""
+    result = read_json(workdir / 'result.json')
+    return result if result and result.get('status') == 'done' else None
+
+
 def mark(workdir: pathlib.Path) -> str:
     """What tells one result of a stage from another: a hash of its `result.json`."""
     try:
@@ -93,7 +99,7 @@ def claim(
                     entry.unlink()
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f'--workdir={workdir}: expected a folder')
-    result = read_json(workdir / 'result.json') if stored is not None else None
+    result = done(workdir) if stored is not None else None
     try:
         write_json(workdir / 'config.json', json.loads(config.to_json()))
         if inputs:
@@ -101,7 +107,7 @@ def claim(
     except OSError as error:
         raise UserError(f'--workdir={workdir}: cannot write there: {error.strerror}') from None
     same_length = stored is not None and stored['train'] == json.loads(config.to_json())['train']
-    return result if result and result.get('status') == 'done' and same_length else None
+    return result if same_length else None
 
 
 def write_result(workdir: pathlib.Path, task: str, step: int, metrics: dict, status: str = 'done') -> dict:

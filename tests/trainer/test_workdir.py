@@ -1,6 +1,7 @@
 """What the same command, a changed recipe and stages do in a workdir."""
 
 import json
+import shutil
 
 import pytest
 from runs import metrics, recipe, write_recipe
@@ -122,6 +123,11 @@ def get_config():
     assert run(path, tmp_path / 'score', *flags) == 0, capsys.readouterr().err
     assert result(tmp_path / 'score')['stages'] == ['score']
     assert result(tmp_path / 'score' / 'score')['metrics']['eval/loss'] == scored['eval/loss']
+    # One stage made anew, on what the workdir holds of those before it.
+    shutil.rmtree(workdir / 'score')
+    assert run(path, workdir, '--config.stages=score') == 0, capsys.readouterr().err
+    assert result(workdir / 'score')['metrics']['eval/loss'] == scored['eval/loss']
+    assert result(workdir)['stages'] == ['words', 'first', 'more', 'sample', 'score']
     capsys.readouterr()
     for flags, words in (
         (['--config.stages=sing'], '--config.stages=sing: expected some of words,first,more,sample,score,copy'),
