@@ -106,7 +106,7 @@ def lead(source: Source) -> str:
         if model.get('layers') and model.get('d_model'):
             words.append(f'({model["layers"]} layers, width {model["d_model"]:,})')
     path = key('model.path')
-    words.append(f'trained {"on from " + text(_short(path)) if path else "from scratch"}')
+    words.append(f'trained from {"the weights of " + text(_short(path)) if path else "scratch"}')
     words.append(f'on {text(_short(key("data.train", "its data")))}')
     if steps:
         words.append(f'for {steps:,} updates')
