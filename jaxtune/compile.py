@@ -43,7 +43,7 @@ class Attempt:
       argument_bytes: state, frozen parameters and batch on a device.
       temp_bytes: activations, gradients and the like.
       seconds: to trace and compile.
-      text: the compiled program; '' where the compiler gave up for lack of memory.
+      text: the compiled program; '' where the compiler gave up for lack of memory, or jaxlib cannot read it.
     """
 
     accumulate: int
@@ -155,8 +155,16 @@ def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> A
         int(memory.argument_size_in_bytes),
         int(memory.temp_size_in_bytes),
         seconds,
-        compiled.as_text(),
+        _text(compiled),
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        console.note('collectives: not listed, for this jaxlib cannot read what the compiler made')
+        return ''
 
 
 def _bytes_on_a_device(args: Any) -> int:

@@ -4,7 +4,6 @@ FlashAttention: Dao 2023, arXiv:2307.08691.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +85,11 @@ def _without_padding(out: jax.Array, places: Places) -> jax.Array:
     return jnp.where((places.q_segments > 0)[:, :, None, None], out, 0)
 
 
-@functools.lru_cache(maxsize=32)
 def _splash_kernel(heads: int, length: int, causal: bool, window: int | None, softcap: float | None, interpret: bool):
+    """Made anew in every trace: a scan's are traced more than once, and its arrays belong to the one they are made in.
+
+    What takes time, its blocks of the mask, the library remembers.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -109,16 +111,15 @@ def _splash_kernel(heads: int, length: int, causal: bool, window: int | None, so
         block_q_dq=size,
         block_kv_dq=size,
     )
-    with jax.ensure_compile_time_eval():
-        return kernels.make_splash_mha(
-            masks.MultiHeadMask([mask] * heads),
-            block_sizes=blocks,
-            attn_logits_soft_cap=softcap,
-            head_shards=1,
-            q_seq_shards=1,
-            residual_checkpoint_name='attention_out',
-            interpret=interpret,
-        )
+    return kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        attn_logits_soft_cap=softcap,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name='attention_out',
+        interpret=interpret,
+    )
 
 
 def splash(

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from jaxtune import models, recipes
 from jaxtune.data.examples import ExampleRows, Examples
 from jaxtune.data.spans import Encoded
+from jaxtune.models import flash
+from jaxtune.models.blockwise import Pattern, Places
 from jaxtune.objectives import dpo, reward, sft
 
 torch = pytest.importorskip('torch')
@@ -150,19 +152,21 @@ def test_packing_keeps_every_trained_token(examples):
         np.testing.assert_array_equal(batch['segments'][row, at], batch['segments'][row, at + 1])
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'reference'])
+@pytest.mark.parametrize('implementation', ['xla', 'reference', 'splash'])
 def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implementation, monkeypatch):
+    """cuDNN's kernel alone is not among them: it needs a GPU."""
     fields = models.read_config(LLAMA)
     model = models.build(fields, remat='full' if implementation == 'xla' else 'none', attention='xla')
-    if implementation == 'reference':
+    if implementation != 'xla':
         import jaxtune.models.decoder as decoder
 
-        monkeypatch.setattr(decoder, 'attention', _plain_attention)
+        monkeypatch.setattr(decoder, 'attention', {'reference': _plain_attention, 'splash': _splash}[implementation])
+    length = 128 if implementation == 'splash' else 32  # the kernel's smallest block
     params = jax.jit(model.init)(jax.random.key(0))
     config = _settings()
     key = jax.random.key(0)  # None would be evaluation
     step = jax.value_and_grad(lambda params, batch: sft.loss(config, model, params, batch, key)[0])
-    packed, single = (_batch(ExampleRows(examples, 32, packing)) for packing in (True, False))
+    packed, single = (_batch(ExampleRows(examples, length, packing)) for packing in (True, False))
     # Rows of padding keep the shape, and so the program, the same.
     rows = len(single['tokens']) - len(packed['tokens'])
     packed = {name: np.pad(value, ((0, rows), (0, 0))) for name, value in packed.items()}
@@ -171,6 +175,11 @@ def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implemen
     np.testing.assert_allclose(one, other, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(one_gradient), jax.tree.leaves(other_gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def _splash(q, k, v, *, q_positions, k_positions, q_segments, k_segments, scale, **_):
+    places = Places(q_positions, k_positions, q_segments, k_segments)
+    return flash.splash(q, k, v, places, Pattern(scale=scale), interpret=True)
 
 
 def _plain_attention(q, k, v, *, q_positions, k_positions, q_segments, k_segments, scale, **_):
