@@ -42,7 +42,7 @@ _TITLES = {
 }
 _FIRST = ('reward', 'accuracy', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'peak_bytes')
 # What another chart shows already, or what does not change.
-_NO_CHART = ('step_seconds', 'perplexity', 'bits_per_byte', 'tokens', 'gzip_bits_per_byte')
+_NO_CHART = ('step_seconds', 'perplexity', 'bits_per_byte', 'gzip_bits_per_byte', 'tokens', 'pairs')
 
 
 def text(value: Any) -> str:
