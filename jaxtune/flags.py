@@ -6,7 +6,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -24,14 +24,14 @@ USAGE = 'python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--ov
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a person typed, and which stages before those that are to run the workdir holds, finished."""
+    """What a person typed, and `result.json` of each stage before those to run that is done in the workdir."""
 
     recipe: str
     workdir: pathlib.Path
     overwrite: bool
     configs: dict[str, ConfigDict]
     argv: tuple[str, ...]
-    finished: tuple[str, ...] = ()
+    finished: Mapping[str, dict] = dataclasses.field(default_factory=dict)
 
 
 def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -129,8 +129,8 @@ def parse(argv: Sequence[str]) -> Command:
     overrides: dict[str, Any] = config_flags.get_override_values(config_flag)
     workdir = pathlib.Path(holder.workdir or f'runs/{pathlib.Path(recipe_path).stem}')
     before = itertools.takewhile(lambda name: name not in stages, all_stages)
-    finished = tuple(name for name in before if done(workdir / name))
-    configs = recipes.resolve(recipe, overrides, finished)
+    finished = {name: result for name in before if (result := done(workdir / name))}
+    configs = recipes.resolve(recipe, overrides, tuple(finished))
     return Command(recipe_path, workdir, holder.overwrite, configs, tuple(argv), finished)
 
 

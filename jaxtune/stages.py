@@ -22,7 +22,7 @@ TASKS = {
 def run(command: Command) -> None:
     """Runs every stage that has not finished yet."""
     staged = '' not in command.configs
-    results = {name: workdir.done(command.workdir / name) for name in command.finished}
+    results = dict(command.finished)
     for name in command.configs:
         if command.configs[name].task not in TASKS:
             prefix = f'{name}.' if name else ''
