@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 
+from jaxtune import huge_pages
+
 CONFIG = {
     'model_type': 'llama',
     'vocab_size': 8192,
@@ -109,6 +111,7 @@ def main() -> None:
     parser.add_argument('--beside', default='', metavar='COMMAND')
     args = parser.parse_args()
     if not args.beside:
+        huge_pages.begin()  # as the command does
         print(json.dumps(measure(args.method, args.steps, args.batch, args.length, args.accumulate)), flush=True)
         return
     other, ours = shlex.split(args.beside), [sys.executable, __file__, args.method]

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxtune import huge_pages
 from jaxtune.errors import UserError
 
 # Threads of the tokenizers library are started before data threads fork nothing; without this it warns on every run.
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 def cli() -> None:
     """Entry point of the `jaxtune` command."""
+    huge_pages.begin()
     sys.exit(main(sys.argv))
 
 
