@@ -17,7 +17,7 @@ from jaxtune.parallel import axis_size, platform
 __all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded']
 
 # Bytes of scores that the plain path holds at a time: what stays in a CPU's cache, or keeps an accelerator busy.
-_BUDGET = {'cpu': 2**21}
+_BUDGET = {'cpu': 2**22}
 _ACCELERATOR_BUDGET = 2**29
 
 _chosen: dict[str, None] = {}
