@@ -35,11 +35,11 @@ def get_config() -> ConfigDict:
         }
     )
     config.pretrain.data = ConfigDict({'train': '@prepare', 'eval': '@prepare', 'seq_len': 256})
-    config.pretrain.train = ConfigDict({'steps': 240, 'batch_size': 16})
+    config.pretrain.train = ConfigDict({'steps': 120, 'batch_size': 16})
     config.pretrain.optimizer = ConfigDict(
-        {'name': 'adamw', 'lr': 4e-3, 'b2': 0.95, 'weight_decay': 0.1, 'warmup_steps': 30, 'schedule': 'cosine'}
+        {'name': 'muon', 'lr': 4e-3, 'b2': 0.95, 'weight_decay': 0.1, 'warmup_steps': 15, 'schedule': 'cosine'}
     )
-    config.pretrain.eval = ConfigDict({'every': 120})
+    config.pretrain.eval = ConfigDict({'every': 60})
 
     config.sft = ConfigDict()
     config.sft.task = 'train'
@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.reward.objective = 'reward'
     config.reward.model = ConfigDict({'path': '@pretrain'})
     config.reward.data = ConfigDict({'train': 'python-stdlib', 'eval': 'python-stdlib', 'seq_len': 64})
-    config.reward.train = ConfigDict({'steps': 140, 'batch_size': 24})
+    config.reward.train = ConfigDict({'steps': 80, 'batch_size': 24})
     config.reward.optimizer = ConfigDict({'lr': 5e-4, 'new_lr': 2e-3, 'warmup_steps': 5, 'weight_decay': 0.0})
     config.reward.eval = ConfigDict({'metric': 'eval/accuracy'})
 
