@@ -7,9 +7,9 @@ Records are alpaca (`instruction`, `input`, `output`), sharegpt (`conversations`
 `completion`; the log says which were found. `data.template` is the model's own chat template, or a name (chatml,
 llama3, alpaca, vicuna, gemma, …). Only the answers are learnt. What the model will see is printed before training.
 
-From the quickstart's architecture (4.7 million parameters), pretrained on its text for 240 updates of AdamW, 150 updates
-on 7,171 conversations of Dolly, GPTeacher and tool calls in English and Chinese lowered the held-out loss of the answers
-from 6.44 to 4.81 nats a token, in 2 minutes and 20 seconds on two cores.
+From the quickstart's model as 240 updates of AdamW left it (4.7 million parameters), 150 updates on 7,171 conversations
+of Dolly, GPTeacher and tool calls in English and Chinese lowered the held-out loss of the answers from 6.44 to 4.81
+nats a token, in 2 minutes and 20 seconds on two cores.
 
 The rate suits small models; take 2e-5 for published ones, and on an accelerator add
 `--config.model.compute_dtype=bfloat16`.
