@@ -71,6 +71,14 @@ def _free(path: str) -> bool:
     return any(isinstance(kind, Free) and path.startswith(f'{key}.') for key, kind in kinds)
 
 
+def _refuse_left_out(named: Sequence[str], all_stages: Sequence[str], stages: Sequence[str]) -> None:
+    """Refuses keys of stages that `--config.stages` leaves out."""
+    for path in named:
+        stage = path.partition('.')[0]
+        if recipes.of_stage(path, all_stages) and stage not in stages:
+            raise UserError(f'--config.{path}: expected a key of a stage to run, --config.stages={",".join(stages)}')
+
+
 def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]) -> ConfigDict:
     """Every key that may be given as a flag, with a value of its type."""
     values = recipes.defaults()
@@ -115,6 +123,7 @@ def parse(argv: Sequence[str]) -> Command:
     holder = flags.FlagValues()
     flags.DEFINE_string('workdir', '', 'where results go', flag_values=holder)
     flags.DEFINE_boolean('overwrite', False, 'start anew in a workdir of another recipe', flag_values=holder)
+    _refuse_left_out(named, all_stages, stages)
     values = _flag_values(recipe, stages, named)
     words = [argv[0], *rest]
     try:

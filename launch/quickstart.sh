@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 launch/setup.sh
+unset PYTHONDONTWRITEBYTECODE # workers read what one process has compiled
 exec "${VENV:-.venv}/bin/python" -m jaxtune.main --config configs/quickstart.py "$@"

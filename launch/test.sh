@@ -6,4 +6,5 @@ launch/setup.sh test
 bin="${VENV:-.venv}/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
+unset PYTHONDONTWRITEBYTECODE # tests start many processes, which read what one has compiled
 exec "$bin/python" -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -9,9 +9,12 @@ import tempfile
 import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Tests compile a lot and compute little: machine code is left unoptimised (XLA's own passes all run), and what was
+# Tests compile a lot and compute little: XLA's own passes all run, but machine code is made the quick way, and what was
 # compiled once is read back where another test builds the same program.
-os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')
+os.environ.setdefault(
+    'XLA_FLAGS',
+    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
+)
 _compiled = tempfile.mkdtemp(prefix='jaxtune-tests-')
 atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled

@@ -21,6 +21,13 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _flags_of_the_cpu_read_and_gone(monkeypatch):
+    """libtpu reads them too when it is loaded, and ends the process over one that it does not know."""
+    jax.devices()
+    monkeypatch.delenv('XLA_FLAGS')
+
+
 def recipe(**changes):
     config = recipes.defaults()
     fields = {

@@ -107,11 +107,11 @@ def attention(
     mesh = _Division(q.shape, k.shape)
     pattern = Pattern(
         scale=float(scale),
+        budget=_BUDGET.get(call.platform, _ACCELERATOR_BUDGET),
         softcap=softcap,
         window=window if isinstance(window, int) else None,
         causal=causal,
         aligned=self_attention and not mesh.length,
-        budget=_BUDGET.get(call.platform, _ACCELERATOR_BUDGET),
     )
     function = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
     places = Places(q_positions, k_positions, q_segments, k_segments, traced)

@@ -28,19 +28,19 @@ class Pattern:
 
     Attributes:
       scale: factor on the scores.
+      budget: bytes of scores to hold at a time.
       softcap: `softcap * tanh(scores / softcap)` (Gemma 2), or None.
       window: a static sliding window, or None (none, or a traced one).
       causal: keys after the query are hidden.
       aligned: queries and keys are the same tokens in the same order, so blocks beyond the diagonal can be left out.
-      budget: bytes of scores to hold at a time.
     """
 
     scale: float
+    budget: int
     softcap: float | None = None
     window: int | None = None
     causal: bool = True
     aligned: bool = True
-    budget: int = 2**21
 
 
 class Places(NamedTuple):

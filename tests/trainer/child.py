@@ -24,7 +24,7 @@ def _run(
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, 'w', buffering=1), os.fdopen(2, 'w', buffering=1)
-    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
+    os.environ['XLA_FLAGS'] += f' --xla_force_host_platform_device_count={devices}'  # XLA takes the last
     os.environ.update(environment)
     import jax
 

@@ -131,6 +131,10 @@ def get_config():
     capsys.readouterr()
     for flags, words in (
         (['--config.stages=sing'], '--config.stages=sing: expected some of words,first,more,sample,score,copy'),
+        (
+            ['--config.stages=score', '--config.first.train.steps=2'],
+            '--config.first.train.steps: expected a key of a stage to run, --config.stages=score',
+        ),
         (['--config.stages=score'], "score.model.path='@more': expected the name of an earlier stage"),
         ([f'--config.words.data.train={workdir}/words'], 'what task=prepare made, expected what to make it of'),
     ):
