@@ -1,12 +1,13 @@
 """Times one update of a small Llama, and another trainer's beside it in the same run.
 
     python benchmarks/train_step.py [full|lora|qlora] [--steps 5] [--batch 8] [--length 512] [--beside "COMMAND"]
+        [--rounds 1]
 
 The model is a Llama of 29.5 M parameters (hidden 512, MLP 1376, 8 layers, 8 heads, vocabulary 8192, tied), float32,
 AdamW, no padding, random tokens; LoRA has rank 16 on all linear layers. Prints one JSON line a method: the median step
 time in seconds, tokens per second, and the process's peak resident memory in MiB. With `--beside`, the command (which
-prints lines of the same shape) runs before and after, since machines drift, and a last line gives the ratio to the mean
-of both.
+prints lines of the same shape) runs before and after every round, since machines drift, and a last line gives the ratio
+of the means.
 """
 
 import argparse
@@ -101,6 +102,11 @@ def run(command: list[str]) -> list[dict]:
     return lines
 
 
+def ratio(name: str, mine: list[dict], theirs: list[dict]) -> float:
+    """The mean of a number in our lines, over its mean in theirs."""
+    return round(statistics.mean(line[name] for line in mine) / statistics.mean(line[name] for line in theirs), 3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('method', nargs='?', default='full', choices=['full', 'lora', 'qlora'])
@@ -109,6 +115,7 @@ def main() -> None:
     parser.add_argument('--length', type=int, default=512)
     parser.add_argument('--accumulate', type=int, default=1)
     parser.add_argument('--beside', default='', metavar='COMMAND')
+    parser.add_argument('--rounds', type=int, default=1)
     args = parser.parse_args()
     if not args.beside:
         huge_pages.begin()  # as the command does
@@ -117,13 +124,12 @@ def main() -> None:
     other, ours = shlex.split(args.beside), [sys.executable, __file__, args.method]
     for name in ('steps', 'batch', 'length', 'accumulate'):
         ours += [f'--{name}', str(getattr(args, name))]
-    lines = run(other) + run(ours) + run(other)
-    mine = next(line for line in lines if line['peer'] == 'jaxtune')
+    lines = run(other)
+    for _ in range(args.rounds):
+        lines += run(ours) + run(other)
+    mine = [line for line in lines if line['peer'] == 'jaxtune']
     theirs = [line for line in lines if line['peer'] != 'jaxtune' and line['method'] == args.method]
-    ratios = {
-        f'{name}_ratio': round(mine[name] / statistics.mean(line[name] for line in theirs), 3)
-        for name in ('tokens_per_second', 'peak_rss_mib')
-    }
+    ratios = {f'{name}_ratio': ratio(name, mine, theirs) for name in ('tokens_per_second', 'peak_rss_mib')}
     print(json.dumps({'method': args.method, 'beside': theirs[0]['peer'], **ratios}), flush=True)
 
 
