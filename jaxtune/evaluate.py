@@ -13,7 +13,7 @@ from jaxtune.assemble import Assembly, assemble
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
-from jaxtune.parallel import make_mesh
+from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
 from jaxtune.report import write_report
 from jaxtune.step import make_eval_step
@@ -31,7 +31,8 @@ def open_evaluator(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts:
     check_batch(mesh, batch_size, 1, objective.row(config))
     rows = objective.dataset(config, 'eval', parts.tokenizer, workdir / 'cache')
     rows = objectives.complete(config, rows, parts.model, parts.params, mesh, workdir / 'cache', 'eval')
-    step = jax.jit(make_eval_step(functools.partial(objective.loss, config, parts.model)))
+    loss = functools.partial(objective.loss, config, parts.model)
+    step = jax.jit(make_eval_step(loss), compiler_options=compiler_options())
     return make_evaluator(config, mesh, rows, step, batch_size)
 
 

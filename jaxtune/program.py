@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from jaxtune import methods, objectives, tuning
 from jaxtune.models import Model
 from jaxtune.optim import make_optimizer, schedule
-from jaxtune.parallel import batch_sharding, match_rules, shardings, state_specs
+from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
 from jaxtune.step import State, init_state, make_eval_step, make_train_step
 
 
@@ -77,18 +77,21 @@ class Program:
             accumulate=accumulate,
             clip_norm=self.config.optimizer.clip_norm,
         )
+        jit = functools.partial(
+            jax.jit, donate_argnums=0, out_shardings=(self.placed, None), compiler_options=compiler_options()
+        )
         if not self.config.optimizer.offload:
-            return jax.jit(step, donate_argnums=0, out_shardings=(self.placed, None))
+            return jit(step)
         on_device = jax.tree.map(lambda place: place.with_memory_kind('device'), self.placed['opt_state'])
 
         def offloaded(state, frozen, batch):
             return step({**state, 'opt_state': jax.device_put(state['opt_state'], on_device)}, frozen, batch)
 
-        return jax.jit(offloaded, donate_argnums=0, out_shardings=(self.placed, None))
+        return jit(offloaded)
 
     def eval_step(self) -> Callable:
         """The jitted evaluation of one batch `(trainable, frozen, batch) -> sums`."""
-        return jax.jit(make_eval_step(self.loss))
+        return jax.jit(make_eval_step(self.loss), compiler_options=compiler_options())
 
 
 def make_program(

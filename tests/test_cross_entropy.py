@@ -76,6 +76,9 @@ def close(ours, theirs, tolerance=1e-5):
     scale=st.sampled_from([1.0, 0.25]),
     chunk=st.sampled_from([1, 4, 7, None]),
 )
+@hypothesis.example(0, 2, 5, 1024, True, False, None, 0.25, 4)  # what is padded
+@hypothesis.example(1, 2, 5, 1024, False, True, None, 1.0, 4)
+@hypothesis.example(2, 1, 5, 1024, True, True, 3.0, 1.0, None)
 def test_equals_the_plain_formula(seed, batch, length, vocab, vocab_major, bias, softcap, scale, chunk):
     arrays = example(seed, batch, length, 8, vocab, vocab_major, bias)
     head = Head(None, None, softcap, scale, vocab_major)
@@ -208,7 +211,7 @@ def test_never_holds_all_logits():
         sizes = [
             np.prod([int(n) for n in dims.split(',')]) for dims in re.findall(r'f32\[([\d,]+)\]', compiled.as_text())
         ]
-        assert max(sizes) <= 512 * vocab
+        assert max(sizes) <= 512 * (vocab + 16)  # one chunk, and its padding
         assert compiled.memory_analysis().temp_size_in_bytes < batch * length * vocab * 4
 
 

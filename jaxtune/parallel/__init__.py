@@ -2,6 +2,7 @@
 
 from jaxtune.parallel.batches import batch_sharding, place
 from jaxtune.parallel.mesh import AXES, BATCH_AXES, axis_size, constrain, make_mesh, one_cpu, platform
+from jaxtune.parallel.options import compiler_options
 from jaxtune.parallel.rules import RULES, match_rules, shardings, state_specs
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     'RULES',
     'axis_size',
     'batch_sharding',
+    'compiler_options',
     'constrain',
     'make_mesh',
     'match_rules',
