@@ -32,7 +32,6 @@ _CHUNK_TOKENS = 512
 
 _PAGE = 1024  # float32 numbers in 4 KiB
 _PADDING = 16  # and in a cache line
-_HIDDEN = -1e30  # the logit of a token beyond the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +74,14 @@ def cross_entropy(
         (`[vocab]` or None), `softcap`, `scale`.
       targets: `[batch, length]` int32; any value where the weight is 0.
       weights: `[batch, length]` float32.
-      chunk: tokens at a time on one device; by default what gives logits of 32 MiB, at least 512.
+      chunk: tokens at a time on one device, at most; by default what gives logits of 32 MiB, at least 512.
 
     Returns:
       `(loss_sum, correct_sum)`: float32 scalars, `sum(weights * nll)` in nats and the weighted number of targets whose
       logit is the largest. Differentiable in `hidden`, `kernel`, `bias` and `weights`.
     """
     plan = _plan(hidden, head, chunk)
-    targets = jnp.clip(targets, 0, _vocab(head) - 1)
+    targets = jnp.clip(targets, 0, _vocab(head, head.kernel) - 1)
     return _cross_entropy(plan, hidden, head.kernel, head.bias, targets, weights.astype(jnp.float32))
 
 
@@ -113,12 +112,13 @@ def token_scores(
     return logprobs, right
 
 
-def _vocab(head: Any) -> int:
-    return head.kernel.shape[0 if head.vocab_major else 1]
+def _vocab(layout: Any, kernel: jax.Array) -> int:
+    """Tokens of a kernel, laid out as a head or a plan says."""
+    return kernel.shape[0 if layout.vocab_major else 1]
 
 
 def _plan(hidden: jax.Array, head: Any, chunk: int | None) -> _Plan:
-    vocab = _vocab(head)
+    vocab = _vocab(head, head.kernel)
     scale = 1.0 if head.scale is None else float(head.scale)
     softcap = None if not head.softcap else float(head.softcap)
     mesh = jax.sharding.get_abstract_mesh()
@@ -139,8 +139,11 @@ def _plan(hidden: jax.Array, head: Any, chunk: int | None) -> _Plan:
         parts = math.prod(mesh.shape[axis] for axis in vocab_axes)
         chunk = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS * parts // vocab)
     axes = (batch_axes, length_axes, vocab_axes, scatter_axes)
-    across = one_cpu()
-    padding = _PADDING if across and vocab % _PAGE == 0 and softcap is None else 0
+    across, padding = False, 0
+    if one_cpu():
+        across = bool(head.vocab_major)
+        padding = _PADDING if vocab % _PAGE == 0 and softcap is None else 0
+        chunk = max(1, chunk * vocab // (vocab + padding))  # the padding is no extra memory
     return _Plan(chunk, bool(head.vocab_major), scale, softcap, *axes, across, padding)
 
 
@@ -183,11 +186,11 @@ def _readied(plan: _Plan, dtype, kernel, bias):
     """`(kernel, the kernel that logits are computed from, bias)`, with `plan.padding` more tokens."""
     kernel = kernel.astype(dtype)
     if plan.padding:
-        bias = jnp.zeros(kernel.shape[0 if plan.vocab_major else 1], jnp.float32) if bias is None else bias
-        bias = jnp.pad(bias.astype(jnp.float32), (0, plan.padding), constant_values=_HIDDEN)
+        bias = jnp.zeros(_vocab(plan, kernel), jnp.float32) if bias is None else bias.astype(jnp.float32)
+        bias = jnp.pad(bias, (0, plan.padding), constant_values=-jnp.inf)
         wider = (0, plan.padding)
         kernel = jnp.pad(kernel, (wider, (0, 0)) if plan.vocab_major else ((0, 0), wider))
-    if plan.across and plan.vocab_major:
+    if plan.across:
         return kernel, lax.optimization_barrier(kernel.T), bias
     return kernel, kernel, bias
 
@@ -205,9 +208,9 @@ def _logits(plan: _Plan, hidden, kernel, bias):
     return logits
 
 
-def _local_targets(plan: _Plan, targets, vocab: int):
+def _local_targets(plan: _Plan, targets, kernel):
     """Target ids counted from this device's first token of the vocabulary; those elsewhere fall outside."""
-    return targets - lax.axis_index(plan.vocab_axes) * vocab if plan.vocab_axes else targets
+    return targets - lax.axis_index(plan.vocab_axes) * _vocab(plan, kernel) if plan.vocab_axes else targets
 
 
 def _score(plan: _Plan, logits, targets):
@@ -283,7 +286,7 @@ def _loss_and_gradients(plan: _Plan, wanted, hidden, kernel, bias, targets, weig
     """`(loss, correct, nll [batch, length], (d_hidden, d_kernel, d_bias))`, a gradient being None if not wanted."""
 
     def device(hidden, kernel, bias, targets, weights):
-        targets = _local_targets(plan, targets, kernel.shape[0 if plan.vocab_major else 1])
+        targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(carry, chunk):
@@ -348,7 +351,7 @@ def _logprobs(plan: _Plan, hidden, kernel, bias, targets):
     """`(log-probability, logsumexp, whether the target's logit is the largest)`, each `[batch, length]`."""
 
     def device(hidden, kernel, bias, targets):
-        targets = _local_targets(plan, targets, kernel.shape[0 if plan.vocab_major else 1])
+        targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(_, chunk):
@@ -385,7 +388,7 @@ def _token_logprobs_backward(plan, residuals, cotangent):
     wanted = tuple(mark is not None for mark in marks)
 
     def device(hidden, kernel, bias, targets, lse, cotangent):
-        targets = _local_targets(plan, targets, kernel.shape[0 if plan.vocab_major else 1])
+        targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(sums, chunk):
