@@ -1,6 +1,7 @@
 """Attention against the plain formula: values, gradients, meshes, kernels, memory."""
 
 import re
+from unittest import mock
 
 import chex
 import hypothesis
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
-from jaxtune.models import flash
+from jaxtune.models import flash, rope
 from jaxtune.models.attention import attention, chosen
 from jaxtune.models.blockwise import Pattern, Places, blockwise
 from jaxtune.parallel import make_mesh
@@ -58,6 +59,23 @@ def example(seed, batch, length, heads, kv_heads, width):
     return (q, k, v), places, rng.normal(size=q.shape).astype(np.float32)
 
 
+def angles_of(positions, rotary_dim):
+    """Cosine and sine of every position's angles, or None."""
+    if not rotary_dim:
+        return None
+    turned = positions[..., None] * 100.0 ** (-np.arange(rotary_dim // 2) / 4)
+    return np.cos(turned).astype(np.float32), np.sin(turned).astype(np.float32)
+
+
+def turned(x, angles):
+    """Pairs of dimensions as complex numbers (Su et al. 2021), multiplied by the angles' own."""
+    if angles is None:
+        return x
+    half = angles[0].shape[-1]
+    z = (x[..., :half] + 1j * x[..., half : 2 * half]) * (angles[0] + 1j * angles[1])[:, :, None]
+    return jnp.concatenate([z.real, z.imag, x[..., 2 * half :]], -1)
+
+
 def with_gradients(function, arrays, cotangent):
     out, pull = jax.vjp(function, *arrays)
     return out, *pull(cotangent)
@@ -81,22 +99,34 @@ def close(ours, theirs, tolerance=1e-5):
     window=st.sampled_from([None, 1, 40]),
     traced=st.booleans(),
     causal=st.booleans(),
+    rotary_dim=st.sampled_from([0, 4, 8]),
 )
-def test_equals_the_plain_formula(seed, batch, length, groups, kv_heads, softcap, window, traced, causal):
+def test_equals_the_plain_formula(seed, batch, length, groups, kv_heads, softcap, window, traced, causal, rotary_dim):
     arrays, places, cotangent = example(seed, batch, length, groups * kv_heads, kv_heads, 8)
+    angles = angles_of(places['q_positions'], rotary_dim)
 
     def ours(q, k, v):
         limit = jnp.int32(window) if window is not None and traced else window
-        return attention(q, k, v, **places, scale=0.3, softcap=softcap, window=limit, causal=causal)
+        return attention(q, k, v, **places, scale=0.3, angles=angles, softcap=softcap, window=limit, causal=causal)
 
     def theirs(q, k, v):
-        return plain(q, k, v, places, 0.3, softcap, window, causal)
+        return plain(turned(q, angles), turned(k, angles), v, places, 0.3, softcap, window, causal)
 
     got = with_gradients(jax.jit(ours), arrays, cotangent)
     close(got, with_gradients(jax.jit(theirs), arrays, cotangent))
     padding = places['q_segments'] == 0
     for x in got:
         assert not np.asarray(x)[padding].any()
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize('rotary_dim', [4, 8])
+def test_rotation_is_the_same_on_every_platform(platform, rotary_dim):
+    (q, _, _), places, _ = example(6, 2, 9, 3, 1, 8)
+    angles = angles_of(places['q_positions'], rotary_dim)
+    with mock.patch.object(rope, 'platform', return_value=platform):
+        close([rope.rotate(q, *angles)], [turned(q, angles)], 1e-6)
+        assert rope.rotate(q.astype(jnp.bfloat16), *angles).dtype == jnp.bfloat16
 
 
 def test_queries_against_a_cache():
@@ -129,20 +159,26 @@ def test_any_mesh_gives_the_same(sizes, heads, kv_heads):
     arrays, places, cotangent = example(1, 8, 24, heads, kv_heads, 8)
     mesh = make_mesh(dict(zip(('data', 'fsdp', 'tensor', 'sequence'), sizes, strict=True)), jax.devices()[:8])
 
-    def ours(q, k, v, places, window):
-        return attention(q, k, v, **places, scale=0.3, window=window, softcap=4.0)
+    angles = angles_of(places['q_positions'], 8)
+
+    def ours(q, k, v, places, angles, window):
+        return attention(q, k, v, **places, scale=0.3, angles=angles, window=window, softcap=4.0)
 
     with jax.set_mesh(mesh):
         batch = NamedSharding(mesh, P(('data', 'fsdp'), 'sequence'))
         placed = jax.device_put((*arrays, cotangent), batch)
-        where = jax.device_put(places, batch)
+        where = jax.device_put((places, angles), batch)
 
         @jax.jit
-        def run(q, k, v, cotangent, places, window):
-            return with_gradients(lambda *a: ours(*a, places, window), (q, k, v), cotangent)
+        def run(q, k, v, cotangent, where, window):
+            return with_gradients(lambda *a: ours(*a, *where, window), (q, k, v), cotangent)
 
         got = run(*placed, where, jnp.int32(9))
-    reference = with_gradients(lambda *a: plain(*a, places, 0.3, 4.0, 9), arrays, cotangent)
+
+    def theirs(q, k, v):
+        return plain(turned(q, angles), turned(k, angles), v, places, 0.3, 4.0, 9)
+
+    reference = with_gradients(theirs, arrays, cotangent)
     close(got, reference)
 
 

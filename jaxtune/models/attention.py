@@ -12,12 +12,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import SAVED_NAMES, Pattern, Places, blockwise
+from jaxtune.models.rope import rotate
 from jaxtune.parallel import axis_size, platform
 
 __all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded']
 
 # Bytes of scores that the plain path holds at a time: what stays in a CPU's cache, or keeps an accelerator busy.
-_BUDGET = {'cpu': 2**22}
+_BUDGET = {'cpu': 2**21}
 _ACCELERATOR_BUDGET = 2**29
 
 _chosen: dict[str, None] = {}
@@ -56,6 +57,7 @@ def attention(
     q_segments: jax.Array,
     k_segments: jax.Array,
     scale: float,
+    angles: tuple[jax.Array, jax.Array] | None = None,
     softcap: float | None = None,
     window: int | jax.Array | None = None,
     implementation: str = 'auto',
@@ -74,6 +76,8 @@ def attention(
       q_positions: `[batch, length]` int32; `k_positions`: `[batch, keys]`.
       q_segments: `[batch, length]` int32; `k_segments`: `[batch, keys]`.
       scale: factor on the scores, usually `head_dim ** -0.5`.
+      angles: `(cos, sin)`, each `[batch, length, rotary_dim / 2]`, to turn queries and keys by, of which there are as
+        many then; None = they are turned already, or not at all.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118); None = off.
       window: sliding window in tokens (a traced int32 scalar where it differs by layer); None = off.
       implementation: `xla` (blocks, memory linear in length), `flash` (splash attention on TPU, cuDNN on GPU) or
@@ -113,8 +117,10 @@ def attention(
         causal=causal,
         aligned=self_attention and not mesh.length,
     )
+    if angles is not None and name != 'xla':
+        q, k, angles = rotate(q, *angles), rotate(k, *angles), None
     function = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
-    places = Places(q_positions, k_positions, q_segments, k_segments, traced)
+    places = Places(q_positions, k_positions, q_segments, k_segments, angles, angles, traced)
     return mesh.run(lambda q, k, v, places: function(q, k, v, places, pattern), q, k, v, places)
 
 
@@ -162,6 +168,8 @@ class _Division:
         queries, keys = P(self.batch, self.length, self.heads, None), P(self.batch, None, self.heads, None)
         q_places, k_places = P(self.batch, self.length), P(self.batch, None)
         window = None if places.window is None else P()
-        specs = (queries, keys, keys, Places(q_places, k_places, q_places, k_places, window))
+        # Angles are divided as positions are.
+        where = Places(q_places, k_places, q_places, k_places, q_places, k_places, window)
+        specs = (queries, keys, keys, where)
         divided = jax.shard_map(function, in_specs=specs, out_specs=queries, axis_names=set(self.axes), check_vma=False)
         return divided(q, k, v, places)

@@ -1,9 +1,12 @@
 """Attention by blocks in plain XLA: memory of one block of scores, and no work on blocks that causality hides.
 
 The backward pass computes the scores again from the saved log-sum-exp (FlashAttention, Dao et al. 2022,
-arXiv:2205.14135). It walks over blocks of keys with the scores transposed (`[keys, queries]`), so that of its five
-products only one contracts the leading dimension of both factors: that one XLA:CPU computes at a third of the speed
-unless its result is laid out `[head_dim, queries]`, as it is here.
+arXiv:2205.14135). It walks over blocks of keys; their gradients are made as `[head_dim, keys]` from queries laid as
+`[head_dim, length]`, so that no product contracts the leading dimension of both factors: those XLA:CPU computes at half
+the speed.
+
+Queries and keys are turned by their rotary angles and laid out by heads here, a few batch rows at a time, and gradients
+laid back: what is moved then is in a CPU's cache.
 """
 
 import dataclasses
@@ -14,6 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
+from jaxtune.models.apart import apart
+from jaxtune.models.rope import rotate
 
 # What the backward pass reads; a remat policy that saves these never runs the forward pass of attention twice.
 SAVED_NAMES = ('attention_q', 'attention_k', 'attention_v', 'attention_out', 'attention_lse')
@@ -44,12 +50,22 @@ class Pattern:
 
 
 class Places(NamedTuple):
-    """Positions and segments of queries `[batch, length]` and keys `[batch, keys]`, and a traced window or None."""
+    """Where queries and keys are.
+
+    Attributes:
+      q_positions, q_segments: `[batch, length]` int32.
+      k_positions, k_segments: `[batch, keys]` int32.
+      q_angles, k_angles: `(cos, sin)` to turn queries and keys by, each `[batch, length or keys, rotary_dim / 2]`; or
+        None.
+      window: a traced window, or None.
+    """
 
     q_positions: jax.Array
     k_positions: jax.Array
     q_segments: jax.Array
     k_segments: jax.Array
+    q_angles: tuple[jax.Array, jax.Array] | None = None
+    k_angles: tuple[jax.Array, jax.Array] | None = None
     window: jax.Array | None = None
 
 
@@ -66,13 +82,8 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern:
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of `q`; rows that see no key are 0.
     """
-    batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     q, k, v = (checkpoint_name(x, f'attention_{name}') for x, name in zip((q, k, v), 'qkv', strict=True))
-    out = _attention(pattern, q, k, v, places)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    return _attention(pattern, q, k, v, places)
 
 
 def _block(length: int, smallest: int, row_bytes: int) -> int:
@@ -85,9 +96,9 @@ def _block(length: int, smallest: int, row_bytes: int) -> int:
 
 def _by_rows(pattern: Pattern, function, q, k, block: int, *arrays):
     """Maps a function of a few batch rows, or of one row's few heads, over all of them."""
-    batch, kv_heads, groups, length, _ = q.shape
-    wide = k.shape[2] if block < length or not pattern.aligned else length
-    row = kv_heads * groups * min(block, length) * wide * 4
+    batch, length, heads, _ = q.shape
+    wide = k.shape[1] if block < length or not pattern.aligned else length
+    row = heads * min(block, length) * wide * 4
     rows = max((n for n in range(1, batch + 1) if batch % n == 0 and n * row <= pattern.budget), default=1)
     if rows == batch:
         return function(*arrays)
@@ -96,14 +107,49 @@ def _by_rows(pattern: Pattern, function, q, k, block: int, *arrays):
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), out)
 
 
-def _visible(pattern: Pattern, places: Places, window, queries: slice, keys: slice, transposed: bool) -> jax.Array:
-    """Whether a query sees a key, `[batch, 1, queries, 1, keys]` broadcastable, or keys before queries."""
+def _turned(x, angles):
+    return x if angles is None else rotate(x, *angles)
+
+
+def _by_heads(x, angles, kv_heads: int):
+    """`[rows, length, heads, width]`, turned, as `[rows, kv_heads, groups, length, width]`."""
+    rows, length, heads, width = x.shape
+
+    def change(x, angles):
+        return _turned(x, angles).reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+    return apart(change)(x, angles)
+
+
+def _by_tokens(x, angles):
+    """The transpose of `_by_heads`: turning is linear, and its transpose turns back."""
+    rows, kv_heads, groups, length, width = x.shape
+    back = None if angles is None else (angles[0], -angles[1])
+
+    def change(x, back):
+        return _turned(x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * groups, width), back)
+
+    return apart(change)(x, back)
+
+
+def _laid_out(q, k, v, places: Places):
+    """Queries `[rows, kv_heads, groups, length, width]`, keys and values `[rows, kv_heads, keys, width]`."""
+    q, k, v = (
+        _by_heads(x, angles, k.shape[2]) for x, angles in ((q, places.q_angles), (k, places.k_angles), (v, None))
+    )
+    return q, k[:, :, 0], v[:, :, 0]
+
+
+def _columns(x):
+    """`[..., length, width]` as `[..., width, length]`, or the other way round."""
+    return apart(lambda x: x.swapaxes(-1, -2))(x)
+
+
+def _visible(pattern: Pattern, places: Places, window, queries: slice, keys: slice) -> jax.Array:
+    """Whether a query sees a key, `[batch, 1, 1, queries, keys]`."""
 
     def pair(of_queries, of_keys):
-        of_queries, of_keys = of_queries[:, queries], of_keys[:, keys]
-        if transposed:
-            return of_queries[:, None, None, None, :], of_keys[:, None, :, None, None]
-        return of_queries[:, None, None, :, None], of_keys[:, None, None, None, :]
+        return of_queries[:, None, None, queries, None], of_keys[:, None, None, None, keys]
 
     q_segments, k_segments = pair(places.q_segments, places.k_segments)
     q_positions, k_positions = pair(places.q_positions, places.k_positions)
@@ -134,6 +180,7 @@ def _dot(a, b, contract: tuple[int, int]):
 
 
 def _forward_rows(pattern: Pattern, window, q, k, v, places: Places):
+    q, k, v = _laid_out(q, k, v, places)
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
     size = _block(length, 256, groups * keys * 4)
@@ -147,7 +194,7 @@ def _forward_rows(pattern: Pattern, window, q, k, v, places: Places):
         block = q[:, :, :, low:high].reshape(rows, kv_heads, groups * (high - low), width)
         product = _dot(block, k[:, :, first:last], (3, 3))
         product = product.reshape(rows, kv_heads, groups, high - low, last - first)
-        seen = _visible(pattern, places, window, slice(low, high), slice(first, last), False)
+        seen = _visible(pattern, places, window, slice(low, high), slice(first, last))
         scores, _ = _scores(pattern, product, seen)
         largest = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST)
         exps = jnp.exp(scores - largest)
@@ -157,18 +204,22 @@ def _forward_rows(pattern: Pattern, window, q, k, v, places: Places):
         empty = total == 0
         outs.append((out / jnp.where(empty, 1.0, total)).astype(q.dtype))
         lses.append(jnp.where(empty, -_HIDDEN, largest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0])
-    return jnp.concatenate(outs, 3), jnp.concatenate(lses, 3)
+    return _by_tokens(jnp.concatenate(outs, 3), None), jnp.concatenate(lses, 3)
 
 
 def _backward_rows(pattern: Pattern, window, q, k, v, places: Places, out, lse, d_out):
+    # A product with ones: XLA:CPU's own reduction of a fused product of this many dimensions is ten times slower.
+    product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
+    ones = jnp.ones(product.shape[-1], jnp.float32)
+    delta = jnp.dot(product.reshape(-1, ones.size), ones, precision=lax.Precision.HIGHEST)
+    delta = _by_heads(delta.reshape(*product.shape[:-1], 1), None, k.shape[2])
+    d_out = _by_heads(d_out, None, k.shape[2])
+    q, k, v = _laid_out(q, k, v, places)
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
     size = _block(keys, 128, groups * length * 4)
-    # A product with ones: XLA:CPU's own reduction of a fused product of this many dimensions is ten times slower.
-    product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
-    delta = jnp.dot(product.reshape(-1, width), jnp.ones(width, jnp.float32), precision=lax.Precision.HIGHEST)
-    delta = delta.reshape(rows, kv_heads, groups, length)
-    d_q = jnp.zeros((rows, kv_heads, width, groups, length), jnp.float32)
+    q_columns, d_columns = _columns(q), _columns(d_out)
+    d_q = jnp.zeros(q.shape, jnp.float32)
     d_ks, d_vs = [], []
     for low in range(0, keys, size):
         high = min(keys, low + size)
@@ -176,27 +227,34 @@ def _backward_rows(pattern: Pattern, window, q, k, v, places: Places, out, lse, 
         if pattern.aligned and pattern.causal:
             first = low
             last = min(length, high + pattern.window - 1) if pattern.window is not None else length
+        shape = (rows, kv_heads, groups, last - first, high - low)
+        flat = (rows, kv_heads, groups * (last - first), high - low)
 
         def queries(x, first=first, last=last):
-            return x[:, :, :, first:last].reshape(rows, kv_heads, groups * (last - first), *x.shape[4:])
+            return x[:, :, :, first:last].reshape(rows, kv_heads, groups * (last - first), width)
 
-        k_block, v_block, q_block, d_block = k[:, :, low:high], v[:, :, low:high], queries(q), queries(d_out)
-        shape = (rows, kv_heads, high - low, groups, last - first)
-        seen = _visible(pattern, places, window, slice(first, last), slice(low, high), True)
-        scores, slope = _scores(pattern, _dot(k_block, q_block, (3, 3)).reshape(shape), seen)
-        chances = jnp.exp(scores - lse[:, :, None, :, first:last])
-        d_chances = _dot(v_block, d_block, (3, 3)).reshape(shape)
-        d_scores = chances * (d_chances - delta[:, :, None, :, first:last]) * pattern.scale
+        def columns(x, first=first, last=last):
+            return x[..., first:last].swapaxes(2, 3).reshape(rows, kv_heads, width, groups * (last - first))
+
+        k_block, v_block = k[:, :, low:high], v[:, :, low:high]
+        seen = _visible(pattern, places, window, slice(first, last), slice(low, high))
+        scores, slope = _scores(pattern, _dot(queries(q), k_block, (3, 3)).reshape(shape), seen)
+        chances = jnp.exp(scores - lse[:, :, :, first:last, None])
+        d_chances = _dot(queries(d_out), v_block, (3, 3)).reshape(shape)
+        d_scores = chances * (d_chances - delta[:, :, :, first:last]) * pattern.scale
         if slope is not None:
             d_scores = d_scores * slope
-        flat = (rows, kv_heads, high - low, groups * (last - first))
         chances, d_scores = chances.reshape(flat).astype(q.dtype), d_scores.reshape(flat).astype(q.dtype)
-        d_vs.append(_dot(chances, d_block, (3, 2)).astype(v.dtype))
-        d_ks.append(_dot(d_scores, q_block, (3, 2)).astype(k.dtype))
-        part = _dot(k_block, d_scores, (2, 2)).reshape(rows, kv_heads, width, groups, last - first)
-        d_q = d_q.at[..., first:last].add(part)
-    d_q = d_q.transpose(0, 1, 3, 4, 2).astype(q.dtype)
-    return d_q, jnp.concatenate(d_ks, 2), jnp.concatenate(d_vs, 2)
+        d_vs.append(_dot(columns(d_columns), chances, (3, 2)).astype(v.dtype))
+        d_ks.append(_dot(columns(q_columns), d_scores, (3, 2)).astype(k.dtype))
+        part = _dot(d_scores, k_block, (3, 2)).reshape(rows, kv_heads, groups, last - first, width)
+        d_q = d_q.at[:, :, :, first:last].add(part)
+    d_k, d_v = (_columns(jnp.concatenate(parts, 3))[:, :, None] for parts in (d_ks, d_vs))
+    return (
+        _by_tokens(d_q.astype(q.dtype), places.q_angles),
+        _by_tokens(d_k, places.k_angles),
+        _by_tokens(d_v, None),
+    )
 
 
 def _split_window(pattern: Pattern, places: Places):
@@ -212,7 +270,7 @@ def _attention(pattern: Pattern, q, k, v, places: Places):
 
 def _forward(pattern: Pattern, q, k, v, places: Places):
     window, rest = _split_window(pattern, places)
-    block = _block(q.shape[3], 256, q.shape[2] * k.shape[2] * 4)
+    block = _block(q.shape[1], 256, q.shape[2] // k.shape[2] * k.shape[1] * 4)
     function = functools.partial(_forward_rows, pattern, window)
     out, lse = _by_rows(pattern, function, q, k, block, q, k, v, rest)
     out, lse = checkpoint_name(out, 'attention_out'), checkpoint_name(lse, 'attention_lse')
@@ -222,7 +280,7 @@ def _forward(pattern: Pattern, q, k, v, places: Places):
 def _backward(pattern: Pattern, residuals, d_out):
     q, k, v, places, out, lse = residuals
     window, rest = _split_window(pattern, places)
-    block = _block(k.shape[2], 128, q.shape[2] * q.shape[3] * 4)
+    block = _block(k.shape[1], 128, q.shape[2] // k.shape[2] * q.shape[1] * 4)
     function = functools.partial(_backward_rows, pattern, window)
     gradients = _by_rows(pattern, function, q, k, block, q, k, v, rest, out, lse, d_out)
     return (*gradients, None)

@@ -65,11 +65,12 @@ class Attention(_Part):
     def __call__(self, x: jax.Array, cache: Cache, layer: Layer, context: Context) -> tuple[jax.Array, Cache]:
         c = self.config
         q, k, v = self.project(x)
-        if context.rope is not None:
-            q, k = rotary.rotate(q, *context.rope), rotary.rotate(k, *context.rope)
         if c.scale_by_layer:
             q = q / (layer.index + 1).astype(q.dtype)
-        prefix = prefix_of(self)
+        prefix, rope = prefix_of(self), context.rope
+        if rope is not None and (cache is not None or prefix is not None):
+            # A cache keeps its keys turned, a prefix is not turned at all.
+            q, k, rope = rotary.rotate(q, *rope), rotary.rotate(k, *rope), None
         k_positions, k_segments = context.k_positions, context.k_segments
         if cache is not None:
             cache = _write(cache, k, v, layer, context, prefix)
@@ -86,6 +87,7 @@ class Attention(_Part):
             q_segments=context.q_segments,
             k_segments=k_segments,
             scale=c.attention_scale,
+            angles=rope,
             softcap=c.attention_softcap,
             window=c.windows[0] if len(set(c.windows)) == 1 else layer.window,
             implementation=self.implementation,

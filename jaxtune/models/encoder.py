@@ -59,13 +59,14 @@ class Attention(_Part):
             qkv = [self.dense(name, width, c.linear_bias)(x) for name in ('q_proj', 'k_proj', 'v_proj')]
         qkv = [y.reshape(*y.shape[:2], c.num_heads, c.head_dim) for y in qkv]
         q, k, v = (constrain(y, 'batch', 'length', 'heads', None) for y in qkv)
+        prefix, angles = prefix_of(self), None
         if context.angles is not None:
             local = window < _NO_WINDOW
-            angles = [jnp.where(local, *pair) for pair in zip(context.local_angles, context.angles, strict=True)]
-            q, k = rotary.rotate(q, *angles), rotary.rotate(k, *angles)
-        prefix = prefix_of(self)
+            angles = tuple(jnp.where(local, *pair) for pair in zip(context.local_angles, context.angles, strict=True))
         k_positions, k_segments = context.positions, context.segments
         if prefix is not None:
+            if angles is not None:  # a prefix is not turned
+                q, k, angles = rotary.rotate(q, *angles), rotary.rotate(k, *angles), None
             k, v = put_before(prefix, k, v)
             k_positions, k_segments = places_before(prefix[0].shape[0], k_positions, k_segments)
         y = attention(
@@ -77,6 +78,7 @@ class Attention(_Part):
             q_segments=context.segments,
             k_segments=k_segments,
             scale=c.head_dim**-0.5,
+            angles=angles,
             window=c.windows[0] if len(set(c.windows)) == 1 else window,
             implementation=self.implementation,
             self_attention=prefix is None,

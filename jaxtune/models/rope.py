@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.parallel import platform
+
 TYPES = ('default', 'linear', 'dynamic', 'yarn', 'longrope', 'llama3')
 
 
@@ -156,7 +158,19 @@ def angles(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turns the first `rotary_dim` dimensions of `[batch, length, heads, head_dim]`, pairing halves, in float32."""
     half = cos.shape[-1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turn = _turn_pairs if platform() == 'cpu' else _turn_halves
+    turned = turn(x[..., : 2 * half].astype(jnp.float32), cos[:, :, None], sin[:, :, None]).astype(x.dtype)
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+
+
+def _turn_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _turn_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The halves as a dimension that is turned round: a loop of vectors, where XLA:CPU asks of every number of a
+    concatenation which half it is in. A TPU would lay such a dimension out anew."""
+    pairs = x.reshape(*x.shape[:-1], 2, -1)
+    turned = pairs * cos[..., None, :] + pairs[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
+    return turned.reshape(x.shape)
