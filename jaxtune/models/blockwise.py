@@ -26,6 +26,7 @@ SAVED_NAMES = ('attention_q', 'attention_k', 'attention_v', 'attention_out', 'at
 
 _HIDDEN = -1e30  # the score of a pair that may not see each other
 _LOWEST = -1e20  # a row's largest score is at least this, so that exp(_HIDDEN - largest) is 0 in an empty row too
+_SMALLEST = 128  # queries or keys of a block, where there are as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,25 +87,45 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern:
     return _attention(pattern, q, k, v, places)
 
 
-def _block(length: int, smallest: int, row_bytes: int) -> int:
+def _block(length: int, row_bytes: int) -> int:
     """Size of a block: an eighth of the length, less where a block's scores of one head would pass 256 MiB."""
-    size = max(smallest, -(-length // 8))
+    size = max(_SMALLEST, -(-length // 8))
     if size * row_bytes > 2**28:
-        size = max(smallest, -(-length // 32), 2**28 // row_bytes)
-    return min(length, -(-size // 128) * 128) if length > smallest else length
+        size = max(_SMALLEST, -(-length // 32), 2**28 // row_bytes)
+    return min(length, -(-size // _SMALLEST) * _SMALLEST)
 
 
-def _by_rows(pattern: Pattern, function, q, k, block: int, *arrays):
-    """Maps a function of a few batch rows, or of one row's few heads, over all of them."""
-    batch, length, heads, _ = q.shape
-    wide = k.shape[1] if block < length or not pattern.aligned else length
+def _by_rows(pattern: Pattern, function, block: int, arrays: tuple, *places):
+    """Maps a function of a few batch rows, or of one row's few heads, over all of them.
+
+    Args:
+      pattern: whose budget says how many rows.
+      function: of the rows' part of every array, and of every tree in `places`.
+      block: how many queries or keys a block of scores has.
+      arrays: queries, keys, and others `[batch, length, heads, width]`.
+      places: trees of what is small.
+    """
+    (batch, length, heads, _), keys = arrays[0].shape, arrays[1].shape[1]
+    wide = keys if block < length or not pattern.aligned else length
     row = heads * min(block, length) * wide * 4
     rows = max((n for n in range(1, batch + 1) if batch % n == 0 and n * row <= pattern.budget), default=1)
     if rows == batch:
-        return function(*arrays)
-    split = [jax.tree.map(lambda x: x.reshape(batch // rows, rows, *x.shape[1:]), array) for array in arrays]
-    out = lax.map(lambda xs: function(*xs), tuple(split))
-    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), out)
+        return function(*arrays, *places)
+
+    def split(x):
+        return x.reshape(batch // rows, rows, *x.shape[1:])
+
+    # A dimension of 1 may lie anywhere: XLA would lay it out in two ways, and copy the arrays from one to the other.
+    # What is small is read in the loops of vectors that make scores, where a slice without it would not be a vector.
+    alone = rows == 1
+
+    def mapped(xs):
+        arrays, places = xs
+        out = function(*(x[None] if alone else x for x in arrays), *places)
+        return jax.tree.map(lambda x: x[0], out) if alone else out
+
+    out = lax.map(mapped, (arrays if alone else jax.tree.map(split, arrays), jax.tree.map(split, places)))
+    return out if alone else jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), out)
 
 
 def _turned(x, angles):
@@ -183,7 +204,7 @@ def _forward_rows(pattern: Pattern, window, q, k, v, places: Places):
     q, k, v = _laid_out(q, k, v, places)
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
-    size = _block(length, 256, groups * keys * 4)
+    size = _block(length, groups * keys * 4)
     outs, lses = [], []
     for low in range(0, length, size):
         high = min(length, low + size)
@@ -207,7 +228,7 @@ def _forward_rows(pattern: Pattern, window, q, k, v, places: Places):
     return _by_tokens(jnp.concatenate(outs, 3), None), jnp.concatenate(lses, 3)
 
 
-def _backward_rows(pattern: Pattern, window, q, k, v, places: Places, out, lse, d_out):
+def _backward_rows(pattern: Pattern, window, q, k, v, out, d_out, places: Places, lse):
     # A product with ones: XLA:CPU's own reduction of a fused product of this many dimensions is ten times slower.
     product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
     ones = jnp.ones(product.shape[-1], jnp.float32)
@@ -217,7 +238,7 @@ def _backward_rows(pattern: Pattern, window, q, k, v, places: Places, out, lse, 
     q, k, v = _laid_out(q, k, v, places)
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
-    size = _block(keys, 128, groups * length * 4)
+    size = _block(keys, groups * length * 4)
     q_columns, d_columns = _columns(q), _columns(d_out)
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_ks, d_vs = [], []
@@ -270,9 +291,9 @@ def _attention(pattern: Pattern, q, k, v, places: Places):
 
 def _forward(pattern: Pattern, q, k, v, places: Places):
     window, rest = _split_window(pattern, places)
-    block = _block(q.shape[1], 256, q.shape[2] // k.shape[2] * k.shape[1] * 4)
+    block = _block(q.shape[1], q.shape[2] // k.shape[2] * k.shape[1] * 4)
     function = functools.partial(_forward_rows, pattern, window)
-    out, lse = _by_rows(pattern, function, q, k, block, q, k, v, rest)
+    out, lse = _by_rows(pattern, function, block, (q, k, v), rest)
     out, lse = checkpoint_name(out, 'attention_out'), checkpoint_name(lse, 'attention_lse')
     return out, (q, k, v, places, out, lse)
 
@@ -280,9 +301,9 @@ def _forward(pattern: Pattern, q, k, v, places: Places):
 def _backward(pattern: Pattern, residuals, d_out):
     q, k, v, places, out, lse = residuals
     window, rest = _split_window(pattern, places)
-    block = _block(k.shape[1], 128, q.shape[2] // k.shape[2] * q.shape[1] * 4)
+    block = _block(k.shape[1], q.shape[2] // k.shape[2] * q.shape[1] * 4)
     function = functools.partial(_backward_rows, pattern, window)
-    gradients = _by_rows(pattern, function, q, k, block, q, k, v, rest, out, lse, d_out)
+    gradients = _by_rows(pattern, function, block, (q, k, v, out, d_out), rest, lse)
     return (*gradients, None)
 
 
