@@ -125,8 +125,8 @@ def test_rotation_is_the_same_on_every_platform(platform, rotary_dim):
     (q, _, _), places, _ = example(6, 2, 9, 3, 1, 8)
     angles = angles_of(places['q_positions'], rotary_dim)
     with mock.patch.object(rope, 'platform', return_value=platform):
-        close([rope.rotate(q, *angles)], [turned(q, angles)], 1e-6)
-        assert rope.rotate(q.astype(jnp.bfloat16), *angles).dtype == jnp.bfloat16
+        close([rope.rotate(q, angles)], [turned(q, angles)], 1e-6)
+        assert rope.rotate(q.astype(jnp.bfloat16), angles).dtype == jnp.bfloat16
 
 
 def test_queries_against_a_cache():

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import SAVED_NAMES, Pattern, Places, blockwise
-from jaxtune.models.rope import rotate
+from jaxtune.models.rope import Angles, rotate
 from jaxtune.parallel import axis_size, platform
 
 __all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded']
@@ -57,7 +57,7 @@ def attention(
     q_segments: jax.Array,
     k_segments: jax.Array,
     scale: float,
-    angles: tuple[jax.Array, jax.Array] | None = None,
+    angles: Angles | None = None,
     softcap: float | None = None,
     window: int | jax.Array | None = None,
     implementation: str = 'auto',
@@ -117,8 +117,8 @@ def attention(
         causal=causal,
         aligned=self_attention and not mesh.length,
     )
-    if angles is not None and name != 'xla':
-        q, k, angles = rotate(q, *angles), rotate(k, *angles), None
+    if name != 'xla':
+        q, k, angles = rotate(q, angles), rotate(k, angles), None
     function = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
     places = Places(q_positions, k_positions, q_segments, k_segments, angles, angles, traced)
     return mesh.run(lambda q, k, v, places: function(q, k, v, places, pattern), q, k, v, places)

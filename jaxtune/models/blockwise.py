@@ -19,7 +19,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.apart import apart
-from jaxtune.models.rope import rotate
+from jaxtune.models.rope import Angles, rotate
 
 # What the backward pass reads; a remat policy that saves these never runs the forward pass of attention twice.
 SAVED_NAMES = ('attention_q', 'attention_k', 'attention_v', 'attention_out', 'attention_lse')
@@ -49,6 +49,10 @@ class Pattern:
     causal: bool = True
     aligned: bool = True
 
+    def rows(self, batch: int, row_bytes: int) -> int:
+        """How many batch rows to take at a time where a block of one row's scores has `row_bytes`."""
+        return max((n for n in range(1, batch + 1) if batch % n == 0 and n * row_bytes <= self.budget), default=1)
+
 
 class Places(NamedTuple):
     """Where queries and keys are.
@@ -56,8 +60,7 @@ class Places(NamedTuple):
     Attributes:
       q_positions, q_segments: `[batch, length]` int32.
       k_positions, k_segments: `[batch, keys]` int32.
-      q_angles, k_angles: `(cos, sin)` to turn queries and keys by, each `[batch, length or keys, rotary_dim / 2]`; or
-        None.
+      q_angles, k_angles: what queries and keys are turned by, or None.
       window: a traced window, or None.
     """
 
@@ -65,8 +68,8 @@ class Places(NamedTuple):
     k_positions: jax.Array
     q_segments: jax.Array
     k_segments: jax.Array
-    q_angles: tuple[jax.Array, jax.Array] | None = None
-    k_angles: tuple[jax.Array, jax.Array] | None = None
+    q_angles: Angles | None = None
+    k_angles: Angles | None = None
     window: jax.Array | None = None
 
 
@@ -77,7 +80,7 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern:
       q: `[batch, length, heads, head_dim]`.
       k: `[batch, keys, kv_heads, head_dim]`; heads are a multiple of kv_heads and are never repeated in memory.
       v: like `k`.
-      places: positions, segments and window; segment 0 sees nothing.
+      places: positions, segments, angles and window; segment 0 sees nothing.
       pattern: the rest.
 
     Returns:
@@ -95,20 +98,16 @@ def _block(length: int, row_bytes: int) -> int:
     return min(length, -(-size // _SMALLEST) * _SMALLEST)
 
 
-def _by_rows(pattern: Pattern, function, block: int, arrays: tuple, *places):
-    """Maps a function of a few batch rows, or of one row's few heads, over all of them.
+def _by_rows(rows: int, function, arrays: tuple, *places):
+    """Maps a function of a few batch rows over all of them.
 
     Args:
-      pattern: whose budget says how many rows.
+      rows: how many at a time; divides the batch.
       function: of the rows' part of every array, and of every tree in `places`.
-      block: how many queries or keys a block of scores has.
       arrays: queries, keys, and others `[batch, length, heads, width]`.
       places: trees of what is small.
     """
-    (batch, length, heads, _), keys = arrays[0].shape, arrays[1].shape[1]
-    wide = keys if block < length or not pattern.aligned else length
-    row = heads * min(block, length) * wide * 4
-    rows = max((n for n in range(1, batch + 1) if batch % n == 0 and n * row <= pattern.budget), default=1)
+    batch = arrays[0].shape[0]
     if rows == batch:
         return function(*arrays, *places)
 
@@ -128,16 +127,12 @@ def _by_rows(pattern: Pattern, function, block: int, arrays: tuple, *places):
     return out if alone else jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), out)
 
 
-def _turned(x, angles):
-    return x if angles is None else rotate(x, *angles)
-
-
 def _by_heads(x, angles, kv_heads: int):
     """`[rows, length, heads, width]`, turned, as `[rows, kv_heads, groups, length, width]`."""
     rows, length, heads, width = x.shape
 
     def change(x, angles):
-        return _turned(x, angles).reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+        return rotate(x, angles).reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
 
     return apart(change)(x, angles)
 
@@ -148,7 +143,7 @@ def _by_tokens(x, angles):
     back = None if angles is None else (angles[0], -angles[1])
 
     def change(x, back):
-        return _turned(x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * groups, width), back)
+        return rotate(x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * groups, width), back)
 
     return apart(change)(x, back)
 
@@ -200,11 +195,10 @@ def _dot(a, b, contract: tuple[int, int]):
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _forward_rows(pattern: Pattern, window, q, k, v, places: Places):
+def _forward_rows(pattern: Pattern, window, size: int, q, k, v, places: Places):
     q, k, v = _laid_out(q, k, v, places)
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
-    size = _block(length, groups * keys * 4)
     outs, lses = [], []
     for low in range(0, length, size):
         high = min(length, low + size)
@@ -228,7 +222,7 @@ def _forward_rows(pattern: Pattern, window, q, k, v, places: Places):
     return _by_tokens(jnp.concatenate(outs, 3), None), jnp.concatenate(lses, 3)
 
 
-def _backward_rows(pattern: Pattern, window, q, k, v, out, d_out, places: Places, lse):
+def _backward_rows(pattern: Pattern, window, size: int, q, k, v, out, d_out, places: Places, lse):
     # A product with ones: XLA:CPU's own reduction of a fused product of this many dimensions is ten times slower.
     product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
     ones = jnp.ones(product.shape[-1], jnp.float32)
@@ -238,7 +232,6 @@ def _backward_rows(pattern: Pattern, window, q, k, v, out, d_out, places: Places
     q, k, v = _laid_out(q, k, v, places)
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
-    size = _block(keys, groups * length * 4)
     q_columns, d_columns = _columns(q), _columns(d_out)
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_ks, d_vs = [], []
@@ -291,9 +284,10 @@ def _attention(pattern: Pattern, q, k, v, places: Places):
 
 def _forward(pattern: Pattern, q, k, v, places: Places):
     window, rest = _split_window(pattern, places)
-    block = _block(q.shape[1], q.shape[2] // k.shape[2] * k.shape[1] * 4)
-    function = functools.partial(_forward_rows, pattern, window)
-    out, lse = _by_rows(pattern, function, block, (q, k, v), rest)
+    (batch, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
+    size = _block(length, heads // kv_heads * keys * 4)
+    function = functools.partial(_forward_rows, pattern, window, size)
+    out, lse = _by_rows(pattern.rows(batch, heads * size * keys * 4), function, (q, k, v), rest)
     out, lse = checkpoint_name(out, 'attention_out'), checkpoint_name(lse, 'attention_lse')
     return out, (q, k, v, places, out, lse)
 
@@ -301,9 +295,10 @@ def _forward(pattern: Pattern, q, k, v, places: Places):
 def _backward(pattern: Pattern, residuals, d_out):
     q, k, v, places, out, lse = residuals
     window, rest = _split_window(pattern, places)
-    block = _block(k.shape[1], q.shape[2] // k.shape[2] * q.shape[1] * 4)
-    function = functools.partial(_backward_rows, pattern, window)
-    gradients = _by_rows(pattern, function, block, (q, k, v, out, d_out), rest, lse)
+    (batch, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
+    size = _block(keys, heads // kv_heads * length * 4)
+    function = functools.partial(_backward_rows, pattern, window, size)
+    gradients = _by_rows(pattern.rows(batch, heads * size * length * 4), function, (q, k, v, out, d_out), rest, lse)
     return (*gradients, None)
 
 

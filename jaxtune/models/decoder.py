@@ -34,7 +34,7 @@ class Context(NamedTuple):
     q_segments: jax.Array
     k_positions: jax.Array
     k_segments: jax.Array
-    rope: tuple[jax.Array, jax.Array] | None
+    angles: rotary.Angles | None
     prompt: jax.Array | None = None
 
 
@@ -67,10 +67,10 @@ class Attention(_Part):
         q, k, v = self.project(x)
         if c.scale_by_layer:
             q = q / (layer.index + 1).astype(q.dtype)
-        prefix, rope = prefix_of(self), context.rope
-        if rope is not None and (cache is not None or prefix is not None):
+        prefix, angles = prefix_of(self), context.angles
+        if cache is not None or prefix is not None:
             # A cache keeps its keys turned, a prefix is not turned at all.
-            q, k, rope = rotary.rotate(q, *rope), rotary.rotate(k, *rope), None
+            q, k, angles = rotary.rotate(q, angles), rotary.rotate(k, angles), None
         k_positions, k_segments = context.k_positions, context.k_segments
         if cache is not None:
             cache = _write(cache, k, v, layer, context, prefix)
@@ -87,7 +87,7 @@ class Attention(_Part):
             q_segments=context.q_segments,
             k_segments=k_segments,
             scale=c.attention_scale,
-            angles=rope,
+            angles=angles,
             softcap=c.attention_softcap,
             window=c.windows[0] if len(set(c.windows)) == 1 else layer.window,
             implementation=self.implementation,

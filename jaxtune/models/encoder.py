@@ -25,16 +25,14 @@ from jaxtune.weights import materialise
 
 _NO_WINDOW = 2**30  # beyond every position
 
-Angles = tuple[jax.Array, jax.Array] | None
-
 
 class Context(NamedTuple):
     """What all layers share: where tokens are, and the rotary angles `(cos, sin)` of global and of local layers."""
 
     positions: jax.Array
     segments: jax.Array
-    angles: Angles
-    local_angles: Angles
+    angles: rotary.Angles | None
+    local_angles: rotary.Angles | None
 
 
 class _Part(Part):
@@ -64,9 +62,8 @@ class Attention(_Part):
             local = window < _NO_WINDOW
             angles = tuple(jnp.where(local, *pair) for pair in zip(context.local_angles, context.angles, strict=True))
         k_positions, k_segments = context.positions, context.segments
-        if prefix is not None:
-            if angles is not None:  # a prefix is not turned
-                q, k, angles = rotary.rotate(q, *angles), rotary.rotate(k, *angles), None
+        if prefix is not None:  # which is not turned
+            q, k, angles = rotary.rotate(q, angles), rotary.rotate(k, angles), None
             k, v = put_before(prefix, k, v)
             k_positions, k_segments = places_before(prefix[0].shape[0], k_positions, k_segments)
         y = attention(

@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxtune.parallel import platform
 
+Angles = tuple[jax.Array, jax.Array]  # cosine and sine, each `[batch, length, rotary_dim / 2]` float32
+
 TYPES = ('default', 'linear', 'dynamic', 'yarn', 'longrope', 'llama3')
 
 
@@ -136,15 +138,12 @@ _SCALINGS = {
 }
 
 
-def angles(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def angles(rope: Rope, positions: jax.Array) -> Angles:
     """Cosine and sine of every position's angles.
 
     Args:
       rope: the model's frequencies.
       positions: `[batch, length]` int32.
-
-    Returns:
-      `(cos, sin)`, each `[batch, length, rotary_dim / 2]` float32.
     """
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     if rope.long_frequencies is not None:
@@ -155,8 +154,14 @@ def angles(rope: Rope, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(turned) * rope.factor, jnp.sin(turned) * rope.factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the first `rotary_dim` dimensions of `[batch, length, heads, head_dim]`, pairing halves, in float32."""
+def rotate(x: jax.Array, angles: Angles | None) -> jax.Array:
+    """Turns the first `rotary_dim` dimensions of `[batch, length, heads, head_dim]`, pairing halves, in float32.
+
+    None leaves `x` as it is: a model without rotary positions.
+    """
+    if angles is None:
+        return x
+    cos, sin = angles
     half = cos.shape[-1]
     turn = _turn_pairs if platform() == 'cpu' else _turn_halves
     turned = turn(x[..., : 2 * half].astype(jnp.float32), cos[:, :, None], sin[:, :, None]).astype(x.dtype)
