@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
@@ -102,7 +103,7 @@ class LoRA(Weight):
 
     def _sum(self) -> jax.Array:
         """`base + scale * a @ b` in float32."""
-        return _sum((self.base, self.a_start, self.b_start, self.scale), self.a, self.b)
+        return _sum((self.base, self.a_start, self.b_start, self.scale), self.a, _scaled(self.scale, self.b))
 
     def lookup(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         rows = jnp.take(self.a, ids, axis=0).astype(dtype)
@@ -161,31 +162,45 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision='highest')
 
 
-def _sum(frozen: tuple, a: jax.Array, b: jax.Array) -> jax.Array:
+def _sum(frozen: tuple, a: jax.Array, scaled: jax.Array) -> jax.Array:
+    """`base + a @ scaled` in float32; where the factors have more rows or columns, the base goes on with zeros."""
     base, a_start, b_start, scale = frozen
-    scale = scale.astype(jnp.float32)[..., None, None]
-    wide = materialise(base).astype(jnp.float32) + scale * _product(a, b)
-    return wide if a_start is None else wide - scale * _product(a_start, b_start)
+    wide = materialise(base).astype(jnp.float32)
+    if a_start is not None:
+        wide = wide - _product(a_start, _scaled(scale, b_start))
+    more = (a.shape[-2] - wide.shape[-2], scaled.shape[-1] - wide.shape[-1])
+    return jnp.pad(wide, [(0, 0)] * (wide.ndim - 2) + [(0, n) for n in more]) + _product(a, scaled)
+
+
+def _scaled(scale: jax.Array, b: jax.Array) -> jax.Array:
+    return scale.astype(jnp.float32)[..., None, None] * b.astype(jnp.float32)
 
 
 @jax.custom_vjp
 def _sum_dot(x: jax.Array, frozen: tuple, a: jax.Array, b: jax.Array) -> jax.Array:
-    return _sum_dot_forward(x, frozen, a, b)[0]
+    return jnp.dot(x, _sum(frozen, a, _scaled(frozen[-1], b)))
 
 
 def _sum_dot_forward(x, frozen, a, b):
+    """`x @ a`, which the gradient of `b` needs, is made with the output, as more columns of one product.
+
+    A product as narrow as the rank takes as long as one several times as wide, and several of them 8 % of a step.
+    """
+    rank = a.shape[-1]
+    both = jnp.dot(x, _sum(frozen, a, jnp.concatenate([_scaled(frozen[-1], b), jnp.eye(rank)], axis=1)))
+    y, inner = (checkpoint_name(part, 'product') for part in (both[..., :-rank], both[..., -rank:]))
     # The sum is not kept: adding again costs less than the memory.
-    return jnp.dot(x, _sum(frozen, a, b)), (x, frozen, a, b)
+    return y, (x, frozen, a, b, inner)
 
 
 def _sum_dot_backward(residuals, d_y):
     """The factors' gradients go through the narrow products: the wide gradient of the sum is never made."""
-    x, frozen, a, b = residuals
-    d_x = lax.dot_general(d_y, _sum(frozen, a, b), (((d_y.ndim - 1,), (1,)), ((), ())))
-    scale = frozen[-1].astype(x.dtype)
-    inner = dot(x, a) * scale
-    d_inner = lax.dot_general(d_y, b.astype(d_y.dtype), (((d_y.ndim - 1,), (1,)), ((), ()))) * scale
-    d_a, d_b = kernel_gradient(x, d_inner), kernel_gradient(inner, d_y)
+    x, frozen, a, b, inner = residuals
+    rank, scale = a.shape[-1], frozen[-1].astype(x.dtype)
+    wide = _sum(frozen, jnp.concatenate([a.astype(jnp.float32), jnp.eye(rank)]), _scaled(frozen[-1], b))
+    both = lax.dot_general(d_y, wide, (((d_y.ndim - 1,), (1,)), ((), ())))
+    d_x, d_inner = both[..., :-rank], both[..., -rank:]
+    d_a, d_b = kernel_gradient(x, d_inner), kernel_gradient(inner * scale, d_y)
     return d_x, None, d_a.astype(a.dtype), d_b.astype(b.dtype)
 
 
