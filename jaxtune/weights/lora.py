@@ -163,13 +163,17 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _sum(frozen: tuple, a: jax.Array, scaled: jax.Array) -> jax.Array:
-    """`base + a @ scaled` in float32; where the factors have more rows or columns, the base goes on with zeros."""
+    """`base + a @ scaled` in float32; one layer's factors may reach beyond the base, where it counts as zeros."""
     base, a_start, b_start, scale = frozen
     wide = materialise(base).astype(jnp.float32)
     if a_start is not None:
         wide = wide - _product(a_start, _scaled(scale, b_start))
-    more = (a.shape[-2] - wide.shape[-2], scaled.shape[-1] - wide.shape[-1])
-    return jnp.pad(wide, [(0, 0)] * (wide.ndim - 2) + [(0, n) for n in more]) + _product(a, scaled)
+    product = _product(a, scaled)
+    if product.shape == wide.shape:
+        return wide + product
+    inputs, outputs = wide.shape
+    # In place: a sum with a padded base would ask of every number whether it is one of the base's.
+    return lax.dynamic_update_slice(product, wide + product[:inputs, :outputs], (0, 0))
 
 
 def _scaled(scale: jax.Array, b: jax.Array) -> jax.Array:
@@ -194,7 +198,7 @@ def _sum_dot_forward(x, frozen, a, b):
 
 
 def _sum_dot_backward(residuals, d_y):
-    """The factors' gradients go through the narrow products: the wide gradient of the sum is never made."""
+    """The wide gradient of the sum is never made; `d_y @ b.T` comes with `d_x`, as `x @ a` came with the output."""
     x, frozen, a, b, inner = residuals
     rank, scale = a.shape[-1], frozen[-1].astype(x.dtype)
     wide = _sum(frozen, jnp.concatenate([a.astype(jnp.float32), jnp.eye(rank)]), _scaled(frozen[-1], b))
