@@ -12,10 +12,12 @@ import pathlib
 
 from recipe_runs import run_recipe
 
+# A method, and how it begins where that is not its default.
 RATES = {
     'full': (3e-4, 1e-3, 3e-3),
     'lora': (1e-3, 3e-3, 1e-2),
     'qlora': (1e-3, 3e-3, 1e-2),
+    'qlora-loftq': (1e-3, 3e-3, 1e-2),
     'adapter': (1e-3, 3e-3, 1e-2),
     'prompt': (3e-2, 1e-1, 3e-1),
 }
@@ -41,21 +43,22 @@ def main() -> None:
     before = run('evaluate.py', workdir / 'before', score)['eval/loss']
     best = {}
     for method, rates in RATES.items():
+        name, _, init = method.partition('-')
         for rate in rates:
             keys = common | {
-                'data.train': args.train, 'train.steps': args.steps, 'method.name': method, 'optimizer.lr': rate,
+                'data.train': args.train, 'train.steps': args.steps, 'method.name': name, 'optimizer.lr': rate,
                 'optimizer.weight_decay': 0.0, 'optimizer.warmup_steps': args.steps // 10, 'eval.every': 0,
                 'eval.patience': 0,
-            }  # fmt: skip
+            } | ({'method.init': init} if init else {})  # fmt: skip
             found = run('finetune_full.py', workdir / f'{method}-{rate:g}', keys) | {'rate': rate}
             if method not in best or found['eval/loss'] < best[method]['eval/loss']:
                 best[method] = found
     drop = before - best['full']['eval/loss']
     print(f'before: {before:.4f}')
-    print('method    rate    loss    recovered  trainable      s/update  peak MiB')
+    print('method       rate    loss    recovered  trainable      s/update  peak MiB')
     for method, found in best.items():
         print(
-            f'{method:9} {found["rate"]:<7g} {found["eval/loss"]:.4f}  {(before - found["eval/loss"]) / drop:8.1%}  '
+            f'{method:12} {found["rate"]:<7g} {found["eval/loss"]:.4f}  {(before - found["eval/loss"]) / drop:8.1%}  '
             f'{found["trainable"]:>10,}  {found["train/step_seconds"]:8.3f}  {found["memory/peak_bytes"] >> 20:,}'
         )
 
