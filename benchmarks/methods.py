@@ -12,14 +12,14 @@ import pathlib
 
 from recipe_runs import run_recipe
 
-# A method, and how it begins where that is not its default.
-RATES = {
-    'full': (3e-4, 1e-3, 3e-3),
-    'lora': (1e-3, 3e-3, 1e-2),
-    'qlora': (1e-3, 3e-3, 1e-2),
-    'qlora-loftq': (1e-3, 3e-3, 1e-2),
-    'adapter': (1e-3, 3e-3, 1e-2),
-    'prompt': (3e-2, 1e-1, 3e-1),
+# Rows of the table: what is set beside the method's defaults, and three learning rates.
+ROWS = {
+    'full': ({'name': 'full'}, (3e-4, 1e-3, 3e-3)),
+    'lora': ({'name': 'lora'}, (3e-3, 1e-2, 3e-2)),
+    'qlora': ({'name': 'qlora'}, (3e-3, 1e-2, 3e-2)),
+    'qlora+loftq': ({'name': 'qlora', 'init': 'loftq'}, (3e-3, 1e-2, 3e-2)),
+    'adapter': ({'name': 'adapter'}, (1e-3, 3e-3, 1e-2)),
+    'prompt': ({'name': 'prompt'}, (3e-2, 1e-1, 3e-1)),
 }
 
 
@@ -42,23 +42,22 @@ def main() -> None:
     score = {name: value for name, value in common.items() if not name.startswith(('train.', 'optimizer.'))}
     before = run('evaluate.py', workdir / 'before', score)['eval/loss']
     best = {}
-    for method, rates in RATES.items():
-        name, _, init = method.partition('-')
+    for row, (method, rates) in ROWS.items():
         for rate in rates:
-            keys = common | {
-                'data.train': args.train, 'train.steps': args.steps, 'method.name': name, 'optimizer.lr': rate,
+            keys = common | {f'method.{key}': value for key, value in method.items()} | {
+                'data.train': args.train, 'train.steps': args.steps, 'optimizer.lr': rate,
                 'optimizer.weight_decay': 0.0, 'optimizer.warmup_steps': args.steps // 10, 'eval.every': 0,
                 'eval.patience': 0,
-            } | ({'method.init': init} if init else {})  # fmt: skip
-            found = run('finetune_full.py', workdir / f'{method}-{rate:g}', keys) | {'rate': rate}
-            if method not in best or found['eval/loss'] < best[method]['eval/loss']:
-                best[method] = found
+            }  # fmt: skip
+            found = run('finetune_full.py', workdir / f'{row}-{rate:g}', keys) | {'rate': rate}
+            if row not in best or found['eval/loss'] < best[row]['eval/loss']:
+                best[row] = found
     drop = before - best['full']['eval/loss']
     print(f'before: {before:.4f}')
     print('method       rate    loss    recovered  trainable      s/update  peak MiB')
-    for method, found in best.items():
+    for row, found in best.items():
         print(
-            f'{method:12} {found["rate"]:<7g} {found["eval/loss"]:.4f}  {(before - found["eval/loss"]) / drop:8.1%}  '
+            f'{row:12} {found["rate"]:<7g} {found["eval/loss"]:.4f}  {(before - found["eval/loss"]) / drop:8.1%}  '
             f'{found["trainable"]:>10,}  {found["train/step_seconds"]:8.3f}  {found["memory/peak_bytes"] >> 20:,}'
         )
 

@@ -11,7 +11,10 @@ _CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
 
 def run_recipe(recipe: str, workdir: pathlib.Path, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs a recipe of `configs/` in a process of its own; returns the metrics of its `result.json`."""
+    """Runs a recipe of `configs/` in a process of its own; returns the metrics of its `result.json`.
+
+    A run that fails has said why: this process ends with its exit status.
+    """
     flags = [f'--config.{name}={value}' for name, value in keys.items()]
     words = [
         sys.executable,
@@ -23,5 +26,6 @@ def run_recipe(recipe: str, workdir: pathlib.Path, keys: Mapping[str, Any]) -> d
         str(workdir),
         *flags,
     ]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    if status := subprocess.run(words, stdout=subprocess.DEVNULL).returncode:
+        raise SystemExit(status)
     return json.loads((workdir / 'result.json').read_text())['metrics']

@@ -162,22 +162,28 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision='highest')
 
 
-def _sum(frozen: tuple, a: jax.Array, scaled: jax.Array) -> jax.Array:
-    """`base + a @ scaled` in float32; one layer's factors may reach beyond the base, where it counts as zeros."""
+def _begun(frozen: tuple) -> jax.Array:
+    """The frozen part of the sum, in float32: the base, less the product that training began with."""
     base, a_start, b_start, scale = frozen
     wide = materialise(base).astype(jnp.float32)
-    if a_start is not None:
-        wide = wide - _product(a_start, _scaled(scale, b_start))
-    product = _product(a, scaled)
-    if product.shape == wide.shape:
-        return wide + product
-    inputs, outputs = wide.shape
+    return wide if a_start is None else wide - _product(a_start, _scaled(scale, b_start))
+
+
+def _sum(frozen: tuple, a: jax.Array, scaled: jax.Array) -> jax.Array:
+    """`base + a @ scaled` in float32."""
+    return _begun(frozen) + _product(a, scaled)
+
+
+def _wider_sum(frozen: tuple, a: jax.Array, scaled: jax.Array) -> jax.Array:
+    """`base + a @ scaled` in float32, for one layer's factors that reach beyond the base, where it counts as zeros."""
+    base, product = _begun(frozen), _product(a, scaled)
+    inputs, outputs = base.shape
     # In place: a sum with a padded base would ask of every number whether it is one of the base's.
-    return lax.dynamic_update_slice(product, wide + product[:inputs, :outputs], (0, 0))
+    return lax.dynamic_update_slice(product, base + product[:inputs, :outputs], (0, 0))
 
 
 def _scaled(scale: jax.Array, b: jax.Array) -> jax.Array:
-    return scale.astype(jnp.float32)[..., None, None] * b.astype(jnp.float32)
+    return scale.astype(jnp.float32)[..., None, None] * b
 
 
 @jax.custom_vjp
@@ -191,7 +197,7 @@ def _sum_dot_forward(x, frozen, a, b):
     A product as narrow as the rank takes as long as one several times as wide, and several of them 8 % of a step.
     """
     rank = a.shape[-1]
-    both = jnp.dot(x, _sum(frozen, a, jnp.concatenate([_scaled(frozen[-1], b), jnp.eye(rank)], axis=1)))
+    both = jnp.dot(x, _wider_sum(frozen, a, jnp.concatenate([_scaled(frozen[-1], b), jnp.eye(rank)], axis=1)))
     y, inner = (checkpoint_name(part, 'product') for part in (both[..., :-rank], both[..., -rank:]))
     # The sum is not kept: adding again costs less than the memory.
     return y, (x, frozen, a, b, inner)
@@ -201,7 +207,7 @@ def _sum_dot_backward(residuals, d_y):
     """The wide gradient of the sum is never made; `d_y @ b.T` comes with `d_x`, as `x @ a` came with the output."""
     x, frozen, a, b, inner = residuals
     rank, scale = a.shape[-1], frozen[-1].astype(x.dtype)
-    wide = _sum(frozen, jnp.concatenate([a.astype(jnp.float32), jnp.eye(rank)]), _scaled(frozen[-1], b))
+    wide = _wider_sum(frozen, jnp.concatenate([a, jnp.eye(rank)]), _scaled(frozen[-1], b))
     both = lax.dot_general(d_y, wide, (((d_y.ndim - 1,), (1,)), ((), ())))
     d_x, d_inner = both[..., :-rank], both[..., -rank:]
     d_a, d_b = kernel_gradient(x, d_inner), kernel_gradient(inner * scale, d_y)
