@@ -117,6 +117,8 @@ def main() -> None:
     parser.add_argument('--beside', default='', metavar='COMMAND')
     parser.add_argument('--rounds', type=int, default=1)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f'--rounds={args.rounds}: expected 1 or more')
     if not args.beside:
         huge_pages.begin()  # as the command does
         print(json.dumps(measure(args.method, args.steps, args.batch, args.length, args.accumulate)), flush=True)

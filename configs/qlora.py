@@ -7,7 +7,9 @@ Without flags it tunes what configs/quickstart.py trained, on the same text; `--
 of held-out text, and stops when they no longer improve. Kernels become NF4 while they are read, so
 that the wide model is never in memory; the optimizer's state has eight bits (`optimizer.offload=True` would keep it in
 pinned host memory instead). `export/` holds the dequantised weights that were trained against, with the adapter merged
-in. On accelerators add `--config.model.param_dtype=bfloat16 --config.model.compute_dtype=bfloat16`.
+in. On a small model, whose weights four bits round coarsely, `--config.method.init=loftq` begins with factors that make
+up for part of the rounding (arXiv:2310.08659). On accelerators add
+`--config.model.param_dtype=bfloat16 --config.model.compute_dtype=bfloat16`.
 """
 
 from ml_collections import ConfigDict
