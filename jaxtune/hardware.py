@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from jaxtune.parallel import compiler_options
+
 # Published dense bfloat16 FLOPs a second with float32 sums, of a whole TPU chip or GPU. The first entry that
 # `device_kind` starts with counts.
 PEAK_FLOPS = {
@@ -68,7 +70,7 @@ def cpu_peak(seconds: float = 0.2) -> float:
         nonlocal best
         n = 1024
         x = jnp.ones((n, n), jnp.float32)
-        product = jax.jit(jnp.matmul)
+        product = jax.jit(jnp.matmul, compiler_options=compiler_options())
         product(x, x).block_until_ready()
         end = time.perf_counter() + seconds
         while (now := time.perf_counter()) < end:
