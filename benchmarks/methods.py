@@ -20,7 +20,7 @@ ROWS = {
     'lora': ({'name': 'lora'}, (3e-3, 1e-2, 3e-2)),
     'qlora': ({'name': 'qlora'}, (3e-3, 1e-2, 3e-2)),
     'qlora+loftq': ({'name': 'qlora', 'init': 'loftq'}, (3e-3, 1e-2, 3e-2)),
-    'adapter': ({'name': 'adapter'}, (1e-3, 3e-3, 1e-2)),
+    'adapter': ({'name': 'adapter'}, (3e-3, 1e-2, 3e-2)),
     'prompt': ({'name': 'prompt'}, (3e-2, 1e-1, 3e-1)),
 }
 
