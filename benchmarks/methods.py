@@ -48,7 +48,6 @@ def main() -> None:
     before = run('evaluate.py', workdir / 'before', score)['eval/loss']
     print(f'before: {before:.4f}')
     print('method       rate    loss    recovered  trainable      s/update  peak MiB', flush=True)
-    drop = None
     for row in dict.fromkeys(['full', *args.rows.split(',')]):
         method, rates = ROWS[row]
         found = []
@@ -60,7 +59,8 @@ def main() -> None:
             }  # fmt: skip
             found.append(run('finetune_full.py', workdir / f'{row}-{rate:g}', keys) | {'rate': rate})
         best = min(found, key=lambda each: each['eval/loss'])
-        drop = drop or before - best['eval/loss']
+        if row == 'full':
+            drop = before - best['eval/loss']
         print(
             f'{row:12} {best["rate"]:<7g} {best["eval/loss"]:.4f}  {(before - best["eval/loss"]) / drop:8.1%}  '
             f'{best["trainable"]:>10,}  {best["train/step_seconds"]:8.3f}  {best["memory/peak_bytes"] >> 20:,}',
