@@ -100,7 +100,8 @@ def test_every_card_has_its_multiprocessor():
 
 @needs_libtpu
 def test_tpu_slices_by_name():
-    for name, count, hosts in (('v5e:1x1', 1, 1), ('v5e:16x16', 256, 64), ('v5p:2x2x1', 4, 1), ('v6e:4x4', 16, 4)):
+    slices = (('v5e:1x1', 1, 1), ('v5e:1x2', 2, 1), ('v5e:16x16', 256, 64), ('v6e:4x4', 16, 4))
+    for name, count, hosts in (*slices, ('v5p:1x1x1', 1, 1), ('v5p:2x2x1', 4, 1), ('v5p:2x2x2', 8, 2)):
         devices = topology_devices(name)
         assert (len(devices), len({device.process_index for device in devices})) == (count, hosts)
         assert devices[0].platform == 'tpu'

@@ -14,6 +14,7 @@ from jaxtune.errors import UserError
 # GiB of a device's memory that XLA's TPU compiler hands out; the rest of the HBM is the runtime's. v2, v3, v4 and
 # tpu7x show each of a chip's two cores as a device of its own.
 TPU_GIB = {'v2': 7.48, 'v3': 15.48, 'v4': 15.25, 'v5e': 15.75, 'v5p': 95.73, 'v6e': 31.24, 'tpu7x': 94.74}
+_HOST = (2, 2, 1)  # chips of a host along each axis
 _TPU_EXAMPLES = 'v5e:4x4, v5p:2x2x1, v6e:16x16, tpu7x:2x2x1'
 
 # What a program can count on of a GPU's memory: the driver, the CUDA context and NCCL's buffers take the rest.
@@ -114,8 +115,11 @@ def _tpu(name: str) -> list[jax.Device]:
             ('SKIP_MDS_QUERY', '1'),
         ):
             os.environ.setdefault(f'TPU_{key}', value)
+    chips = (*map(int, name.partition(':')[2].split('x')), 1)[:3]
+    # Less than a host's 2 x 2 chips are a host of their own; some versions of libtpu refuse them if that is not said.
+    bounds = {'chips_per_host_bounds': chips} if all(n <= most for n, most in zip(chips, _HOST, strict=True)) else {}
     try:
-        return list(topologies.get_topology_desc(name, platform='tpu').devices)
+        return list(topologies.get_topology_desc(name, platform='tpu', **bounds).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition(': ')[2].splitlines()[0]
         raise UserError(f'compile.topology={name!r}: expected a slice such as {_TPU_EXAMPLES}: {reason}') from None
