@@ -136,6 +136,19 @@ def test_a_small_model_fits_a_tpu_and_a_huge_one_does_not(tmp_path, capsys):
     )  # weights and two moments in float32 on 4 chips
 
 
+@needs_libtpu
+def test_no_copy_of_all_layers_codes(tmp_path, capsys):
+    """XLA would turn the codes of a whole stack before the scan over the layers."""
+    layers, width = 128, 512
+    fields = {'hidden_size': width, 'intermediate_size': width, 'num_hidden_layers': layers, 'num_key_value_heads': 4}
+    settings = {'compile__topology': 'v5p:1x1x1', 'model__compute_dtype': 'bfloat16', 'model__remat': 'full'}
+    settings |= {'method__name': 'qlora', 'method__rank': 1, 'train__batch_size': 1}
+    found = compiled(recipe(fields=fields, **settings), tmp_path, capsys)
+    codes = layers * 7 * width * width // 2
+    assert found['argument_bytes'] > codes
+    assert found['temp_bytes'] < codes
+
+
 def test_the_compiler_s_refusals_are_read():
     assert refused_bytes('Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.') == 20.5 * 2**30
     text = 'the total memory required for HLO temporaries (512.00G) exceeds available HBM (15.75G)'

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.parallel import AXES, axis_size
@@ -143,7 +144,12 @@ def _values_by_table(codes: jax.Array) -> jax.Array:
 
 
 def _values_by_choice(codes: jax.Array) -> jax.Array:
-    """The same without lookups, and without a dimension of two, which a TPU's tiles would fill up to 128."""
+    """The same without lookups, and without a dimension of two, which a TPU's tiles would fill up to 128.
+
+    Rows become the lanes first, for between lanes putting zeros is slow. Left to itself, XLA does so before the scan
+    over the layers, with a copy of the whole stack.
+    """
+    codes = with_layout_constraint(with_layout_constraint(codes, Layout((0, 1))), Layout((1, 0)))
     high, low = (codes >> 4).astype(jnp.int32), (codes & 15).astype(jnp.int32)
     zero = jnp.int32(0)
     both = lax.pad(high, zero, [(0, 0, 0), (0, 1, 1)]) + lax.pad(low, zero, [(0, 0, 0), (1, 0, 1)])

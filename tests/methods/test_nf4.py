@@ -58,6 +58,14 @@ def test_bit_for_bit(name, double_quant):
     np.testing.assert_array_equal(dequantised, theirs.dequantize_4bit(codes, state).numpy())
 
 
+@pytest.mark.parametrize('shape', [(64, 96), (5, 3), (1, 1)])
+def test_a_tpu_finds_the_same_values(shape):
+    codes = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    found, expected = (jax.jit(values)(codes) for values in (nf4._values_by_choice, nf4._values_by_table))
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(np.asarray(found)[:, ::2], VALUES[codes >> 4])
+
+
 @pytest.mark.parametrize('count', [1, 7, 8, 31, 100, 1001, 4097, 32767, 70001])
 def test_the_mean_is_torch_s(count):
     values = np.random.default_rng(count).random(count).astype(np.float32)
