@@ -7,8 +7,7 @@ LLaMA-65B's shapes, rank 64 on all linear layers, sequences of 512, one at a tim
 under 48 GB, arXiv:2305.14314). Seen: 46.7 GB for v5p:1x1x1, 47.3 GB for an A100, 47.4 GB for an H200, of which weights
 and state are 39.3 GB; with the shapes of LLaMA-7B and sequences of 1,024: 7.2 GB and 7.3 GB. The TPU's were seen with
 libtpu 0.0.42.1; 0.0.52 needs 45.2 GB and 6.5 GB. A TPU topology needs `pip install 'jaxtune[tpu]'`, a CUDA card
-`'jaxtune[cuda]'`. To train one, set `task=train`, `model.path`,
-`data.train` and `data.eval`.
+`'jaxtune[cuda]'`. To train one, set `task=train`, `model.path`, `data.train` and `data.eval`.
 """
 
 from ml_collections import ConfigDict
