@@ -147,9 +147,10 @@ def _values_by_choice(codes: jax.Array) -> jax.Array:
     """The same without lookups, and without a dimension of two, which a TPU's tiles would fill up to 128.
 
     Rows become the lanes first, for between lanes putting zeros is slow. Left to itself, XLA does so before the scan
-    over the layers, with a copy of the whole stack.
+    over the layers, with a copy of the whole stack; on a mesh it is, for XLA's partitioner would gather the codes.
     """
-    codes = with_layout_constraint(with_layout_constraint(codes, Layout((0, 1))), Layout((1, 0)))
+    if axis_size(*AXES) == 1:
+        codes = with_layout_constraint(with_layout_constraint(codes, Layout((0, 1))), Layout((1, 0)))
     high, low = (codes >> 4).astype(jnp.int32), (codes & 15).astype(jnp.int32)
     zero = jnp.int32(0)
     both = lax.pad(high, zero, [(0, 0, 0), (0, 1, 1)]) + lax.pad(low, zero, [(0, 0, 0), (1, 0, 1)])
