@@ -149,6 +149,19 @@ def test_no_copy_of_all_layers_codes(tmp_path, capsys):
     assert found['temp_bytes'] < codes
 
 
+@needs_libtpu
+def test_a_mesh_gathers_no_codes(tmp_path, capsys, monkeypatch):
+    """Each device widens its own rows of them."""
+    texts, read = [], compile_task._text
+    monkeypatch.setattr(compile_task, '_text', lambda program: texts.append(read(program)) or texts[-1])
+    fields = {'hidden_size': 512, 'intermediate_size': 1024, 'num_key_value_heads': 4}
+    settings = {'compile__topology': 'v5e:2x2', 'mesh__data': 1, 'mesh__fsdp': 4, 'method__name': 'qlora'}
+    compiled(recipe(fields=fields, model__compute_dtype='bfloat16', **settings), tmp_path, capsys)
+    gathered = [line for line in texts[0].splitlines() if ' all-gather' in line]
+    assert gathered
+    assert not [line for line in gathered if ' u8[' in line or '(u8[' in line]
+
+
 def test_the_compiler_s_refusals_are_read():
     assert refused_bytes('Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.') == 20.5 * 2**30
     text = 'the total memory required for HLO temporaries (512.00G) exceeds available HBM (15.75G)'
