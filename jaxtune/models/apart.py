@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from jaxtune.parallel import one_cpu
+from jaxtune.parallel import in_order, one_cpu
 
 
 def apart(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -22,7 +21,7 @@ def apart(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def in_rows(*arrays) -> jax.Array:
         result = function(*arrays)
-        return with_layout_constraint(result, Layout(tuple(range(result.ndim))))
+        return in_order(result, *range(result.ndim))
 
     def called(*arrays) -> jax.Array:
         with set_xla_metadata(inlineable='false'):

@@ -1,7 +1,17 @@
 """The device mesh: its axes, how parameters and batches lie on it, and how many hosts become one program."""
 
 from jaxtune.parallel.batches import batch_sharding, place
-from jaxtune.parallel.mesh import AXES, BATCH_AXES, axis_size, constrain, make_mesh, one_cpu, platform
+from jaxtune.parallel.mesh import (
+    AXES,
+    BATCH_AXES,
+    axis_size,
+    constrain,
+    in_order,
+    make_mesh,
+    one_cpu,
+    one_device,
+    platform,
+)
 from jaxtune.parallel.options import compiler_options
 from jaxtune.parallel.rules import RULES, match_rules, shardings, state_specs
 
@@ -13,9 +23,11 @@ __all__ = [
     'batch_sharding',
     'compiler_options',
     'constrain',
+    'in_order',
     'make_mesh',
     'match_rules',
     'one_cpu',
+    'one_device',
     'place',
     'platform',
     'shardings',

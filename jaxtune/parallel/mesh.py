@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxtune.errors import UserError
@@ -94,6 +95,19 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def one_device() -> bool:
+    """Whether the program being traced will run on one device."""
+    return axis_size(*AXES) == 1
+
+
 def one_cpu() -> bool:
     """Whether the program being traced will run on one CPU device."""
-    return platform() == 'cpu' and axis_size(*AXES) == 1
+    return platform() == 'cpu' and one_device()
+
+
+def in_order(x: jax.Array, *dims: int) -> jax.Array:
+    """`x` as it is, laid out in memory with its dimensions in this order, the last of them the fastest.
+
+    On a mesh XLA decides: its partitioner would gather an array to lay it out.
+    """
+    return with_layout_constraint(x, Layout(dims)) if one_device() else x

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.parallel import AXES, axis_size, platform
+from jaxtune.parallel import in_order, platform
 from jaxtune.weights.leaf import Fit, Weight, dot, kernel_gradient, lookup, materialise
 
 
@@ -153,11 +152,9 @@ def _as_stacked(factor: jax.Array) -> jax.Array:
     """A layer's factor in the layout of the stack that it is a slice of.
 
     XLA's GPU compiler wants it the other way round, and would transpose a copy of the whole stack before the scan over
-    the layers: 1 GB for a model of 65 billion parameters at rank 64. On a mesh it may: its partitioner would gather
-    the factor.
+    the layers: 1 GB for a model of 65 billion parameters at rank 64.
     """
-    alone = platform() in ('gpu', 'cuda') and axis_size(*AXES) == 1
-    return with_layout_constraint(factor, Layout((0, 1))) if alone else factor
+    return in_order(factor, 0, 1) if platform() in ('gpu', 'cuda') else factor
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.parallel import AXES, axis_size
+from jaxtune.parallel import in_order, one_device
 from jaxtune.weights.blockwise8 import decode, stepped_code
 from jaxtune.weights.leaf import Fit, Weight
 
@@ -111,7 +110,7 @@ class NF4(Weight):
     def count(self) -> int:
         """Into how many pieces the rows of one layer are cut."""
         rows = self.codes.shape[0]
-        least = min(rows, max(1, self.codes.size // _PART)) if axis_size(*AXES) == 1 else 1
+        least = min(rows, max(1, self.codes.size // _PART)) if one_device() else 1
         return next(n for n in range(least, rows + 1) if rows % n == 0)
 
     def specs(self, spec: P, fit: Fit) -> 'NF4':
@@ -147,10 +146,9 @@ def _values_by_choice(codes: jax.Array) -> jax.Array:
     """The same without lookups, and without a dimension of two, which a TPU's tiles would fill up to 128.
 
     Rows become the lanes first, for between lanes putting zeros is slow. Left to itself, XLA does so before the scan
-    over the layers, with a copy of the whole stack; on a mesh it is, for XLA's partitioner would gather the codes.
+    over the layers, with a copy of the whole stack.
     """
-    if axis_size(*AXES) == 1:
-        codes = with_layout_constraint(with_layout_constraint(codes, Layout((0, 1))), Layout((1, 0)))
+    codes = in_order(in_order(codes, 0, 1), 1, 0)
     high, low = (codes >> 4).astype(jnp.int32), (codes & 15).astype(jnp.int32)
     zero = jnp.int32(0)
     both = lax.pad(high, zero, [(0, 0, 0), (0, 1, 1)]) + lax.pad(low, zero, [(0, 0, 0), (1, 0, 1)])
