@@ -11,11 +11,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import methods, models, objectives, peft, tuning
+from jaxtune import methods, models, objectives, peft, rl, tuning
+from jaxtune.config import TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.methods import lora
-from jaxtune.models import hf, hub
+from jaxtune.models import hf, hub, value
 from jaxtune.parallel import match_rules, shardings
 
 
@@ -69,7 +70,7 @@ def adapter_folders(config: ConfigDict) -> dict[str, str]:
     folders = {path: peft.find(path) for path in paths}
     if not folders and config.model.path and (folder := adapter_in(config.model.path)):
         folders = {config.model.path: folder}
-    if folders and config.task == 'train':
+    if folders and config.task in TRAINING:
         (folder,) = folders.values()
         name = peft.METHODS[peft.read_config(folder)['peft_type']]
         if config.method.name.removeprefix('q') != name:
@@ -90,7 +91,8 @@ def tokenizer_folder(config: ConfigDict) -> str:
 
 def _reads_rows(config: ConfigDict) -> bool:
     """Whether the task reads rows of `data.seq_len` tokens."""
-    return config.task in ('train', 'evaluate', 'compile') or (config.task == 'export' and config.export.requantise)
+    requantises = config.task == 'export' and config.export.requantise
+    return config.task in (*TRAINING, 'evaluate', 'compile') or requantises
 
 
 def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
@@ -180,17 +182,36 @@ def _head(config: ConfigDict, fields: dict[str, Any], folder: str) -> tuple[dict
         if head != 'lm':
             fields = fields | objective.label_fields(config)
     else:
-        head = _folder_head(folder) if folder else 'lm'
+        head = folder_head(folder) if folder else 'lm'
         if head == 'classification' and models.KINDS[fields['model_type']] == 'decoder':
             head = 'reward'
     return ({} if head == 'lm' else {'head': head, 'labels': len(fields.get('id2label') or (0, 1))}), fields
 
 
-def _folder_head(folder: str) -> str:
+def folder_head(folder: str) -> str:
     """The head of the class that a folder was saved from."""
     names = json.loads((hub.resolve(folder) / 'config.json').read_text('utf-8')).get('architectures') or ['']
     endings = {'ForSequenceClassification': 'classification', 'ForTokenClassification': 'token_classification'}
     return next((head for ending, head in endings.items() if names[0].endswith(ending)), 'lm')
+
+
+def assemble_other(config: ConfigDict, mesh: Mesh, path: str, objective: str = '') -> Assembly:
+    """Another model than the recipe's own, to be asked: what is at `path`, whole, with its own tokenizer.
+
+    Args:
+      config: the recipe.
+      mesh: the mesh.
+      path: folder, hub id or workdir; an adapter's own base comes with it.
+      objective: whose head it is to have; '' = the recipe's.
+
+    Raises:
+      UserError: as `assemble`.
+    """
+    config = copy.deepcopy(config)
+    config.task, config.model.path = 'evaluate', path
+    config.objective = objective or config.objective
+    config.tokenizer.path, config.method.name, config.method.path = '', 'full', ''
+    return assemble(config, mesh)
 
 
 def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
@@ -221,7 +242,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
         adapters[name] = tuning.attach(init, params, mesh, arrays)
     if adapters:
         params = next(iter(adapters.values()))
-    elif config.task == 'train':
+    elif config.task in TRAINING:
         config = copy.deepcopy(config)
         if config.method.init_text:
             config.method.init_ids = tokenizer(config.method.init_text, add_special_tokens=False).input_ids
@@ -230,5 +251,8 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
             if not folder:
                 raise UserError('method.init=loftq: expected model.path, a model whose weights were quantised')
             params = lora.make_up(params, hf.kernels(folder, model))
+    if config.task in rl.ALGORITHMS and rl.get(config.task).VALUE:
+        params = tuning.attach(lambda params: value.with_value(params, model), params, mesh)
+        fresh |= value.PATHS
     several = adapters if len(adapters) > 1 else {}
     return Assembly(model, params, specs, tokenizer, fresh, folder, several)

@@ -33,7 +33,7 @@ class Completer:
         self.mesh, self.batch_size, self.tokenizer = mesh, batch_size, parts.tokenizer
         self.answers = parts.model.kind == 'encdec'  # what it writes does not go on from what it read
         settings = config.generate
-        sampling = from_config(settings, parts.tokenizer, parts.model, _end_of_answer(parts.tokenizer))
+        sampling = from_config(settings, parts.tokenizer, parts.model, end_of_answer(parts.tokenizer))
         self.pad_id, root = sampling.pad_id, jax.random.key(config.seed)
 
         def run(params, batch):
@@ -68,7 +68,7 @@ def sample_record(prompt: Prompt, completion: str, step: int) -> dict[str, Any]:
     return line
 
 
-def _end_of_answer(tokenizer) -> list[int]:
+def end_of_answer(tokenizer) -> list[int]:
     """What ends an answer by the chat template, where the tokenizer has one."""
     if not tokenizer.chat_template:
         return []

@@ -24,6 +24,8 @@ class Free:
 
 _dtype = one_of('float32', 'bfloat16')
 
+TRAINING = ('train', 'ppo', 'grpo')  # tasks that change weights
+
 SCHEMA: dict[str, Key | Free] = {
     'task': Key(
         'train',
@@ -92,7 +94,7 @@ SCHEMA: dict[str, Key | Free] = {
     'method.init_text': Key('', text, 'prompt tuning: text whose embeddings they start from; empty = random'),
     'method.prefix': Key(False, boolean, 'prompt tuning: train keys and values in every layer instead (prefix tuning)'),
     'data.train': Key('', text, 'a path, glob, folder, dataset id, python-stdlib or @STAGE'),
-    'data.eval': Key('', text, 'the same, held out; generate and RL take their prompts from it'),
+    'data.eval': Key('', text, 'the same, held out; generate takes its prompts from it'),
     'data.format': Key(
         'auto',
         one_of('auto', 'text', 'pair', 'alpaca', 'sharegpt', 'messages', 'prompt', 'preference'),
@@ -197,15 +199,17 @@ SCHEMA: dict[str, Key | Free] = {
     'generate.bleu_tokenize': Key(
         '13a', one_of('13a', 'zh', 'intl', 'char', 'none'), "words of BLEU's score; zh for Chinese"
     ),
-    'rl.rollouts': Key(64, integer(1), 'completions sampled an update'),
-    'rl.group': Key(8, integer(2), 'grpo: completions a prompt'),
-    'rl.kl_coef': Key(0.05, number(0), 'weight of the divergence from the reference'),
-    'rl.clip': Key(0.2, number(above=0), 'PPO: clip range of the probability ratio'),
-    'rl.value_clip': Key(0.2, number(0), 'PPO: clip range of the value; 0 = off'),
-    'rl.gamma': Key(1.0, number(0, 1), 'PPO: discount'),
-    'rl.gae_lambda': Key(0.95, number(0, 1), 'PPO: generalised advantage estimation'),
-    'rl.epochs': Key(4, integer(1), 'PPO: passes over each batch of rollouts'),
-    'rl.reward': Key('', text, 'a reward-model workdir, @STAGE, or module:function'),
+    'rl.reward': Key('', text, 'what scores answers: a reward model (workdir, folder, @STAGE), or module:function'),
+    'rl.rollouts': Key(64, integer(1), 'answers sampled a step'),
+    'rl.group': Key(8, integer(2), 'grpo: answers a prompt'),
+    'rl.epochs': Key(4, integer(1), 'passes over the answers of a step, in updates of train.batch_size'),
+    'rl.kl_coef': Key(0.05, number(0), 'weight of the divergence from the policy of the start'),
+    'rl.clip': Key(0.2, number(above=0), 'clip range of the probability ratio'),
+    'rl.value_coef': Key(0.1, number(0), "ppo: weight of the value head's loss"),
+    'rl.value_clip': Key(0.2, number(0), 'ppo: clip range of the value; 0 = off'),
+    'rl.gamma': Key(1.0, number(0, 1), 'ppo: discount'),
+    'rl.gae_lambda': Key(0.95, number(0, 1), 'ppo: decay of generalised advantage estimation'),
+    'rl.missing_eos_penalty': Key(0.0, number(0), 'taken off the reward of an answer cut at max_new_tokens'),
     'mesh.data': Key(-1, axis_size, 'copies of the model, each with its own rows'),
     'mesh.fsdp': Key(1, axis_size, 'parameters and rows divided'),
     'mesh.tensor': Key(1, axis_size, 'heads and widths divided'),

@@ -16,7 +16,7 @@ from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
-from jaxtune.models import hf
+from jaxtune.models import hf, value
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
 from jaxtune.program import make_program
@@ -140,7 +140,7 @@ def merged(params, where: str):
             f'{where}: bottleneck adapters, prompts and prefixes cannot be merged into a model; expected LoRA, or '
             'task=generate or evaluate with the adapter itself'
         )
-    return methods.get('lora').merge(params)
+    return methods.get('lora').merge(value.policy(params))
 
 
 def from_checkpoint(source: pathlib.Path, mesh: Mesh) -> tuple[Assembly, int]:

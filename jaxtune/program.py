@@ -95,7 +95,13 @@ class Program:
 
 
 def make_program(
-    config: ConfigDict, mesh: Mesh, model: Model, trainable: Any, steps: int, fresh: frozenset[str] = frozenset()
+    config: ConfigDict,
+    mesh: Mesh,
+    model: Model,
+    trainable: Any,
+    steps: int,
+    fresh: frozenset[str] = frozenset(),
+    objective: ModuleType | None = None,
 ) -> Program:
     """The program of a recipe.
 
@@ -106,6 +112,7 @@ def make_program(
       trainable: the half of the tree that trains: arrays or shapes.
       steps: updates of the whole run.
       fresh: paths of parameters that the loaded model lacked.
+      objective: what is learnt (see `objectives`), where not `config.objective`.
 
     Raises:
       UserError: an objective, optimizer or sharding that cannot be.
@@ -119,7 +126,8 @@ def make_program(
     placed = shardings({'step': P(), 'trainable': specs, 'opt_state': opt_specs}, mesh)
     if config.optimizer.offload:
         placed['opt_state'] = jax.tree.map(lambda place: place.with_memory_kind('pinned_host'), placed['opt_state'])
-    return Program(config, mesh, model, objectives.get(config.objective), optimizer, steps, shapes, placed)
+    objective = objective or objectives.get(config.objective)
+    return Program(config, mesh, model, objective, optimizer, steps, shapes, placed)
 
 
 def abstract_params(config: ConfigDict, mesh: Mesh, model: Model) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The prompts of `data.eval`: texts to go on from, sources to answer, or conversations; with what was expected."""
+"""The prompts of a recipe's data: texts to go on from, sources to answer, or conversations; with what was expected."""
 
 import itertools
 import pathlib
@@ -29,7 +29,14 @@ class Prompt(NamedTuple):
     reference: str | None = None
 
 
-def read_prompts(config: ConfigDict, parts: Assembly, chats: bool = False, fitting: bool = False) -> list[Prompt]:
+def read_prompts(
+    config: ConfigDict,
+    parts: Assembly,
+    chats: bool = False,
+    fitting: bool = False,
+    split: str = 'eval',
+    limit: int | None = None,
+) -> list[Prompt]:
     """The prompts of `data.eval`, cut to `generate.prompt_tokens`; or the questions of conversations.
 
     Args:
@@ -37,33 +44,37 @@ def read_prompts(config: ConfigDict, parts: Assembly, chats: bool = False, fitti
       parts: model and tokenizer.
       chats: the data holds conversations, whatever it looks like.
       fitting: leave out those that are empty or too long instead of refusing them.
+      split: `eval`, or `train` for those of `data.train`.
+      limit: tokens of prompt and completion at most, where that is less than the model's positions.
 
     Raises:
       UserError: none, an empty one, or one that leaves no room for the completion in the model's positions.
     """
-    source = None
+    source, key = None, f'data.{split}'
     if chats:
-        source = open_data(config.data.eval, 'data.eval', formats.CHATS)
+        source = open_data(config.data[split], key, formats.CHATS)
     elif parts.model.kind == 'decoder':
-        source = _conversations(config)
-    prompts = _texts(config, parts) if source is None else _questions(config, parts, source)
-    room, limit = config.generate.max_new_tokens, parts.model.config.max_positions
+        source = _conversations(config, split)
+    prompts = _texts(config, parts, split) if source is None else _questions(config, parts, source)
+    limits = [size for size in (parts.model.config.max_positions, limit) if size]
+    room, limit = config.generate.max_new_tokens, min(limits, default=None)
     if fitting:
         prompts = [prompt for prompt in prompts if prompt.ids and not (limit and len(prompt.ids) + room > limit)]
     for number, prompt in enumerate(prompts, 1):
         if not prompt.ids:
-            raise UserError(f'data.eval={config.data.eval}: prompt {number} is empty; expected at least one token')
+            raise UserError(f'{key}={config.data[split]}: prompt {number} is empty; expected at least one token')
         if limit and len(prompt.ids) + room > limit:
             raise UserError(
-                f'data.eval={config.data.eval}: prompt {number} has {len(prompt.ids)} tokens; expected at most the '
+                f'{key}={config.data[split]}: prompt {number} has {len(prompt.ids)} tokens; expected at most the '
                 f"model's {limit} positions less generate.max_new_tokens={room} (generate.prompt_tokens cuts prompts)"
             )
     if not prompts:
-        raise UserError(f'data.eval={config.data.eval}: holds no prompt; expected at least one')
+        fits = f' of at most {limit} tokens with generate.max_new_tokens={room}' if fitting and limit else ''
+        raise UserError(f'{key}={config.data[split]}: holds no prompt{fits}; expected at least one')
     return prompts
 
 
-def _texts(config: ConfigDict, parts: Assembly) -> list[Prompt]:
+def _texts(config: ConfigDict, parts: Assembly, split: str) -> list[Prompt]:
     data, limit = config.data, config.generate.prompt_tokens
     keys = {'prompt': ('prompt', ''), 'pair': (data.source_key, 'data.source_key')}
     text_key, named = keys.get(data.format, (data.text_key, 'data.text_key'))
@@ -71,11 +82,11 @@ def _texts(config: ConfigDict, parts: Assembly) -> list[Prompt]:
     # What an encoder reads ends, and was introduced in training.
     answers = parts.model.kind == 'encdec'
     prefix, eos = (config.seq2seq.prefix, parts.tokenizer.eos_token_id) if answers else ('', None)
-    held_out = pathlib.Path(data.eval) / HELD_OUT
-    path = str(held_out) if held_out.is_file() else data.eval
+    held_out = pathlib.Path(data[split]) / HELD_OUT
+    path = str(held_out) if held_out.is_file() else data[split]
     prompts = []
     for place, record in itertools.islice(
-        open_records(path, 'data.eval', None, text_key), config.generate.prompts or None
+        open_records(path, f'data.{split}', None, text_key), config.generate.prompts or None
     ):
         text = field(record, place, text_key, named)
         reference = record.get(reference_key)
@@ -93,16 +104,16 @@ def _texts(config: ConfigDict, parts: Assembly) -> list[Prompt]:
     return prompts
 
 
-def _conversations(config: ConfigDict) -> Records | None:
-    """The records of `data.eval` where they are conversations; None where they are texts to go on from."""
-    name, path = config.data.format, config.data.eval
+def _conversations(config: ConfigDict, split: str) -> Records | None:
+    """The records of a split where they are conversations; None where they are texts to go on from."""
+    name, path = config.data.format, config.data[split]
     if name not in ('auto', *formats.CHATS) or (path != 'python-stdlib' and not pathlib.Path(path).exists()):
         return None
     if path == 'python-stdlib' and (name == 'auto' or config.generate.prompt_tokens):
         return None
     if (pathlib.Path(path) / HELD_OUT).is_file():
         return None
-    records = open_data(path, 'data.eval', formats.CHATS)
+    records = open_data(path, f'data.{split}', formats.CHATS)
     for _, record in records:
         kind = formats.detect(record)
         asked = kind == 'prompt' and config.data.template == 'auto' and isinstance(record.get('prompt'), str)

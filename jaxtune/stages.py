@@ -12,6 +12,8 @@ from jaxtune.parallel import hosts
 TASKS = {
     'prepare': 'jaxtune.prepare',
     'train': 'jaxtune.train',
+    'ppo': 'jaxtune.rl.loop',
+    'grpo': 'jaxtune.rl.loop',
     'evaluate': 'jaxtune.evaluate',
     'generate': 'jaxtune.generate',
     'export': 'jaxtune.export',

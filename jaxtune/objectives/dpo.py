@@ -12,7 +12,6 @@
 The reference's log-probabilities are computed once, before training, into the workdir's cache.
 """
 
-import copy
 import hashlib
 import json
 import pathlib
@@ -89,12 +88,9 @@ def _save(path: pathlib.Path, values: np.ndarray) -> None:
 
 def _load_reference(config: ConfigDict, mesh):
     """Model and parameters of `dpo.reference`, an adapter's own base with it."""
-    from jaxtune.assemble import assemble
+    from jaxtune.assemble import assemble_other
 
-    config = copy.deepcopy(config)
-    config.task, config.model.path = 'evaluate', config.dpo.reference
-    config.tokenizer.path, config.method.name, config.method.path = '', 'full', ''
-    parts = assemble(config, mesh)
+    parts = assemble_other(config, mesh, config.dpo.reference)
     return parts.model, parts.params
 
 

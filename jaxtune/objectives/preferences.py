@@ -13,6 +13,7 @@ from jaxtune.data.examples import Examples, Source, encode_all, pieces
 from jaxtune.data.packing import Row
 from jaxtune.data.spans import Encoded
 from jaxtune.errors import UserError
+from jaxtune.objectives import answer_rows
 
 SIDES = ('chosen', 'rejected')
 _NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, bool))
@@ -146,26 +147,13 @@ def _encode(config: ConfigDict, source: Source, pairs: list[tuple[str, formats.P
 
 
 def stacked(batch: dict[str, jax.Array], sides: tuple[str, ...]) -> dict[str, jax.Array]:
-    """All sides of a batch as rows of a model's batch, `[batch * sides, length]`: a pair's answers are neighbours.
-
-    `targets` are the tokens that come next, `weights` 1 where they belong to the answer; `ends [batch * sides]`.
-    """
+    """All sides of a batch as rows of a model's batch (`answer_rows.inputs`): a pair's answers are neighbours."""
 
     def stack(suffix: str) -> jax.Array:
         values = jnp.stack([batch[side + suffix] for side in sides], axis=1)
         return values.reshape(-1, *values.shape[2:])
 
-    tokens, starts, ends = stack(''), stack('_start'), stack('_end')
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    answered = (places + 1 >= starts[:, None]) & (places + 1 < ends[:, None])
-    return {
-        'tokens': tokens,
-        'positions': places,
-        'segments': (places < ends[:, None]).astype(jnp.int32),
-        'targets': jnp.roll(tokens, -1, axis=1),
-        'weights': answered.astype(jnp.float32),
-        'ends': ends,
-    }
+    return answer_rows.inputs(stack(''), stack('_start'), stack('_end'))
 
 
 def preview(rows: Pairs, tokenizer) -> list[tuple[str, bool]]:

@@ -1,0 +1,296 @@
+"""`task=ppo` and `task=grpo`: a step samples answers, scores them, and makes several updates of them.
+
+Answers, order and updates of step `t` are functions of the seed and `t`, so that a stopped run resumes bit for bit. The
+reference is the trained half of the tree as it was at the start, beside the same frozen half: with an added method it
+costs that method's weights alone.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from jaxtune import console, interrupt, rl, running, tuning
+from jaxtune.assemble import assemble, folder_head
+from jaxtune.data.loader import Loader
+from jaxtune.errors import UserError
+from jaxtune.fitting import compile_step
+from jaxtune.metrics import peak_memory_bytes
+from jaxtune.models import value
+from jaxtune.parallel import compiler_options, make_mesh, place
+from jaxtune.parallel.batches import check_batch
+from jaxtune.program import make_program
+from jaxtune.prompt_data import Prompt, read_prompts
+from jaxtune.rl.facts import Facts
+from jaxtune.rl.policy import Found, read
+from jaxtune.rl.rewards import open_reward
+from jaxtune.rl.rollouts import Rollouts, Sampler
+from jaxtune.weights import evaluating
+from jaxtune.weights.tree import combine
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+    """Trains to the end, or to SIGTERM; returns `result.json`'s content.
+
+    Raises:
+      UserError: the recipe, the prompts, the model or the reward is wrong, or the loss is no longer finite.
+      SystemExit: status 143 after SIGTERM, with a checkpoint saved.
+    """
+    config = copy.deepcopy(config)
+    config.objective = 'causal_lm'  # the model is one that writes
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return Run(config, workdir, mesh, command).to_the_end()
+
+
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses sizes that do not go into each other, naming the key.
+
+    Raises:
+      UserError: so it is.
+    """
+    algorithm, per = rl.get(config.task), mesh.shape['data'] * mesh.shape['fsdp']
+    accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
+    check_batch(mesh, config.train.batch_size, accumulate, algorithm.row(config))
+    rollouts = f'rl.rollouts={config.rl.rollouts}: expected a multiple of'
+    if config.rl.rollouts % config.train.batch_size:
+        raise UserError(f'{rollouts} train.batch_size={config.train.batch_size}')
+    if config.rl.rollouts % algorithm.group(config):
+        raise UserError(f'{rollouts} rl.group={algorithm.group(config)}')
+    if config.generate.batch_size % per:
+        raise UserError(
+            f'generate.batch_size={config.generate.batch_size}: expected a multiple of mesh.data x mesh.fsdp = {per}'
+        )
+    if config.generate.temperature == 0:
+        raise UserError('generate.temperature=0: expected more, for answers are compared with what else was likely')
+    for name, neutral in (('top_k', 0), ('top_p', 1.0), ('beams', 1)):
+        if config.generate[name] != neutral:
+            raise UserError(
+                f'generate.{name}={config.generate[name]}: expected {neutral}; answers are drawn from the whole policy'
+            )
+    if config.generate.max_new_tokens >= config.data.seq_len:
+        raise UserError(
+            f'generate.max_new_tokens={config.generate.max_new_tokens}: expected less than data.seq_len='
+            f'{config.data.seq_len}, which prompt and answer share'
+        )
+    if not config.data.train:
+        raise UserError("data.train='': expected the prompts: a path, a glob, a folder, python-stdlib or @STAGE")
+
+
+class Run(running.Run):
+    """One run of an algorithm of `rl`."""
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, command):
+        metric = 'eval/reward' if config.eval.metric == 'eval/loss' else config.eval.metric
+        super().__init__(config, workdir, mesh, command, metric)
+        self.info = Facts(command, config, mesh)
+        self.algorithm = rl.get(config.task)
+        check(config, mesh)
+        with self.info.timed('load'):
+            parts = assemble(config, mesh)
+            if parts.folder and folder_head(parts.folder) != 'lm':
+                raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a policy')
+            if config.generate.temperature != 1.0 and parts.model.head(value.policy(parts.params)).softcap:
+                raise UserError(
+                    f'generate.temperature={config.generate.temperature}: expected 1 for a model that caps its logits'
+                )
+            self.reward = open_reward(config, mesh, config.generate.batch_size)
+        with self.info.timed('data'):
+            read_all = functools.partial(read_prompts, parts=parts, fitting=True, limit=config.data.seq_len)
+            everything = copy.deepcopy(config)
+            everything.generate.prompts = 0
+            self.prompts = read_all(everything, split='train')
+            self.held_out = read_all(config) if config.data.eval else []
+        # What the loader cuts into batches are the prompts' numbers.
+        numbers = [{'number': np.int32(number)} for number in range(len(self.prompts))]
+        self.asked = config.rl.rollouts // self.algorithm.group(config)
+        self.loader = Loader(numbers, self.asked, config.seed, shuffle=True)
+        self.steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(self.prompts) / self.asked))
+        self.updates = config.rl.epochs * (config.rl.rollouts // config.train.batch_size)  # a step
+
+        trainable, self.frozen = tuning.partition(config, parts.params, parts.fresh)
+        self.program = make_program(
+            config, mesh, parts.model, trainable, self.steps * self.updates, parts.fresh, self.algorithm
+        )
+        self.reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(trainable)
+        self.state = self.program.init_state(trainable)
+        self.parts = dataclasses.replace(parts, params=None)
+        self.info.describe_model(parts.model, parts.params, trainable, self.state['opt_state'])
+        with self.info.timed('compile'):
+            args = (self.state, self.frozen, self.program.batch_shapes())
+            micro_rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+            self.accumulate, self.step = compile_step(
+                self.program.train_step, args, config.train.accumulate, micro_rows
+            )
+        self.sampler = Sampler(config, mesh, parts, [*self.prompts, *self.held_out])
+        self.look, self.learn = self._functions(parts.model)
+        self.evaluator = range(-(-len(self.held_out) // config.generate.batch_size)) or None
+        if config.eval.batches and self.evaluator:
+            self.evaluator = self.evaluator[: config.eval.batches]
+        self._open_checkpoints()
+
+    def _functions(self, model):
+        """What the policy and the reference say of answers, and what the algorithm makes of it."""
+        config, whole = self.config, NamedSharding(self.mesh, P())
+
+        def look(trainable, frozen, reference, batch):
+            old, values, weights = read(config, model, evaluating(combine(trainable, frozen)), batch)
+            kept = read(config, model, evaluating(combine(reference, frozen)), batch)[0]
+            return {'old': old, 'reference': kept, 'values': values, 'weights': weights}
+
+        def learn(found):
+            return self.algorithm.learn(config, found)
+
+        options = {'out_shardings': whole, 'compiler_options': compiler_options()}
+        return jax.jit(look, **options), jax.jit(learn, **options)
+
+    def _loop(self) -> int:
+        with console.progress(self.steps, self.config.task, 'step', initial=self.start) as bar:
+            for done in range(self.start + 1, self.steps + 1):
+                began = time.perf_counter()
+                metrics = self._step(done - 1)
+                self._check(done, metrics)
+                bar.advance(1, reward=f'{metrics["reward"]:.3f}', kl=f'{metrics["kl"]:.3f}')
+                due, stop = self._due(done), interrupt.received(done)
+                if due['log']:
+                    self._log(done, metrics, time.perf_counter() - began)
+                ended, _ = self._settle(done, due, stop)
+                if ended:
+                    return done
+        return self.steps
+
+    def _step(self, t: int) -> dict[str, float]:
+        """Samples, scores, learns: step `t` of the run; returns its metrics."""
+        config, size = self.config, self.config.train.batch_size
+        numbers = self.loader.rows(t, 0, self.asked)['number'].repeat(self.algorithm.group(config))
+        prompts = [self.prompts[number] for number in numbers]
+        began = time.perf_counter()
+        made = self._answers(prompts, t * config.rl.rollouts)
+        seconds = time.perf_counter() - began
+        with self.info.timed('reward'):
+            scores = self._scores(made)
+        with self.info.timed('step'):
+            found = self._found(made, scores)
+            fields, metrics = self.learn(found)
+            fields = made.fields() | jax.tree.map(np.asarray, fields)
+            metrics = jax.tree.map(float, metrics)
+            waiting = []
+            for epoch in range(config.rl.epochs):
+                order = np.random.default_rng([config.seed, t, epoch]).permutation(len(prompts))
+                for low in range(0, len(order), size):
+                    batch = self._placed(fields, order[low : low + size])
+                    self.state, new = self.step(self.state, self.frozen, batch)
+                    waiting.append(new)
+            sums = jax.tree.map(lambda *values: float(np.mean([np.float64(value) for value in values])), *waiting)
+        count = found.weights.sum()
+        away = (found.old - found.reference).sum()
+        return {
+            **sums,
+            **metrics,
+            'reward': float(scores.mean()),
+            'reward_std': float(scores.std()),
+            'kl': float(away / len(prompts)),
+            'entropy': float(-found.old.sum() / count),
+            'length': float((made.end - made.start).mean()),
+            'ended': float(made.ended.mean()),
+            'sampled_tokens_per_second': float((made.end - made.start).sum() / seconds),
+        }
+
+    def _answers(self, prompts: list[Prompt], first: int) -> Rollouts:
+        with self.info.timed('generate'):
+            return self.sampler(self.state['trainable'], self.frozen, prompts, first)
+
+    def _scores(self, made: Rollouts) -> np.ndarray:
+        """Rewards of answers, those that were cut off less."""
+        return self.reward(made.prompts, made.texts) - self.config.rl.missing_eos_penalty * ~made.ended
+
+    def _found(self, made: Rollouts, scores: np.ndarray) -> Found:
+        """What policy and reference say of answers, a micro-batch at a time."""
+        fields, size = made.fields(), self.config.train.batch_size // self.accumulate
+        parts = []
+        for low in range(0, len(scores), size):
+            batch = self._placed(fields, np.arange(low, low + size))
+            parts.append(self.look(self.state['trainable'], self.frozen, self.reference, batch))
+        whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *parts)
+        return Found(**whole, scores=scores)
+
+    def _placed(self, fields: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, jax.Array]:
+        def some(low: int, high: int) -> dict[str, np.ndarray]:
+            return {name: value[rows[low:high]] for name, value in fields.items()}
+
+        return place(some, len(rows), self.mesh)
+
+    def _check(self, step: int, metrics: dict[str, float]) -> None:
+        """Ends a run whose loss is no longer finite."""
+        wrong = next((name for name in ('loss', 'grad_norm') if not math.isfinite(metrics[name])), None)
+        if wrong is None:
+            return
+        self.checkpoints.wait()
+        newest, rate = self.checkpoints.newest(), self.config.optimizer.lr
+        good = f'the last good checkpoint is {newest}' if newest is not None else 'no checkpoint was saved yet'
+        raise UserError(
+            f'step {step}: {wrong} is {metrics[wrong]}; expected a smaller optimizer.lr than {rate:g}, or more '
+            f'rl.kl_coef than {self.config.rl.kl_coef:g}; {good} (in {self.workdir}/checkpoints)'
+        )
+
+    def _log(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        of_update = ('loss', 'grad_norm', 'learning_rate')
+        line = {f'{"train" if name in of_update else self.config.task}/{name}': x for name, x in metrics.items()}
+        line |= self.info.speed(1.0 / seconds)
+        self.writer.write(step, line | {'memory/peak_bytes': peak_memory_bytes()})
+
+    def _begin(self) -> None:
+        if self.evaluator:
+            with self.info.timed('eval'), console.progress(len(self.evaluator), 'evaluate', 'batch') as bar:
+                self.writer.write(0, self._measure(0, bar.advance))
+
+    def _measure(self, step: int, advance) -> dict[str, float]:
+        """Answers to the held-out prompts, drawn with the same randomness every time; they go to `samples.jsonl`."""
+        size, made, scores = self.config.generate.batch_size, [], []
+        for batch in self.evaluator:
+            prompts = self.held_out[batch * size : (batch + 1) * size]
+            found = self._answers(prompts, 2**30 + batch * size)
+            made.append(found)
+            scores.append(self._scores(found))
+            advance()
+        rewards = np.concatenate(scores)
+        lengths, ended = (
+            np.concatenate(parts) for parts in zip(*((x.end - x.start, x.ended) for x in made), strict=True)
+        )
+        self._write_samples(step, made, rewards)
+        return {
+            'eval/reward': float(rewards.mean()),
+            'eval/length': float(lengths.mean()),
+            'eval/ended': float(ended.mean()),
+            'eval/answers': len(rewards),
+        }
+
+    def _write_samples(self, step: int, made: list[Rollouts], scores: np.ndarray) -> None:
+        """Writes `samples.jsonl`; what stands there of this step or later ones goes."""
+        if not console.is_primary():
+            return
+        path = self.workdir / 'samples.jsonl'
+        kept = path.read_text('utf-8').splitlines() if path.is_file() else []
+        lines: list[dict[str, Any]] = [line for line in map(json.loads, kept) if line['step'] < step]
+        answers = [pair for one in made for pair in zip(one.prompts, one.texts, strict=True)]
+        for (prompt, text), score in zip(answers, scores.tolist(), strict=True):
+            line = {'prompt': prompt.text, 'completion': text, 'score': score, 'step': step}
+            lines.append(line if prompt.reference is None else line | {'reference': prompt.reference})
+        partial = path.with_name('.samples.partial.jsonl')
+        partial.write_text(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines), 'utf-8')
+        os.replace(partial, path)
+
+    def _model(self, trainable: Any) -> Any:
+        return value.policy(super()._model(trainable))

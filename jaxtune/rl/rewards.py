@@ -1,0 +1,147 @@
+"""Rewards of answers: a reward model's, or those of a person's own function."""
+
+import importlib
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from jaxtune.assemble import assemble_other
+from jaxtune.data.formats import Chat, FormatError
+from jaxtune.data.spans import Encoder
+from jaxtune.data.templates import open_template
+from jaxtune.errors import UserError
+from jaxtune.objectives import answer_rows, reward
+from jaxtune.parallel import compiler_options, hosts, place
+from jaxtune.prompt_data import Prompt
+from jaxtune.sampling import pad_prompts
+
+# `(prompts, completions) -> [rewards]`, float32.
+Reward = Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]
+
+_MULTIPLE = 64  # rows of the reward model are filled up to it, so that few shapes are compiled
+
+
+def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int) -> Reward:
+    """What `rl.reward` names.
+
+    Args:
+      config: the recipe.
+      mesh: where a reward model goes.
+      batch_size: rows that it reads at a time.
+
+    Raises:
+      UserError: there is no such thing.
+    """
+    name = config.rl.reward
+    if not name:
+        raise UserError("rl.reward='': expected a reward model's workdir or folder, @STAGE, or module:function")
+    module, colon, function = name.partition(':')
+    if colon and not pathlib.Path(name).exists():
+        return ByFunction(module, function)
+    return ByModel(config, mesh, batch_size)
+
+
+class ByFunction:
+    """`module:function` of `(prompts, completions, references)`, three lists of equal length.
+
+    A prompt is a text or a list of turns, a reference what the data holds as its answer, or None. It returns as many
+    numbers. On a pod it runs in the first process alone.
+
+    Raises:
+      UserError: there is none; or, when called, it fails or returns something else.
+    """
+
+    def __init__(self, module: str, function: str):
+        self.name = f'rl.reward={module}:{function}'
+        try:
+            self.function = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f'{self.name}: expected module:function: {error}') from None
+        if not callable(self.function):
+            raise UserError(f'{self.name}: expected a function, found {type(self.function).__name__}')
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        return np.asarray(hosts.from_primary(lambda: self._ask(prompts, completions)), np.float32)
+
+    def _ask(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        texts, references = [prompt.text for prompt in prompts], [prompt.reference for prompt in prompts]
+        try:
+            found = [float(value) for value in self.function(texts, list(completions), references)]
+        except Exception as error:
+            trace = error.__traceback__
+            while trace.tb_next:
+                trace = trace.tb_next
+            where = f'{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}'
+            raise UserError(f'{self.name}: {where}: {type(error).__name__}: {error}') from None
+        if len(found) != len(completions):
+            raise UserError(
+                f'{self.name}: returned {len(found)} numbers for {len(completions)} completions; expected one each'
+            )
+        wrong = next((number for number, value in enumerate(found) if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise UserError(
+                f'{self.name}: returned {found[wrong]} for {completions[wrong]!r:.60}; expected finite numbers'
+            )
+        return found
+
+
+class ByModel:
+    """The reward model of a workdir or folder, with its own tokenizer and chat template.
+
+    Raises:
+      UserError: it is no reward model.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int):
+        self.mesh, self.batch_size = mesh, batch_size
+        parts = assemble_other(config, mesh, config.rl.reward, 'reward')
+        if 'score' not in parts.params or any(path.startswith('score/') for path in parts.fresh):
+            raise UserError(
+                f'rl.reward={config.rl.reward}: holds no reward model; expected the workdir of objective=reward '
+                '(configs/reward_model.py), or a sequence classifier with one label'
+            )
+        self.model, self.params, self.tokenizer = parts.model, parts.params, parts.tokenizer
+        self.limit = self.model.config.max_positions
+
+        def score(params, batch):
+            inputs = answer_rows.inputs(batch['tokens'], batch['end'], batch['end'])
+            return reward.rewards(self.model, params, inputs)
+
+        whole = NamedSharding(mesh, P())
+        self._score = jax.jit(score, out_shardings=whole, compiler_options=compiler_options())
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        rows = [self._row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        size, found = self.batch_size, []
+        filled = [*rows, *[rows[-1]] * (-len(rows) % size)]
+        tokens, ends = pad_prompts(filled, 0, _MULTIPLE)
+        for first in range(0, len(filled), size):
+            arrays = {'tokens': tokens[first : first + size], 'end': ends[first : first + size]}
+            found.append(self._score(self.params, self._placed(arrays)))
+        return np.concatenate([np.asarray(part) for part in found])[: len(rows)]
+
+    def _placed(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return place(
+            lambda low, high: {name: value[low:high] for name, value in arrays.items()}, self.batch_size, self.mesh
+        )
+
+    def _row(self, prompt: Prompt, completion: str) -> list[int]:
+        """The tokens of a prompt and its answer, as the reward model was trained to read them."""
+        raw = isinstance(prompt.text, str)
+        turns: list[dict[str, Any]] = [{'role': 'user', 'content': prompt.text}] if raw else list(prompt.text)
+        chat = Chat((*turns, {'role': 'assistant', 'content': completion}), raw=raw)
+        encoder = Encoder(open_template('auto', self.tokenizer, 'preference', raw), self.tokenizer, last=True)
+        try:
+            ids = encoder(chat).ids.tolist()
+        except FormatError as error:
+            raise UserError(
+                f'rl.reward: the reward model cannot read an answer to {prompt.text!r:.60}: {error}'
+            ) from None
+        return ids[: self.limit] if self.limit else ids

@@ -1,0 +1,22 @@
+"""Rewards for tests, as a person would hand them in: `rl.reward=scores:...`."""
+
+
+def letters(prompts, completions, references):
+    """How often an answer has the letter e."""
+    assert len(prompts) == len(completions) == len(references)
+    return [text.count('e') for text in completions]
+
+
+def one(prompts, completions, references):
+    return [1.0]
+
+
+def nothing(prompts, completions, references):
+    return [float('nan')] * len(completions)
+
+
+def fails(prompts, completions, references):
+    return [len(text) / 0 for text in completions]
+
+
+number = 3

@@ -1,0 +1,272 @@
+"""Reinforcement learning as a whole: what it does to the reward, to frozen weights, on meshes, and when it goes on."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from runs import exported, full_config, metrics, recipe, train
+
+from jaxtune import main
+from jaxtune.assemble import assemble
+from jaxtune.export import from_checkpoint
+from jaxtune.flags import Command
+from jaxtune.models import value
+from jaxtune.models.model import leaf_paths
+from jaxtune.parallel import AXES, make_mesh
+from jaxtune.prompt_data import Prompt, read_prompts
+from jaxtune.rl.loop import Run
+from jaxtune.rl.policy import read
+from jaxtune.rl.rewards import open_reward
+from jaxtune.rl.rollouts import Sampler
+from jaxtune.weights.tree import combine
+
+NEW = 12
+
+
+def rl_recipe(corpus, task: str, **changes) -> dict:
+    keys = recipe(corpus, 'causal_lm', train__steps=4, train__batch_size=8)
+    keys |= {'task': task, 'data.format': 'prompt', 'data.seq_len': 48, 'optimizer.schedule': 'constant'}
+    keys |= {'optimizer.lr': 1e-3, 'optimizer.warmup_steps': 0, 'generate.max_new_tokens': NEW}
+    keys |= {'generate.batch_size': 8, 'rl.rollouts': 16, 'rl.group': 4, 'rl.epochs': 2, 'rl.reward': 'scores:letters'}
+    return keys | {name.replace('__', '.'): x for name, x in changes.items()}
+
+
+def mesh_of(sizes=(1, 1, 1, 1)):
+    return make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+
+
+def go(keys: dict, workdir, sizes=(1, 1, 1, 1)) -> tuple[dict, Run]:
+    """Trains; returns `result.json`'s content and the run."""
+    config, mesh = full_config(keys), mesh_of(sizes)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / 'config.json').write_text(json.dumps(config.to_dict()))
+    with jax.set_mesh(mesh):
+        run = Run(config, workdir, mesh, Command('recipe.py', workdir, False, {'': config}, ('jaxtune',)))
+        return run.to_the_end(), run
+
+
+def samples(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / 'samples.jsonl').read_text().splitlines()]
+
+
+@pytest.mark.parametrize('task', ['grpo', 'ppo'])
+def test_the_reward_rises(corpus, tmp_path, task):
+    steps = 24
+    changes = {'train.steps': steps, 'rl.rollouts': 64, 'rl.kl_coef': 0.0, 'optimizer.lr': 4e-3, 'eval.every': steps}
+    result, _ = go(rl_recipe(corpus, task) | changes | {'train.batch_size': 32, 'generate.batch_size': 32}, tmp_path)
+    # A policy that knows nothing writes an e in one of 259 places: 0.05 an answer.
+    sampled = metrics(tmp_path, f'{task}/reward')
+    assert sampled[0] < 0.2
+    assert np.mean(sampled[-3:]) > sampled[0] + 0.5
+    rewards = metrics(tmp_path, 'eval/reward')
+    assert len(rewards) == 2
+    assert rewards[1] > rewards[0]
+    assert result['task'] == task
+    assert result['metrics']['eval/reward'] == rewards[1]
+    lines = samples(tmp_path)
+    assert [line['step'] for line in lines] == sorted(line['step'] for line in lines)
+    assert {line['step'] for line in lines} == {0, steps}
+    assert [line['prompt'] for line in lines if line['step']] == [x['prompt'] for x in lines if not x['step']]
+    assert all(line['score'] == line['completion'].count('e') for line in lines)
+    at_end = [line['score'] for line in lines if line['step'] == steps]
+    assert rewards[1] == pytest.approx(np.mean(at_end))
+    assert 'reward' in (tmp_path / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('task', ['grpo', 'ppo'])
+def test_the_policy_is_the_reference_at_first_and_one_run_is_like_another(corpus, tmp_path, task):
+    keys = rl_recipe(corpus, task, eval__every=2)
+    go(keys, tmp_path / 'whole')
+    away = metrics(tmp_path / 'whole', f'{task}/kl')
+    assert away[0] == 0.0
+    assert away[-1] != 0.0
+    go(keys | {'train.steps': 2}, tmp_path / 'cut')
+    go(keys, tmp_path / 'cut')
+    assert exported(tmp_path / 'cut') == exported(tmp_path / 'whole')
+    assert samples(tmp_path / 'cut') == samples(tmp_path / 'whole')
+    names = ('train/loss', 'train/grad_norm', 'eval/reward', f'{task}/reward', f'{task}/kl')
+    assert all(metrics(tmp_path / 'cut', name) == metrics(tmp_path / 'whole', name) for name in names)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1, 1), (1, 2, 2, 2)])
+@pytest.mark.parametrize('task', ['grpo', 'ppo'])
+def test_a_mesh_learns_what_one_device_does(corpus, tmp_path, task, sizes):
+    keys = rl_recipe(corpus, task, train__steps=2)
+    go(keys, tmp_path / 'one')
+    go(keys, tmp_path / 'mesh', sizes)
+    at_start = [[line for line in samples(tmp_path / name) if not line['step']] for name in ('one', 'mesh')]
+    assert at_start[0] == at_start[1]
+    for name in ('train/loss', 'train/grad_norm', f'{task}/entropy', f'{task}/reward'):
+        one, mesh = metrics(tmp_path / 'one', name), metrics(tmp_path / 'mesh', name)
+        np.testing.assert_allclose(one, mesh, rtol=2e-3, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize('accumulate', [2, 4])
+def test_micro_batches_give_the_same(corpus, tmp_path, accumulate):
+    keys = rl_recipe(corpus, 'ppo', train__steps=2)
+    go(keys, tmp_path / 'one')
+    go(keys | {'train.accumulate': accumulate}, tmp_path / 'cut')
+    for name in ('train/loss', 'train/grad_norm'):
+        np.testing.assert_allclose(metrics(tmp_path / 'one', name), metrics(tmp_path / 'cut', name), rtol=2e-3)
+
+
+@pytest.fixture(scope='module')
+def base(corpus, tmp_path_factory):
+    """The workdir of a small pretrained policy."""
+    workdir = tmp_path_factory.mktemp('policy') / 'base'
+    train(recipe(corpus, 'causal_lm', train__steps=4), workdir)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def judge(corpus, base, tmp_path_factory):
+    """The workdir of a reward model."""
+    workdir = tmp_path_factory.mktemp('judge') / 'reward'
+    keys = recipe(corpus, 'reward', train__steps=4, data__template='plain')
+    train({name: x for name, x in keys.items() if name != 'model.config'} | {'model.path': str(base)}, workdir)
+    return workdir
+
+
+def pretrained(corpus, base, task, **changes) -> dict:
+    keys = rl_recipe(corpus, task, **changes)
+    del keys['model.config'], keys['tokenizer.path']
+    return keys | {'model.path': str(base)}
+
+
+@pytest.mark.parametrize('method', ['lora', 'qlora', 'adapter', 'prompt'])
+@pytest.mark.parametrize('task', ['grpo', 'ppo'])
+def test_added_methods_leave_the_base_alone(corpus, base, tmp_path, task, method):
+    keys = pretrained(corpus, base, task, method__name=method, method__rank=4, train__steps=2, data__eval='')
+    keys |= {'method.virtual_tokens': 4, 'method.block_size': 16}
+    config, mesh = full_config(keys | {'objective': 'causal_lm'}), mesh_of()
+    with jax.set_mesh(mesh):
+        before = leaf_paths(assemble(config, mesh).params)
+    _, run = go(keys, tmp_path)
+    after = leaf_paths(combine(run.state['trainable'], run.frozen))
+    assert metrics(tmp_path, f'{task}/kl')[0] == 0.0
+    assert (value.NAME in run.state['trainable']) == (task == 'ppo')
+    assert after.keys() == before.keys()
+    frozen = leaf_paths(run.frozen)
+    kept = {path for path in frozen if jax.tree.leaves(frozen[path])}
+    for path in kept:
+        old = jax.tree.leaves(jax.tree.map(lambda a, b: None if b is None else a, before[path], frozen[path]))
+        for ours, theirs in zip(jax.tree.leaves(frozen[path]), old, strict=False):
+            assert ours.shape != theirs.shape or np.array_equal(ours, theirs), path
+    assert (tmp_path / 'adapter').is_dir()
+    assert (tmp_path / 'export').is_dir() == (method in ('lora', 'qlora'))
+
+
+def test_the_exported_policy_loads_in_transformers_without_the_value_head(corpus, base, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    _, run = go(pretrained(corpus, base, 'ppo', train__steps=1), tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'export')
+    ours = leaf_paths(run.state['trainable'])
+    assert {'value/kernel', 'value/bias'} < set(ours)
+    embedding = theirs.get_input_embeddings().weight.detach().numpy()
+    np.testing.assert_array_equal(embedding, ours['embed_tokens/embedding'])
+    with jax.set_mesh(mesh_of()):
+        parts, step = from_checkpoint(tmp_path, mesh_of())
+    assert step == 1
+    np.testing.assert_array_equal(parts.params['value']['kernel'], ours['value/kernel'])
+
+
+def test_the_samplers_log_probabilities_are_the_training_ones(corpus, base):
+    config, mesh = full_config(pretrained(corpus, base, 'grpo') | {'objective': 'causal_lm'}), mesh_of()
+    with jax.set_mesh(mesh):
+        parts = assemble(config, mesh)
+        prompts = read_prompts(config, parts, fitting=True, split='train', limit=48)[:8]
+        empty = jax.tree.map(lambda _: None, parts.params)
+        made = Sampler(config, mesh, parts, prompts)(parts.params, empty, prompts, 0)
+        found, _, weights = read(config, parts.model, parts.params, made.fields())
+    for row in range(8):
+        size = made.end[row] - made.start[row]
+        assert weights[row].sum() == size
+        ours = np.asarray(found[row])[np.asarray(weights[row]) > 0]
+        np.testing.assert_allclose(ours, made.logprobs[row, :size], rtol=1e-4, atol=1e-5)
+        assert parts.tokenizer.decode(made.tokens[row, : made.start[row]]) == prompts[row].text
+
+
+def test_a_reward_model_scores_as_it_does_in_transformers(corpus, base, judge):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    config, mesh = full_config(pretrained(corpus, base, 'ppo', rl__reward=str(judge))), mesh_of((4, 1, 1, 1))
+    prompts = [Prompt(text, []) for text in ('the quick? ', 'home to their? ', 'a lazy dog? ', 'seven? ', 'geese? ')]
+    answers = ['brown fox home', '', 'nest', 'grey geese fly home to their warm nest and more', 'x']
+    with jax.set_mesh(mesh):
+        reward = open_reward(config, mesh, 4)
+        found = reward(prompts, answers)
+    theirs = AutoModelForSequenceClassification.from_pretrained(judge / 'export')
+    for prompt, answer, score in zip(prompts, answers, found, strict=True):
+        text = prompt.text + answer + reward.tokenizer.eos_token
+        ids = reward.tokenizer(text, add_special_tokens=False, return_tensors='pt').input_ids
+        with torch.no_grad():
+            np.testing.assert_allclose(score, theirs(ids).logits[0, 0].item(), rtol=1e-4, atol=1e-5)
+
+
+def test_from_a_reward_model_to_a_policy(corpus, base, judge, tmp_path):
+    keys = pretrained(corpus, base, 'ppo', rl__reward=str(judge), rl__missing_eos_penalty=1.5, eval__every=2)
+    result, _ = go(keys, tmp_path)
+    assert np.isfinite(list(result['metrics'].values())).all()
+    config, mesh = full_config(keys), mesh_of()
+    with jax.set_mesh(mesh):
+        reward = open_reward(config, mesh, 4)
+        lines = samples(tmp_path)
+        plain = reward([Prompt(line['prompt'], []) for line in lines], [line['completion'] for line in lines])
+    taken = plain - np.asarray([line['score'] for line in lines])
+    assert set(np.round(taken, 3)) <= {0.0, 1.5}
+    assert (np.round(taken, 3) == 1.5).any()
+
+
+WRONG = [
+    ({'rl.reward': ''}, ("rl.reward='': expected a reward model's workdir",)),
+    ({'rl.reward': 'scores:gone'}, ('rl.reward=scores:gone', 'expected module:function')),
+    ({'rl.reward': 'no_such_module:f'}, ('rl.reward=no_such_module:f', 'expected module:function')),
+    ({'rl.reward': 'scores:number'}, ('rl.reward=scores:number', 'expected a function, found int')),
+    ({'rl.reward': 'scores:one'}, ('rl.reward=scores:one', 'returned 1 numbers for 8', 'expected one each')),
+    ({'rl.reward': 'scores:nothing'}, ('rl.reward=scores:nothing', 'returned nan', 'expected finite numbers')),
+    ({'rl.reward': 'scores:fails'}, ('rl.reward=scores:fails', 'scores.py:', 'ZeroDivisionError')),
+    ({'rl.rollouts': 12}, ('rl.rollouts=12: expected a multiple of train.batch_size=8',)),
+    ({'rl.rollouts': 16, 'rl.group': 3}, ('rl.rollouts=16: expected a multiple of rl.group=3',)),
+    ({'generate.batch_size': 6}, ('generate.batch_size=6: expected a multiple of mesh.data x mesh.fsdp = 4',)),
+    ({'generate.temperature': 0.0}, ('generate.temperature=0: expected more',)),
+    ({'generate.top_k': 5}, ('generate.top_k=5: expected 0',)),
+    ({'generate.max_new_tokens': 48}, ('generate.max_new_tokens=48: expected less than data.seq_len=48',)),
+    ({'data.train': ''}, ("data.train='': expected the prompts",)),
+    ({'data.seq_len': 16}, ('data.train=', 'holds no prompt of at most 16 tokens with generate.max_new_tokens=12')),
+    (
+        {'eval.metric': 'eval/accuracy', 'eval.every': 1},
+        ("eval.metric='eval/accuracy'", 'expected one of', 'eval/reward'),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'expected'), WRONG, ids=lambda value: ' '.join(value) if type(value) is dict else ''
+)
+def test_what_is_wrong_is_said_in_a_line(corpus, tmp_path, capsys, changes, expected):
+    from runs import write_recipe
+
+    keys = rl_recipe(corpus, 'grpo', mesh__data=4, mesh__tensor=2) | changes
+    path = write_recipe(tmp_path / 'recipe.py', keys)
+    status = main.main(['jaxtune', '--config', str(path), '--workdir', str(tmp_path / 'run')])
+    errors = capsys.readouterr().err.strip()
+    assert status == 2, errors
+    assert errors.startswith('jaxtune: ')
+    assert '\n' not in errors
+    assert all(part in errors for part in expected), errors
+
+
+@pytest.mark.parametrize('wrong', ['model.path', 'rl.reward'])
+def test_the_one_model_in_the_others_place(corpus, base, judge, tmp_path, capsys, wrong):
+    from runs import write_recipe
+
+    places = {'model.path': judge, 'rl.reward': judge} if wrong == 'model.path' else dict.fromkeys(('rl.reward',), base)
+    keys = pretrained(corpus, base, 'ppo', mesh__data=8) | {name: str(path) for name, path in places.items()}
+    path = write_recipe(tmp_path / 'recipe.py', keys)
+    assert main.main(['jaxtune', '--config', str(path), '--workdir', str(tmp_path / 'run')]) == 2
+    errors = capsys.readouterr().err
+    assert f'{wrong}={places[wrong]}' in errors
+    assert 'reward model' in errors
