@@ -228,6 +228,7 @@ class RunInfo:
         export = run.workdir / 'export'
         console.facts(
             [
+                ('reward', _number(metrics.get(f'{self.config.task}/reward'), '.4f')),
                 ('train loss', _number(metrics.get('train/loss'), '.4f')),
                 ('held out', _held_out(metrics, gzip)),
                 ('time', duration(seconds) + (f', {speed:,.0f} tokens/s at the end' if speed else '')),
@@ -259,6 +260,8 @@ def _number(value: float | None, spec: str) -> str:
 
 def _held_out(metrics: dict[str, Any], gzip: float | None) -> str:
     parts = []
+    if (reward := metrics.get('eval/reward')) is not None:
+        parts.append(f'reward {reward:.4f}')
     if (loss := metrics.get('eval/loss')) is not None:
         parts.append(f'loss {loss:.4f}')
     if (perplexity := metrics.get('eval/perplexity')) is not None:

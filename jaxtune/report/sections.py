@@ -20,7 +20,8 @@ _PHASES = {
     'checkpoint': ('checkpoints', 'checkpoint'),
     'load': ('loading the model', 'load'),
     'export': ('exporting', 'export'),
-    'generate': ('generating', 'step'),
+    'generate': ('generating', 'eval-phase'),
+    'reward': ('scoring answers', 'data'),
     'collect': ('collecting', 'load'),
     'tokenizer': ('training the tokenizer', 'compile'),
     'tokenise': ('tokenising', 'step'),
@@ -39,10 +40,17 @@ _TITLES = {
     'mfu': 'Model FLOPs utilisation',
     'peak_bytes': 'Peak memory',
     'kl': 'KL from the reference',
+    'approx_kl': 'KL from the policy that answered',
+    'ended': 'Answers that came to an end',
+    'length': 'Tokens an answer',
+    'reward_std': 'Spread of the rewards',
+    'value_explained': 'Share of the returns foreseen',
+    'groups_alike': 'Groups with nothing to tell apart',
 }
-_FIRST = ('reward', 'accuracy', 'learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'peak_bytes')
+_FIRST = ('reward', 'accuracy', 'kl', 'entropy', 'length', 'ended')
+_FIRST += ('learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'peak_bytes')
 # What another chart shows already, or what does not change.
-_NO_CHART = ('step_seconds', 'perplexity', 'bits_per_byte', 'gzip_bits_per_byte', 'tokens', 'pairs')
+_NO_CHART = ('step_seconds', 'perplexity', 'bits_per_byte', 'gzip_bits_per_byte', 'tokens', 'pairs', 'answers')
 
 
 def text(value: Any) -> str:
@@ -74,7 +82,7 @@ def _how(name: str) -> tuple[str, Callable[[float], str]]:
     """The unit of a metric and how it is shown, by its name."""
     if name.endswith('bytes'):
         return 'bytes', size
-    if name.endswith(('mfu', 'accuracy', 'exact_match', 'fraction', 'share', 'longer_is_better')):
+    if name.endswith(('mfu', 'accuracy', 'exact_match', 'fraction', 'share', 'longer_is_better', 'ended', 'alike')):
         return 'percent', percent
     return '', number
 
@@ -97,7 +105,7 @@ def lead(source: Source) -> str:
         return f'Completions by {text(_short(key("model.path")))} of prompts from {text(_short(key("data.eval")))}.'
     if source.task == 'evaluate':
         return f'{text(_short(key("model.path")))} scored on {text(_short(key("data.eval")))}.'
-    if source.task != 'train':
+    if source.task != 'train' and not source.rewarded:
         return ''
     kind = key('model.config.model_type') or model.get('family') or 'model'
     words = [f'{"An" if kind[0] in "aeio" else "A"} {text(kind)}']
@@ -108,7 +116,12 @@ def lead(source: Source) -> str:
     path = key('model.path')
     words.append(f'trained from {"the weights of " + text(_short(path)) if path else "scratch"}')
     words.append(f'on {text(_short(key("data.train", "its data")))}')
-    if steps:
+    if source.rewarded:
+        words.append(
+            f'by {source.task.upper()} for {steps or 0:,} steps of {key("rl.rollouts", "some")} answers, each '
+        )
+        words[-1] += f'scored by {text(_short(key("rl.reward")))},'
+    elif steps:
         words.append(f'for {steps:,} updates')
         if tokens := source.run.get('tokens_per_step'):
             words.append(f'of {tokens:,} tokens ({amount(steps * tokens)} in all)')
@@ -135,7 +148,9 @@ def tiles(source: Source, seconds: float | None = None) -> str:
     """The headline numbers; `seconds` stands for the time of several runs together."""
     made = []
     metric = source.metric
-    if (loss := metric('eval/loss')) is not None:
+    if source.rewarded:
+        made += _reward_tiles(source)
+    elif (loss := metric('eval/loss')) is not None:
         made.append(('Held-out loss', f'{loss:.3f} <small>nats</small>', _best_note(source, loss), ''))
     elif (loss := metric('train/loss')) is not None:
         made.append(('Training loss', f'{loss:.3f} <small>nats</small>', 'the last one logged', ''))
@@ -143,11 +158,10 @@ def tiles(source: Source, seconds: float | None = None) -> str:
         made.append(('Perplexity', number(perplexity), 'e to the loss', ''))
     if (bits := metric('eval/bits_per_byte')) is not None:
         made.append(('Bits per byte', f'{bits:.3f}', *_against_gzip(bits, source.gzip)))
-    for name in ('eval/accuracy', 'eval/reward', 'ppo/reward', 'grpo/reward'):
-        if (value := metric(name)) is not None:
-            longer = metric('eval/longer_is_better') if name == 'eval/accuracy' else None
-            note = '' if longer is None else f'always the longer answer: {percent(longer)}'
-            made.append((title(name), _how(name)[1](value), note, ''))
+    if (accuracy := metric('eval/accuracy')) is not None:
+        longer = metric('eval/longer_is_better')
+        note = '' if longer is None else f'always the longer answer: {percent(longer)}'
+        made.append((title('accuracy'), percent(accuracy), note, ''))
     if source.task == 'prepare':
         counts = {'documents': 'Documents', 'train_tokens': 'Training tokens', 'eval_tokens': 'Held-out tokens'}
         for name, words in counts.items():
@@ -175,6 +189,18 @@ def tiles(source: Source, seconds: float | None = None) -> str:
         for name, value, note, extra in made
     )
     return f'<dl class="tiles">{"".join(cells)}</dl>' if made else ''
+
+
+def _reward_tiles(source: Source) -> list[tuple[str, str, str, str]]:
+    """The reward of held-out prompts' answers, or of those that were learnt from, and how far the policy has gone."""
+    made = []
+    for name, words in (('eval/reward', 'Held-out reward'), (f'{source.task}/reward', 'Reward in training')):
+        curve = source.curves.get(name)
+        if curve and not made:
+            made.append((words, number(curve[-1][1]), f'{number(curve[0][1])} at step {curve[0][0]:,.0f}', ''))
+    if (away := source.metric(f'{source.task}/kl')) is not None:
+        made.append((title('kl'), f'{number(away)} <small>nats</small>', 'an answer, at the last step', ''))
+    return made
 
 
 def _spaced(words: str) -> str:
@@ -210,8 +236,9 @@ def charts(source: Source) -> str:
     by_name: dict[str, list[str]] = {}
     for metric in source.curves:
         by_name.setdefault(metric.rsplit('/', 1)[-1], []).append(metric)
-    drawn = [_loss_chart(source)]
-    by_name.pop('loss', None)
+    drawn = [] if source.rewarded else [_loss_chart(source)]
+    if not source.rewarded:
+        by_name.pop('loss', None)
     names = [name for name in _FIRST if name in by_name]
     names += [name for name in sorted(by_name) if name not in names and name not in _NO_CHART]
     for name in names:
@@ -228,9 +255,11 @@ def charts(source: Source) -> str:
         ]
         show_axis = {'': axis, 'percent': lambda share: f'{100 * share:.3g} %'}.get(unit, show)
         kind = 'zero' if unit or name in ('learning_rate', 'tokens_per_second') else ''
-        drawn.append(chart(title(name), series, show, show_axis, unit=unit, kind=kind))
+        large = source.rewarded and name == 'reward'
+        drawn.append(chart(title(name), series, show, show_axis, unit=unit, kind=kind, large=large))
     drawn = [figure for figure in drawn if figure]
-    return f'<h3>Curves, by update</h3><div class="charts">{"".join(drawn)}</div>' if drawn else ''
+    by = 'step' if source.rewarded else 'update'
+    return f'<h3>Curves, by {by}</h3><div class="charts">{"".join(drawn)}</div>' if drawn else ''
 
 
 def _loss_chart(source: Source) -> str:

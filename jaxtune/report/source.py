@@ -40,6 +40,11 @@ class Source:
         return self.result.get('task') or self.config.get('task') or 'train'
 
     @property
+    def rewarded(self) -> bool:
+        """Whether it learnt from rewards."""
+        return self.task in ('ppo', 'grpo')
+
+    @property
     def metrics(self) -> Mapping[str, Any]:
         return self.result.get('metrics') or {}
 

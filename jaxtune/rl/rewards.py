@@ -1,6 +1,7 @@
 """Rewards of answers: a reward model's, or those of a person's own function."""
 
 import importlib
+import inspect
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -49,10 +50,11 @@ def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int) -> Reward:
 
 
 class ByFunction:
-    """`module:function` of `(prompts, completions, references)`, three lists of equal length.
+    """`module:function` of `prompts`, `completions` and `references`, three lists of equal length.
 
     A prompt is a text or a list of turns, a reference what the data holds as its answer, or None. It returns as many
-    numbers. On a pod it runs in the first process alone.
+    numbers. It gets what it has names for (as TRL's reward functions do, `**kwargs` for the rest), or else two or three
+    of them in this order. On a pod it runs in the first process alone.
 
     Raises:
       UserError: there is none; or, when called, it fails or returns something else.
@@ -71,9 +73,13 @@ class ByFunction:
         return np.asarray(hosts.from_primary(lambda: self._ask(prompts, completions)), np.float32)
 
     def _ask(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        texts, references = [prompt.text for prompt in prompts], [prompt.reference for prompt in prompts]
+        given = {
+            'prompts': [prompt.text for prompt in prompts],
+            'completions': list(completions),
+            'references': [prompt.reference for prompt in prompts],
+        }
         try:
-            found = [float(value) for value in self.function(texts, list(completions), references)]
+            found = [float(value) for value in _call(self.function, given)]
         except Exception as error:
             trace = error.__traceback__
             while trace.tb_next:
@@ -90,6 +96,18 @@ class ByFunction:
                 f'{self.name}: returned {found[wrong]} for {completions[wrong]!r:.60}; expected finite numbers'
             )
         return found
+
+
+def _call(function: Callable, given: dict[str, list]) -> Any:
+    """Calls it with as much of what is given as it takes: by name where it has one of the names, else in order."""
+    parameters = inspect.signature(function).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if 'completions' in parameters:
+        rest = inspect.Parameter.VAR_KEYWORD in kinds
+        return function(**{name: values for name, values in given.items() if rest or name in parameters})
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    count = 3 if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in named for kind in kinds)
+    return function(*list(given.values())[: max(count, 2)])
 
 
 class ByModel:

@@ -12,6 +12,7 @@ import pytest
 from child import Child
 from runs import metrics, recipe, start, write_recipe
 from test_resume import updates, wait_for
+from test_rl import rl_recipe, samples
 
 
 def pod() -> list[dict[str, str]]:
@@ -73,3 +74,17 @@ def test_a_mistake_ends_all_of_them(corpus, tmp_path):
     codes, ended = finish([subprocess.Popen(words, env=os.environ | environment, **pipes) for environment in pod()])
     assert codes == [2, 2], ended
     assert 'data.train=not/there.jsonl' in ended[0][1]
+
+
+def test_two_hosts_answer_and_score_as_one(corpus, tmp_path):
+    keys = rl_recipe(corpus, 'ppo', train__steps=2, mesh__fsdp=2)
+    path = write_recipe(tmp_path / 'recipe.py', keys)
+    process = start(path, tmp_path / 'one', devices=4)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    codes, ended = finish(start_pod(path, tmp_path / 'two'))
+    assert codes == [0, 0], ended
+    at_start = [[line for line in samples(tmp_path / name) if not line['step']] for name in ('one', 'two')]
+    assert at_start[0] == at_start[1]
+    for name in ('train/loss', 'ppo/reward', 'ppo/entropy'):
+        np.testing.assert_allclose(metrics(tmp_path / 'one', name), metrics(tmp_path / 'two', name), rtol=1e-3)

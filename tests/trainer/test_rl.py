@@ -17,7 +17,7 @@ from jaxtune.parallel import AXES, make_mesh
 from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.rl.loop import Run
 from jaxtune.rl.policy import read
-from jaxtune.rl.rewards import open_reward
+from jaxtune.rl.rewards import _call, open_reward
 from jaxtune.rl.rollouts import Sampler
 from jaxtune.weights.tree import combine
 
@@ -218,6 +218,23 @@ def test_from_a_reward_model_to_a_policy(corpus, base, judge, tmp_path):
     taken = plain - np.asarray([line['score'] for line in lines])
     assert set(np.round(taken, 3)) <= {0.0, 1.5}
     assert (np.round(taken, 3) == 1.5).any()
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        lambda prompts, completions, references: (prompts, completions, references),
+        lambda completions, references, prompts: (prompts, completions, references),
+        lambda p, c, r: (p, c, r),
+        lambda *all_three: all_three,
+        lambda p, c: (p, c, ['x']),
+        lambda completions, **rest: (rest['prompts'], completions, rest['references']),
+        lambda completions, prompts: (prompts, completions, ['x']),
+    ],
+)
+def test_a_function_gets_what_it_asks_for(function):
+    given = {'prompts': ['a'], 'completions': ['b'], 'references': ['x']}
+    assert tuple(_call(function, given)) == (['a'], ['b'], ['x'])
 
 
 WRONG = [

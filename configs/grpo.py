@@ -1,0 +1,33 @@
+"""Let a model find out what brings reward, each answer measured by others to the same prompt (GRPO).
+
+    python -m jaxtune.main --config configs/grpo.py \
+        --config.model.path=MODEL_FOLDER_OR_WORKDIR --config.rl.reward=my_rewards:right_answer \
+        --config.data.train=questions.jsonl --config.data.eval=held_out.jsonl
+
+`rl.reward` is a function that tells right from wrong, such as
+
+    def right_answer(prompts, completions, references):
+        return [float(reference.split()[-1] in completion) for completion, reference in zip(completions, references)]
+
+in a module that Python finds (`PYTHONPATH=.`), or a reward model as for `configs/ppo.py`, whose kinds of data it reads.
+There is no value head; of `rl.group` answers to a prompt, those above the group's mean become likelier.
+`grpo/groups_alike` tells how many groups taught nothing, since all their answers were worth the same.
+
+The rate suits small models; take 1e-6 for published ones, and on an accelerator add
+`--config.model.compute_dtype=bfloat16 --config.generate.batch_size=64`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.task = 'grpo'
+    config.data = ConfigDict({'seq_len': 256})
+    config.generate = ConfigDict({'max_new_tokens': 64, 'batch_size': 32, 'prompts': 64})
+    config.rl = ConfigDict({'rollouts': 64, 'group': 8, 'epochs': 1, 'kl_coef': 0.02})
+    config.train = ConfigDict({'steps': 100, 'batch_size': 16})
+    config.optimizer = ConfigDict({'lr': 1e-4, 'schedule': 'constant', 'weight_decay': 0.0})
+    config.eval = ConfigDict({'every': 20})
+    config.log = ConfigDict({'every': 1})
+    return config
