@@ -94,14 +94,14 @@ class RunInfo:
         """FLOPs a second of all devices at their best (see `hardware`); None where that is not known."""
         return hardware.peak_flops()
 
-    def speed(self, updates_per_second: float) -> dict[str, float]:
+    def speed(self, updates_per_second: float, tokens_per_step: int | None = None) -> dict[str, float]:
         """`train/tokens_per_second`, `train/step_seconds` and, where the devices' peak is known, `train/mfu`.
 
         MFU is the share of the peak that the model's own FLOPs make up, nothing computed twice counted (Chowdhery et
         al. 2022, arXiv:2204.02311, appendix B). The peak is the published bfloat16 one, also for float32; on a CPU it
         is a measured float32 one.
         """
-        tokens = updates_per_second * self.tokens_per_step
+        tokens = updates_per_second * (tokens_per_step or self.tokens_per_step)
         metrics = {'train/tokens_per_second': tokens, 'train/step_seconds': 1 / max(updates_per_second, 1e-9)}
         if self._flops_per_token and self.peak_flops:
             metrics['train/mfu'] = self._flops_per_token * tokens / self.peak_flops

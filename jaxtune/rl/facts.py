@@ -22,8 +22,7 @@ class Facts(RunInfo):
         passes = run.steps * settings.rollouts / group / max(len(run.prompts), 1)
         return (
             f'{run.steps:,} steps of {settings.rollouts} answers ({asked}) from {amount(len(run.prompts))} prompts, '
-            f'{passes:.3g} passes; {run.updates} updates each, of {self.config.train.batch_size} x '
-            f'{self.config.data.seq_len} tokens{cut}'
+            f'{passes:.3g} passes; {run.updates} updates each, of {self.config.train.batch_size} answers{cut}'
         )
 
     def _show_example(self, run) -> None:

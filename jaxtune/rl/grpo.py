@@ -40,12 +40,10 @@ def relative(scores: jax.Array) -> jax.Array:
 
 def loss(config, model, params, batch, rng):
     """Summed loss of the answers, each the mean over its tokens, their number, and metrics."""
-    logprobs, _, weights = read(config, model, params, batch, rng)
-    losses, metrics = ratio_losses(config.rl, logprobs, batch['old'], batch['advantages'], weights)
-    away = divergence(batch['reference'], logprobs) * weights
+    logprobs, _ = read(config, model, params, batch, rng)
+    losses, metrics = ratio_losses(config.rl, logprobs, batch['old'], batch['advantages'], batch['weights'])
+    away = divergence(batch['reference'], logprobs) * batch['weights']
     metrics |= {'policy_loss': losses, 'reference_kl': away}
-    lengths = weights.sum(-1)
-    shares = weights / jnp.maximum(lengths, 1.0)[:, None]
-    answers = (lengths > 0).astype(jnp.float32).sum()
+    shares = batch['shares']
     sums = {name: (each * shares).sum() for name, each in metrics.items()}
-    return ((losses + config.rl.kl_coef * away) * shares).sum(), answers, sums
+    return ((losses + config.rl.kl_coef * away) * shares).sum(), shares.sum(), sums

@@ -34,6 +34,7 @@ from jaxtune.parallel.batches import check_batch
 from jaxtune.program import make_program
 from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.rl.facts import Facts
+from jaxtune.rl.packed import Packed
 from jaxtune.rl.policy import Found, read
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Rollouts, Sampler
@@ -134,6 +135,7 @@ class Run(running.Run):
             self.accumulate, self.step = compile_step(
                 self.program.train_step, args, config.train.accumulate, micro_rows
             )
+            self.update = self.program.train_step(self.accumulate)  # for rows that are fewer
         self.sampler = Sampler(config, mesh, parts, [*self.prompts, *self.held_out])
         self.look, self.learn = self._functions(parts.model)
         self.evaluator = range(-(-len(self.held_out) // config.generate.batch_size)) or None
@@ -146,9 +148,9 @@ class Run(running.Run):
         config, whole = self.config, NamedSharding(self.mesh, P())
 
         def look(trainable, frozen, reference, batch):
-            old, values, weights = read(config, model, evaluating(combine(trainable, frozen)), batch)
-            kept = read(config, model, evaluating(combine(reference, frozen)), batch)[0]
-            return {'old': old, 'reference': kept, 'values': values, 'weights': weights}
+            old, values = read(config, model, evaluating(combine(trainable, frozen)), batch)
+            kept, _ = read(config, model, evaluating(combine(reference, frozen)), batch)
+            return {'old': old, 'reference': kept, 'values': values, 'weights': batch['weights']}
 
         def learn(found):
             return self.algorithm.learn(config, found)
@@ -183,28 +185,29 @@ class Run(running.Run):
             scores = self._scores(made)
         with self.info.timed('step'):
             found = self._found(made, scores)
-            fields, metrics = self.learn(found)
-            fields = made.fields() | jax.tree.map(np.asarray, fields)
-            metrics = jax.tree.map(float, metrics)
+            fields, metrics = jax.tree.map(np.asarray, self.learn(found))
             waiting = []
             for epoch in range(config.rl.epochs):
                 order = np.random.default_rng([config.seed, t, epoch]).permutation(len(prompts))
                 for low in range(0, len(order), size):
-                    batch = self._placed(fields, order[low : low + size])
-                    self.state, new = self.step(self.state, self.frozen, batch)
+                    chosen = order[low : low + size]
+                    rows = self._packed(made, chosen)
+                    spread = {name: rows.spread(numbers[chosen]) for name, numbers in fields.items()}
+                    batch = self._placed(rows.fields() | spread)
+                    update = self.step if rows.shape[0] == size else self.update
+                    self.state, new = update(self.state, self.frozen, batch)
                     waiting.append(new)
             sums = jax.tree.map(lambda *values: float(np.mean([np.float64(value) for value in values])), *waiting)
-        count = found.weights.sum()
-        away = (found.old - found.reference).sum()
         return {
             **sums,
-            **metrics,
+            **jax.tree.map(float, metrics),
             'reward': float(scores.mean()),
             'reward_std': float(scores.std()),
-            'kl': float(away / len(prompts)),
-            'entropy': float(-found.old.sum() / count),
+            'kl': float((found.old - found.reference).sum() / len(prompts)),
+            'entropy': float(-found.old.sum() / found.weights.sum()),
             'length': float((made.end - made.start).mean()),
             'ended': float(made.ended.mean()),
+            'tokens': int(made.end.sum()) * config.rl.epochs,
             'sampled_tokens_per_second': float((made.end - made.start).sum() / seconds),
         }
 
@@ -216,21 +219,23 @@ class Run(running.Run):
         """Rewards of answers, those that were cut off less."""
         return self.reward(made.prompts, made.texts) - self.config.rl.missing_eos_penalty * ~made.ended
 
+    def _packed(self, made: Rollouts, chosen: np.ndarray) -> Packed:
+        unit = self.accumulate * self.mesh.shape['data'] * self.mesh.shape['fsdp']
+        return Packed(made, chosen, self.config.data.seq_len, self.config.data.packing, unit)
+
     def _found(self, made: Rollouts, scores: np.ndarray) -> Found:
-        """What policy and reference say of answers, a micro-batch at a time."""
-        fields, size = made.fields(), self.config.train.batch_size // self.accumulate
-        parts = []
+        """What policy and reference say of answers, as many at a time as an update learns from."""
+        size, parts = self.config.train.batch_size, []
         for low in range(0, len(scores), size):
-            batch = self._placed(fields, np.arange(low, low + size))
-            parts.append(self.look(self.state['trainable'], self.frozen, self.reference, batch))
-        whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *parts)
+            rows = self._packed(made, np.arange(low, low + size))
+            seen = self.look(self.state['trainable'], self.frozen, self.reference, self._placed(rows.fields()))
+            parts.append({name: rows.gather(np.asarray(numbers)) for name, numbers in seen.items()})
+        whole = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
         return Found(**whole, scores=scores)
 
-    def _placed(self, fields: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, jax.Array]:
-        def some(low: int, high: int) -> dict[str, np.ndarray]:
-            return {name: value[rows[low:high]] for name, value in fields.items()}
-
-        return place(some, len(rows), self.mesh)
+    def _placed(self, fields: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        rows = len(next(iter(fields.values())))
+        return place(lambda low, high: {name: x[low:high] for name, x in fields.items()}, rows, self.mesh)
 
     def _check(self, step: int, metrics: dict[str, float]) -> None:
         """Ends a run whose loss is no longer finite."""
@@ -246,9 +251,9 @@ class Run(running.Run):
         )
 
     def _log(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        of_update = ('loss', 'grad_norm', 'learning_rate')
+        of_update, tokens = ('loss', 'grad_norm', 'learning_rate'), metrics.pop('tokens')
         line = {f'{"train" if name in of_update else self.config.task}/{name}': x for name, x in metrics.items()}
-        line |= self.info.speed(1.0 / seconds)
+        line |= self.info.speed(1.0 / seconds, tokens)
         self.writer.write(step, line | {'memory/peak_bytes': peak_memory_bytes()})
 
     def _begin(self) -> None:

@@ -10,21 +10,18 @@ from ml_collections import ConfigDict
 
 from jaxtune.models import Model, value
 from jaxtune.models.model import Head
-from jaxtune.objectives import answer_rows
 from jaxtune.objectives.cross_entropy import token_logprobs
 
 
 class Found(NamedTuple):
     """A batch of answers, and what the policy that wrote them, the reference and the reward say of them.
 
-    Token `t` of a row is at place `t - 1`, where it was predicted; so `values` are those before it was written.
-
     Attributes:
-      old: `[rows, length]` float32, the policy's log-probability of each token of the answer; 0 elsewhere.
+      old: `[answers, width]` float32, the policy's log-probability of each token of an answer; 0 after its end.
       reference: the reference's.
-      values: the value head's, 0 without one.
-      weights: 1 where a token of the answer is predicted, else 0.
-      scores: `[rows]` float32, the reward of each answer.
+      values: the value head's before each token was written; 0 without a head.
+      weights: 1 where the answer has a token, else 0.
+      scores: `[answers]` float32, the reward of each.
     """
 
     old: jax.Array
@@ -35,35 +32,34 @@ class Found(NamedTuple):
 
 
 def make_row(config: ConfigDict, *tokenwise: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """What one row of a batch holds: prompt and answer, where the answer lies, and numbers for each token of it."""
-    length = config.data.seq_len
-    fields = {'tokens': ((length,), np.int32), 'start': ((), np.int32), 'end': ((), np.int32)}
-    fields |= dict.fromkeys(tokenwise, ((length,), np.float32))
-    return {name: jax.ShapeDtypeStruct(*field) for name, field in fields.items()}
+    """What one row of a batch holds: what `packed.Packed.fields` makes, and further numbers for each token."""
+    fields = dict.fromkeys(('tokens', 'positions', 'segments'), np.int32)
+    fields |= dict.fromkeys(('weights', 'shares', *tokenwise), np.float32)
+    return {name: jax.ShapeDtypeStruct((config.data.seq_len,), dtype) for name, dtype in fields.items()}
 
 
 def read(
     config: ConfigDict, model: Model, params: Any, batch: dict[str, jax.Array], rng: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """The training forward pass over rows of prompts and answers.
 
     Args:
       config: the recipe.
       model: the policy's.
       params: its parameters, a value head maybe among them.
-      batch: has `tokens`, `start` and `end`, as `make_row` says.
+      batch: as `make_row` says.
       rng: for dropout of added weights.
 
     Returns:
-      `(logprobs, values, weights)`, each `[rows, length]` float32 and 0 outside the answers, laid as in `Found`.
+      `(logprobs, values)`, each `[rows, length]` float32, at the place before each token and 0 outside the answers.
     """
-    inputs = answer_rows.inputs(batch['tokens'], batch['start'], batch['end'])
-    weights = inputs['weights']
+    inputs = {name: batch[name] for name in ('tokens', 'positions', 'segments')}
+    weights = batch['weights']
     hidden = model.apply(value.policy(params), inputs, rng=rng).hidden
     head = tempered(model.head(params), config.generate.temperature)
-    found = token_logprobs(hidden, head, inputs['targets']) * weights
+    found = token_logprobs(hidden, head, jnp.roll(batch['tokens'], -1, axis=1)) * weights
     values = value.values(params, hidden) * weights if value.NAME in params else jnp.zeros_like(weights)
-    return found, values, weights
+    return found, values
 
 
 def tempered(head: Head, temperature: float) -> Head:

@@ -40,12 +40,12 @@ def learn(config: ConfigDict, found: Found) -> tuple[dict[str, jax.Array], dict[
 
 
 def advantages(rewards: jax.Array, values: jax.Array, weights: jax.Array, gamma: float, decay: float) -> jax.Array:
-    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438), `[rows, length]`.
+    """Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438), `[answers, width]`.
 
     Args:
-      rewards: `[rows, length]`, what came after each token.
-      values: `[rows, length]`, what was expected before it.
-      weights: `[rows, length]`, 1 in one run of tokens a row; the value after it is 0.
+      rewards: `[answers, width]`, what came after each token.
+      values: `[answers, width]`, what was expected before it.
+      weights: `[answers, width]`, 1 for the tokens of an answer; the value after them is 0.
       gamma: discount.
       decay: lambda.
     """
@@ -76,7 +76,8 @@ def whiten(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def loss(config, model, params, batch, rng):
     """Summed loss of the answers' tokens, their number, and metrics."""
-    logprobs, values, weights = read(config, model, params, batch, rng)
+    logprobs, values = read(config, model, params, batch, rng)
+    weights = batch['weights']
     losses, metrics = ratio_losses(config.rl, logprobs, batch['old'], batch['advantages'], weights)
     off, clipped = value_losses(config.rl, values, batch['values'], batch['returns'])
     metrics |= {'policy_loss': losses, 'value_loss': off, 'value_clip_fraction': clipped}

@@ -42,10 +42,6 @@ class Rollouts:
     ended: np.ndarray
     logprobs: np.ndarray
 
-    def fields(self) -> dict[str, np.ndarray]:
-        """What `policy.read` reads."""
-        return {'tokens': self.tokens, 'start': self.start, 'end': self.end}
-
 
 class Sampler:
     """Answers prompts as a recipe's `generate` says, `generate.batch_size` at a time; one compile.

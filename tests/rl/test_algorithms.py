@@ -13,6 +13,8 @@ from jaxtune import models, recipes
 from jaxtune.models import hf, value
 from jaxtune.models.model import Head
 from jaxtune.rl import grpo, policy, ppo
+from jaxtune.rl.packed import Packed
+from jaxtune.rl.rollouts import Rollouts
 
 torch = pytest.importorskip('torch')
 
@@ -26,7 +28,7 @@ LLAMA = {
     'num_key_value_heads': 2,
     'max_position_embeddings': 64,
 }
-ROWS, LENGTH = 8, 24
+ROWS, LENGTH, WIDTH = 8, 24, 10
 
 
 def config(**changes) -> ConfigDict:
@@ -35,17 +37,19 @@ def config(**changes) -> ConfigDict:
     return found
 
 
-def places(rng, rows: int = ROWS, length: int = LENGTH):
-    """Where answers begin and end, `[rows]` each; one of a single token, one that fills its row."""
-    start = rng.integers(1, length // 2, rows)
-    end = np.minimum(start + rng.integers(1, length // 2, rows), length)
-    end[0], end[1] = start[0] + 1, length
-    return start.astype(np.int32), end.astype(np.int32)
+def answers(rng) -> Rollouts:
+    """Answers to prompts; one of a single token, one as long as can be."""
+    start = rng.integers(1, LENGTH - WIDTH + 1, ROWS).astype(np.int32)
+    sizes = rng.integers(1, WIDTH + 1, ROWS).astype(np.int32)
+    sizes[:2] = 1, WIDTH
+    end = start + sizes
+    tokens = rng.integers(1, 64, (ROWS, LENGTH)).astype(np.int32) * (np.arange(LENGTH) < end[:, None])
+    ended = np.ones(ROWS, bool)
+    return Rollouts((None,) * ROWS, ('',) * ROWS, tokens, start, end, ended, np.zeros((ROWS, WIDTH), np.float32))
 
 
-def weights_of(start, end, length: int = LENGTH):
-    at = np.arange(length)
-    return ((at + 1 >= start[:, None]) & (at + 1 < end[:, None])).astype(np.float32)
+def weights_of(made: Rollouts) -> np.ndarray:
+    return (np.arange(WIDTH) < (made.end - made.start)[:, None]).astype(np.float32)
 
 
 def slow_advantages(rewards, values, gamma, decay):
@@ -63,8 +67,8 @@ def slow_advantages(rewards, values, gamma, decay):
 )
 def test_advantages_are_the_sum_of_their_definition(seed, gamma, decay):
     rng = np.random.default_rng(seed)
-    weights = weights_of(*places(rng))
-    rewards, values = rng.normal(size=(2, ROWS, LENGTH)).astype(np.float32) * weights
+    weights = weights_of(answers(rng))
+    rewards, values = rng.normal(size=(2, ROWS, WIDTH)).astype(np.float32) * weights
     found = np.asarray(ppo.advantages(rewards, values, weights, gamma, decay))
     assert not found[weights == 0].any()
     for row in range(ROWS):
@@ -75,8 +79,8 @@ def test_advantages_are_the_sum_of_their_definition(seed, gamma, decay):
 
 def test_without_discount_advantages_are_all_reward_to_come_less_the_value():
     rng = np.random.default_rng(0)
-    weights = weights_of(*places(rng))
-    rewards, values = rng.normal(size=(2, ROWS, LENGTH)).astype(np.float32) * weights
+    weights = weights_of(answers(rng))
+    rewards, values = rng.normal(size=(2, ROWS, WIDTH)).astype(np.float32) * weights
     to_come = np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
     np.testing.assert_allclose(
         ppo.advantages(rewards, values, weights, 1.0, 1.0), (to_come - values) * weights, rtol=1e-4, atol=1e-5
@@ -86,7 +90,7 @@ def test_without_discount_advantages_are_all_reward_to_come_less_the_value():
 def test_whitened_as_trl_does():
     trl = pytest.importorskip('trl.experimental.ppo.ppo_trainer')
     rng = np.random.default_rng(1)
-    x, weights = rng.normal(3, 5, (ROWS, LENGTH)).astype(np.float32), weights_of(*places(rng))
+    x, weights = rng.normal(3, 5, (ROWS, WIDTH)).astype(np.float32), weights_of(answers(rng))
     mask = torch.tensor(weights) > 0
     theirs = trl.masked_whiten(torch.tensor(x), mask) * mask
     np.testing.assert_allclose(ppo.whiten(jnp.asarray(x), weights), theirs, rtol=1e-4, atol=1e-5)
@@ -94,18 +98,16 @@ def test_whitened_as_trl_does():
 
 def test_the_last_token_brings_the_score_and_every_token_pays_for_leaving_the_reference():
     rng = np.random.default_rng(2)
-    start, end = places(rng)
-    weights = weights_of(start, end)
-    old, reference = -rng.uniform(0, 4, (2, ROWS, LENGTH)).astype(np.float32) * weights
+    weights = weights_of(answers(rng))
+    old, reference = -rng.uniform(0, 4, (2, ROWS, WIDTH)).astype(np.float32) * weights
     scores = rng.normal(size=ROWS).astype(np.float32)
     found = policy.Found(old, reference, np.zeros_like(old), weights, scores)
     fields, _ = ppo.learn(config(rl__kl_coef=0.3, rl__gae_lambda=1.0), found)
-    for row in range(ROWS):
-        low, high = start[row] - 1, end[row] - 1
-        costs = -0.3 * (old - reference)[row, low:high]
-        want = [costs[t:].sum() + scores[row] for t in range(high - low)]
-        np.testing.assert_allclose(fields['returns'][row, low:high], want, rtol=1e-4, atol=1e-5)
-        assert not np.asarray(fields['returns'][row])[weights[row] == 0].any()
+    for row, size in enumerate(weights.sum(1).astype(int)):
+        costs = -0.3 * (old - reference)[row, :size]
+        want = [costs[t:].sum() + scores[row] for t in range(size)]
+        np.testing.assert_allclose(fields['returns'][row, :size], want, rtol=1e-4, atol=1e-5)
+        assert not np.asarray(fields['returns'][row, size:]).any()
 
 
 def test_an_answer_is_measured_by_its_siblings():
@@ -114,13 +116,13 @@ def test_an_answer_is_measured_by_its_siblings():
     theirs = (theirs - theirs.mean(1, keepdim=True)) / (theirs.std(1, keepdim=True) + 1e-4)
     np.testing.assert_allclose(grpo.relative(scores), theirs, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(grpo.relative(np.full((2, 4), 7.0, np.float32)), 0.0)
-    weights = weights_of(*places(np.random.default_rng(4)))
+    weights = weights_of(answers(np.random.default_rng(4)))
     zeros = np.zeros_like(weights)
     found = policy.Found(zeros, zeros, zeros, weights, np.asarray([1, 1, 1, 1, 0, 1, 2, 3], np.float32))
     fields, metrics = grpo.learn(config(rl__group=4), found)
     assert metrics['groups_alike'] == 0.5
     assert not np.asarray(fields['advantages'][:4]).any()
-    chex.assert_shape(fields['advantages'], (ROWS, LENGTH))
+    chex.assert_shape(fields['advantages'], (ROWS, WIDTH))
 
 
 @pytest.fixture(scope='module')
@@ -136,28 +138,30 @@ def both(tmp_path_factory):
     return model, params | {value.NAME: head}, AutoModelForCausalLM.from_pretrained(folder)
 
 
-def make_batch(seed: int = 5) -> dict:
+def make_batch(seed: int = 5, packing: bool = True):
+    """Answers, numbers of their tokens `[answers, width]`, and the rows that hold both."""
     rng = np.random.default_rng(seed)
-    start, end = places(rng)
-    weights = weights_of(start, end)
-    tokens = rng.integers(1, 64, (ROWS, LENGTH)).astype(np.int32)
-    fields = {name: rng.normal(size=(ROWS, LENGTH)).astype(np.float32) * weights for name in ('advantages', 'returns')}
-    fields['values'] = rng.normal(0, 0.3, (ROWS, LENGTH)).astype(np.float32) * weights
+    made = answers(rng)
+    weights = weights_of(made)
+    numbers = {name: rng.normal(size=weights.shape).astype(np.float32) * weights for name in ('advantages', 'returns')}
+    numbers['values'] = rng.normal(0, 0.3, weights.shape).astype(np.float32) * weights
     # Near what the model says, so that some ratios are clipped and others not.
     for name in ('old', 'reference'):
-        fields[name] = (-np.log(64) + rng.normal(0, 0.3, (ROWS, LENGTH))).astype(np.float32) * weights
-    return {'tokens': tokens, 'start': start, 'end': end, **fields}
+        numbers[name] = (-np.log(64) + rng.normal(0, 0.3, weights.shape)).astype(np.float32) * weights
+    rows = Packed(made, np.arange(ROWS), LENGTH, packing)
+    return made, numbers, rows.fields() | {name: rows.spread(x) for name, x in numbers.items()}
 
 
-def theirs(task: str, settings, torch_model, head, batch):
-    """Loss and metrics in PyTorch, of the definitions, with gradients in the model."""
-    t = {name: torch.tensor(array) for name, array in batch.items()}
-    mask = torch.tensor(weights_of(batch['start'], batch['end']))
-    attends = torch.arange(LENGTH)[None] < t['end'][:, None]
-    out = torch_model(input_ids=t['tokens'].long(), attention_mask=attends.long(), output_hidden_states=True)
-    logprobs = torch.log_softmax(out.logits[:, :-1] / settings.generate.temperature, -1)
-    logprobs = logprobs.gather(-1, t['tokens'][:, 1:, None].long())[..., 0]
-    logprobs = torch.nn.functional.pad(logprobs, (0, 1)) * mask
+def theirs(task: str, settings, torch_model, head, made, numbers):
+    """The loss in PyTorch, by its definition, a row for every answer; with gradients in the model."""
+    t = {name: torch.tensor(array) for name, array in numbers.items()}
+    mask, tokens = torch.tensor(weights_of(made)), torch.tensor(made.tokens).long()
+    attends = torch.arange(LENGTH)[None] < torch.tensor(made.end)[:, None]
+    out = torch_model(input_ids=tokens, attention_mask=attends.long(), output_hidden_states=True)
+    at = (torch.tensor(made.start)[:, None] + torch.arange(WIDTH)).clamp(max=LENGTH - 1)
+    logprobs = torch.log_softmax(out.logits / settings.generate.temperature, -1)
+    logprobs = logprobs.gather(1, (at - 1)[..., None].expand(-1, -1, 64)).gather(-1, tokens.gather(1, at)[..., None])
+    logprobs = logprobs[..., 0] * mask
     ratio, rl = torch.exp(logprobs - t['old']), settings.rl
     clipped = torch.clamp(ratio, 1 - rl.clip, 1 + rl.clip)
     losses = torch.maximum(-t['advantages'] * ratio, -t['advantages'] * clipped)
@@ -165,18 +169,21 @@ def theirs(task: str, settings, torch_model, head, batch):
         away = torch.exp(t['reference'] - logprobs) - (t['reference'] - logprobs) - 1
         each = ((losses + rl.kl_coef * away) * mask).sum(1) / mask.sum(1)
         return each.mean()
-    values = (out.hidden_states[-1] @ head['kernel'] + head['bias'])[..., 0] * mask
+    values = (out.hidden_states[-1] @ head['kernel'] + head['bias'])[..., 0].gather(1, at - 1) * mask
     near = t['values'] + torch.clamp(values - t['values'], -rl.value_clip, rl.value_clip)
     off = 0.5 * torch.maximum((values - t['returns']) ** 2, (near - t['returns']) ** 2)
     return ((losses + rl.value_coef * off) * mask).sum() / mask.sum()
 
 
+@pytest.mark.parametrize('packing', [False, True])
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 @pytest.mark.parametrize('task', ['ppo', 'grpo'])
-def test_loss_and_gradients_are_pytorchs(both, task, temperature):
+def test_loss_and_gradients_are_pytorchs(both, task, temperature, packing):
     model, params, torch_model = both
     algorithm = {'ppo': ppo, 'grpo': grpo}[task]
-    recipe, batch = config(generate__temperature=temperature, rl__value_coef=0.5), make_batch()
+    recipe = config(generate__temperature=temperature, rl__value_coef=0.5)
+    made, numbers, batch = make_batch(packing=packing)
+    assert (len(batch['tokens']) < ROWS) == packing
 
     def mean(params):
         total, count, _ = algorithm.loss(recipe, model, params, batch, None)
@@ -185,7 +192,7 @@ def test_loss_and_gradients_are_pytorchs(both, task, temperature):
     loss, gradients = jax.jit(jax.value_and_grad(mean))(params)
     torch_model.zero_grad()
     head = {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in params[value.NAME].items()}
-    expected = theirs(task, recipe, torch_model, head, batch)
+    expected = theirs(task, recipe, torch_model, head, made, numbers)
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-4)
     found = dict(torch_model.named_parameters())
@@ -209,7 +216,7 @@ def test_loss_and_gradients_are_pytorchs(both, task, temperature):
 def test_sums_over_parts_of_a_batch_are_those_of_the_whole(both, task):
     model, params, _ = both
     algorithm = {'ppo': ppo, 'grpo': grpo}[task]
-    recipe, batch = config(), make_batch()
+    recipe, (_, _, batch) = config(), make_batch(packing=False)
     loss = jax.jit(lambda batch: algorithm.loss(recipe, model, params, batch, None))
     halves = [loss({name: x[half::2] for name, x in batch.items()}) for half in (0, 1)]
     chex.assert_trees_all_close(jax.tree.map(jnp.add, *halves), loss(batch), rtol=1e-4, atol=1e-5)
@@ -217,14 +224,14 @@ def test_sums_over_parts_of_a_batch_are_those_of_the_whole(both, task):
 
 def test_nothing_is_clipped_and_nothing_has_moved_before_the_first_update(both):
     model, params, _ = both
-    recipe, batch = config(), make_batch()
-    old, values, weights = policy.read(recipe, model, params, batch)
+    recipe, (_, _, batch) = config(), make_batch()
+    old, values = policy.read(recipe, model, params, batch)
     batch |= {'old': old, 'values': values, 'returns': values, 'reference': old}
     _, count, sums = ppo.loss(recipe, model, params, batch, None)
     assert sums['clip_fraction'] == sums['value_clip_fraction'] == sums['value_loss'] == 0
     np.testing.assert_allclose(sums['approx_kl'], 0, atol=1e-5)
-    np.testing.assert_allclose(sums['policy_loss'], -(batch['advantages'] * weights).sum(), rtol=1e-4)
-    assert count == weights.sum()
+    np.testing.assert_allclose(sums['policy_loss'], -batch['advantages'].sum(), rtol=1e-4)
+    assert count == batch['weights'].sum()
     assert grpo.loss(recipe, model, params, batch, None)[2]['reference_kl'] == 0
 
 
@@ -244,3 +251,32 @@ def test_a_new_value_head_says_nothing(both):
     fresh = value.with_value(value.policy(params), model)
     assert set(fresh) - set(value.policy(fresh)) == {value.NAME}
     assert not np.asarray(value.values(fresh, jnp.ones((2, 3, 32)))).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), packing=st.booleans(), unit=st.integers(1, 3))
+def test_numbers_go_into_rows_and_come_back(seed, packing, unit):
+    rng = np.random.default_rng(seed)
+    made = answers(rng)
+    chosen = rng.permutation(ROWS)[: rng.integers(1, ROWS + 1)]
+    rows = Packed(made, chosen, LENGTH, packing, unit)
+    assert rows.shape[0] % unit == 0
+    assert rows.shape[0] <= -(-len(chosen) // unit) * unit
+    numbers = rng.normal(size=(len(chosen), WIDTH)).astype(np.float32) * weights_of(made)[chosen]
+    np.testing.assert_array_equal(rows.gather(rows.spread(numbers)), numbers)
+    fields = rows.fields()
+    assert fields['weights'].sum() == (made.end - made.start)[chosen].sum()
+    np.testing.assert_allclose(fields['shares'].sum(), len(chosen), rtol=1e-5)
+    # What follows a place that predicts is the answer's own next token.
+    followed = np.roll(fields['tokens'], -1, axis=1)
+    np.testing.assert_array_equal(
+        rows.gather(followed), [np.pad(made.tokens[i, made.start[i] : made.end[i]], (0, WIDTH))[:WIDTH] for i in chosen]
+    )
+    found = []
+    for row, segments in enumerate(fields['segments']):
+        for segment in range(1, segments.max(initial=0) + 1):
+            here = segments == segment
+            assert (np.flatnonzero(here) == np.flatnonzero(here)[0] + np.arange(here.sum())).all()
+            np.testing.assert_array_equal(fields['positions'][row, here], np.arange(here.sum()))
+            found.append(tuple(fields['tokens'][row, here].tolist()))
+    assert sorted(found) == sorted(tuple(made.tokens[i, : made.end[i]].tolist()) for i in chosen)

@@ -16,6 +16,7 @@ from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.rl.loop import Run
+from jaxtune.rl.packed import Packed
 from jaxtune.rl.policy import read
 from jaxtune.rl.rewards import _call, open_reward
 from jaxtune.rl.rollouts import Sampler
@@ -102,11 +103,13 @@ def test_a_mesh_learns_what_one_device_does(corpus, tmp_path, task, sizes):
         np.testing.assert_allclose(one, mesh, rtol=2e-3, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize('accumulate', [2, 4])
-def test_micro_batches_give_the_same(corpus, tmp_path, accumulate):
+@pytest.mark.parametrize(
+    'changes', [{'train.accumulate': 2}, {'train.accumulate': 8}, {'data.packing': False}], ids=str
+)
+def test_micro_batches_and_packing_change_nothing(corpus, tmp_path, changes):
     keys = rl_recipe(corpus, 'ppo', train__steps=2)
     go(keys, tmp_path / 'one')
-    go(keys | {'train.accumulate': accumulate}, tmp_path / 'cut')
+    go(keys | changes, tmp_path / 'cut')
     for name in ('train/loss', 'train/grad_norm'):
         np.testing.assert_allclose(metrics(tmp_path / 'one', name), metrics(tmp_path / 'cut', name), rtol=2e-3)
 
@@ -179,12 +182,11 @@ def test_the_samplers_log_probabilities_are_the_training_ones(corpus, base):
         prompts = read_prompts(config, parts, fitting=True, split='train', limit=48)[:8]
         empty = jax.tree.map(lambda _: None, parts.params)
         made = Sampler(config, mesh, parts, prompts)(parts.params, empty, prompts, 0)
-        found, _, weights = read(config, parts.model, parts.params, made.fields())
+        rows = Packed(made, np.arange(8), 48, True)
+        found = rows.gather(np.asarray(read(config, parts.model, parts.params, rows.fields())[0]))
+    np.testing.assert_allclose(found, made.logprobs, rtol=1e-4, atol=1e-5)
     for row in range(8):
-        size = made.end[row] - made.start[row]
-        assert weights[row].sum() == size
-        ours = np.asarray(found[row])[np.asarray(weights[row]) > 0]
-        np.testing.assert_allclose(ours, made.logprobs[row, :size], rtol=1e-4, atol=1e-5)
+        assert found[row].astype(bool).sum() == made.end[row] - made.start[row]
         assert parts.tokenizer.decode(made.tokens[row, : made.start[row]]) == prompts[row].text
 
 
