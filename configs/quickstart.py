@@ -1,10 +1,10 @@
-"""From nothing to a model that answers, on a laptop: prepare -> pretrain -> sft -> reward -> sample.
+"""From nothing to a model that answers, on a laptop: prepare -> pretrain -> sft -> reward -> ppo -> sample.
 
     python -m jaxtune.main --config configs/quickstart.py
 
 Reads the running Python's own library (real text on every machine), trains a tokenizer and a Llama of 5 million
 parameters from scratch, teaches it to say what a function does, trains a reward model that tells a sentence from its
-shuffled words, and lets the tuned model answer for held-out functions.
+shuffled words, lets the tuned model learn from that reward, and answer for held-out functions.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.stages = ('prepare', 'pretrain', 'sft', 'reward', 'sample')
+    config.stages = ('prepare', 'pretrain', 'sft', 'reward', 'ppo', 'sample')
 
     config.prepare = ConfigDict()
     config.prepare.task = 'prepare'
@@ -60,9 +60,21 @@ def get_config() -> ConfigDict:
     config.reward.optimizer = ConfigDict({'lr': 5e-4, 'new_lr': 2e-3, 'warmup_steps': 5, 'weight_decay': 0.0})
     config.reward.eval = ConfigDict({'metric': 'eval/accuracy'})
 
+    config.ppo = ConfigDict()
+    config.ppo.task = 'ppo'
+    config.ppo.model = ConfigDict({'path': '@sft'})
+    config.ppo.data = ConfigDict(
+        {'train': 'python-stdlib', 'eval': 'python-stdlib', 'format': 'alpaca', 'seq_len': 256}
+    )
+    config.ppo.generate = ConfigDict({'max_new_tokens': 32, 'batch_size': 32, 'prompts': 32})
+    config.ppo.rl = ConfigDict({'reward': '@reward', 'rollouts': 32, 'epochs': 1})
+    config.ppo.train = ConfigDict({'steps': 10, 'batch_size': 16})
+    config.ppo.optimizer = ConfigDict({'lr': 1e-4, 'new_lr': 1e-3, 'schedule': 'constant', 'weight_decay': 0.0})
+    config.ppo.log = ConfigDict({'every': 1})
+
     config.sample = ConfigDict()
     config.sample.task = 'generate'
-    config.sample.model = ConfigDict({'path': '@sft'})
+    config.sample.model = ConfigDict({'path': '@ppo'})
     config.sample.data = ConfigDict({'eval': 'python-stdlib', 'format': 'alpaca'})
     config.sample.generate = ConfigDict({'prompts': 8, 'max_new_tokens': 48, 'temperature': 0.7, 'top_p': 0.95})
     return config

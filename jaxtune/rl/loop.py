@@ -90,6 +90,19 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError("data.train='': expected the prompts: a path, a glob, a folder, python-stdlib or @STAGE")
 
 
+class _Numbers:
+    """The prompts' numbers, as rows for a loader."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {'number': np.asarray(index, np.int32)}
+
+
 class Run(running.Run):
     """One run of an algorithm of `rl`."""
 
@@ -114,10 +127,8 @@ class Run(running.Run):
             everything.generate.prompts = 0
             self.prompts = read_all(everything, split='train')
             self.held_out = read_all(config) if config.data.eval else []
-        # What the loader cuts into batches are the prompts' numbers.
-        numbers = [{'number': np.int32(number)} for number in range(len(self.prompts))]
         self.asked = config.rl.rollouts // self.algorithm.group(config)
-        self.loader = Loader(numbers, self.asked, config.seed, shuffle=True)
+        self.loader = Loader(_Numbers(len(self.prompts)), self.asked, config.seed, shuffle=True)
         self.steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(self.prompts) / self.asked))
         self.updates = config.rl.epochs * (config.rl.rollouts // config.train.batch_size)  # a step
 
@@ -135,7 +146,9 @@ class Run(running.Run):
             self.accumulate, self.step = compile_step(
                 self.program.train_step, args, config.train.accumulate, micro_rows
             )
-            self.update = self.program.train_step(self.accumulate)  # for rows that are fewer
+            # Packed, the answers of an update are fewer rows, a multiple of this.
+            self.update = self.program.train_step(self.accumulate)
+            self.unit = self.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
         self.sampler = Sampler(config, mesh, parts, [*self.prompts, *self.held_out])
         self.look, self.learn = self._functions(parts.model)
         self.evaluator = range(-(-len(self.held_out) // config.generate.batch_size)) or None
@@ -191,7 +204,7 @@ class Run(running.Run):
                 order = np.random.default_rng([config.seed, t, epoch]).permutation(len(prompts))
                 for low in range(0, len(order), size):
                     chosen = order[low : low + size]
-                    rows = self._packed(made, chosen)
+                    rows = Packed(made, chosen, config.data.seq_len, config.data.packing, self.unit)
                     spread = {name: rows.spread(numbers[chosen]) for name, numbers in fields.items()}
                     batch = self._placed(rows.fields() | spread)
                     update = self.step if rows.shape[0] == size else self.update
@@ -219,19 +232,16 @@ class Run(running.Run):
         """Rewards of answers, those that were cut off less."""
         return self.reward(made.prompts, made.texts) - self.config.rl.missing_eos_penalty * ~made.ended
 
-    def _packed(self, made: Rollouts, chosen: np.ndarray) -> Packed:
-        unit = self.accumulate * self.mesh.shape['data'] * self.mesh.shape['fsdp']
-        return Packed(made, chosen, self.config.data.seq_len, self.config.data.packing, unit)
-
     def _found(self, made: Rollouts, scores: np.ndarray) -> Found:
-        """What policy and reference say of answers, as many at a time as an update learns from."""
-        size, parts = self.config.train.batch_size, []
-        for low in range(0, len(scores), size):
-            rows = self._packed(made, np.arange(low, low + size))
-            seen = self.look(self.state['trainable'], self.frozen, self.reference, self._placed(rows.fields()))
-            parts.append({name: rows.gather(np.asarray(numbers)) for name, numbers in seen.items()})
-        whole = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
-        return Found(**whole, scores=scores)
+        """What policy and reference say of answers, as many rows at a time as a micro-batch has at most."""
+        size = self.config.train.batch_size // self.accumulate
+        rows = Packed(made, np.arange(len(scores)), self.config.data.seq_len, self.config.data.packing, size)
+        fields, parts = rows.fields(), []
+        for low in range(0, rows.used, size):
+            batch = self._placed({name: x[low : low + size] for name, x in fields.items()})
+            parts.append(self.look(self.state['trainable'], self.frozen, self.reference, batch))
+        whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *parts)
+        return Found(**{name: rows.gather(numbers) for name, numbers in whole.items()}, scores=scores)
 
     def _placed(self, fields: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         rows = len(next(iter(fields.values())))

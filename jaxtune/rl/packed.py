@@ -11,6 +11,10 @@ class Packed:
 
     A number of a token stands at the place before it, where it is predicted.
 
+    Attributes:
+      shape: rows and their length.
+      used: how many rows are not empty.
+
     Args:
       made: the answers.
       chosen: the numbers of those to pack.
@@ -25,7 +29,8 @@ class Packed:
         self.tokens = made.tokens[chosen]
         self.width = made.logprobs.shape[1]
         row = pack(self.end, length) if packing else np.arange(len(chosen))
-        needed = -(-(int(row.max()) + 1) // unit)
+        self.used = int(row.max()) + 1
+        needed = -(-self.used // unit)
         power = 1 << (needed - 1).bit_length()
         rows = unit * min(power * 3 // 4 if needed <= power * 3 // 4 else power, -(-len(chosen) // unit))
         self.shape = (rows, length)

@@ -137,13 +137,16 @@ class ByModel:
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         rows = [self._row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-        size, found = self.batch_size, []
-        filled = [*rows, *[rows[-1]] * (-len(rows) % size)]
-        tokens, ends = pad_prompts(filled, 0, _MULTIPLE)
-        for first in range(0, len(filled), size):
-            arrays = {'tokens': tokens[first : first + size], 'end': ends[first : first + size]}
-            found.append(self._score(self.params, self._placed(arrays)))
-        return np.concatenate([np.asarray(part) for part in found])[: len(rows)]
+        # Those of like length together, so that little is padding.
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+        found = []
+        for low in range(0, len(rows), self.batch_size):
+            some = [rows[number] for number in order[low : low + self.batch_size]]
+            tokens, ends = pad_prompts(some + some[-1:] * (self.batch_size - len(some)), 0, _MULTIPLE)
+            found.append(self._score(self.params, self._placed({'tokens': tokens, 'end': ends})))
+        scores = np.zeros(len(rows), np.float32)
+        scores[order] = np.concatenate([np.asarray(part) for part in found])[: len(rows)]
+        return scores
 
     def _placed(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return place(
