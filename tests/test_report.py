@@ -134,6 +134,24 @@ def test_answers_before_training_stand_beside_those_after(tmp_path):
     assert after.index('gibberish') < after.index('an answer') < after.index('the truth')
 
 
+def test_a_run_that_learnt_from_rewards(tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(recipe('ppo') | {'rl': {'reward': 'mine:right', 'rollouts': 64}}))
+    with (tmp_path / 'metrics.jsonl').open('w') as file:
+        for step in range(5):
+            file.write(json.dumps({'step': step, 'eval/reward': 0.5 + step}) + '\n')
+            line = {'ppo/reward': step / 4, 'ppo/kl': 3.25, 'ppo/ended': 0.75, 'train/loss': -0.5 + step}
+            file.write(json.dumps({'step': step, **line}) + '\n')
+    read, _ = page(tmp_path)
+    for part in ('Held-out reward', '4.500', '0.5000 at step 0', '3.250 nats', 'by PPO for', 'scored by mine:right'):
+        assert part in read.text, part
+    # Losses of a policy are of no unit, and may be below 0: no main chart.
+    assert 'nats a' not in read.text
+    charts = [[curve[-1][1] for curve in figure['series']] for figure in read.json]
+    assert charts[0] == [4.5, 1.0]
+    assert [3.5] in charts
+    assert 'Answers that came to an end' in read.text
+
+
 def test_a_workdir_of_stages(tmp_path):
     trained(tmp_path / 'zeta')
     (tmp_path / 'alpha').mkdir()
@@ -152,7 +170,7 @@ def test_a_workdir_of_stages(tmp_path):
         assert part in read.text, part
 
 
-@pytest.mark.parametrize('task', ['train', 'generate', 'evaluate', 'prepare', 'compile'])
+@pytest.mark.parametrize('task', ['train', 'ppo', 'grpo', 'generate', 'evaluate', 'prepare', 'compile'])
 def test_missing_files_are_fine(tmp_path, task):
     read, _ = page(tmp_path)
     assert 'not finished' in read.text
