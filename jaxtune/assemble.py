@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import methods, models, objectives, peft, rl, tuning
-from jaxtune.config import TRAINING
+from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.methods import lora
@@ -251,7 +251,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
             if not folder:
                 raise UserError('method.init=loftq: expected model.path, a model whose weights were quantised')
             params = lora.make_up(params, hf.kernels(folder, model))
-    if config.task in rl.ALGORITHMS and rl.get(config.task).VALUE:
+    if config.task in REWARDED and rl.get(config.task).VALUE:
         params = tuning.attach(lambda params: value.with_value(params, model), params, mesh)
         fresh |= value.PATHS
     several = adapters if len(adapters) > 1 else {}

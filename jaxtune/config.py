@@ -24,12 +24,13 @@ class Free:
 
 _dtype = one_of('float32', 'bfloat16')
 
-TRAINING = ('train', 'ppo', 'grpo')  # tasks that change weights
+REWARDED = ('ppo', 'grpo')  # tasks that learn from rewards
+TRAINING = ('train', *REWARDED)  # tasks that change weights
 
 SCHEMA: dict[str, Key | Free] = {
     'task': Key(
         'train',
-        one_of('prepare', 'train', 'ppo', 'grpo', 'evaluate', 'generate', 'export', 'compile'),
+        one_of('prepare', *TRAINING, 'evaluate', 'generate', 'export', 'compile'),
         'what to do',
     ),
     'seed': Key(0, integer(0), 'seed of initialisation, data order and sampling'),

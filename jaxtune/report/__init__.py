@@ -5,6 +5,7 @@ import importlib.resources
 import pathlib
 
 from jaxtune import console
+from jaxtune.config import TRAINING
 from jaxtune.report import sections
 from jaxtune.report.preparation import preparation
 from jaxtune.report.source import Source, read
@@ -66,7 +67,7 @@ def _stage(stage: Source, which: str, is_main: bool) -> str:
 
 def _main(stages: list[Source]) -> Source:
     """The stage that the page's head is about: the last that trained, else the last that has a loss, else the last."""
-    trained = [stage for stage in stages if stage.task in ('train', 'ppo', 'grpo')]
+    trained = [stage for stage in stages if stage.task in TRAINING]
     scored = [stage for stage in stages if stage.metric('eval/loss') is not None]
     return (trained or scored or stages)[-1]
 

@@ -117,10 +117,8 @@ def lead(source: Source) -> str:
     words.append(f'trained from {"the weights of " + text(_short(path)) if path else "scratch"}')
     words.append(f'on {text(_short(key("data.train", "its data")))}')
     if source.rewarded:
-        words.append(
-            f'by {source.task.upper()} for {steps or 0:,} steps of {key("rl.rollouts", "some")} answers, each '
-        )
-        words[-1] += f'scored by {text(_short(key("rl.reward")))},'
+        words.append(f'by {source.task.upper()} for {steps or 0:,} steps of {key("rl.rollouts", "some")} answers,')
+        words.append(f'each scored by {text(_short(key("rl.reward")))},')
     elif steps:
         words.append(f'for {steps:,} updates')
         if tokens := source.run.get('tokens_per_step'):

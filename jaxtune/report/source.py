@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.config import SCHEMA, Free
+from jaxtune.config import REWARDED, SCHEMA, Free
 from jaxtune.metrics import read_metrics
 from jaxtune.workdir import read_json
 
@@ -42,7 +42,7 @@ class Source:
     @property
     def rewarded(self) -> bool:
         """Whether it learnt from rewards."""
-        return self.task in ('ppo', 'grpo')
+        return self.task in REWARDED
 
     @property
     def metrics(self) -> Mapping[str, Any]:

@@ -230,7 +230,8 @@ class Run(running.Run):
 
     def _scores(self, made: Rollouts) -> np.ndarray:
         """Rewards of answers, those that were cut off less."""
-        return self.reward(made.prompts, made.texts) - self.config.rl.missing_eos_penalty * ~made.ended
+        penalty = np.float32(self.config.rl.missing_eos_penalty)
+        return self.reward(made.prompts, made.texts) - penalty * ~made.ended
 
     def _found(self, made: Rollouts, scores: np.ndarray) -> Found:
         """What policy and reference say of answers, as many rows at a time as a micro-batch has at most."""

@@ -1,5 +1,6 @@
 """Rewards of answers: a reward model's, or those of a person's own function."""
 
+import copy
 import importlib
 import inspect
 import math
@@ -119,6 +120,8 @@ class ByModel:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int):
         self.mesh, self.batch_size = mesh, batch_size
+        config = copy.deepcopy(config)
+        config.data.seq_len = 2  # its rows are as long as what it reads
         parts = assemble_other(config, mesh, config.rl.reward, 'reward')
         if 'score' not in parts.params or any(path.startswith('score/') for path in parts.fresh):
             raise UserError(
@@ -154,7 +157,7 @@ class ByModel:
         )
 
     def _row(self, prompt: Prompt, completion: str) -> list[int]:
-        """The tokens of a prompt and its answer, as the reward model was trained to read them."""
+        """The tokens of a prompt and its answer, as the reward model was trained to read them; the last that it can."""
         raw = isinstance(prompt.text, str)
         turns: list[dict[str, Any]] = [{'role': 'user', 'content': prompt.text}] if raw else list(prompt.text)
         chat = Chat((*turns, {'role': 'assistant', 'content': completion}), raw=raw)
@@ -165,4 +168,4 @@ class ByModel:
             raise UserError(
                 f'rl.reward: the reward model cannot read an answer to {prompt.text!r:.60}: {error}'
             ) from None
-        return ids[: self.limit] if self.limit else ids
+        return ids[-self.limit :] if self.limit else ids
