@@ -13,6 +13,10 @@ in a module that Python finds (`PYTHONPATH=.`), or a reward model as for `config
 There is no value head; of `rl.group` answers to a prompt, those above the group's mean become likelier.
 `grpo/groups_alike` tells how many groups taught nothing, since all their answers were worth the same.
 
+Tried on two CPU cores, from the quickstart's `sft`, with `python-stdlib` as both kinds of data (`data.format=alpaca`,
+`generate.max_new_tokens=16`, `train.steps=30`) and 1 for an answer whose first word is the reference's: 5 min 19 s,
+held-out reward 0.03 before, 0.13 after: it found the word that is right most often.
+
 The rate suits small models; take 1e-6 for published ones, and on an accelerator add
 `--config.model.compute_dtype=bfloat16 --config.generate.batch_size=64`.
 """
