@@ -9,7 +9,8 @@
     def right_answer(prompts, completions, references):
         return [float(reference.split()[-1] in completion) for completion, reference in zip(completions, references)]
 
-in a module that Python finds (`PYTHONPATH=.`), or a reward model as for `configs/ppo.py`, whose kinds of data it reads.
+in a module that Python finds, such as a file in the folder where the command is typed; or a reward model as for
+`configs/ppo.py`, whose kinds of data it reads.
 There is no value head; of `rl.group` answers to a prompt, those above the group's mean become likelier.
 `grpo/groups_alike` tells how many groups taught nothing, since all their answers were worth the same.
 

@@ -1,8 +1,6 @@
 """What a model makes of a few held-out prompts before it is trained and after, for `samples.jsonl` and the report."""
 
 import copy
-import json
-import os
 import pathlib
 from typing import Any
 
@@ -14,6 +12,7 @@ from jaxtune.assemble import Assembly
 from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
 from jaxtune.prompt_data import read_prompts
+from jaxtune.samples import add_samples
 
 # Objectives whose models write, and how many tokens of a text they go on from (0 = the whole prompt).
 _PROMPT_TOKENS = {'causal_lm': 32, 'sft': 0, 'seq2seq': 0}
@@ -51,17 +50,12 @@ class Witness:
         self.prompts = read_prompts(config, parts, config.objective == 'sft', fitting=True)[:count]
         rows = mesh.shape['data'] * mesh.shape['fsdp']
         self.complete = Completer(config, mesh, parts, -(-len(self.prompts) // rows) * rows)
-        self.path = workdir / 'samples.jsonl'
+        self.workdir = workdir
 
     def write(self, params: Any, step: int) -> None:
         """Writes what the model answers after an update; what stands there of later ones goes."""
         made = self.complete(params, self.prompts)
         if not console.is_primary():
             return
-        kept = self.path.read_text('utf-8').splitlines() if self.path.is_file() else []
-        lines = [line for line in map(json.loads, kept) if line['step'] < step]
         pairs = zip(self.prompts, made, strict=True)
-        lines += [sample_record(prompt, completion, step) for prompt, (completion, _) in pairs]
-        partial = self.path.with_name('.samples.partial.jsonl')
-        partial.write_text(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines), 'utf-8')
-        os.replace(partial, self.path)
+        add_samples(self.workdir, step, [sample_record(prompt, completion, step) for prompt, (completion, _) in pairs])

@@ -1,13 +1,13 @@
 """What a report is made of: the files of one workdir, read as far as they are there."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.config import REWARDED, SCHEMA, Free
 from jaxtune.metrics import read_metrics
+from jaxtune.samples import read_samples
 from jaxtune.workdir import read_json
 
 Points = list[tuple[float, float]]
@@ -96,22 +96,6 @@ def _flat(value: Any, path: str) -> list[tuple[str, Any]]:
     return [row for name, inner in value.items() for row in _flat(inner, f'{path}.{name}')]
 
 
-def _samples(path: pathlib.Path) -> list[Mapping[str, Any]]:
-    rows = []
-    try:
-        lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-    except OSError:
-        return rows
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the torn end of a run that was killed
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
 def _curves(path: pathlib.Path) -> dict[str, Points]:
     curves: dict[str, dict[float, float]] = {}
     for row in read_metrics(path):
@@ -129,6 +113,6 @@ def read(folder: pathlib.Path, name: str = '') -> Source:
         read_json(folder / 'result.json') or {},
         read_json(folder / 'run.json') or {},
         _curves(folder / 'metrics.jsonl'),
-        _samples(folder / 'samples.jsonl'),
+        read_samples(folder),
         read_json(folder / 'stats.json') or {},
     )

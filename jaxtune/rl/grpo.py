@@ -11,7 +11,6 @@ from jaxtune.rl.policy import Found, divergence, make_row, ratio_losses, read
 __all__ = ['VALUE', 'group', 'learn', 'loss', 'relative', 'row']
 
 VALUE = False
-COUNTED = 'answers'
 
 
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

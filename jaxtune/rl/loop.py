@@ -8,9 +8,7 @@ costs that method's weights alone.
 import copy
 import dataclasses
 import functools
-import json
 import math
-import os
 import pathlib
 import time
 from typing import Any
@@ -24,6 +22,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import console, interrupt, rl, running, tuning
 from jaxtune.assemble import assemble, folder_head
+from jaxtune.completer import sample_record
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.fitting import compile_step
@@ -38,6 +37,7 @@ from jaxtune.rl.packed import Packed
 from jaxtune.rl.policy import Found, read
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Rollouts, Sampler
+from jaxtune.samples import add_samples
 from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
 
@@ -282,31 +282,19 @@ class Run(running.Run):
             scores.append(self._scores(found))
             advance()
         rewards = np.concatenate(scores)
-        lengths, ended = (
-            np.concatenate(parts) for parts in zip(*((x.end - x.start, x.ended) for x in made), strict=True)
-        )
-        self._write_samples(step, made, rewards)
+        lengths = np.concatenate([found.end - found.start for found in made])
+        ended = np.concatenate([found.ended for found in made])
+        if console.is_primary():
+            answers = [pair for found in made for pair in zip(found.prompts, found.texts, strict=True)]
+            samples = [sample_record(prompt, text, step) for prompt, text in answers]
+            scored = zip(samples, rewards.tolist(), strict=True)
+            add_samples(self.workdir, step, [sample | {'score': score} for sample, score in scored])
         return {
             'eval/reward': float(rewards.mean()),
             'eval/length': float(lengths.mean()),
             'eval/ended': float(ended.mean()),
             'eval/answers': len(rewards),
         }
-
-    def _write_samples(self, step: int, made: list[Rollouts], scores: np.ndarray) -> None:
-        """Writes `samples.jsonl`; what stands there of this step or later ones goes."""
-        if not console.is_primary():
-            return
-        path = self.workdir / 'samples.jsonl'
-        kept = path.read_text('utf-8').splitlines() if path.is_file() else []
-        lines: list[dict[str, Any]] = [line for line in map(json.loads, kept) if line['step'] < step]
-        answers = [pair for one in made for pair in zip(one.prompts, one.texts, strict=True)]
-        for (prompt, text), score in zip(answers, scores.tolist(), strict=True):
-            line = {'prompt': prompt.text, 'completion': text, 'score': score, 'step': step}
-            lines.append(line if prompt.reference is None else line | {'reference': prompt.reference})
-        partial = path.with_name('.samples.partial.jsonl')
-        partial.write_text(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines), 'utf-8')
-        os.replace(partial, path)
 
     def _model(self, trainable: Any) -> Any:
         return value.policy(super()._model(trainable))

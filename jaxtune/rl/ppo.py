@@ -14,7 +14,6 @@ from jaxtune.rl.policy import Found, make_row, ratio_losses, read
 __all__ = ['VALUE', 'advantages', 'group', 'learn', 'loss', 'row', 'value_losses', 'whiten']
 
 VALUE = True
-COUNTED = 'tokens'
 
 
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:

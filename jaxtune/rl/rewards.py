@@ -130,6 +130,7 @@ class ByModel:
             )
         self.model, self.params, self.tokenizer = parts.model, parts.params, parts.tokenizer
         self.limit = self.model.config.max_positions
+        self._encoders: dict[bool, Encoder] = {}  # for prompts that are texts, and for conversations
 
         def score(params, batch):
             inputs = answer_rows.inputs(batch['tokens'], batch['end'], batch['end'])
@@ -161,9 +162,11 @@ class ByModel:
         raw = isinstance(prompt.text, str)
         turns: list[dict[str, Any]] = [{'role': 'user', 'content': prompt.text}] if raw else list(prompt.text)
         chat = Chat((*turns, {'role': 'assistant', 'content': completion}), raw=raw)
-        encoder = Encoder(open_template('auto', self.tokenizer, 'preference', raw), self.tokenizer, last=True)
+        if raw not in self._encoders:
+            template = open_template('auto', self.tokenizer, 'preference', raw)
+            self._encoders[raw] = Encoder(template, self.tokenizer, last=True)
         try:
-            ids = encoder(chat).ids.tolist()
+            ids = self._encoders[raw](chat).ids.tolist()
         except FormatError as error:
             raise UserError(
                 f'rl.reward: the reward model cannot read an answer to {prompt.text!r:.60}: {error}'

@@ -1,0 +1,35 @@
+"""`samples.jsonl`: what a model answered, step by step."""
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from jaxtune.workdir import write_text
+
+NAME = 'samples.jsonl'
+
+
+def read_samples(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The samples of a workdir, without the torn line that a killed process may have left; [] without a file."""
+    samples = []
+    try:
+        # Not by `splitlines`: an answer may hold separators that end a line for Unicode, but not for JSON.
+        lines = (workdir / NAME).read_text('utf-8', errors='replace').split('\n')
+    except OSError:
+        return samples
+    for line in lines:
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(sample, dict):
+            samples.append(sample)
+    return samples
+
+
+def add_samples(workdir: pathlib.Path, step: int, samples: Iterable[dict[str, Any]]) -> None:
+    """Writes down the samples of a step; what stands there of this step or later ones goes."""
+    kept = [sample for sample in read_samples(workdir) if sample['step'] < step]
+    lines = (json.dumps(sample, ensure_ascii=False) + '\n' for sample in [*kept, *samples])
+    write_text(workdir / NAME, ''.join(lines))
