@@ -13,7 +13,7 @@ from jaxtune.assemble import Assembly
 from jaxtune.beam import beam_search
 from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
-from jaxtune.parallel import place
+from jaxtune.parallel import place_all
 from jaxtune.prompt_data import Prompt
 from jaxtune.sampling import from_config, pad_prompts, sample
 from jaxtune.scoring import exact
@@ -51,8 +51,7 @@ class Completer:
         filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
         ids, lengths = pad_prompts([prompt.ids for prompt in filled], self.pad_id)
         arrays = {'prompts': ids, 'lengths': lengths, 'number': np.arange(first, first + size, dtype=np.int32)}
-        rows = place(lambda low, high: {name: value[low:high] for name, value in arrays.items()}, size, self.mesh)
-        made = jax.tree.map(np.asarray, self._run(params, rows))
+        made = jax.tree.map(np.asarray, self._run(params, place_all(arrays, self.mesh)))
         found = []
         for row, prompt in enumerate(prompts):
             new = made.tokens[row, : made.lengths[row]].tolist()

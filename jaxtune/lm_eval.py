@@ -20,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from jaxtune import console, recipes
 from jaxtune.assemble import assemble
 from jaxtune.errors import UserError
-from jaxtune.parallel import make_mesh, place
+from jaxtune.parallel import make_mesh, place_all
 from jaxtune.sampling import Sampling, pad_prompts, sample
 
 _MULTIPLE = 64  # lengths are padded to it, so that few shapes are compiled
@@ -144,7 +144,7 @@ class JaxtuneLM(TemplateLM):
                     batch['targets'][at, : len(targets)] = targets
                     batch['segments'][at, : len(inputs)] = 1
                 with jax.set_mesh(self.mesh):
-                    placed = place(functools.partial(_cut, batch), self.batch_size, self.mesh)
+                    placed = place_all(batch, self.mesh)
                     logprobs, greedy = (np.asarray(x) for x in self._score(self.params, placed))
                 for at, number in enumerate(numbers):
                     _, targets, scored = rows[number]
@@ -202,16 +202,12 @@ class JaxtuneLM(TemplateLM):
         tokens, lengths = pad_prompts(filled, sampling.pad_id, _MULTIPLE)
         self.key, key = jax.random.split(self.key)
         with jax.set_mesh(self.mesh):
-            batch = place(functools.partial(_cut, {'tokens': tokens, 'lengths': lengths}), self.batch_size, self.mesh)
+            batch = place_all({'tokens': tokens, 'lengths': lengths}, self.mesh)
             keys = jax.random.split(key, self.batch_size)
             done = _sampler(self.model, sampling)(self.params, batch['tokens'], batch['lengths'], keys)
         new, sizes = np.asarray(done.tokens), np.asarray(done.lengths)
         rows = (new[i, : sizes[i]].tolist() for i in range(len(prompts)))
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-
-def _cut(arrays: dict[str, np.ndarray], low: int, high: int) -> dict[str, np.ndarray]:
-    return {name: value[low:high] for name, value in arrays.items()}
 
 
 @functools.lru_cache(maxsize=8)

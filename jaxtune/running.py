@@ -1,20 +1,23 @@
 """What every task that changes weights has in common: resuming, evaluating, saving, stopping, and the end of a run."""
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, export, interrupt
+from jaxtune import console, export, interrupt, tuning
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
+from jaxtune.fitting import compile_step
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
-from jaxtune.program import Program
+from jaxtune.program import Program, make_program
 from jaxtune.report import write_report
 from jaxtune.runinfo import RunInfo
 from jaxtune.step import State
@@ -32,6 +35,7 @@ class Run:
       info: its first and last lines, and where the time goes.
       parts: model and tokenizer; their parameters belong to the state.
       program: its update.
+      step: that, compiled; of `accumulate` micro-batches.
       state: what an update changes; the only owner of the trained weights, for it is donated.
       frozen: the half of the tree that stays.
       steps: of the whole run.
@@ -46,6 +50,8 @@ class Run:
     info: RunInfo
     parts: Assembly
     program: Program
+    step: Callable
+    accumulate: int
     state: State
     frozen: Any
     steps: int
@@ -61,6 +67,28 @@ class Run:
         self.checkpoints = Checkpoints(
             self.workdir / 'checkpoints', self.config.checkpoint.keep, self.metric, rises(self.metric)
         )
+
+    def _open_program(self, parts: Assembly, updates: int, objective: ModuleType | None = None) -> None:
+        """Makes the state and compiles the update of it.
+
+        Args:
+          parts: with the parameters of the start.
+          updates: of the whole run.
+          objective: what is learnt, where not `config.objective`.
+        """
+        config, mesh = self.config, self.mesh
+        trainable, self.frozen = tuning.partition(config, parts.params, parts.fresh)
+        self.program = make_program(config, mesh, parts.model, trainable, updates, parts.fresh, objective)
+        self.state = self.program.init_state(trainable)
+        # The state alone owns the trained weights from here on: it is donated to each update.
+        self.parts = dataclasses.replace(parts, params=None)
+        self.info.describe_model(parts.model, parts.params, trainable, self.state['opt_state'])
+        with self.info.timed('compile'):
+            args = (self.state, self.frozen, self.program.batch_shapes())
+            micro_rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+            self.accumulate, self.step = compile_step(
+                self.program.train_step, args, config.train.accumulate, micro_rows
+            )
 
     def to_the_end(self) -> dict:
         """Resumes where a checkpoint is, trains, exports, reports; returns `result.json`'s content."""

@@ -3,7 +3,6 @@
 The step is pure and compiled once; everything with a side effect (reading data, logging, saving, stopping) is here.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
@@ -12,15 +11,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, interrupt, objectives, runinfo, running, tuning, witness
-from jaxtune.assemble import Assembly, assemble
+from jaxtune import console, interrupt, objectives, runinfo, running, witness
+from jaxtune.assemble import assemble
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
-from jaxtune.fitting import compile_step
 from jaxtune.parallel import make_mesh, place
 from jaxtune.parallel.batches import check_batch
-from jaxtune.program import make_program
 from jaxtune.watch import Watch
 from jaxtune.weights import tree
 
@@ -63,19 +60,7 @@ class Run(running.Run):
         with self.info.timed('data'):
             self.rows = rows = self._complete(rows, split='train')
         self.loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
-        trainable, self.frozen = tuning.partition(config, parts.params, parts.fresh)
-        self.program = make_program(config, mesh, parts.model, trainable, self.steps, parts.fresh)
-        self.state = self.program.init_state(trainable)
-        # The state alone owns the trained weights from here on: it is donated to each update.
-        self.parts: Assembly = dataclasses.replace(parts, params=None)
-        self.info.describe_model(parts.model, parts.params, trainable, self.state['opt_state'])
-
-        with self.info.timed('compile'):
-            args = (self.state, self.frozen, self.program.batch_shapes())
-            micro_rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
-            self.accumulate, self.step = compile_step(
-                self.program.train_step, args, config.train.accumulate, micro_rows
-            )
+        self._open_program(parts, self.steps)
         self.gzip_bits_per_byte: float | None = None  # of the held-out documents, to compare with
         self.evaluator = self._evaluator()
         del self._complete  # and with it the weights of the start

@@ -1,6 +1,6 @@
 """The device mesh: its axes, how parameters and batches lie on it, and how many hosts become one program."""
 
-from jaxtune.parallel.batches import batch_sharding, place
+from jaxtune.parallel.batches import batch_sharding, place, place_all
 from jaxtune.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -29,6 +29,7 @@ __all__ = [
     'one_cpu',
     'one_device',
     'place',
+    'place_all',
     'platform',
     'shardings',
     'state_specs',

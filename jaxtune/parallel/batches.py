@@ -42,6 +42,12 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, row: Mapping[str, 
             raise UserError(f'{key}={field.shape[0]}: expected a multiple of mesh.sequence={size}')
 
 
+def place_all(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch that every process holds whole, `{field: [batch, ...]}`, as global arrays."""
+    batch_size = len(next(iter(arrays.values())))
+    return place(lambda low, high: {name: array[low:high] for name, array in arrays.items()}, batch_size, mesh)
+
+
 def place(rows: Callable[[int, int], dict[str, np.ndarray]], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
     """Builds the global batch from the rows that this process holds.
 

@@ -6,7 +6,6 @@ costs that method's weights alone.
 """
 
 import copy
-import dataclasses
 import functools
 import math
 import pathlib
@@ -20,17 +19,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import console, interrupt, rl, running, tuning
+from jaxtune import console, interrupt, rl, running
 from jaxtune.assemble import assemble, folder_head
 from jaxtune.completer import sample_record
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
-from jaxtune.fitting import compile_step
 from jaxtune.metrics import peak_memory_bytes
 from jaxtune.models import value
-from jaxtune.parallel import compiler_options, make_mesh, place
+from jaxtune.parallel import compiler_options, make_mesh, place_all
 from jaxtune.parallel.batches import check_batch
-from jaxtune.program import make_program
 from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.rl.facts import Facts
 from jaxtune.rl.packed import Packed
@@ -132,25 +129,13 @@ class Run(running.Run):
         self.steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(self.prompts) / self.asked))
         self.updates = config.rl.epochs * (config.rl.rollouts // config.train.batch_size)  # a step
 
-        trainable, self.frozen = tuning.partition(config, parts.params, parts.fresh)
-        self.program = make_program(
-            config, mesh, parts.model, trainable, self.steps * self.updates, parts.fresh, self.algorithm
-        )
-        self.reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(trainable)
-        self.state = self.program.init_state(trainable)
-        self.parts = dataclasses.replace(parts, params=None)
-        self.info.describe_model(parts.model, parts.params, trainable, self.state['opt_state'])
-        with self.info.timed('compile'):
-            args = (self.state, self.frozen, self.program.batch_shapes())
-            micro_rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
-            self.accumulate, self.step = compile_step(
-                self.program.train_step, args, config.train.accumulate, micro_rows
-            )
-            # Packed, the answers of an update are fewer rows, a multiple of this.
-            self.update = self.program.train_step(self.accumulate)
-            self.unit = self.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
-        self.sampler = Sampler(config, mesh, parts, [*self.prompts, *self.held_out])
-        self.look, self.learn = self._functions(parts.model)
+        self._open_program(parts, self.steps * self.updates, self.algorithm)
+        self.reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(self.state['trainable'])
+        # Packed, the answers of an update are fewer rows, a multiple of this.
+        self.update = self.program.train_step(self.accumulate)
+        self.unit = self.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
+        self.sampler = Sampler(config, mesh, self.parts, [*self.prompts, *self.held_out])
+        self.look, self.learn = self._functions(self.parts.model)
         self.evaluator = range(-(-len(self.held_out) // config.generate.batch_size)) or None
         if config.eval.batches and self.evaluator:
             self.evaluator = self.evaluator[: config.eval.batches]
@@ -206,7 +191,7 @@ class Run(running.Run):
                     chosen = order[low : low + size]
                     rows = Packed(made, chosen, config.data.seq_len, config.data.packing, self.unit)
                     spread = {name: rows.spread(numbers[chosen]) for name, numbers in fields.items()}
-                    batch = self._placed(rows.fields() | spread)
+                    batch = place_all(rows.fields() | spread, self.mesh)
                     update = self.step if rows.shape[0] == size else self.update
                     self.state, new = update(self.state, self.frozen, batch)
                     waiting.append(new)
@@ -239,14 +224,10 @@ class Run(running.Run):
         rows = Packed(made, np.arange(len(scores)), self.config.data.seq_len, self.config.data.packing, size)
         fields, parts = rows.fields(), []
         for low in range(0, rows.used, size):
-            batch = self._placed({name: x[low : low + size] for name, x in fields.items()})
+            batch = place_all({name: x[low : low + size] for name, x in fields.items()}, self.mesh)
             parts.append(self.look(self.state['trainable'], self.frozen, self.reference, batch))
         whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *parts)
         return Found(**{name: rows.gather(numbers) for name, numbers in whole.items()}, scores=scores)
-
-    def _placed(self, fields: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        rows = len(next(iter(fields.values())))
-        return place(lambda low, high: {name: x[low:high] for name, x in fields.items()}, rows, self.mesh)
 
     def _check(self, step: int, metrics: dict[str, float]) -> None:
         """Ends a run whose loss is no longer finite."""

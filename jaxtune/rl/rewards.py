@@ -1,7 +1,6 @@
 """Rewards of answers: a reward model's, or those of a person's own function."""
 
 import copy
-import importlib
 import inspect
 import math
 import pathlib
@@ -14,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from jaxtune import named
 from jaxtune.assemble import assemble_other
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.objectives import answer_rows, reward
-from jaxtune.parallel import compiler_options, hosts, place
+from jaxtune.parallel import compiler_options, hosts, place_all
 from jaxtune.prompt_data import Prompt
 from jaxtune.sampling import pad_prompts
 
@@ -44,9 +44,8 @@ def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int) -> Reward:
     name = config.rl.reward
     if not name:
         raise UserError("rl.reward='': expected a reward model's workdir or folder, @STAGE, or module:function")
-    module, colon, function = name.partition(':')
-    if colon and not pathlib.Path(name).exists():
-        return ByFunction(module, function)
+    if ':' in name and not pathlib.Path(name).exists():
+        return ByFunction(name)
     return ByModel(config, mesh, batch_size)
 
 
@@ -61,14 +60,8 @@ class ByFunction:
       UserError: there is none; or, when called, it fails or returns something else.
     """
 
-    def __init__(self, module: str, function: str):
-        self.name = f'rl.reward={module}:{function}'
-        try:
-            self.function = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f'{self.name}: expected module:function: {error}') from None
-        if not callable(self.function):
-            raise UserError(f'{self.name}: expected a function, found {type(self.function).__name__}')
+    def __init__(self, name: str):
+        self.name, self.function = f'rl.reward={name}', named.function('rl.reward', name)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         return np.asarray(hosts.from_primary(lambda: self._ask(prompts, completions)), np.float32)
@@ -106,8 +99,8 @@ def _call(function: Callable, given: dict[str, list]) -> Any:
     if 'completions' in parameters:
         rest = inspect.Parameter.VAR_KEYWORD in kinds
         return function(**{name: values for name, values in given.items() if rest or name in parameters})
-    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    count = 3 if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in named for kind in kinds)
+    ordered = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    count = 3 if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in ordered for kind in kinds)
     return function(*list(given.values())[: max(count, 2)])
 
 
@@ -147,15 +140,10 @@ class ByModel:
         for low in range(0, len(rows), self.batch_size):
             some = [rows[number] for number in order[low : low + self.batch_size]]
             tokens, ends = pad_prompts(some + some[-1:] * (self.batch_size - len(some)), 0, _MULTIPLE)
-            found.append(self._score(self.params, self._placed({'tokens': tokens, 'end': ends})))
+            found.append(self._score(self.params, place_all({'tokens': tokens, 'end': ends}, self.mesh)))
         scores = np.zeros(len(rows), np.float32)
         scores[order] = np.concatenate([np.asarray(part) for part in found])[: len(rows)]
         return scores
-
-    def _placed(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return place(
-            lambda low, high: {name: value[low:high] for name, value in arrays.items()}, self.batch_size, self.mesh
-        )
 
     def _row(self, prompt: Prompt, completion: str) -> list[int]:
         """The tokens of a prompt and its answer, as the reward model was trained to read them; the last that it can."""

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from jaxtune.assemble import Assembly
 from jaxtune.completer import decode_continuation, end_of_answer
 from jaxtune.models import value
-from jaxtune.parallel import compiler_options, place
+from jaxtune.parallel import compiler_options, place_all
 from jaxtune.prompt_data import Prompt
 from jaxtune.sampling import Completions, from_config, pad_prompts, sample
 from jaxtune.weights import evaluating
@@ -78,8 +78,7 @@ class Sampler:
         made = []
         for low in range(0, len(filled), size):
             part = {name: array[low : low + size] for name, array in arrays.items()}
-            rows = place(lambda a, b, part=part: {name: x[a:b] for name, x in part.items()}, size, self.mesh)
-            made.append(self._run(trainable, frozen, rows))
+            made.append(self._run(trainable, frozen, place_all(part, self.mesh)))
         whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(x) for x in parts])[:count], *made)
         return self._rollouts(prompts, whole)
 

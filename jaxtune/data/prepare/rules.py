@@ -6,11 +6,11 @@ punctuation, so none of the rules that count words by spaces or lines by full st
 """
 
 import functools
-import importlib
 import pathlib
 import re
 from collections.abc import Callable, Mapping
 
+from jaxtune import named
 from jaxtune.data.prepare import gopher, words
 from jaxtune.errors import UserError
 
@@ -165,14 +165,7 @@ def custom(name: str) -> Callable[[str, Mapping], object]:
     Raises:
       UserError: there is none.
     """
-    module, _, function = name.partition(':')
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'data.steps.filter.custom={name}: expected module:function: {error}') from None
-    if not callable(found):
-        raise UserError(f'data.steps.filter.custom={name}: expected a function')
-    return found
+    return named.function('data.steps.filter.custom', name)
 
 
 def by_person(text: str, metadata: Mapping, name: str) -> str:
