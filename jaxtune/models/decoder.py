@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtune.models import kv_cache
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.decoder_families import FAMILIES, HEADS_IGNORED, DecoderConfig, decoder_config
@@ -23,7 +24,7 @@ from jaxtune.weights import materialise
 
 _NO_WINDOW = 2**30  # beyond every position
 
-Cache = dict[str, jax.Array] | None
+Cache = kv_cache.Cache | None
 
 
 class Context(NamedTuple):
@@ -72,28 +73,35 @@ class Attention(_Part):
             # A cache keeps its keys turned, a prefix is not turned at all.
             q, k, angles = rotary.rotate(q, angles), rotary.rotate(k, angles), None
         k_positions, k_segments = context.k_positions, context.k_segments
+        window = c.windows[0] if len(set(c.windows)) == 1 else layer.window
         if cache is not None:
             cache = _write(cache, k, v, layer, context, prefix)
             k, v = cache['k'][layer.index].astype(q.dtype), cache['v'][layer.index].astype(q.dtype)
         elif prefix is not None:
             k, v = put_before(prefix, k, v)
             k_positions, k_segments = places_before(prefix[0].shape[0], k_positions, k_segments)
-        y = attention(
-            q,
-            k,
-            v,
-            q_positions=context.q_positions,
-            k_positions=k_positions,
-            q_segments=context.q_segments,
-            k_segments=k_segments,
-            scale=c.attention_scale,
-            angles=angles,
-            softcap=c.attention_softcap,
-            window=c.windows[0] if len(set(c.windows)) == 1 else layer.window,
-            implementation=self.implementation,
-            # A prompt is near every segment of a packed row, which blocks skipped by their place would not know.
-            self_attention=cache is None and context.prompt is None and prefix is None,
-        )
+        if cache is not None and x.shape[1] == 1:
+            seen = _seen(context, window)
+            y = kv_cache.attend_one(q, k, v, seen, scale=c.attention_scale, softcap=c.attention_softcap)
+        else:
+            if cache is not None:
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            y = attention(
+                q,
+                k,
+                v,
+                q_positions=context.q_positions,
+                k_positions=k_positions,
+                q_segments=context.q_segments,
+                k_segments=k_segments,
+                scale=c.attention_scale,
+                angles=angles,
+                softcap=c.attention_softcap,
+                window=window,
+                implementation=self.implementation,
+                # A prompt is near every segment of a packed row, which blocks skipped by their place would not know.
+                self_attention=cache is None and context.prompt is None and prefix is None,
+            )
         y = y.reshape(*x.shape[:2], c.num_heads * c.head_dim)
         return self.dense('o_proj', c.d_model, c.o_bias, residual=True)(y), cache
 
@@ -117,18 +125,20 @@ class Attention(_Part):
 
 def _write(cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context, prefix) -> Cache:
     """Puts keys and values into the slots of their positions, a prefix into the first; those of padding go nowhere."""
-    rows = jnp.arange(k.shape[0])[:, None]
-    slots = jnp.where(context.q_segments != 0, context.q_positions, cache['k'].shape[2])
-    cache = {
-        name: cache[name].at[layer.index, rows, slots].set(new.astype(cache[name].dtype), mode='drop')
-        for name, new in (('k', k), ('v', v))
-    }
+    at = jnp.where(context.q_segments != 0, context.q_positions, kv_cache.slots(cache))
+    cache = kv_cache.write(cache, layer.index, {'k': k, 'v': v}, at)
     if prefix is None:
         return cache
-    return {
-        name: cache[name].at[layer.index, :, : part.shape[0]].set(part.astype(cache[name].dtype))
-        for name, part in zip(('k', 'v'), prefix, strict=True)
-    }
+    before = jnp.broadcast_to(jnp.arange(len(prefix[0])), (len(k), len(prefix[0])))
+    wide = {name: jnp.broadcast_to(part, (len(k), *part.shape)) for name, part in zip('kv', prefix, strict=True)}
+    return kv_cache.write(cache, layer.index, wide, before)
+
+
+def _seen(context: Context, window: int | jax.Array | None) -> jax.Array:
+    """Which slots of the cache the one token of each row sees, bool `[batch, slots]`."""
+    distance = context.q_positions - context.k_positions
+    seen = (distance >= 0) & (context.q_segments != 0)
+    return seen if window is None else seen & (distance < window)
 
 
 class MLP(_Part):
@@ -197,7 +207,7 @@ class Decoder(_Part):
         angles = None if c.rope is None else rotary.angles(c.rope, jnp.where(segments != 0, positions, 0))
         context = Context(positions, segments, positions, segments, angles, prompt)
         if cache is not None:
-            slots = jnp.broadcast_to(jnp.arange(cache['k'].shape[2]), (tokens.shape[0], cache['k'].shape[2]))
+            slots = jnp.broadcast_to(jnp.arange(kv_cache.slots(cache)), (len(tokens), kv_cache.slots(cache)))
             seen = (segments != 0).astype(segments.dtype)
             context = Context(positions, seen, slots, jnp.ones_like(slots), angles)
         windows = [_NO_WINDOW if window is None else window for window in c.windows]
@@ -252,8 +262,7 @@ def _head(config: DecoderConfig, head: str, params: Any) -> Head:
 
 
 def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:
-    shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
-    return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
+    return kv_cache.empty(config.num_layers, batch, config.num_kv_heads, max_length, config.head_dim, dtype)
 
 
 def _flops(config: DecoderConfig, head: str, shapes: Any, length: int) -> float:

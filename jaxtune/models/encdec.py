@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
+from jaxtune.models import kv_cache
 from jaxtune.models.attention import record, unrecorded
 from jaxtune.models.encdec_families import FAMILIES, EncDecConfig, encdec_config, modules
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
@@ -141,15 +142,22 @@ class Attention(_Part):
         if source is not None:
             k, v = (self.heads(name, source, c.d_model**-0.5) for name in ('k_proj', 'v_proj'))
             if cache is not None:
-                cache = _write(cache, dict(zip(names, (k, v), strict=True)), layer, slots)
+                at = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]) if slots is None else slots
+                cache = kv_cache.write(cache, layer, dict(zip(names, (k, v), strict=True)), at)
         if cache is not None:
             k, v = (cache[name][layer].astype(q.dtype) for name in names)
-        if (prefix := prefix_of(self)) is not None:
-            k, v = put_before(prefix, k, v)
-            before = ((0, 0), (0, 0), (prefix[0].shape[0], 0))
-            bias = None if bias is None else jnp.pad(bias, ((0, 0), *before))
-            visible = jnp.pad(visible, before, constant_values=True) & visible.any(-1, keepdims=True)
-        y = biased_attention(q, k, v, bias, visible)
+        prefix = prefix_of(self)
+        if cache is not None and x.shape[1] == 1 and prefix is None:
+            y = kv_cache.attend_one(q, k, v, visible[:, 0], bias=None if bias is None else bias[:, :, 0])
+        else:
+            if cache is not None:
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            if prefix is not None:
+                k, v = put_before(prefix, k, v)
+                before = ((0, 0), (0, 0), (prefix[0].shape[0], 0))
+                bias = None if bias is None else jnp.pad(bias, ((0, 0), *before))
+                visible = jnp.pad(visible, before, constant_values=True) & visible.any(-1, keepdims=True)
+            y = biased_attention(q, k, v, bias, visible)
         width = c.num_heads * c.head_dim
         return self.dense('o_proj', c.d_model, width**-0.5)(y.reshape(*x.shape[:2], width)), cache
 
@@ -157,19 +165,6 @@ class Attention(_Part):
         c = self.config
         y = self.dense(name, c.num_heads * c.head_dim, stddev)(x)
         return constrain(y.reshape(*x.shape[:2], c.num_heads, c.head_dim), 'batch', 'length', 'heads', None)
-
-
-def _write(cache: Cache, values: Mapping[str, jax.Array], layer: jax.Array, slots: jax.Array | None) -> Cache:
-    """Puts a layer's keys and values into the cache, all of them or at their slots; slots outside go nowhere."""
-    cache = dict(cache)
-    for name, value in values.items():
-        value = value.astype(cache[name].dtype)
-        if slots is None:
-            cache[name] = cache[name].at[layer].set(value)
-        else:
-            rows = jnp.arange(value.shape[0])[:, None]
-            cache[name] = cache[name].at[layer, rows, slots].set(value, mode='drop')
-    return cache
 
 
 class MLP(_Part):
@@ -268,7 +263,7 @@ class EncDec(_Part):
             visible = _same_segment(own, own) & (distances <= 0)
             source_visible = _same_segment(own, segments)
         else:
-            positions, size = batch['decoder_positions'], cache['k'].shape[2]
+            positions, size = batch['decoder_positions'], kv_cache.slots(cache)
             distances = jnp.arange(size) - positions[..., None]
             visible, slots = distances <= 0, jnp.where(own > 0, positions, size)
             source_visible = jnp.broadcast_to(segments[:, None] > 0, (*tokens.shape, segments.shape[1]))
@@ -295,9 +290,10 @@ def _same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 def _with_source(config: EncDecConfig, cache: Cache, segments: jax.Array) -> Cache:
     """The cache with room for the keys and values that all decoder layers make of the encoder's states, once."""
-    shape = (config.num_decoder_layers, *segments.shape, config.num_heads, config.head_dim)
-    room = jnp.zeros(shape, cache['k'].dtype)
-    return {**cache, 'cross_k': room, 'cross_v': room, 'source_segments': segments}
+    cross = kv_cache.empty(
+        config.num_decoder_layers, len(segments), config.num_heads, segments.shape[1], config.head_dim, cache['k'].dtype
+    )
+    return {**cache, **{f'cross_{name}': room for name, room in cross.items()}, 'source_segments': segments}
 
 
 def _init(module: EncDec, rng: jax.Array) -> Any:
@@ -320,8 +316,7 @@ def _head(config: EncDecConfig, params: Any) -> Head:
 
 
 def _cache(config: EncDecConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:
-    shape = (config.num_decoder_layers, batch, max_length, config.num_heads, config.head_dim)
-    return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
+    return kv_cache.empty(config.num_decoder_layers, batch, config.num_heads, max_length, config.head_dim, dtype)
 
 
 def _flops(config: EncDecConfig, shapes: Any, length: int, target_length: int | None = None) -> float:

@@ -163,7 +163,7 @@ class Model:
         return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
 
     def init_cache(self, batch: int, max_length: int) -> dict[str, jax.Array]:
-        """An empty cache: `k` and `v`, each `[layers, batch, max_length, kv_heads, head_dim]`."""
+        """An empty cache: `k` and `v`, each `[layers, batch, kv_heads, max_length, head_dim]`."""
         return self.make_cache(batch, max_length)
 
     def prefill(
