@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models import Model
+from jaxtune.models import Model, kv_cache
 from jaxtune.sampling import Completions, Sampling
 
 _NONE = -1e9  # the score of a hypothesis that is none
@@ -59,7 +59,8 @@ def beam_search(
         running_scores, best = jax.lax.top_k(jnp.where(ended, scores + _NONE, scores), beams)
         running = _gather(candidates, best) | {'scores': running_scores}
         rows = jnp.arange(batch)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
-        cache = {name: x[:, rows.reshape(-1)] if name in ('k', 'v') else x for name, x in state['cache'].items()}
+        moved = {name: state['cache'][name] for name in ('k', 'v')}  # the rest is the same for all of a prompt's
+        cache = state['cache'] | kv_cache.by_rows(lambda x, axis: jnp.take(x, rows.reshape(-1), axis), moved)
 
         size = (t + 1).astype(jnp.float32) ** length_penalty
         counts = ended & among_best & state['improvable'][:, None]
@@ -100,16 +101,11 @@ def beam_search(
         'running': empty | {'scores': empty['scores'].at[:, 0].set(0.0)},
         'finished': empty,
         'improvable': jnp.ones(batch, bool),
-        'cache': {name: jnp.repeat(x, beams, axis=_rows_axis(name)) for name, x in cache.items()},
+        'cache': kv_cache.by_rows(lambda x, axis: jnp.repeat(x, beams, axis), cache),
     }
     state = jax.lax.while_loop(more, step, advance(state, jnp.repeat(hidden, beams, axis=0), jnp.int32(0)))
     best = jax.tree.map(lambda x: x[:, 0], state['finished'])
     return Completions(best['tokens'], best['lengths'], best['logprobs'])
-
-
-def _rows_axis(name: str) -> int:
-    """Which dimension of a part of a cache is the batch."""
-    return 0 if name == 'source_segments' else 1
 
 
 def _gather(hypotheses: dict[str, jax.Array], which: jax.Array) -> dict[str, jax.Array]:

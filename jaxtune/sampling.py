@@ -81,9 +81,20 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """Next tokens `[batch]` for float32 logits `[batch, vocab]` and one key a row."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _largest(logits)
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    return _largest(logits + noise)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """Where the largest of each row is, the first of equals.
+
+    Two reductions: `argmax` is one over pairs, which XLA:CPU does number by number, the noise's logarithms with it.
+    """
+    places = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    first = jnp.where(x == x.max(-1, keepdims=True), places, x.shape[-1]).min(-1)
+    return jnp.minimum(first, x.shape[-1] - 1)  # there is none among NaNs
 
 
 def sample(

@@ -44,7 +44,7 @@ def _with_prefix(params: Any, model: Model, tokens: jax.Array, rng: jax.Array) -
     heads = (count, getattr(c, 'num_kv_heads', c.num_heads), c.head_dim)
     if model.kind == 'decoder':
         read = model.apply(params, {'tokens': tokens[None]}, cache=model.init_cache(1, count)).cache
-        added = {f'layers/self_attn/prefix/{name}': read[name][:, 0] for name in ('k', 'v')}
+        added = {f'layers/self_attn/prefix/{name}': read[name][:, 0].swapaxes(1, 2) for name in ('k', 'v')}
         return nested(leaves | {path: leaf.astype(jnp.float32) for path, leaf in added.items()})
     for path in [path for path in leaves if path.endswith('_attn/o_proj/kernel')]:
         layer, stack = path.removesuffix('/o_proj/kernel'), leaves[path].shape[:-2]

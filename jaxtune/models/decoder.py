@@ -40,10 +40,11 @@ class Context(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What differs between layers beside parameters: the number from 0, and the window."""
+    """What differs between layers beside parameters: the number from 0, the window, and its place in the cache."""
 
     index: jax.Array
     window: jax.Array
+    cached: jax.Array
 
 
 class _Part(Part):
@@ -76,7 +77,7 @@ class Attention(_Part):
         window = c.windows[0] if len(set(c.windows)) == 1 else layer.window
         if cache is not None:
             cache = _write(cache, k, v, layer, context, prefix)
-            k, v = cache['k'][layer.index].astype(q.dtype), cache['v'][layer.index].astype(q.dtype)
+            k, v = cache['k'][layer.cached].astype(q.dtype), cache['v'][layer.cached].astype(q.dtype)
         elif prefix is not None:
             k, v = put_before(prefix, k, v)
             k_positions, k_segments = places_before(prefix[0].shape[0], k_positions, k_segments)
@@ -126,12 +127,12 @@ class Attention(_Part):
 def _write(cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context, prefix) -> Cache:
     """Puts keys and values into the slots of their positions, a prefix into the first; those of padding go nowhere."""
     at = jnp.where(context.q_segments != 0, context.q_positions, kv_cache.slots(cache))
-    cache = kv_cache.write(cache, layer.index, {'k': k, 'v': v}, at)
+    cache = kv_cache.write(cache, layer.cached, {'k': k, 'v': v}, at)
     if prefix is None:
         return cache
     before = jnp.broadcast_to(jnp.arange(len(prefix[0])), (len(k), len(prefix[0])))
     wide = {name: jnp.broadcast_to(part, (len(k), *part.shape)) for name, part in zip('kv', prefix, strict=True)}
-    return kv_cache.write(cache, layer.index, wide, before)
+    return kv_cache.write(cache, layer.cached, wide, before)
 
 
 def _seen(context: Context, window: int | jax.Array | None) -> jax.Array:
@@ -211,16 +212,24 @@ class Decoder(_Part):
             seen = (segments != 0).astype(segments.dtype)
             context = Context(positions, seen, slots, jnp.ones_like(slots), angles)
         windows = [_NO_WINDOW if window is None else window for window in c.windows]
-        layers = Layer(jnp.arange(c.num_layers), jnp.asarray(windows, jnp.int32))
+        if cache is not None and kv_cache.is_divided(cache):
 
-        scanned = nn.scan(
-            rematerialised(Block, self.remat),
-            variable_axes={'params': 0},
-            split_rngs={'params': True, 'dropout': True},
-            in_axes=(0, nn.broadcast),
-            length=c.num_layers,
-        )
-        (x, cache), _ = scanned(*self.same(), name='layers')((x, cache), layers, context)
+            def layer(number: int) -> Layer:
+                return Layer(jnp.int32(number), jnp.int32(windows[number]), jnp.int32(0))
+
+            block, params = Block(*self.same(), parent=None), self.get_variable('params', 'layers')
+            x, cache = kv_cache.each_layer(block, params, x, cache, layer, context)
+        else:
+            scanned = nn.scan(
+                rematerialised(Block, self.remat),
+                variable_axes={'params': 0},
+                split_rngs={'params': True, 'dropout': True},
+                in_axes=(0, nn.broadcast),
+                length=c.num_layers,
+            )
+            numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
+            layers = Layer(numbers, jnp.asarray(windows, jnp.int32), numbers)
+            (x, cache), _ = scanned(*self.same(), name='layers')((x, cache), layers, context)
         x = self.norm('norm')(x)
         if prompt is not None:
             x = x[:, prompt.shape[0] :]

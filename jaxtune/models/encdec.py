@@ -29,7 +29,7 @@ from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
 from jaxtune.weights import materialise
 
-Cache = dict[str, jax.Array] | None
+Cache = kv_cache.Cache | None
 
 _HIDDEN = -1e30  # the score of a pair that may not see each other
 
@@ -217,6 +217,10 @@ class Stack(_Part):
         buckets = relative_buckets(distances, not self.decodes, c.buckets, c.max_distance)
         bias = None if c.bias_per_layer else RelativeBias(*self.same(), name='relative_bias')(buckets)
         context = context._replace(buckets=buckets, bias=bias)
+        if cache is not None and kv_cache.is_divided(cache):
+            block, params = Block(*self.same(), self.decodes, parent=None), self.get_variable('params', 'layers')
+            x, cache = kv_cache.each_layer(block, params, x, cache, lambda _: jnp.int32(0), context)
+            return self.norm('norm')(x).astype(self.dtype), cache
         layers = c.num_decoder_layers if self.decodes else c.num_layers
         scanned = nn.scan(
             rematerialised(Block, self.remat),

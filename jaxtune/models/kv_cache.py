@@ -2,15 +2,24 @@
 
 A head's slots lie together, `[layers, batch, kv_heads, slots, head_dim]`: the products of one token with them read the
 cache as it lies. With the heads inside of the slots, every token would lay out all of its layer's keys and values anew.
+
+Prompts are read by a scan over the layers. The tokens after them are read layer by layer (`divided`, `each_layer`): a
+scan cuts each layer's weights, keys and values out before it uses them, and copying them takes as long as all that a
+single token does with them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-Cache = dict[str, jax.Array]
+# `k`, `v` and others: an array for all layers, or, divided, a tuple of one `[1, batch, ...]` a layer; and what is none
+# of a layer's, `[batch, ...]`.
+Cache = dict[str, Any]
 
+OF_ALL_LAYERS = ('source_segments',)
 _HIDDEN = -1e30  # the score of a slot that may not be seen
 
 
@@ -22,7 +31,55 @@ def empty(layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dty
 
 def slots(cache: Cache) -> int:
     """How many tokens a row has room for."""
-    return cache['k'].shape[3]
+    return jax.tree.leaves(cache['k'])[0].shape[3]
+
+
+def divided(cache: Cache, room: int) -> Cache:
+    """The cache layer by layer, its `k` and `v` with room for so many tokens more."""
+
+    def cut(name: str, x: jax.Array) -> Any:
+        if name in OF_ALL_LAYERS:
+            return x
+        more = ((0, 0), (0, 0), (0, 0), (0, room if name in ('k', 'v') else 0), (0, 0))
+        return tuple(jnp.pad(x[i : i + 1], more) for i in range(len(x)))
+
+    return {name: cut(name, x) for name, x in cache.items()}
+
+
+def is_divided(cache: Cache) -> bool:
+    """Whether it is what `divided` gives."""
+    return isinstance(cache['k'], tuple)
+
+
+def by_rows(function: Callable[[jax.Array, int], jax.Array], cache: Cache) -> Cache:
+    """The cache with a function of every array, and of which of its dimensions is the batch."""
+    return {
+        name: jax.tree.map(lambda x, axis=int(name not in OF_ALL_LAYERS): function(x, axis), part)
+        for name, part in cache.items()
+    }
+
+
+def each_layer(
+    block: nn.Module, params: Any, x: jax.Array, cache: Cache, layer: Callable[[int], Any], context: Any
+) -> tuple[jax.Array, Cache]:
+    """What a scan of a block over layers gives, for a divided cache.
+
+    Args:
+      block: called with `(x, cache)`, what `layer` says, and `context`; returns `(x, cache), None`.
+      params: its parameters, stacked.
+      x: what the first layer gets.
+      cache: of all layers.
+      layer: from a layer's number, what the block is told of it; its part of the cache is number 0 of one.
+      context: what all are told.
+    """
+    parts = {name: part for name, part in cache.items() if name not in OF_ALL_LAYERS}
+    new = []
+    for i in range(len(cache['k'])):
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+        part = {name: part[i] for name, part in parts.items()}
+        (x, part), _ = block.apply({'params': own}, (x, part), layer(i), context)
+        new.append(part)
+    return x, {**cache, **{name: tuple(part[name] for part in new) for name in parts}}
 
 
 def write(cache: Cache, layer: jax.Array, values: Mapping[str, jax.Array], at: jax.Array) -> Cache:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtune.models import kv_cache
 from jaxtune.weights import whole
 
 Params = Any
@@ -188,11 +189,11 @@ class Model:
             start = jnp.zeros((batch, 1), jnp.int32)
             inputs |= {'decoder_tokens': start + self.config.start_id, 'decoder_positions': start}
             inputs['decoder_segments'] = start + 1
-            outputs = self.apply(params, inputs, cache=self.init_cache(batch, room))
-            return outputs.hidden[:, 0], outputs.cache, jnp.ones(batch, jnp.int32)
-        outputs = self.apply(params, inputs, cache=self.init_cache(batch, virtual_tokens(params) + width + room))
+            outputs = self.apply(params, inputs, cache=self.init_cache(batch, 1))
+            return outputs.hidden[:, 0], kv_cache.divided(outputs.cache, room - 1), jnp.ones(batch, jnp.int32)
+        outputs = self.apply(params, inputs, cache=self.init_cache(batch, virtual_tokens(params) + width))
         last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-        return last, outputs.cache, lengths
+        return last, kv_cache.divided(outputs.cache, room), lengths
 
     def step(
         self, params: Params, cache: dict[str, jax.Array], tokens: jax.Array, positions: jax.Array, running: jax.Array
