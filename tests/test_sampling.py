@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 
 from jaxtune import models
 from jaxtune.objectives.cross_entropy import token_logprobs
-from jaxtune.sampling import Sampling, filter_logits, pad_prompts, sample
+from jaxtune.sampling import Sampling, draw, filter_logits, pad_prompts, sample
 
 FIELDS = {
     'model_type': 'llama',
@@ -81,6 +81,23 @@ def test_frequencies_are_the_filtered_distribution(model):
     counts = np.bincount(drawn.tokens[:, 0], minlength=61) / 4000
     assert (counts[expected == 0] == 0).all()
     np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(0.25 / 4000))
+
+
+@settings(deadline=None, max_examples=60)
+@given(arrays.arrays(np.float32, (5, 17), elements=st.integers(-3, 3) | st.just(-np.inf)), st.integers(0, 99))
+def test_tokens_are_drawn_as_jax_draws_categories(logits, seed):
+    """Bit for bit, ties and forbidden tokens among them; the first of the likeliest at temperature 0."""
+    logits[:, 3] = 0.0
+    keys = jax.random.split(jax.random.key(seed), 5)
+    expected = jax.vmap(jax.random.categorical)(keys, jnp.asarray(logits))
+    np.testing.assert_array_equal(draw(jnp.asarray(logits), keys, Sampling(1)), expected)
+    np.testing.assert_array_equal(draw(jnp.asarray(logits), keys, Sampling(1, temperature=0)), logits.argmax(-1))
+
+
+def test_a_token_drawn_of_nothing_but_nan_is_one_of_the_vocabulary():
+    logits = jnp.full((1, 17), jnp.nan)
+    for temperature in (0.0, 1.0):
+        assert 0 <= int(draw(logits, jax.random.split(jax.random.key(0), 1), Sampling(1, temperature))[0]) < 17
 
 
 @settings(deadline=None, max_examples=60)
