@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from jaxtune import objectives
 from jaxtune.data.loader import Loader
-from jaxtune.errors import UserError
 from jaxtune.parallel import place
+from jaxtune.parallel.batches import check_rows
 
 # Measures for which more is better; all others are losses.
 _RISING = ('accuracy', 'reward', 'bleu', 'f1', 'exact_match', 'margin')
@@ -97,9 +97,7 @@ def make_evaluator(config: ConfigDict, mesh: Mesh, rows, step: Callable, batch_s
       UserError: the mesh does not divide the batch.
     """
     batch_size = config.eval.batch_size or batch_size
-    per = mesh.shape['data'] * mesh.shape['fsdp']
-    if batch_size % per:
-        raise UserError(f'eval.batch_size={batch_size}: expected a multiple of mesh.data x mesh.fsdp = {per}')
+    check_rows(mesh, 'eval.batch_size', batch_size)
     loader = Loader(rows, batch_size, config.seed, shuffle=False)
     source = getattr(rows, 'tokens', None)
     text_bytes = unscored = 0

@@ -16,6 +16,7 @@ from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
 from jaxtune.metrics import peak_memory_bytes
 from jaxtune.parallel import make_mesh
+from jaxtune.parallel.batches import check_rows
 from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.report import write_report
 from jaxtune.scoring import scores
@@ -32,11 +33,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """
     mesh = make_mesh(config.mesh)
     info = runinfo.RunInfo(command, config, mesh)
-    rows = mesh.shape['data'] * mesh.shape['fsdp']
-    if config.generate.batch_size % rows:
-        raise UserError(
-            f'generate.batch_size={config.generate.batch_size}: expected a multiple of mesh.data x mesh.fsdp = {rows}'
-        )
+    check_rows(mesh, 'generate.batch_size', config.generate.batch_size)
     if config.generate.beams > 1 and config.generate.samples > 1:
         raise UserError(
             f'generate.samples={config.generate.samples}: expected 1 with generate.beams > 1, which keep one'

@@ -270,7 +270,7 @@ def _head(config: DecoderConfig, head: str, params: Any) -> Head:
     return Head(materialise(params['lm_head']['kernel']), softcap=config.logit_softcap)
 
 
-def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:
+def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int) -> kv_cache.Cache:
     return kv_cache.empty(config.num_layers, batch, config.num_kv_heads, max_length, config.head_dim, dtype)
 
 

@@ -319,7 +319,7 @@ def _head(config: EncDecConfig, params: Any) -> Head:
     return Head(materialise(params['lm_head']['kernel']), scale=config.logit_scale)
 
 
-def _cache(config: EncDecConfig, dtype: jnp.dtype, batch: int, max_length: int) -> dict[str, jax.Array]:
+def _cache(config: EncDecConfig, dtype: jnp.dtype, batch: int, max_length: int) -> kv_cache.Cache:
     return kv_cache.empty(config.num_decoder_layers, batch, config.num_heads, max_length, config.head_dim, dtype)
 
 

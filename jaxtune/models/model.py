@@ -32,7 +32,7 @@ class Outputs(NamedTuple):
     """
 
     hidden: jax.Array
-    cache: dict[str, jax.Array] | None = None
+    cache: kv_cache.Cache | None = None
 
 
 def virtual_tokens(params: Params) -> int:
@@ -122,7 +122,7 @@ class Model:
     init: Callable[[jax.Array], Params]
     forward: Callable[..., Outputs]
     make_head: Callable[[Params], Head]
-    make_cache: Callable[[int, int], dict[str, jax.Array]]
+    make_cache: Callable[[int, int], kv_cache.Cache]
     count_flops: Callable[..., float]
     tensors: Mapping[str, Tensor]
     base_prefix: str = ''
@@ -142,8 +142,8 @@ class Model:
             `tokens` and `segments` are the source's; it has `decoder_tokens`, `decoder_segments` and (with a cache)
             `decoder_positions` too, and `hidden` is the decoder's. With a cache, a batch without `tokens` goes on from
             the source that the cache holds.
-          cache: from `init_cache`; a token's slot is its position, its keys and values are written there, and it sees
-            the slots up to its own. Padding writes nothing.
+          cache: from `init_cache`, `prefill` or another call; a token's slot is its position, its keys and values are
+            written there, and it sees the slots up to its own. Padding writes nothing.
           rng: key for dropout of added weights, or None.
           begins: False where the cache already holds what comes first, such as a trained prompt.
         """
@@ -163,13 +163,13 @@ class Model:
             logits = logits + head.bias.astype(jnp.float32)
         return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
 
-    def init_cache(self, batch: int, max_length: int) -> dict[str, jax.Array]:
+    def init_cache(self, batch: int, max_length: int) -> kv_cache.Cache:
         """An empty cache: `k` and `v`, each `[layers, batch, kv_heads, max_length, head_dim]`."""
         return self.make_cache(batch, max_length)
 
     def prefill(
         self, params: Params, prompts: jax.Array, lengths: jax.Array, room: int
-    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    ) -> tuple[jax.Array, kv_cache.Cache, jax.Array]:
         """Reads prompts: a decoder begins with them, an encoder-decoder answers them from its start token on.
 
         Args:
@@ -196,8 +196,8 @@ class Model:
         return last, kv_cache.divided(outputs.cache, room), lengths
 
     def step(
-        self, params: Params, cache: dict[str, jax.Array], tokens: jax.Array, positions: jax.Array, running: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, params: Params, cache: kv_cache.Cache, tokens: jax.Array, positions: jax.Array, running: jax.Array
+    ) -> tuple[jax.Array, kv_cache.Cache]:
         """Reads one token more a row: `tokens`, `positions`, `running` (False: not this row) `[batch]`.
 
         Returns:

@@ -29,6 +29,7 @@ from jaxtune.objectives import preferences
 from jaxtune.objectives.cross_entropy import token_logprobs
 from jaxtune.objectives.preferences import SIDES, Pairs, preview, stacked
 from jaxtune.parallel import hosts, place
+from jaxtune.parallel.batches import check_rows
 from jaxtune.weights import evaluating
 
 __all__ = ['COUNTED', 'KINDS', 'SEQUENCES', 'complete', 'dataset', 'loss', 'preview', 'row']
@@ -96,14 +97,13 @@ def _load_reference(config: ConfigDict, mesh):
 
 def _reference(config: ConfigDict, rows: Pairs, model, params, mesh, title: str) -> np.ndarray:
     """Log-probabilities `[pairs, sides]` of the answers under a model."""
-    per = mesh.shape['data'] * mesh.shape['fsdp']
     size = config.eval.batch_size or config.train.batch_size
+    check_rows(mesh, 'eval.batch_size', size)
     loader = Loader(rows, size, shuffle=False)
     ask = jax.jit(
         lambda params, batch: logprobs(model, params, batch, rows.sides)[0], out_shardings=NamedSharding(mesh, P())
     )
     found = []
-    assert size % per == 0
     with console.progress(len(loader), title, 'batch') as bar:
         for t in range(len(loader)):
             batch = place(lambda low, high, t=t: loader.rows(t, low, high), size, mesh)

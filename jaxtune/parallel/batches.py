@@ -42,6 +42,17 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, row: Mapping[str, 
             raise UserError(f'{key}={field.shape[0]}: expected a multiple of mesh.sequence={size}')
 
 
+def check_rows(mesh: Mesh, key: str, rows: int) -> None:
+    """Refuses a number of rows, a recipe's key, that the mesh cannot divide.
+
+    Raises:
+      UserError: it does not divide over `data` and `fsdp`.
+    """
+    per = mesh.shape['data'] * mesh.shape['fsdp']
+    if rows % per:
+        raise UserError(f'{key}={rows}: expected a multiple of mesh.data x mesh.fsdp = {per}')
+
+
 def place_all(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch that every process holds whole, `{field: [batch, ...]}`, as global arrays."""
     batch_size = len(next(iter(arrays.values())))

@@ -27,7 +27,7 @@ from jaxtune.errors import UserError
 from jaxtune.metrics import peak_memory_bytes
 from jaxtune.models import value
 from jaxtune.parallel import compiler_options, make_mesh, place_all
-from jaxtune.parallel.batches import check_batch
+from jaxtune.parallel.batches import check_batch, check_rows
 from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.rl.facts import Facts
 from jaxtune.rl.packed import Packed
@@ -59,7 +59,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     Raises:
       UserError: so it is.
     """
-    algorithm, per = rl.get(config.task), mesh.shape['data'] * mesh.shape['fsdp']
+    algorithm = rl.get(config.task)
     accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
     check_batch(mesh, config.train.batch_size, accumulate, algorithm.row(config))
     rollouts = f'rl.rollouts={config.rl.rollouts}: expected a multiple of'
@@ -67,10 +67,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(f'{rollouts} train.batch_size={config.train.batch_size}')
     if config.rl.rollouts % algorithm.group(config):
         raise UserError(f'{rollouts} rl.group={algorithm.group(config)}')
-    if config.generate.batch_size % per:
-        raise UserError(
-            f'generate.batch_size={config.generate.batch_size}: expected a multiple of mesh.data x mesh.fsdp = {per}'
-        )
+    check_rows(mesh, 'generate.batch_size', config.generate.batch_size)
     if config.generate.temperature == 0:
         raise UserError('generate.temperature=0: expected more, for answers are compared with what else was likely')
     for name, neutral in (('top_k', 0), ('top_p', 1.0), ('beams', 1)):

@@ -206,3 +206,11 @@ def test_samples_are_for_models_that_write(corpus, tmp_path):
 
     with pytest.raises(UserError, match=r'eval\.samples=2: expected data\.eval and an objective of causal_lm'):
         train(recipe(corpus, 'masked_lm', eval__samples=2), tmp_path)
+
+
+@pytest.mark.parametrize('objective', ['sft', 'dpo'])
+def test_a_mesh_that_cannot_divide_an_evaluated_batch(corpus, tmp_path, objective):
+    from jaxtune.errors import UserError
+
+    with pytest.raises(UserError, match=r'eval\.batch_size=3: expected a multiple of mesh\.data x mesh\.fsdp = 2'):
+        train(recipe(corpus, objective, eval__batch_size=3), tmp_path, (2, 1, 1, 1))
