@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 
-from train_step import CONFIG, ratio, run
+from train_step import CONFIG, print_ratios, run
 
 PROMPTS, WORDS, NEW, GROUP, ROLLOUTS, BATCH, LR, KL = 64, 64, 64, 8, 64, 16, 1e-6, 0.02
 WARMUP = 2
@@ -154,24 +154,24 @@ def main() -> None:
         parser.error(f'--rounds={args.rounds}: expected 1 or more')
     if args.inside:
         who, folder = args.inside
-        measure = {'inputs': lambda path, *_: make_inputs(path) or '{}', 'jaxtune': jaxtune, 'trl': trl}[who]
+        if who == 'inputs':
+            make_inputs(pathlib.Path(folder))
+            return
+        measure = {'jaxtune': jaxtune, 'trl': trl}[who]
         print(measure(pathlib.Path(folder), args.method, args.steps), flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
 
-        def measured(who: str) -> list[dict]:
-            return run([sys.executable, __file__, args.method, f'--steps={args.steps}', '--inside', who, folder])
+        def command(who: str) -> list[str]:
+            return [sys.executable, __file__, args.method, f'--steps={args.steps}', '--inside', who, folder]
 
-        measured('inputs')
-        theirs, mine = [] if args.without_trl else measured('trl'), []
+        subprocess.run(command('inputs'), check=True)
+        theirs, mine = [] if args.without_trl else run(command('trl')), []
         for _ in range(args.rounds):
-            mine += measured('jaxtune')
-            theirs += [] if args.without_trl else measured('trl')
+            mine += run(command('jaxtune'))
+            theirs += [] if args.without_trl else run(command('trl'))
     if theirs:
-        names = ('sampled_tokens_per_second', 'peak_rss_mib')
-        print(
-            json.dumps({'method': args.method, 'beside': 'trl'} | {f'{n}_ratio': ratio(n, mine, theirs) for n in names})
-        )
+        print_ratios(args.method, mine, theirs, 'sampled_tokens_per_second', 'peak_rss_mib')
 
 
 if __name__ == '__main__':

@@ -107,6 +107,12 @@ def ratio(name: str, mine: list[dict], theirs: list[dict]) -> float:
     return round(statistics.mean(line[name] for line in mine) / statistics.mean(line[name] for line in theirs), 3)
 
 
+def print_ratios(method: str, mine: list[dict], theirs: list[dict], *names: str) -> None:
+    """The last line: the ratios of the means of these numbers."""
+    ratios = {f'{name}_ratio': ratio(name, mine, theirs) for name in names}
+    print(json.dumps({'method': method, 'beside': theirs[0]['peer'], **ratios}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('method', nargs='?', default='full', choices=['full', 'lora', 'qlora'])
@@ -131,8 +137,7 @@ def main() -> None:
         lines += run(ours) + run(other)
     mine = [line for line in lines if line['peer'] == 'jaxtune']
     theirs = [line for line in lines if line['peer'] != 'jaxtune' and line['method'] == args.method]
-    ratios = {f'{name}_ratio': ratio(name, mine, theirs) for name in ('tokens_per_second', 'peak_rss_mib')}
-    print(json.dumps({'method': args.method, 'beside': theirs[0]['peer'], **ratios}), flush=True)
+    print_ratios(args.method, mine, theirs, 'tokens_per_second', 'peak_rss_mib')
 
 
 if __name__ == '__main__':

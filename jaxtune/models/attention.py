@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
 from jaxtune.models import flash
-from jaxtune.models.blockwise import SAVED_NAMES, Pattern, Places, blockwise
+from jaxtune.models.blockwise import HIDDEN, SAVED_NAMES, Pattern, Places, blockwise
 from jaxtune.models.rope import Angles, rotate
 from jaxtune.parallel import axis_size, platform
 
-__all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded']
+__all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded', 'visible_softmax']
 
 # Bytes of scores that the plain path holds at a time: what stays in a CPU's cache, or keeps an accelerator busy.
 _BUDGET = {'cpu': 2**21}
@@ -122,6 +122,11 @@ def attention(
     function = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
     places = Places(q_positions, k_positions, q_segments, k_segments, angles, angles, traced)
     return mesh.run(lambda q, k, v, places: function(q, k, v, places, pattern), q, k, v, places)
+
+
+def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax of float32 scores `[..., keys]` over those that are visible (bool, broadcast); 0 where none is."""
+    return jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1) * visible
 
 
 def _choose(implementation: str, call: flash.Call) -> str:

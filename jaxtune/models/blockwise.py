@@ -24,8 +24,8 @@ from jaxtune.models.rope import Angles, rotate
 # What the backward pass reads; a remat policy that saves these never runs the forward pass of attention twice.
 SAVED_NAMES = ('attention_q', 'attention_k', 'attention_v', 'attention_out', 'attention_lse')
 
-_HIDDEN = -1e30  # the score of a pair that may not see each other
-_LOWEST = -1e20  # a row's largest score is at least this, so that exp(_HIDDEN - largest) is 0 in an empty row too
+HIDDEN = -1e30  # the score of a pair that may not see each other
+_LOWEST = -1e20  # a row's largest score is at least this, so that exp(HIDDEN - largest) is 0 in an empty row too
 _SMALLEST = 128  # queries or keys of a block, where there are as many
 
 
@@ -186,7 +186,7 @@ def _scores(pattern: Pattern, product, seen):
     if pattern.softcap is not None:
         capped = jnp.tanh(scores / pattern.softcap)
         scores, slope = capped * pattern.softcap, 1.0 - jnp.square(capped)
-    return jnp.where(seen, scores, _HIDDEN), slope
+    return jnp.where(seen, scores, HIDDEN), slope
 
 
 def _dot(a, b, contract: tuple[int, int]):
@@ -218,7 +218,7 @@ def _forward_rows(pattern: Pattern, window, size: int, q, k, v, places: Places):
         out = _dot(flat, v[:, :, first:last], (3, 2)).reshape(*total.shape[:-1], width)
         empty = total == 0
         outs.append((out / jnp.where(empty, 1.0, total)).astype(q.dtype))
-        lses.append(jnp.where(empty, -_HIDDEN, largest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0])
+        lses.append(jnp.where(empty, -HIDDEN, largest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0])
     return _by_tokens(jnp.concatenate(outs, 3), None), jnp.concatenate(lses, 3)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxtune.errors import UserError
 from jaxtune.models import kv_cache
-from jaxtune.models.attention import record, unrecorded
+from jaxtune.models.attention import record, unrecorded, visible_softmax
 from jaxtune.models.encdec_families import FAMILIES, EncDecConfig, encdec_config, modules
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
 from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
@@ -30,8 +30,6 @@ from jaxtune.parallel import constrain
 from jaxtune.weights import materialise
 
 Cache = kv_cache.Cache | None
-
-_HIDDEN = -1e30  # the score of a pair that may not see each other
 
 
 def relative_buckets(distances: jax.Array, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
@@ -74,8 +72,7 @@ def biased_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array |
     scores = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias
-    visible = visible[:, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, _HIDDEN), axis=-1) * visible
+    weights = visible_softmax(scores, visible[:, None])
     return jnp.einsum('bhqk,bkhd->bqhd', weights.astype(v.dtype), v)
 
 

@@ -15,12 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtune.models.attention import visible_softmax
+
 # `k`, `v` and others: an array for all layers, or, divided, a tuple of one `[1, batch, ...]` a layer; and what is none
 # of a layer's, `[batch, ...]`.
 Cache = dict[str, Any]
 
 OF_ALL_LAYERS = ('source_segments',)
-_HIDDEN = -1e30  # the score of a slot that may not be seen
 
 
 def empty(layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype) -> Cache:
@@ -124,6 +125,5 @@ def attend_one(
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], *grouped.shape[1:3], -1)
-    visible = visible[:, None, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, _HIDDEN), axis=-1) * visible
+    weights = visible_softmax(scores, visible[:, None, None])
     return jnp.einsum('bhgs,bhsd->bhgd', weights.astype(v.dtype), v).reshape(q.shape)
