@@ -18,6 +18,7 @@ from jaxtune.errors import UserError
 from jaxtune.methods import lora
 from jaxtune.models import hf, hub, value
 from jaxtune.parallel import match_rules, shardings
+from jaxtune.parallel.rules import with_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ def folder_head(folder: str) -> str:
     return next((head for ending, head in endings.items() if names[0].endswith(ending)), 'lm')
 
 
-def assemble_other(config: ConfigDict, mesh: Mesh, path: str, objective: str = '') -> Assembly:
+def assemble_other(config: ConfigDict, mesh: Mesh, path: str, objective: str = '', *, weights: bool = True) -> Assembly:
     """Another model than the recipe's own, to be asked: what is at `path`, whole, with its own tokenizer.
 
     Args:
@@ -203,6 +204,7 @@ def assemble_other(config: ConfigDict, mesh: Mesh, path: str, objective: str = '
       mesh: the mesh.
       path: folder, hub id or workdir; an adapter's own base comes with it.
       objective: whose head it is to have; '' = the recipe's.
+      weights: as for `assemble`.
 
     Raises:
       UserError: as `assemble`.
@@ -211,11 +213,16 @@ def assemble_other(config: ConfigDict, mesh: Mesh, path: str, objective: str = '
     config.task, config.model.path = 'evaluate', path
     config.objective = objective or config.objective
     config.tokenizer.path, config.method.name, config.method.path = '', 'full', ''
-    return assemble(config, mesh)
+    return assemble(config, mesh, weights=weights)
 
 
-def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
+def assemble(config: ConfigDict, mesh: Mesh, *, weights: bool = True) -> Assembly:
     """Tokenizer, model and parameters, each parameter straight on its devices.
+
+    Args:
+      config: the recipe.
+      mesh: the mesh.
+      weights: False reads of the weights' files only the headers; the parameters are `jax.ShapeDtypeStruct`s.
 
     Raises:
       UserError: whatever is wrong with the model or tokenizer named by the recipe.
@@ -231,7 +238,9 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
     specs = match_rules(shapes, mesh)
     placed = shardings(specs, mesh)
     key = jax.random.key(config.seed)
-    if folder:
+    if not weights:
+        params = with_shardings(shapes, placed)
+    elif folder:
         params, _ = hf.load(folder, model, placed, config.model.param_dtype, key, codecs)
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
@@ -250,7 +259,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
         if config.method.init == 'loftq':
             if not folder:
                 raise UserError('method.init=loftq: expected model.path, a model whose weights were quantised')
-            params = lora.make_up(params, hf.kernels(folder, model))
+            params = lora.make_up(params, hf.kernels(folder, model)) if weights else params
     if config.task in REWARDED and rl.get(config.task).VALUE:
         params = tuning.attach(lambda params: value.with_value(params, model), params, mesh)
         fresh |= value.PATHS

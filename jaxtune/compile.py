@@ -17,11 +17,13 @@ from jaxtune import console, objectives, runinfo
 from jaxtune.assemble import open_model, tokenizer_folder
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.fitting import available_bytes, try_compile
+from jaxtune.models import Model
 from jaxtune.models.attention import chosen
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_batch
+from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
-from jaxtune.program import Program, abstract_params, make_program, with_shardings
+from jaxtune.program import Program, abstract_params, make_program
 from jaxtune.report import write_report
 from jaxtune.units import amount, duration, size
 from jaxtune.workdir import write_json, write_result
@@ -64,17 +66,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
       UserError: the recipe, the topology or the model is wrong.
     """
     name = config.compile.topology
-    mesh = make_mesh(config.mesh, topology_devices(name) if name else None)
+    mesh = target_mesh(config)
     limit = usable_bytes(name) if name else int(0.92 * available_bytes())
-    check_batch(
-        mesh, config.train.batch_size, next(_micro_batches(config, mesh)), objectives.get(config.objective).row(config)
-    )
+    check(config, mesh)
     info = runinfo.RunInfo(command, config, mesh)
-    # Before the mesh is set: nothing could run on devices that are not there, not even the making of a random key.
-    model, _ = open_model(config, _tokenizer(config))
+    model, trainable, frozen, program = open_program(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        trainable, frozen = abstract_params(config, mesh, model)
-        program = make_program(config, mesh, model, trainable, config.train.steps or _SOME_STEPS)
         info.describe_model(model, (trainable, frozen), trainable, program.shapes['opt_state'])
         for count in _micro_batches(config, mesh):
             with info.timed('compile'):
@@ -113,6 +110,32 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     write_report(workdir)
     print(json.dumps(metrics), flush=True)
     return result
+
+
+def target_mesh(config: ConfigDict) -> Mesh:
+    """The mesh that the recipe compiles for, of devices that need not be there."""
+    name = config.compile.topology
+    return make_mesh(config.mesh, topology_devices(name) if name else None)
+
+
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses what the recipe alone shows to be wrong.
+
+    Raises:
+      UserError: sizes that the mesh cannot divide.
+    """
+    row = objectives.get(config.objective).row(config)
+    check_batch(mesh, config.train.batch_size, next(_micro_batches(config, mesh)), row)
+
+
+def open_program(config: ConfigDict, mesh: Mesh) -> tuple[Model, Any, Any, Program]:
+    """The model, its trainable and frozen half as shapes, and its step."""
+    # Before the mesh is set: nothing could run on devices that are not there, not even the making of a random key.
+    model, _ = open_model(config, _tokenizer(config))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        trainable, frozen = abstract_params(config, mesh, model)
+        program = make_program(config, mesh, model, trainable, config.train.steps or _SOME_STEPS)
+    return model, trainable, frozen, program
 
 
 def _micro_batches(config: ConfigDict, mesh: Mesh) -> Iterator[int]:

@@ -20,15 +20,27 @@ from jaxtune.step import make_eval_step
 from jaxtune.workdir import write_result
 
 
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses what the recipe alone shows to be wrong.
+
+    Raises:
+      UserError: the mesh does not divide the batch, or no data is named.
+    """
+    if not config.data.eval:
+        raise UserError("data.eval='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
+    batch_size = config.eval.batch_size or config.train.batch_size
+    check_batch(mesh, batch_size, 1, objectives.get(config.objective).row(config))
+
+
 def open_evaluator(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: Assembly) -> Evaluator:
     """What scores `data.eval` by the recipe's objective, for `score`.
 
     Raises:
       UserError: the data is wrong, or the mesh does not divide the batch.
     """
+    check(config, mesh)
     objective = objectives.get(config.objective)
     batch_size = config.eval.batch_size or config.train.batch_size
-    check_batch(mesh, batch_size, 1, objective.row(config))
     rows = objective.dataset(config, 'eval', parts.tokenizer, workdir / 'cache')
     rows = objectives.complete(config, rows, parts.model, parts.params, mesh, workdir / 'cache', 'eval')
     loss = functools.partial(objective.loss, config, parts.model)
@@ -48,9 +60,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     Raises:
       UserError: the recipe, the data or the model is wrong.
     """
-    if not config.data.eval:
-        raise UserError("data.eval='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
     mesh = make_mesh(config.mesh)
+    check(config, mesh)
     info = runinfo.RunInfo(command, config, mesh)
     with jax.set_mesh(mesh):
         with info.timed('load'):

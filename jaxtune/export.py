@@ -24,6 +24,24 @@ from jaxtune.weights import LoRA, materialise, tree
 from jaxtune.workdir import read_json, write_json, write_result
 
 
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses what the recipe alone shows to be wrong.
+
+    Raises:
+      UserError: no model is named, or no data to tell what rounding costs.
+    """
+    if not config.model.path:
+        raise UserError("model.path='': expected a Hugging Face folder, a hub id or a jaxtune workdir to export")
+    if config.export.requantise and not config.data.eval:
+        raise UserError("data.eval='': export.requantise=True needs held-out data, to tell what rounding again costs")
+
+
+def unfinished(source: pathlib.Path) -> bool:
+    """Whether a folder is the workdir of a run that has checkpoints and no model yet."""
+    ended = (source / 'export' / 'config.json').is_file() or peft.is_adapter(source / 'adapter')
+    return (source / 'checkpoints').is_dir() and not ended
+
+
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """Writes `export/`; returns `result.json`'s content.
 
@@ -32,13 +50,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     Raises:
       UserError: there is no such model.
     """
-    if not config.model.path:
-        raise UserError("model.path='': expected a Hugging Face folder, a hub id or a jaxtune workdir to export")
     mesh = make_mesh(config.mesh)
+    check(config, mesh)
     source = pathlib.Path(config.model.path)
     with jax.set_mesh(mesh):
-        unfinished = not (source / 'export' / 'config.json').is_file() and not peft.is_adapter(source / 'adapter')
-        if (source / 'checkpoints').is_dir() and unfinished:
+        if unfinished(source):
             parts, step = from_checkpoint(source, mesh)
         else:
             parts, step = assemble(config, mesh), 0
@@ -57,12 +73,7 @@ def _requantised(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: A
     """Merged parameters with the kernels that QLoRA stores rounded to NF4 once more, and what that does to the loss.
 
     A light tuning moves weights by less than NF4's steps, and is lost.
-
-    Raises:
-      UserError: nothing is held out that could tell.
     """
-    if not config.data.eval:
-        raise UserError("data.eval='': export.requantise=True needs held-out data, to tell what rounding again costs")
     evaluator = evaluate.open_evaluator(config, workdir, mesh, parts)
     before = evaluate.score(evaluator, parts.params)['eval/loss']
     codecs = methods.get('qlora').codecs(parts.model, config.method)
@@ -143,18 +154,27 @@ def merged(params, where: str):
     return methods.get('lora').merge(value.policy(params))
 
 
-def from_checkpoint(source: pathlib.Path, mesh: Mesh) -> tuple[Assembly, int]:
-    """A run's model with the parameters of its newest checkpoint, and that checkpoint's step.
+def stored_recipe(source: pathlib.Path) -> ConfigDict:
+    """The recipe of the run in a workdir.
 
     Raises:
-      UserError: the run has saved none yet.
+      UserError: there is none.
     """
     stored = read_json(source / 'config.json')
     if stored is None:
         raise UserError(f'model.path={source}: expected a jaxtune workdir with config.json')
     recipe = recipes.defaults()
     recipes.lay_over(recipe, recipes.flatten(ConfigDict(stored, type_safe=False)))
-    recipe = recipes.point_to_stages(recipe, source.parent)
+    return recipes.point_to_stages(recipe, source.parent)
+
+
+def from_checkpoint(source: pathlib.Path, mesh: Mesh) -> tuple[Assembly, int]:
+    """A run's model with the parameters of its newest checkpoint, and that checkpoint's step.
+
+    Raises:
+      UserError: the run has saved none yet.
+    """
+    recipe = stored_recipe(source)
     checkpoints = Checkpoints(
         source / 'checkpoints', recipe.checkpoint.keep, recipe.eval.metric, rises(recipe.eval.metric)
     )

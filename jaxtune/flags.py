@@ -1,4 +1,4 @@
-"""The command line: `--config RECIPE.py --workdir DIR --overwrite --config.KEY=VALUE …`."""
+"""The command line: `--config RECIPE.py --workdir DIR --overwrite --check --config.KEY=VALUE …`."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,17 @@ from jaxtune.config import SCHEMA, Free, Key
 from jaxtune.errors import UserError
 from jaxtune.workdir import done
 
-USAGE = 'python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--overwrite] [--config.KEY=VALUE ...]'
+USAGE = (
+    'python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--overwrite] [--check] [--config.KEY=VALUE ...]'
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a person typed, and `result.json` of each stage before those to run that is done in the workdir."""
+    """What a person typed, and `result.json` of each stage before those to run that is done in the workdir.
+
+    With `check`, everything is checked and nothing is run.
+    """
 
     recipe: str
     workdir: pathlib.Path
@@ -32,6 +37,7 @@ class Command:
     configs: dict[str, ConfigDict]
     argv: tuple[str, ...]
     finished: Mapping[str, dict] = dataclasses.field(default_factory=dict)
+    check: bool = False
 
 
 def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -123,6 +129,7 @@ def parse(argv: Sequence[str]) -> Command:
     holder = flags.FlagValues()
     flags.DEFINE_string('workdir', '', 'where results go', flag_values=holder)
     flags.DEFINE_boolean('overwrite', False, 'start anew in a workdir of another recipe', flag_values=holder)
+    flags.DEFINE_boolean('check', False, 'check everything, and run nothing', flag_values=holder)
     _refuse_left_out(named, all_stages, stages)
     values = _flag_values(recipe, stages, named)
     words = [argv[0], *rest]
@@ -140,7 +147,7 @@ def parse(argv: Sequence[str]) -> Command:
     before = itertools.takewhile(lambda name: name not in stages, all_stages)
     finished = {name: result for name in before if (result := done(workdir / name))}
     configs = recipes.resolve(recipe, overrides, tuple(finished))
-    return Command(recipe_path, workdir, holder.overwrite, configs, tuple(argv), finished)
+    return Command(recipe_path, workdir, holder.overwrite, configs, tuple(argv), finished, holder.check)
 
 
 def _refused(text: str, stages: Sequence[str]) -> UserError:

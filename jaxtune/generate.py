@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import console, runinfo
@@ -25,6 +26,25 @@ from jaxtune.workdir import write_result
 SHOWN = 2  # completions printed at the end
 
 
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses what the recipe alone shows to be wrong.
+
+    Raises:
+      UserError: the mesh does not divide the batch, or keys that exclude each other.
+    """
+    check_rows(mesh, 'generate.batch_size', config.generate.batch_size)
+    if config.generate.beams > 1 and config.generate.samples > 1:
+        raise UserError(
+            f'generate.samples={config.generate.samples}: expected 1 with generate.beams > 1, which keep one'
+        )
+
+
+def check_writes(config: ConfigDict, parts: Assembly) -> None:
+    """Refuses a model that writes no text."""
+    if parts.model.kind == 'decoder' and 'score' in parts.params:
+        raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a language model')
+
+
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """Completes every prompt; returns `result.json`'s content. A stopped run goes on after its last whole batch.
 
@@ -33,16 +53,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """
     mesh = make_mesh(config.mesh)
     info = runinfo.RunInfo(command, config, mesh)
-    check_rows(mesh, 'generate.batch_size', config.generate.batch_size)
-    if config.generate.beams > 1 and config.generate.samples > 1:
-        raise UserError(
-            f'generate.samples={config.generate.samples}: expected 1 with generate.beams > 1, which keep one'
-        )
+    check(config, mesh)
     with jax.set_mesh(mesh):
         with info.timed('load'):
             parts = assemble(config, mesh)
-        if parts.model.kind == 'decoder' and 'score' in parts.params:
-            raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a language model')
+        check_writes(config, parts)
         info.describe_model(parts.model, parts.params, None, None)
         prompts = read_prompts(config, parts)
         complete = Completer(config, mesh, parts, config.generate.batch_size)

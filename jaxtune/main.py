@@ -1,4 +1,4 @@
-"""The door: `python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--config.KEY=VALUE ...]`.
+"""The door: `python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--check] [--config.KEY=VALUE ...]`.
 
 Exit status: 0 done · 2 the recipe, the data or the model handed in is wrong · 143 stopped by SIGTERM after saving a
 checkpoint, the same command continues.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import console, hardware, recipes
 from jaxtune.data.cache import once
-from jaxtune.data.prepare import plain
+from jaxtune.data.prepare import plain, sources
 from jaxtune.data.prepare import plan as plans
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
@@ -32,17 +32,40 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
       UserError: the recipe or the data is wrong.
     """
     results = workdir / 'result.json'
-    long = plans.needed(config, recipes.defaults())
-    if not long:
-        _check_raw('data.train', config.data.train)
+    plan = check(config)
+    if plan is None:
         once(results.is_file, lambda: _plain(config, workdir, command), 'task=prepare')
         return read_json(results)
+    once(results.is_file, lambda: _phases(config, plan, workdir, command), 'task=prepare')
+    return read_json(results) or {'task': 'prepare', 'status': 'submitted', 'step': 0, 'metrics': {}}
+
+
+def check(config: ConfigDict) -> plans.Plan | None:
+    """The plan of a recipe with steps, kinds of sources or another engine; None for the short way.
+
+    Raises:
+      UserError: the recipe is wrong, or packages are missing.
+    """
+    if not plans.needed(config, recipes.defaults()):
+        _check_raw('data.train', config.data.train)
+        return None
     plans.check_installed(config)
     plan = plans.make(config)
     for source in plan.sources:
         _check_raw(source.key, source.path)
-    once(results.is_file, lambda: _phases(config, plan, workdir, command), 'task=prepare')
-    return read_json(results) or {'task': 'prepare', 'status': 'submitted', 'step': 0, 'metrics': {}}
+    return plan
+
+
+def find_units(plan: plans.Plan) -> list[sources.Unit]:
+    """What the sources of a plan hold.
+
+    Raises:
+      UserError: a source is not there, or none holds data.
+    """
+    found = [unit for number, source in enumerate(plan.sources) for unit in sources.units(number, source)]
+    if not found:
+        raise UserError(f'{plan.sources[0].key}={plan.sources[0].path}: no source holds data; expected files there')
+    return found
 
 
 def _check_raw(key: str, path: str) -> None:
@@ -89,16 +112,14 @@ def _plain(config: ConfigDict, workdir: pathlib.Path, command) -> None:
 
 
 def _phases(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command) -> None:
-    from jaxtune.data.prepare import engines, phases, sources
+    from jaxtune.data.prepare import engines, phases
 
     info = RunInfo(command, config)
-    found = [unit for number, source in enumerate(plan.sources) for unit in sources.units(number, source)]
+    found = find_units(plan)
     empty = [source for source in plan.sources if not any(plan.sources[unit.source] is source for unit in found)]
     for source in empty:
         console.note(f'{source.key}={source.path}: holds no data that can be read; set aside')
     plan = dataclasses.replace(plan, empty=tuple(source.path for source in empty))
-    if not found:
-        raise UserError(f'{plan.sources[0].key}={plan.sources[0].path}: no source holds data; expected files there')
     work, cut = (workdir / 'work').absolute(), sources.tasks(found)  # tasks may run in another folder
     _begin(work, cut, [sources.identity(found), dataclasses.asdict(plan)])
     what = ', '.join(source.label for source in plan.sources)

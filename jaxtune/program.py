@@ -20,6 +20,7 @@ from jaxtune import methods, objectives, tuning
 from jaxtune.models import Model
 from jaxtune.optim import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
+from jaxtune.parallel.rules import with_shardings
 from jaxtune.step import State, init_state, make_eval_step, make_train_step
 
 
@@ -137,10 +138,3 @@ def abstract_params(config: ConfigDict, mesh: Mesh, model: Model) -> tuple[Any, 
         lambda params: tuning.begin(config, model, tuning.encoded(params, codecs), frozenset()), model.shapes
     )
     return tuning.partition(config, with_shardings(params, shardings(match_rules(params, mesh), mesh)), frozenset())
-
-
-def with_shardings(shapes: Any, placed: Any) -> Any:
-    """A tree of shapes that say where each leaf lies."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
-    )

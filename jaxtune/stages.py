@@ -22,13 +22,18 @@ TASKS = {
 
 
 def run(command: Command) -> None:
-    """Runs every stage that has not finished yet."""
-    staged = '' not in command.configs
-    results = dict(command.finished)
+    """Runs every stage that has not finished yet; or with `command.check`, checks them all."""
     for name in command.configs:
         if command.configs[name].task not in TASKS:
             prefix = f'{name}.' if name else ''
             raise UserError(f'{prefix}task={command.configs[name].task!r}: expected one of {", ".join(TASKS)}')
+    if command.check:
+        from jaxtune import preflight
+
+        console.note(preflight.check(command))
+        return
+    staged = '' not in command.configs
+    results = dict(command.finished)
     for name, config in command.configs.items():
         folder = command.workdir / name if name else command.workdir
         if staged:

@@ -35,6 +35,19 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
         return run.to_the_end()
 
 
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses what the recipe alone shows to be wrong.
+
+    Raises:
+      UserError: sizes that the mesh cannot divide, or keys that are missing.
+    """
+    accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
+    check_batch(mesh, config.train.batch_size, accumulate, objectives.get(config.objective).row(config))
+    witness.check(config)
+    if not config.data.train:
+        raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
+
+
 class Run(running.Run):
     """One training run over a loader's batches."""
 
@@ -42,12 +55,7 @@ class Run(running.Run):
         super().__init__(config, workdir, mesh, command, config.eval.metric)
         self.info = runinfo.RunInfo(command, config, mesh)
         self.objective = objectives.get(config.objective)
-        accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
-        check_batch(mesh, config.train.batch_size, accumulate, self.objective.row(config))
-        witness.check(config)
-        if not config.data.train:
-            raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
-
+        check(config, mesh)
         with self.info.timed('load'):
             parts = assemble(config, mesh)
         with self.info.timed('data'):

@@ -13,6 +13,7 @@ from jaxtune import methods
 from jaxtune.models import value
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.parallel import match_rules, shardings
+from jaxtune.parallel.rules import with_shardings
 from jaxtune.weights import Codec, tree
 
 # Heads that are trained whole with every method: they belong to the task, not to the pretrained model.
@@ -35,6 +36,8 @@ def encoded(params: Any, chosen: Mapping[str, Codec]) -> Any:
 def attach(init: Callable[..., Any], params: Any, mesh: Mesh, *extra: Any) -> Any:
     """`init(params, *extra)`, of which only what is new is computed, straight on its devices.
 
+    Of a tree of shapes, nothing is: the result is a tree of shapes.
+
     Args:
       init: makes a tree around the arrays of another, such as a method's.
       params: that other tree; its arrays stay where they are.
@@ -54,6 +57,9 @@ def attach(init: Callable[..., Any], params: Any, mesh: Mesh, *extra: Any) -> An
     shapes = iter(jax.eval_shape(new, given, extra))
     whole = jax.tree.unflatten(made[0], [next(shapes) if i is None else given[i] for i in origin])
     specs = jax.tree.leaves(match_rules(whole, mesh), is_leaf=lambda spec: isinstance(spec, P))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in given):
+        placed = shardings(specs, mesh)
+        return jax.tree.unflatten(made[0], with_shardings(jax.tree.leaves(whole), placed))
     wanted = [spec for spec, i in zip(specs, origin, strict=True) if i is None]
     added = iter(jax.jit(new, out_shardings=shardings(wanted, mesh))(given, extra))
     return jax.tree.unflatten(made[0], [next(added) if i is None else given[i] for i in origin])

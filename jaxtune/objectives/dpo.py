@@ -70,7 +70,7 @@ def complete(config: ConfigDict, rows: Pairs, model, params, mesh, cache: pathli
     path = cache / f'reference-{digest.hexdigest()[:16]}.npy'
     if not hosts.from_primary(path.is_file):
         if config.dpo.reference:
-            model, params = _load_reference(config, mesh)
+            model, params = load_reference(config, mesh)
         values = _reference(config, rows, model, evaluating(params), mesh, f'reference of data.{split}')
         hosts.from_primary(lambda: _save(path, values))
     else:
@@ -87,11 +87,11 @@ def _save(path: pathlib.Path, values: np.ndarray) -> None:
     partial.replace(path)
 
 
-def _load_reference(config: ConfigDict, mesh):
-    """Model and parameters of `dpo.reference`, an adapter's own base with it."""
+def load_reference(config: ConfigDict, mesh, *, weights: bool = True):
+    """Model and parameters of `dpo.reference`, an adapter's own base with it; without weights, its shapes."""
     from jaxtune.assemble import assemble_other
 
-    parts = assemble_other(config, mesh, config.dpo.reference)
+    parts = assemble_other(config, mesh, config.dpo.reference, weights=weights)
     return parts.model, parts.params
 
 

@@ -119,3 +119,10 @@ def state_specs(state_shapes, param_shapes, param_specs):
 def shardings(specs, mesh: Mesh):
     """A tree of `PartitionSpec`s as a tree of `NamedSharding`s on `mesh`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def with_shardings(shapes, placed):
+    """A tree of shapes that say where each leaf lies."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
+    )

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from jaxtune import console, interrupt, rl, running
-from jaxtune.assemble import assemble, folder_head
+from jaxtune.assemble import Assembly, assemble, folder_head
 from jaxtune.completer import sample_record
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
@@ -84,6 +84,33 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError("data.train='': expected the prompts: a path, a glob, a folder, python-stdlib or @STAGE")
 
 
+def check_policy(config: ConfigDict, parts: Assembly) -> None:
+    """Refuses a model that cannot be a policy.
+
+    Raises:
+      UserError: it is a reward model, or its logits cannot be tempered.
+    """
+    if parts.folder and folder_head(parts.folder) != 'lm':
+        raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a policy')
+    head = jax.eval_shape(parts.model.head, value.policy(parts.params))
+    if config.generate.temperature != 1.0 and head.softcap:
+        raise UserError(
+            f'generate.temperature={config.generate.temperature}: expected 1 for a model that caps its logits'
+        )
+
+
+def all_prompts(config: ConfigDict, parts: Assembly) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and those held out, of each what leaves room for an answer.
+
+    Raises:
+      UserError: there are none to train on.
+    """
+    read_all = functools.partial(read_prompts, parts=parts, fitting=True, limit=config.data.seq_len)
+    everything = copy.deepcopy(config)
+    everything.generate.prompts = 0
+    return read_all(everything, split='train'), read_all(config) if config.data.eval else []
+
+
 class _Numbers:
     """The prompts' numbers, as rows for a loader."""
 
@@ -108,19 +135,10 @@ class Run(running.Run):
         check(config, mesh)
         with self.info.timed('load'):
             parts = assemble(config, mesh)
-            if parts.folder and folder_head(parts.folder) != 'lm':
-                raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a policy')
-            if config.generate.temperature != 1.0 and parts.model.head(value.policy(parts.params)).softcap:
-                raise UserError(
-                    f'generate.temperature={config.generate.temperature}: expected 1 for a model that caps its logits'
-                )
+            check_policy(config, parts)
             self.reward = open_reward(config, mesh, config.generate.batch_size)
         with self.info.timed('data'):
-            read_all = functools.partial(read_prompts, parts=parts, fitting=True, limit=config.data.seq_len)
-            everything = copy.deepcopy(config)
-            everything.generate.prompts = 0
-            self.prompts = read_all(everything, split='train')
-            self.held_out = read_all(config) if config.data.eval else []
+            self.prompts, self.held_out = all_prompts(config, parts)
         self.asked = config.rl.rollouts // self.algorithm.group(config)
         self.loader = Loader(_Numbers(len(self.prompts)), self.asked, config.seed, shuffle=True)
         self.steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(self.prompts) / self.asked))

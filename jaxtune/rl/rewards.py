@@ -30,13 +30,14 @@ Reward = Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]
 _MULTIPLE = 64  # rows of the reward model are filled up to it, so that few shapes are compiled
 
 
-def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int) -> Reward:
+def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int, *, weights: bool = True) -> Reward:
     """What `rl.reward` names.
 
     Args:
       config: the recipe.
       mesh: where a reward model goes.
       batch_size: rows that it reads at a time.
+      weights: False reads none of a reward model's, which then scores nothing.
 
     Raises:
       UserError: there is no such thing.
@@ -46,7 +47,7 @@ def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int) -> Reward:
         raise UserError("rl.reward='': expected a reward model's workdir or folder, @STAGE, or module:function")
     if ':' in name and not pathlib.Path(name).exists():
         return ByFunction(name)
-    return ByModel(config, mesh, batch_size)
+    return ByModel(config, mesh, batch_size, weights)
 
 
 class ByFunction:
@@ -111,11 +112,11 @@ class ByModel:
       UserError: it is no reward model.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int):
+    def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int, weights: bool = True):
         self.mesh, self.batch_size = mesh, batch_size
         config = copy.deepcopy(config)
         config.data.seq_len = 2  # its rows are as long as what it reads
-        parts = assemble_other(config, mesh, config.rl.reward, 'reward')
+        parts = assemble_other(config, mesh, config.rl.reward, 'reward', weights=weights)
         if 'score' not in parts.params or any(path.startswith('score/') for path in parts.fresh):
             raise UserError(
                 f'rl.reward={config.rl.reward}: holds no reward model; expected the workdir of objective=reward '
