@@ -150,6 +150,11 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
     tokens = prompted and not config.method.prefix
     if tokens and model.kind == 'encoder' and config.objective == 'masked_lm' and config.data.packing:
         raise UserError('data.packing=True: an encoder reads its prompt with one text a row; expected False')
+    if tokens and model.border is not None and config.data.seq_len + taken > model.border and config.data.packing:
+        raise UserError(
+            f'data.packing=True: with LongRoPE a trained prompt has other angles before texts of over {model.border} '
+            'tokens; expected False, or a shorter data.seq_len'
+        )
     return model, folder
 
 

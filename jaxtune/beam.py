@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.models import Model, kv_cache
-from jaxtune.sampling import Completions, Sampling
+from jaxtune.sampling import Completions, Sampling, join_row
 
 _NONE = -1e9  # the score of a hypothesis that is none
 
@@ -85,9 +85,14 @@ def beam_search(
     first = jnp.repeat(first, beams)
 
     def step(state):
+        def row_tokens(row, count):
+            prompt, beam = row // beams, row % beams
+            own = jnp.asarray(prompts)[prompt], jnp.asarray(lengths)[prompt]
+            return join_row(*own, state['running']['tokens'][prompt, beam], count)
+
         running = jnp.ones(batch * beams, bool)
         places = first + state['t'] - 1
-        hidden, cache = model.step(params, state['cache'], state['now'], places, running)
+        hidden, cache = model.step(params, state['cache'], state['now'], places, running, row_tokens)
         return advance({**state, 'cache': cache}, hidden, state['t'])
 
     empty = {

@@ -134,8 +134,11 @@ def sample(
         return (state['t'] < limit) & ~state['done'].all()
 
     def step(state):
+        def row_tokens(row, count):
+            return join_row(jnp.asarray(prompts)[row], jnp.asarray(lengths)[row], state['tokens'][row], count)
+
         places = first + state['t'] - 1
-        hidden, cache = model.step(params, state['cache'], state['now'], places, ~state['done'])
+        hidden, cache = model.step(params, state['cache'], state['now'], places, ~state['done'], row_tokens)
         return take({**state, 'cache': cache}, hidden, state['t'])
 
     state = {
@@ -147,6 +150,13 @@ def sample(
     }
     state = jax.lax.while_loop(more, step, take(state, hidden, jnp.int32(0)))
     return Completions(state['tokens'], state['lengths'], state['logprobs'])
+
+
+def join_row(prompt: jax.Array, length: jax.Array, completion: jax.Array, count: int) -> jax.Array:
+    """The first `count` tokens of a prompt `[width]`, of which `length` are its own, and its completion `[limit]`."""
+    places = jnp.arange(count, dtype=jnp.int32)
+    after = completion.at[places - length].get(mode='clip')
+    return jnp.where(places < length, prompt.at[places].get(mode='clip'), after)
 
 
 class Stream:
@@ -168,22 +178,27 @@ class Stream:
             hidden, cache, _ = model.prefill(params, prompt, length, sampling.max_new_tokens)
             return take(params, hidden, key, 0), cache
 
-        def go_on(params, cache, now, place, key, t):
-            hidden, cache = model.step(params, cache, now, place, jnp.ones(1, bool))
+        def go_on(params, cache, now, place, key, t, tokens):
+            running = jnp.ones(1, bool)
+            hidden, cache = model.step(params, cache, now, place, running, lambda row, count: tokens[:count])
             return take(params, hidden, key, t), cache
 
         self._begin, self._go_on = jax.jit(begin), jax.jit(go_on, donate_argnums=1)
 
     def __call__(self, prompt: list[int], key: jax.Array) -> Iterator[int]:
         """Yields the tokens of a completion, its stop token last."""
+        limit = self.sampling.max_new_tokens
         tokens, lengths = pad_prompts([prompt], self.sampling.pad_id, 128)
+        so_far = np.pad(tokens[0], (0, limit), constant_values=self.sampling.pad_id)
         now, cache = self._begin(self.params, tokens, lengths, key)
-        for t in range(self.sampling.max_new_tokens):
+        for t in range(limit):
             token = int(now[0])
             yield token
-            if token in self.sampling.stop_ids or t + 1 == self.sampling.max_new_tokens:
+            if token in self.sampling.stop_ids or t + 1 == limit:
                 return
-            now, cache = self._go_on(self.params, cache, now, jnp.asarray(lengths) + t, key, t + 1)
+            so_far[len(prompt) + t] = token
+            place = jnp.asarray(lengths) + t
+            now, cache = self._go_on(self.params, cache, now, place, key, t + 1, so_far)
 
 
 def pad_prompts(prompts: list[list[int]], pad_id: int, multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:

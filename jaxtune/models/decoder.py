@@ -205,7 +205,7 @@ class Decoder(_Part):
             x = x + self.embed('embed_positions', c.max_positions)(positions)
         x = constrain(x, 'batch', 'length', None)
 
-        angles = None if c.rope is None else rotary.angles(c.rope, jnp.where(segments != 0, positions, 0))
+        angles = None if c.rope is None else rotary.angles(c.rope, jnp.where(segments != 0, positions, 0), segments)
         context = Context(positions, segments, positions, segments, angles, prompt)
         if cache is not None:
             slots = jnp.broadcast_to(jnp.arange(kv_cache.slots(cache)), (len(tokens), kv_cache.slots(cache)))

@@ -195,10 +195,26 @@ class Model:
         last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return last, kv_cache.divided(outputs.cache, room), lengths
 
+    @property
+    def border(self) -> int | None:
+        """The position whose token changes the keys of all tokens before it (LongRoPE's first long one), or None."""
+        rope = getattr(self.config, 'rope', None)
+        return rope.original_positions if rope is not None and rope.long_frequencies is not None else None
+
     def step(
-        self, params: Params, cache: kv_cache.Cache, tokens: jax.Array, positions: jax.Array, running: jax.Array
+        self,
+        params: Params,
+        cache: kv_cache.Cache,
+        tokens: jax.Array,
+        positions: jax.Array,
+        running: jax.Array,
+        row_tokens: Callable[[jax.Array, int], jax.Array],
     ) -> tuple[jax.Array, kv_cache.Cache]:
         """Reads one token more a row: `tokens`, `positions`, `running` (False: not this row) `[batch]`.
+
+        Args:
+          row_tokens: `(row, count) -> [count]` int32, the first tokens of a row, this one among them: where it crosses
+            the model's `border`, all before it are read again.
 
         Returns:
           `(hidden, cache)`: the state `[batch, d_model]` that predicts the next token, and the cache with this one.
@@ -207,7 +223,32 @@ class Model:
         prefix = 'decoder_' if self.kind == 'encdec' else ''
         inputs = {prefix + name: value[:, None] for name, value in inputs.items()}
         outputs = self.apply(params, inputs, cache=cache, begins=False)
-        return outputs.hidden[:, 0], outputs.cache
+        hidden, cache = outputs.hidden[:, 0], outputs.cache
+        if self.border is None or kv_cache.slots(cache) <= self.border:
+            return hidden, cache
+        crossing = running & (positions + virtual_tokens(params) == self.border)
+        return self._read_again(params, hidden, cache, crossing, row_tokens)
+
+    def _read_again(self, params, hidden, cache, rows, row_tokens) -> tuple[jax.Array, kv_cache.Cache]:
+        """`hidden` and `cache` with what a pass over the whole of `rows` (bool `[batch]`) gives, one row at a time."""
+        count = self.border + 1 - virtual_tokens(params)
+
+        def read(state):
+            rows, hidden, cache = state
+            row = jnp.argmax(rows)
+            new = self.apply(
+                params, {'tokens': row_tokens(row, count)[None]}, cache=self.init_cache(1, self.border + 1)
+            )
+            hidden = hidden.at[row].set(new.hidden[0, -1])
+            cache = jax.tree.map(
+                lambda all_rows, own: jax.lax.dynamic_update_slice(all_rows, own, (0, row, 0, 0, 0)),
+                cache,
+                kv_cache.divided(new.cache, 0),
+            )
+            return rows.at[row].set(False), hidden, cache
+
+        _, hidden, cache = jax.lax.while_loop(lambda state: state[0].any(), read, (rows, hidden, cache))
+        return hidden, cache
 
     def flops_per_token(self, length: int, *target_length: int) -> float:
         """Training FLOPs a token of rows of `length`: 6 a parameter in a product and 12 x heads x head_dim x keys a

@@ -21,7 +21,7 @@ class Rope:
 
     Attributes:
       frequencies: `[rotary_dim / 2]` radians a position.
-      long_frequencies: LongRoPE's frequencies for rows that reach beyond `original_positions`, else None.
+      long_frequencies: LongRoPE's frequencies for segments that reach beyond `original_positions`, else None.
       original_positions: positions of the pretraining, for LongRoPE.
       factor: multiplies cosine and sine (YaRN's and LongRoPE's attention factor).
     """
@@ -52,20 +52,31 @@ def make_rope(parameters: Mapping, rotary_dim: int, max_positions: int) -> Rope:
         raise ValueError(f'rope_type={kind!r} needs the key {error.args[0]!r}') from None
 
 
+# Frequencies are rounded to float32 after each operation, in the order of `transformers`, as those a checkpoint was
+# trained with: at position 100,000 one unit in the last place of a frequency is an angle of up to 0.006.
+_F32 = np.float32
+
+
 def _powers(theta: float, dim: int) -> np.ndarray:
-    return theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+    """`theta ** (2i / dim)`, float32, exponent and power each correctly rounded."""
+    exponents = np.arange(0, dim, 2).astype(_F32) / _F32(dim)
+    return (np.float64(_F32(theta)) ** exponents.astype(np.float64)).astype(_F32)
 
 
 def _rope(frequencies: np.ndarray, **rest) -> Rope:
     return Rope(tuple(float(f) for f in frequencies), **rest)
 
 
+def _default_frequencies(theta: float, dim: int) -> np.ndarray:
+    return _F32(1) / _powers(theta, dim)
+
+
 def _default(parameters, theta, dim, max_positions):
-    return _rope(1.0 / _powers(theta, dim))
+    return _rope(_default_frequencies(theta, dim))
 
 
 def _linear(parameters, theta, dim, max_positions):
-    return _rope(1.0 / _powers(theta, dim) / parameters['factor'])
+    return _rope(_default_frequencies(theta, dim) / _F32(parameters['factor']))
 
 
 def _dynamic(parameters, theta, dim, max_positions):
@@ -95,9 +106,10 @@ def _yarn(parameters, theta, dim, max_positions):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 * (low == high)
-    slow = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
-    powers = _powers(theta, dim)
-    return _rope(slow / (factor * powers) + (1 - slow) / powers, factor=attention_factor)
+    ramp = np.clip((np.arange(dim // 2, dtype=_F32) - _F32(low)) / _F32(high - low), _F32(0), _F32(1))
+    kept, powers = _F32(1) - ramp, _powers(theta, dim)
+    interpolated, extrapolated = _F32(1) / (_F32(factor) * powers), _F32(1) / powers
+    return _rope(interpolated * (_F32(1) - kept) + extrapolated * kept, factor=attention_factor)
 
 
 def _longrope(parameters, theta, dim, max_positions):
@@ -108,8 +120,7 @@ def _longrope(parameters, theta, dim, max_positions):
     if attention_factor is None:
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short, long = (
-        1.0 / (np.asarray(parameters[name], np.float64) * _powers(theta, dim))
-        for name in ('short_factor', 'long_factor')
+        _F32(1) / (np.asarray(parameters[name], _F32) * _powers(theta, dim)) for name in ('short_factor', 'long_factor')
     )
     return _rope(
         short,
@@ -121,11 +132,14 @@ def _longrope(parameters, theta, dim, max_positions):
 
 def _llama3(parameters, theta, dim, max_positions):
     """Low frequencies are divided by `factor`, high ones kept, those between blended (Llama 3.1)."""
-    frequencies = 1.0 / _powers(theta, dim)
+    frequencies, factor = _default_frequencies(theta, dim), _F32(parameters['factor'])
     low, high = parameters['low_freq_factor'], parameters['high_freq_factor']
-    turns = parameters['original_max_position_embeddings'] * frequencies / (2 * math.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return _rope(kept * frequencies + (1 - kept) * frequencies / parameters['factor'])
+    original = parameters['original_max_position_embeddings']
+    lengths = _F32(1) / frequencies * _F32(2 * math.pi)
+    is_long, is_short = lengths > _F32(original / low), lengths < _F32(original / high)
+    kept = (_F32(1) / lengths * _F32(original) - _F32(low)) / _F32(high - low)
+    blended = (_F32(1) - kept) * frequencies / factor + kept * frequencies
+    return _rope(np.where(is_long, frequencies / factor, np.where(is_short, frequencies, blended)))
 
 
 _SCALINGS = {
@@ -138,20 +152,35 @@ _SCALINGS = {
 }
 
 
-def angles(rope: Rope, positions: jax.Array) -> Angles:
+def angles(rope: Rope, positions: jax.Array, segments: jax.Array | None = None) -> Angles:
     """Cosine and sine of every position's angles.
 
     Args:
       rope: the model's frequencies.
       positions: `[batch, length]` int32.
+      segments: `[batch, length]` int32, or None where a row is one segment. With LongRoPE a segment's own length
+        decides which frequencies it gets, so that it depends on no other row and on no neighbour in its row.
+        What all segments see (below 0) and padding (0) go by the longest of the row.
     """
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     if rope.long_frequencies is not None:
-        # A row decides for itself, so that it does not depend on the rows beside it.
-        is_long = positions.max(axis=-1, keepdims=True) >= rope.original_positions
+        beyond = positions >= rope.original_positions
+        is_long = beyond.any(axis=-1, keepdims=True)
+        if segments is not None and positions.shape[-1] > rope.original_positions:
+            is_long = jnp.where(segments > 0, _any_of_segment(beyond, segments), is_long)
         frequencies = jnp.where(is_long[..., None], jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
     turned = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(turned) * rope.factor, jnp.sin(turned) * rope.factor
+
+
+def _any_of_segment(flags: jax.Array, segments: jax.Array) -> jax.Array:
+    """Whether any token of the same segment has the flag, `[batch, length]` bool."""
+
+    def of_row(flags, segments):
+        most = jax.ops.segment_max(flags.astype(jnp.int32), segments, len(segments) + 1)
+        return most[jnp.clip(segments, 0, len(segments))] > 0
+
+    return jax.vmap(of_row)(flags, segments)
 
 
 def rotate(x: jax.Array, angles: Angles | None) -> jax.Array:

@@ -1,0 +1,147 @@
+"""Rotary frequencies against `transformers`', far positions, and LongRoPE on both sides of its border."""
+
+import jax
+import numpy as np
+import pytest
+from comparing import assert_close, compute_logits, open_model, torch_logits
+from model_cases import CASES, reference
+
+from jaxtune import models
+from jaxtune.beam import beam_search
+from jaxtune.models.rope import make_rope
+from jaxtune.sampling import Sampling, Stream, pad_prompts, sample
+
+BORDER = 16
+LONG = next(case for case in CASES if case.name == 'phi3-long-partial-tied')
+LLAMA3 = {'rope_type': 'llama3', 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
+YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768}
+PARAMETERS = {
+    'default': {'rope_type': 'default'},
+    'linear': {'rope_type': 'linear', 'factor': 3.7},
+    'llama-3.1': {**LLAMA3, 'factor': 8.0, 'original_max_position_embeddings': 8192},
+    'llama-3.2': {**LLAMA3, 'factor': 32.0, 'original_max_position_embeddings': 8192},
+    'yarn': YARN,
+    'yarn-untruncated': {**YARN, 'factor': 40.0, 'original_max_position_embeddings': 4096, 'truncate': False},
+    'longrope': {'rope_type': 'longrope', 'original_max_position_embeddings': 4096},
+}
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+@pytest.mark.parametrize('theta', [1e4, 5e5, 1e6])
+def test_frequencies_are_those_of_transformers(name, theta):
+    """To the last bit, but where PyTorch's vectorised power is itself not correctly rounded."""
+    pytest.importorskip('torch')
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    for dim in (64, 96, 128, 256):
+        parameters = {**PARAMETERS[name], 'rope_theta': theta}
+        if name == 'longrope':
+            factors = np.random.default_rng(dim).uniform(1, 60, (2, dim // 2))
+            parameters |= {'short_factor': factors[0].tolist(), 'long_factor': factors[1].tolist()}
+        fields = {'hidden_size': 2 * dim, 'num_attention_heads': 2, 'max_position_embeddings': 131072}
+        theirs = LlamaRotaryEmbedding(LlamaConfig(**fields, rope_parameters=dict(parameters))).inv_freq.numpy()
+        ours = np.asarray(make_rope(parameters, dim, 131072).frequencies, np.float32)
+        units = np.abs(ours.view(np.int32) - theirs.view(np.int32))
+        assert (units > 0).sum() <= 1
+        assert units.max() <= 2
+
+
+@pytest.mark.parametrize('name', ['default', 'llama-3.1', 'yarn'])
+def test_logits_far_out_equal_transformers(name, tmp_path):
+    pytest.importorskip('torch')
+    case = next(case for case in CASES if case.name == 'llama')
+    fields = {**case.fields, 'head_dim': 128, 'max_position_embeddings': 131072}
+    fields['rope_parameters'] = {**PARAMETERS[name], 'rope_theta': 5e5}
+    case = type(case)(f'far-{name}', 'llama', fields)
+    theirs = reference(case, tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 97, (1, 24)).astype(np.int32)
+    positions = np.linspace(0, 100_000, 24).astype(np.int32)[None]
+    ours = compute_logits(*open_model(tmp_path), {'tokens': tokens, 'positions': positions})
+    assert_close(ours, torch_logits(theirs, input_ids=tokens, position_ids=positions))
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    """`transformers`' LongRoPE model, ours, and its parameters."""
+    pytest.importorskip('torch')
+    folder = tmp_path_factory.mktemp('long')
+    theirs = reference(LONG, folder)
+    return theirs, *open_model(folder)
+
+
+def test_a_long_document_leaves_its_neighbours_in_a_row_alone(both):
+    theirs, model, params = both
+    lengths = (5, 20, 7)
+    tokens = np.random.default_rng(1).integers(3, 97, (2, sum(lengths) + 2)).astype(np.int32)
+    segments = np.repeat((1, 2, 3, 0), (*lengths, 2)).astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in (*lengths, 2)]).astype(np.int32)
+    batch = {'tokens': tokens, 'positions': np.stack([positions] * 2), 'segments': np.stack([segments] * 2)}
+    ours = compute_logits(model, params, batch)
+    for row in range(2):
+        for segment in (1, 2, 3):
+            own = segments == segment
+            assert_close(ours[row, own], torch_logits(theirs, input_ids=tokens[row : row + 1, own])[0])
+
+
+def greedy(theirs, prompt, count):
+    """Greedy decoding without a cache: each token from a pass over all before it."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(torch_logits(theirs, input_ids=[ids])[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_completions_cross_the_border_as_without_a_cache(both):
+    """Rows that cross at different steps, one that began beyond, and one that never comes there."""
+    theirs, model, params = both
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(3, 97, count).tolist() for count in (10, 15, 3, 16, 17, 1)]
+    tokens, lengths = pad_prompts(prompts, 0, multiple=8)
+    sampling = Sampling(max_new_tokens=14, temperature=0.0)
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    done = jax.jit(lambda p: sample(model, sampling, p, tokens, lengths, keys))(params)
+    stream = Stream(model, sampling, params)
+    for row, prompt in enumerate(prompts):
+        expected = greedy(theirs, prompt, 14)
+        assert np.asarray(done.tokens[row]).tolist() == expected
+        assert list(stream(prompt, keys[row])) == expected
+
+
+def test_beams_cross_the_border_as_without_a_cache(both):
+    theirs, model, params = both
+    prompts = [[5, 9, 3, 20, 21, 33, 41, 8, 60, 77], [7, 11, 90]]
+    tokens, lengths = pad_prompts(prompts, 0, multiple=8)
+    sampling = Sampling(max_new_tokens=15, temperature=0.0)
+    found = jax.jit(lambda p: beam_search(model, sampling, p, tokens, lengths, 3))(params)
+    for row, prompt in enumerate(prompts):
+        beams = [((), 0.0)]
+        for _ in range(15):
+            logits = [torch_logits(theirs, input_ids=[[*prompt, *ids]])[0, -1] for ids, _ in beams]
+            scores = [score + np.asarray(jax.nn.log_softmax(x)) for (_, score), x in zip(beams, logits, strict=True)]
+            best = np.argsort(-np.concatenate(scores))[:3]
+            beams = [((*beams[i // 97][0], i % 97), np.concatenate(scores)[i]) for i in best]
+        assert np.asarray(found.tokens[row]).tolist() == list(beams[0][0])
+
+
+def test_a_trained_prompt_counts_towards_the_border(both):
+    _, model, params = both
+    virtual = 0.5 * jax.random.normal(jax.random.key(4), (6, 32))
+    params = {**params, 'prompt': {'embedding': virtual}}
+    prompt = [5, 9, 3, 20]
+    tokens, lengths = pad_prompts([prompt], 0, multiple=4)
+    sampling = Sampling(max_new_tokens=16, temperature=0.0)
+    run = jax.jit(lambda p: sample(model, sampling, p, tokens, lengths, jax.random.split(jax.random.key(0), 1)))
+    whole = jax.jit(lambda p, b: model.logits(p, model.apply(p, b).hidden))
+    ids = list(prompt)
+    for _ in range(16):
+        row = np.pad(ids, (0, 20 - len(ids))).astype(np.int32)
+        batch = {'tokens': row[None], 'segments': (np.arange(20) < len(ids)).astype(np.int32)[None]}
+        ids.append(int(whole(params, batch)[0, len(ids) - 1].argmax()))
+    assert np.asarray(run(params).tokens[0]).tolist() == ids[len(prompt) :]
+
+
+def test_a_model_without_a_border_never_reads_again(both):
+    model = models.build(models.read_config({'model_type': 'llama', **CASES[0].config}))
+    assert model.border is None
+    assert both[1].border == BORDER
