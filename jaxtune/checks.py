@@ -2,9 +2,14 @@
 
 import ast
 import difflib
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from jaxtune import paths
+
+MOST = 2**31 - 1  # of what is counted: an int32 of an array holds it
 
 
 class ExpectedError(ValueError):
@@ -16,29 +21,32 @@ Check = Callable[[Any], Any]
 
 def one_of(*names: str) -> Check:
     def check(value):
-        if value not in names:
-            near = difflib.get_close_matches(str(value), names, 1)
+        if not isinstance(value, str) or value not in names:
+            near = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else ()
             raise ExpectedError(f'one of {", ".join(names)}' + (f' (nearest: {near[0]})' if near else ''))
         return value
 
     return check
 
 
-def integer(low: int | None = None, *words: str, high: int | None = None) -> Check:
-    expected = 'an integer' + ('' if low is None else f' >= {low}') + ('' if high is None else f' and <= {high}')
+def integer(low: int | None = None, *words: str, high: int = MOST) -> Check:
+    expected = 'an integer' + ('' if low is None else f' >= {low}')
     expected += ''.join(f" or '{word}'" for word in words)
+    bounded = expected + (' and' if low is not None else '') + f' <= {high}'
 
     def check(value):
-        if value in words:
+        if isinstance(value, str) and value in words:
             return value
-        if isinstance(value, str) and re.fullmatch(r'[+-]?\d+', value):
+        if isinstance(value, str) and re.fullmatch(r'[+-]?\d{1,30}', value):
             value = int(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ExpectedError(expected)
-        if (low is not None and value < low) or (high is not None and value > high):
+        if low is not None and value < low:
             raise ExpectedError(expected)
+        if value > high or value < -high:
+            raise ExpectedError(bounded)
         return value
 
     return check
@@ -52,10 +60,15 @@ def number(low: float | None = None, high: float | None = None, *, above: float 
     def check(value):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ExpectedError(expected)
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # an integer beyond the largest float
+            raise ExpectedError(expected) from None
         outside = (low is not None and value < low) or (high is not None and value > high)
-        if value != value or outside or (above is not None and value <= above):
+        if outside or (above is not None and value <= above):
             raise ExpectedError(expected)
+        if not math.isfinite(value):
+            raise ExpectedError(expected.replace('number', 'finite number'))
         return value
 
     return check
@@ -70,28 +83,58 @@ def boolean(value):
 def text(value):
     if not isinstance(value, str):
         raise ExpectedError('a text')
+    if not _encodes(value):
+        raise ExpectedError('text that UTF-8 can hold, without halves of surrogate pairs')
     return value
+
+
+def _encodes(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def path(value):
+    """A path of this machine, or what stands in its place; nothing need be there."""
+    if problem := paths.wrong(text(value)):
+        raise ExpectedError(problem)
+    return value
+
+
+def path_list(value):
+    """Paths with commas between them."""
+    for part in text(value).split(','):
+        path(part.strip())
+    return value
+
+
+def template(value):
+    """A name, a path, or a Jinja text."""
+    return text(value) if isinstance(value, str) and '{' in value else path(value)
 
 
 def names(value):
     """A text, or several of them."""
+    expected = "a name or a tuple of names such as ('q_proj','v_proj')"
     if isinstance(value, str) and value[:1] in '([':
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ExpectedError("a name or a tuple of names such as ('q_proj','v_proj')") from None
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            raise ExpectedError(expected) from None
     if isinstance(value, str):
-        return value
-    if not isinstance(value, tuple | list) or not all(isinstance(name, str) for name in value):
-        raise ExpectedError("a name or a tuple of names such as ('q_proj','v_proj')")
+        return text(value)
+    if not isinstance(value, tuple | list) or not all(isinstance(name, str) and _encodes(name) for name in value):
+        raise ExpectedError(expected)
     return tuple(value)
 
 
 def layers(value):
     """`all`, `4:8`, or the numbers of the layers."""
-    if value == 'all' or (isinstance(value, str) and re.fullmatch(r'\d*:\d*', value)):
+    if isinstance(value, str) and (value == 'all' or re.fullmatch(r'\d{0,9}:\d{0,9}', value)):
         return value
-    if isinstance(value, tuple | list) and value and all(isinstance(i, int) and i >= 0 for i in value):
+    if isinstance(value, tuple | list) and value and all(isinstance(i, int) and 0 <= i <= MOST for i in value):
         return tuple(value)
     raise ExpectedError("'all', a range such as '4:8', or a tuple of layer numbers")
 
@@ -99,8 +142,8 @@ def layers(value):
 def ranks(value):
     """`''`, or `q_proj=4,layers.0.mlp.up_proj=2`: numbers by name."""
     if isinstance(value, str):
-        pairs = [pair.strip() for pair in value.split(',') if pair.strip()]
-        if all(re.fullmatch(r'[^=\s]+=[1-9]\d*', pair) for pair in pairs):
+        pairs = [pair.strip() for pair in text(value).split(',') if pair.strip()]
+        if all(re.fullmatch(r'[^=\s]+=[1-9]\d{0,8}', pair) for pair in pairs):
             return ','.join(pairs)
     raise ExpectedError("module names with ranks, such as 'q_proj=4,layers.0.mlp.up_proj=2'")
 
@@ -112,4 +155,28 @@ def axis_size(value):
     value = _axis(value)
     if value == 0:
         raise ExpectedError('a size >= 1, or -1 for all remaining devices')
+    return value
+
+
+def plain(value):
+    """A value of an open subtree: texts, numbers, and lists and mappings of them.
+
+    Raises:
+      ExpectedError: something else is in it, for example a number that is not finite.
+    """
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+        raise ExpectedError('integers of at most 64 bits')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ExpectedError('finite numbers')
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise ExpectedError('names that are texts')
+        return {text(name): plain(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [plain(part) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if value is not None and not isinstance(value, bool | int | float):
+        raise ExpectedError('texts, numbers, True, False, None, and lists and mappings of them')
     return value

@@ -3,7 +3,21 @@
 import dataclasses
 from typing import Any
 
-from jaxtune.checks import Check, axis_size, boolean, integer, layers, names, number, one_of, ranks, text
+from jaxtune.checks import (
+    Check,
+    axis_size,
+    boolean,
+    integer,
+    layers,
+    names,
+    number,
+    one_of,
+    path,
+    path_list,
+    ranks,
+    template,
+    text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +37,7 @@ class Free:
 
 
 _dtype = one_of('float32', 'bfloat16')
+_WIDE, _LONG = 2**20, 2**24  # more rows, more tokens of a row, than any machine holds
 
 REWARDED = ('ppo', 'grpo')  # tasks that learn from rewards
 TRAINING = ('train', *REWARDED)  # tasks that change weights
@@ -33,8 +48,8 @@ SCHEMA: dict[str, Key | Free] = {
         one_of('prepare', *TRAINING, 'evaluate', 'generate', 'export', 'compile'),
         'what to do',
     ),
-    'seed': Key(0, integer(0), 'seed of initialisation, data order and sampling'),
-    'model.path': Key('', text, 'a Hugging Face folder, a hub id, a jaxtune workdir, @STAGE; empty = from scratch'),
+    'seed': Key(0, integer(0, high=2**32 - 1), 'seed of initialisation, data order and sampling'),
+    'model.path': Key('', path, 'a Hugging Face folder, a hub id, a jaxtune workdir, @STAGE; empty = from scratch'),
     'model.config': Free('from scratch: Hugging Face config fields, model_type among them'),
     'model.param_dtype': Key('float32', _dtype, 'what parameters and optimizer state are kept in'),
     'model.compute_dtype': Key('float32', _dtype, 'what activations and matrix products use'),
@@ -42,7 +57,7 @@ SCHEMA: dict[str, Key | Free] = {
         'dots', one_of('none', 'full', 'dots'), 'the backward pass computes again: nothing, all, or all but products'
     ),
     'model.attention': Key('auto', one_of('auto', 'xla', 'flash'), 'attention kernel; the one that ran is logged'),
-    'tokenizer.path': Key('', text, "default: the model's own; @prepare; bytes = UTF-8 bytes, no file needed"),
+    'tokenizer.path': Key('', path, "default: the model's own; @prepare; bytes = UTF-8 bytes, no file needed"),
     'objective': Key(
         'causal_lm',
         one_of('causal_lm', 'masked_lm', 'span_corruption', 'seq2seq', 'classification', 'sft', 'reward', 'dpo'),
@@ -58,19 +73,19 @@ SCHEMA: dict[str, Key | Free] = {
     'seq2seq.prefix': Key('', text, "seq2seq: the task's name, put before every source"),
     'sft.train_on': Key('all', one_of('all', 'last'), 'sft: every answer of a conversation is learnt, or the last'),
     'sft.system': Key('', text, 'a system prompt for conversations without one; for preferences and generate too'),
-    'sft.demonstrations': Key('', text, 'conversations that stand before every other one and are never learnt'),
+    'sft.demonstrations': Key('', path, 'conversations that stand before every other one and are never learnt'),
     'sft.neftune_alpha': Key(0.0, number(0), 'sft: noise on the embeddings in training, 5 is usual; 0 = off'),
     'reward.center': Key(0.0, number(0), 'reward: weight of the squared sum of the two rewards'),
     'reward.label_smoothing': Key(0.0, number(0, 0.5), 'reward: share of the pairs whose order is taken to be wrong'),
     'dpo.loss': Key('sigmoid', one_of('sigmoid', 'ipo', 'hinge', 'kto', 'orpo', 'simpo'), 'how pairs become a loss'),
     'dpo.beta': Key(0.1, number(above=0), 'dpo: how dear it is to leave the reference (orpo: weight of the odds)'),
-    'dpo.reference': Key('', text, 'dpo: the model to stay near: folder, workdir, @STAGE; empty = that of the start'),
+    'dpo.reference': Key('', path, 'dpo: the model to stay near: folder, workdir, @STAGE; empty = that of the start'),
     'dpo.label_smoothing': Key(0.0, number(0, 0.49), 'sigmoid, simpo: share of the pairs taken to be wrong'),
     'dpo.gamma': Key(0.5, number(0), 'simpo: margin of the rewards'),
     'dpo.chosen_weight': Key(1.0, number(0), 'kto: weight of desirable answers'),
     'dpo.rejected_weight': Key(1.0, number(0), 'kto: weight of undesirable answers'),
     'method.name': Key('full', one_of('full', 'lora', 'qlora', 'adapter', 'prompt'), 'which weights are trained'),
-    'method.rank': Key(16, integer(1), 'LoRA: rank of the update'),
+    'method.rank': Key(16, integer(1, high=_WIDE), 'LoRA: rank of the update'),
     'method.alpha': Key(32.0, number(above=0), 'LoRA: scale alpha / rank'),
     'method.dropout': Key(0.0, number(0, 0.99), 'LoRA: dropout on its input'),
     'method.targets': Key('all-linear', names, "LoRA: 'all-linear', Hugging Face module names, or both"),
@@ -83,35 +98,35 @@ SCHEMA: dict[str, Key | Free] = {
     ),
     'method.lr_ratio': Key(1.0, number(above=0), 'LoRA+: learning rate of b over that of a'),
     'method.path': Key(
-        '', text, 'an adapter folder, or the workdir that holds one, to begin with; generate: several, with commas'
+        '', path_list, 'an adapter folder, or the workdir that holds one, to begin with; generate: several, with commas'
     ),
-    'method.block_size': Key(64, integer(16), 'NF4: weights that share one scale'),
+    'method.block_size': Key(64, integer(16, high=_WIDE), 'NF4: weights that share one scale'),
     'method.double_quant': Key(True, boolean, 'NF4: quantise the scales too'),
-    'method.bottleneck': Key(64, integer(1), 'adapter: width of the bottleneck'),
+    'method.bottleneck': Key(64, integer(1, high=_WIDE), 'adapter: width of the bottleneck'),
     'method.placement': Key(
         'houlsby', one_of('houlsby', 'pfeiffer'), 'adapter: after attention and feed-forward layers, or the latter only'
     ),
-    'method.virtual_tokens': Key(20, integer(1), 'prompt tuning: how many trained tokens'),
+    'method.virtual_tokens': Key(20, integer(1, high=_WIDE), 'prompt tuning: how many trained tokens'),
     'method.init_text': Key('', text, 'prompt tuning: text whose embeddings they start from; empty = random'),
     'method.prefix': Key(False, boolean, 'prompt tuning: train keys and values in every layer instead (prefix tuning)'),
-    'data.train': Key('', text, 'a path, glob, folder, dataset id, python-stdlib or @STAGE'),
-    'data.eval': Key('', text, 'the same, held out; generate takes its prompts from it'),
+    'data.train': Key('', path, 'a path, glob, folder, dataset id, python-stdlib or @STAGE'),
+    'data.eval': Key('', path, 'the same, held out; generate takes its prompts from it'),
     'data.format': Key(
         'auto',
         one_of('auto', 'text', 'pair', 'alpaca', 'sharegpt', 'messages', 'prompt', 'preference'),
         'what a record looks like',
     ),
-    'data.template': Key('auto', text, "auto (the tokenizer's chat template), a name, or a Jinja text"),
-    'data.seq_len': Key(512, integer(2), 'tokens in a row of a batch'),
+    'data.template': Key('auto', template, "auto (the tokenizer's chat template), a name, or a Jinja text"),
+    'data.seq_len': Key(512, integer(2, high=_LONG), 'tokens in a row of a batch'),
     'data.packing': Key(True, boolean, 'several documents a row; they never see each other'),
     'data.append_eos': Key(True, boolean, "end each text document with the tokenizer's EOS"),
     'data.text_key': Key('text', text, 'field of a record that holds the text'),
     'data.source_key': Key('source', text, 'field of a pair that is read'),
     'data.target_key': Key('target', text, 'field of a pair that is written'),
-    'data.target_len': Key(0, integer(0), 'tokens of a target in a row of a batch; 0 = data.seq_len'),
+    'data.target_len': Key(0, integer(0, high=_LONG), 'tokens of a target in a row of a batch; 0 = data.seq_len'),
     'data.eval_fraction': Key(0.02, number(0, 0.5), 'prepare: share of the documents held out'),
     'data.min_chars': Key(1, integer(0), 'prepare: shorter documents are left out'),
-    'data.vocab_size': Key(8192, integer(300), 'prepare: size of the vocabulary to train'),
+    'data.vocab_size': Key(8192, integer(300, high=_LONG), 'prepare: size of the vocabulary to train'),
     'data.sources': Free(
         'prepare: what to collect, label -> a path, or path, kind, weight, preset, language, text_key'
     ),
@@ -124,17 +139,19 @@ SCHEMA: dict[str, Key | Free] = {
     'data.steps.clean.markup': Key(False, boolean, 'prepare: no rests of markup and bare URLs, no e-book licences'),
     'data.steps.clean.pii': Key(False, boolean, 'prepare: mask email and IP addresses and telephone numbers'),
     'data.steps.language.keep': Key((), names, "prepare: languages kept, such as ('en', 'zh'); () = all"),
-    'data.steps.language.model': Key('', text, "prepare: a fastText model's file; '' = scripts and stop words"),
+    'data.steps.language.model': Key('', path, "prepare: a fastText model's file; '' = scripts and stop words"),
     'data.steps.language.min_score': Key(0.5, number(0, 1), 'prepare: certainty below which a language is not taken'),
     'data.steps.filter.preset': Key(
         'none', one_of('none', 'auto', 'web', 'books', 'code', 'zh'), "prepare: quality rules; auto = by source's kind"
     ),
     'data.steps.filter.max_chars': Key(0, integer(0), 'prepare: longer documents are left out; 0 = none'),
-    'data.steps.filter.blocklist': Key('', text, 'prepare: a file of words, phrases and domains, one a line'),
+    'data.steps.filter.blocklist': Key('', path, 'prepare: a file of words, phrases and domains, one a line'),
     'data.steps.filter.custom': Key('', text, 'prepare: module:function of a text and its metadata, False = drop'),
     'data.steps.dedup.near': Key(0.0, number(0, 1), 'prepare: Jaccard similarity of near-duplicates to find; 0 = off'),
-    'data.steps.dedup.ngram': Key(5, integer(1), 'prepare: words in a shingle'),
-    'data.steps.dedup.hashes': Key(256, integer(16), 'prepare: MinHash values a document, cut into bands to suit'),
+    'data.steps.dedup.ngram': Key(5, integer(1, high=1000), 'prepare: words in a shingle'),
+    'data.steps.dedup.hashes': Key(
+        256, integer(16, high=2**13), 'prepare: MinHash values a document, cut into bands to suit'
+    ),
     'data.steps.dedup.paragraphs': Key(
         0, integer(0), 'prepare: a paragraph that more documents hold stays in the first of them only; 0 = off'
     ),
@@ -142,24 +159,30 @@ SCHEMA: dict[str, Key | Free] = {
         0, integer(0), 'prepare: a run of so many words stays in the first document only; 0 = off, 50 is usual'
     ),
     'data.steps.decontaminate.against': Key((), names, 'prepare: evaluation files whose text must not be in the data'),
-    'data.steps.decontaminate.ngram': Key(13, integer(3), 'prepare: words in a row that make an overlap'),
+    'data.steps.decontaminate.ngram': Key(13, integer(3, high=1000), 'prepare: words in a row that make an overlap'),
     'data.steps.tokenizer.model': Key('bpe', one_of('bpe', 'unigram'), 'prepare: what is trained'),
     'data.steps.tokenizer.special_tokens': Key((), names, 'prepare: further tokens of the vocabulary to train'),
-    'data.steps.tokenizer.sample_bytes': Key(1 << 30, integer(1), 'prepare: text that the vocabulary is trained on'),
+    'data.steps.tokenizer.sample_bytes': Key(
+        1 << 30, integer(1, high=2**62), 'prepare: text that the vocabulary is trained on'
+    ),
     'data.steps.limits.broken': Key(1000, integer(0), 'prepare: broken files and records set aside before it fails'),
-    'data.steps.limits.document_bytes': Key(32 << 20, integer(1), 'prepare: larger records and pages are set aside'),
-    'data.steps.build.shard_tokens': Key(1 << 30, integer(1), 'prepare: tokens in a file at most'),
+    'data.steps.limits.document_bytes': Key(
+        32 << 20, integer(1, high=2**62), 'prepare: larger records and pages are set aside'
+    ),
+    'data.steps.build.shard_tokens': Key(1 << 30, integer(1, high=2**62), 'prepare: tokens in a file at most'),
     'data.engine': Key('local', one_of('local', 'slurm', 'ray'), 'prepare: where the steps run'),
-    'data.workers': Key(0, integer(0), 'prepare: processes at once; 0 = one a core'),
+    'data.workers': Key(0, integer(0, high=2**12), 'prepare: processes at once; 0 = one a core'),
     'data.slurm.partition': Key('', text, 'slurm: the partition'),
     'data.slurm.time': Key('24:00:00', text, 'slurm: time limit of a task'),
     'data.slurm.memory_gb': Key(4, integer(1), 'slurm: memory of a task'),
     'data.slurm.setup': Key('', text, 'slurm: a shell command that makes jaxtune importable'),
     'data.slurm.dry_run': Key(False, boolean, 'slurm: print the scripts instead of submitting them'),
     'train.steps': Key(0, integer(0), 'updates; 0 = by train.epochs'),
-    'train.epochs': Key(1.0, number(above=0), 'passes over the data, where train.steps is 0'),
-    'train.batch_size': Key(8, integer(1), 'sequences an update, over the whole pod'),
-    'train.accumulate': Key('auto', integer(1, 'auto'), 'micro-batches it is cut into; auto = as few as fit in memory'),
+    'train.epochs': Key(1.0, number(above=0, high=1e6), 'passes over the data, where train.steps is 0'),
+    'train.batch_size': Key(8, integer(1, high=_WIDE), 'sequences an update, over the whole pod'),
+    'train.accumulate': Key(
+        'auto', integer(1, 'auto', high=_WIDE), 'micro-batches it is cut into; auto = as few as fit in memory'
+    ),
     'optimizer.name': Key(
         'adamw', one_of('adamw', 'adamw8bit', 'adafactor', 'lion', 'muon', 'sgd'), 'how gradients become updates'
     ),
@@ -177,33 +200,37 @@ SCHEMA: dict[str, Key | Free] = {
     'optimizer.offload': Key(False, boolean, 'keep the state in pinned host memory'),
     'eval.every': Key(0, integer(0), 'updates between evaluations; 0 = only at the end'),
     'eval.batches': Key(0, integer(0), 'at most so many batches an evaluation; 0 = all'),
-    'eval.batch_size': Key(0, integer(0), 'sequences a batch; 0 = that of a training micro-batch'),
+    'eval.batch_size': Key(0, integer(0, high=_WIDE), 'sequences a batch; 0 = that of a training micro-batch'),
     'eval.patience': Key(0, integer(0), 'stop after so many evaluations without a better value; 0 = off'),
-    'eval.samples': Key(0, integer(0), 'held-out prompts answered before and after training, for the report; 0 = off'),
+    'eval.samples': Key(
+        0, integer(0, high=_WIDE), 'held-out prompts answered before and after training, for the report; 0 = off'
+    ),
     'eval.metric': Key('eval/loss', text, 'what "better" means; accuracies and rewards rise, all else falls'),
     'checkpoint.every': Key(0, integer(0), 'updates between checkpoints; 0 = at evaluations and at the end'),
     'checkpoint.keep': Key(1, integer(1), 'newest checkpoints kept; the best by eval.metric is kept beside them'),
-    'generate.max_new_tokens': Key(128, integer(1), 'length of a completion at most'),
+    'generate.max_new_tokens': Key(128, integer(1, high=_LONG), 'length of a completion at most'),
     'generate.temperature': Key(1.0, number(0), '0 = greedy'),
     'generate.top_k': Key(0, integer(0), 'sample among the k likeliest; 0 = all'),
     'generate.top_p': Key(1.0, number(above=0, high=1), 'sample among the likeliest of this total probability'),
-    'generate.samples': Key(1, integer(1), 'completions a prompt'),
+    'generate.samples': Key(1, integer(1, high=_WIDE), 'completions a prompt'),
     'generate.prompts': Key(0, integer(0), 'at most so many prompts; 0 = all'),
     'generate.prompt_tokens': Key(
         0, integer(0), 'the first so many tokens of each text are the prompt; 0 = the whole text'
     ),
-    'generate.beams': Key(1, integer(1), 'beam search: so many hypotheses a prompt, the best is kept; 1 = off'),
+    'generate.beams': Key(
+        1, integer(1, high=2**10), 'beam search: so many hypotheses a prompt, the best is kept; 1 = off'
+    ),
     'generate.length_penalty': Key(
         1.0, number(), "beam search: a hypothesis' log-probability is divided by its length to this power"
     ),
-    'generate.batch_size': Key(8, integer(1), 'prompts sampled together'),
+    'generate.batch_size': Key(8, integer(1, high=_WIDE), 'prompts sampled together'),
     'generate.bleu_tokenize': Key(
         '13a', one_of('13a', 'zh', 'intl', 'char', 'none'), "words of BLEU's score; zh for Chinese"
     ),
-    'rl.reward': Key('', text, 'what scores answers: a reward model (workdir, folder, @STAGE), or module:function'),
-    'rl.rollouts': Key(64, integer(1), 'answers sampled a step'),
-    'rl.group': Key(8, integer(2), 'grpo: answers a prompt'),
-    'rl.epochs': Key(4, integer(1), 'passes over the answers of a step, in updates of train.batch_size'),
+    'rl.reward': Key('', path, 'what scores answers: a reward model (workdir, folder, @STAGE), or module:function'),
+    'rl.rollouts': Key(64, integer(1, high=_WIDE), 'answers sampled a step'),
+    'rl.group': Key(8, integer(2, high=_WIDE), 'grpo: answers a prompt'),
+    'rl.epochs': Key(4, integer(1, high=_WIDE), 'passes over the answers of a step, in updates of train.batch_size'),
     'rl.kl_coef': Key(0.05, number(0), 'weight of the divergence from the policy of the start'),
     'rl.clip': Key(0.2, number(above=0), 'clip range of the probability ratio'),
     'rl.value_coef': Key(0.1, number(0), "ppo: weight of the value head's loss"),

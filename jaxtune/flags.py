@@ -13,10 +13,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from jaxtune import recipes
+from jaxtune import paths, recipes
+from jaxtune.aliases import nearest
 from jaxtune.checks import ExpectedError
 from jaxtune.config import SCHEMA, Free, Key
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, reason, shown
 from jaxtune.workdir import done
 
 USAGE = (
@@ -101,10 +102,12 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
         stage = parents[0] if parents and recipes.of_stage(path, stages) else ''
         own = path[len(stage) + 1 :] if stage else path
         if own not in SCHEMA and not _free(own):
-            near = recipes.nearest(own, SCHEMA)
+            near = nearest(own)
             prefix = f'{stage}.' if stage else ''
             hint = f'; the nearest valid key is config.{prefix}{near}' if near else ''
             raise UserError(f'--config.{path}: unknown key{hint}')
+        if not all(part.isidentifier() for part in path.split('.')):
+            raise UserError(f'--config.{path}: expected names of letters, digits and _, with a dot between them')
         if _free(own):  # the type of a key that no recipe names is read off the value
             node = values
             for parent in parents:
@@ -120,6 +123,11 @@ def parse(argv: Sequence[str]) -> Command:
     Raises:
       UserError: no recipe, an unknown key, an impossible value.
     """
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f'{shown(word)}: expected arguments in UTF-8') from None
     recipe_path, rest = _recipe_path(argv[1:])
     recipe = recipes.read_recipe(recipe_path)
     all_stages = recipes.stage_names(recipe)
@@ -140,14 +148,24 @@ def parse(argv: Sequence[str]) -> Command:
             others = holder(words)[1:]
     except flags.Error as error:
         raise _refused(str(error), stages) from None
+    except (ValueError, TypeError, RecursionError, MemoryError) as error:  # of Python's own parser of a value
+        given = ', '.join(f'--config.{path}' for path in named)
+        raise UserError(f'{given or " ".join(rest)}: cannot be read: {reason(error)}') from None
     if others:
         raise UserError(f'{others[0]!r}: expected flags only. Usage: {USAGE}')
     overrides: dict[str, Any] = config_flags.get_override_values(config_flag)
-    workdir = pathlib.Path(holder.workdir or f'runs/{pathlib.Path(recipe_path).stem}')
+    workdir = _workdir(holder.workdir or f'runs/{pathlib.Path(recipe_path).stem}')
     before = itertools.takewhile(lambda name: name not in stages, all_stages)
     finished = {name: result for name in before if (result := done(workdir / name))}
     configs = recipes.resolve(recipe, overrides, tuple(finished))
     return Command(recipe_path, workdir, holder.overwrite, configs, tuple(argv), finished, holder.check)
+
+
+def _workdir(path: str) -> pathlib.Path:
+    folder = paths.local(path, '--workdir')
+    if blocking := next((part for part in (folder, *folder.parents) if part.exists() and not part.is_dir()), None):
+        raise UserError(f'--workdir={path}: expected a folder; {blocking} is a file')
+    return folder
 
 
 def _refused(text: str, stages: Sequence[str]) -> UserError:
@@ -161,7 +179,7 @@ def _refused(text: str, stages: Sequence[str]) -> UserError:
             try:
                 key.check(value)
             except ExpectedError as error:
-                return UserError(f'--config.{path}={value!r}: expected {error}')
+                return UserError(f'--config.{path}={shown(value)}: expected {error}')
     return UserError(' '.join(text.split()))
 
 

@@ -1,26 +1,83 @@
 """A person's own function, by its name in a recipe."""
 
+import contextlib
+import difflib
+import hashlib
 import importlib
-from collections.abc import Callable
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
-from jaxtune.errors import UserError
+from jaxtune import paths
+from jaxtune.errors import UserError, blamed_on
 
 
 def function(key: str, name: str) -> Callable:
-    """The function that `module:function` names.
+    """The function that `module:function` or `file.py:function` names.
+
+    A module is looked for in the current folder first, as Python's own `-m` would.
 
     Args:
       key: of the recipe, for the message.
       name: its value.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or its module fails when it is imported.
     """
-    module, _, attribute = name.partition(':')
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'{key}={name}: expected module:function: {error}') from None
+    where, _, attribute = name.rpartition(':')
+    if not where or not attribute.isidentifier():
+        raise UserError(f'{key}={name}: expected module:function or file.py:function')
+    module = _from_file(key, name, where) if where.endswith('.py') else _by_name(key, name, where)
+    found = getattr(module, attribute, None)
+    if found is None:
+        near = difflib.get_close_matches(attribute, [own for own in vars(module) if not own.startswith('_')], 1)
+        hint = f' (nearest: {near[0]})' if near else ''
+        raise UserError(f'{key}={name}: expected module:function; {where} has no {attribute!r}{hint}')
     if not callable(found):
         raise UserError(f'{key}={name}: expected a function, found {type(found).__name__}')
     return found
+
+
+def _from_file(key: str, name: str, where: str) -> ModuleType:
+    path = paths.local(where, key)
+    if not path.is_file():
+        raise UserError(f'{key}={name}: no such file; expected module:function or file.py:function')
+    path = path.resolve()
+    # A name of its own, under which other processes find what is sent to them: two files may be called alike.
+    module_name = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}'
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        with _first_on_path(str(path.parent)), blamed_on(f'{key}={name}: the module fails', str(path)):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _by_name(key: str, name: str, where: str) -> ModuleType:
+    folder = os.getcwd()
+    own = os.path.join(folder, *where.split('.')) + '.py'
+    with (
+        _first_on_path(folder),
+        blamed_on(f'{key}={name}: expected module:function', own if os.path.isfile(own) else ''),
+    ):
+        return importlib.import_module(where)
+
+
+@contextlib.contextmanager
+def _first_on_path(folder: str) -> Iterator[None]:
+    """Inside, the modules of a folder are found before all others."""
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)

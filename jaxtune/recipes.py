@@ -5,7 +5,6 @@ refuses unknown keys and impossible values before anything else is loaded.
 """
 
 import copy
-import difflib
 import importlib.util
 import pathlib
 import re
@@ -14,9 +13,11 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxtune.checks import ExpectedError
+from jaxtune import paths
+from jaxtune.aliases import nearest
+from jaxtune.checks import ExpectedError, plain
 from jaxtune.config import SCHEMA, Free
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, blamed_on, shown
 
 # What may differ when a workdir is continued, since it changes no result.
 MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'data.slurm.')
@@ -26,19 +27,11 @@ MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'da
 STAGES_TOO = ('sft', 'reward', 'dpo')
 
 
-def nearest(name: str, names) -> str:
-    """The valid name most like a misspelt one, by whole path or by its last part; '' if none is close."""
-    found = difflib.get_close_matches(name, list(names), 1, 0.6)
-    if found:
-        return found[0]
-    by_last = {other.rsplit('.', 1)[-1]: other for other in names}
-    found = difflib.get_close_matches(name.rsplit('.', 1)[-1], list(by_last), 1, 0.6)
-    return by_last[found[0]] if found else ''
-
-
 def _unknown(path: str, prefix: str = '') -> UserError:
-    near = nearest(path, SCHEMA)
-    return UserError(f'{prefix}{path}: unknown key' + (f'; the nearest valid key is {prefix}{near}' if near else ''))
+    near = nearest(path)
+    return UserError(
+        f'{prefix}{shown(path)[1:-1]}: unknown key' + (f'; the nearest valid key is {prefix}{near}' if near else '')
+    )
 
 
 def child(node: ConfigDict, name: str) -> ConfigDict:
@@ -95,11 +88,16 @@ def lay_over(config: ConfigDict, changes: Mapping[str, Any], prefix: str = '') -
             try:
                 value = SCHEMA[path].check(value)
             except ExpectedError as error:
-                raise UserError(f'{prefix}{path}={value!r}: expected {error}') from None
-        elif path == free:
-            if not isinstance(value, Mapping):
-                raise UserError(f'{prefix}{path}={value!r}: expected a ConfigDict of {SCHEMA[free].comment}')
-            value = ConfigDict({**config_get(config, path).to_dict(), **value}, type_safe=False)
+                raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
+        else:
+            if path == free and not isinstance(value, Mapping):
+                raise UserError(f'{prefix}{path}={shown(value)}: expected a ConfigDict of {SCHEMA[free].comment}')
+            try:
+                value = plain(value)
+            except ExpectedError as error:
+                raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
+            if path == free:
+                value = ConfigDict({**config_get(config, path).to_dict(), **value}, type_safe=False)
         *parents, last = path.split('.')
         node = config
         for parent in parents:
@@ -125,35 +123,21 @@ def read_recipe(path: str) -> ConfigDict:
     Raises:
       UserError: no such file, no `get_config`, or it does not return a ConfigDict.
     """
-    if not pathlib.Path(path).is_file():
-        raise UserError(f'--config={path}: no such file; expected a recipe such as configs/quickstart.py')
+    if not paths.local(path, '--config').is_file():
+        raise UserError(f'--config={shown(path)}: no such file; expected a recipe such as configs/quickstart.py')
     spec = importlib.util.spec_from_file_location('recipe', path)
     if spec is None:
         raise UserError(f'--config={path}: expected a Python file with get_config()')
     module = importlib.util.module_from_spec(spec)
-    try:
+    with blamed_on('the recipe fails', path):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f'{_place(error, path)}: the recipe fails: {type(error).__name__}: {error}') from None
     if not hasattr(module, 'get_config'):
         raise UserError(f'{path}: expected a function get_config()')
-    try:
+    with blamed_on('get_config() fails', path):
         recipe = module.get_config()
-    except Exception as error:
-        raise UserError(f'{_place(error, path)}: get_config() fails: {type(error).__name__}: {error}') from None
     if not isinstance(recipe, ConfigDict):
         raise UserError(f'{path}: get_config() returned {type(recipe).__name__}; expected an ml_collections.ConfigDict')
     return recipe
-
-
-def _place(error: Exception, path: str) -> str:
-    """`file:line` of the recipe's own last frame in a traceback."""
-    line, trace = getattr(error, 'lineno', None), error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == path:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f'{path}:{line}' if line else path
 
 
 def stage_names(recipe: ConfigDict) -> tuple[str, ...]:
@@ -164,11 +148,11 @@ def stage_names(recipe: ConfigDict) -> tuple[str, ...]:
     """
     stages = recipe.get('stages', ())
     if not isinstance(stages, tuple | list) or not all(isinstance(name, str) for name in stages):
-        raise UserError(f"stages={stages!r}: expected a tuple of names such as ('prepare', 'pretrain')")
+        raise UserError(f"stages={shown(stages)}: expected a tuple of names such as ('prepare', 'pretrain')")
     tops = {path.split('.')[0] for path in SCHEMA} - set(STAGES_TOO)
     for name in stages:
-        if not re.fullmatch(r'[A-Za-z][\w-]*', name) or name in tops:
-            raise UserError(f'stages: {name!r} is no name for a stage; expected letters, not a key of a recipe')
+        if not re.fullmatch(r'[A-Za-z][\w-]{0,99}', name) or name in tops:
+            raise UserError(f'stages: {shown(name)} is no name for a stage; expected letters, not a key of a recipe')
         if not isinstance(recipe.get(name), ConfigDict):
             raise UserError(f'stages: {name!r} has no recipe; expected config.{name} to be a ConfigDict')
     if len(set(stages)) != len(stages):

@@ -1,0 +1,73 @@
+"""JSON files that are handed in: read whole, their shape checked where they are read."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.checks import Check, ExpectedError
+from jaxtune.errors import UserError, reason, shown
+
+
+def read_object(path: pathlib.Path, fields: Mapping[str, Check] | None = None, missing: str = '') -> dict[str, Any]:
+    """The object that a file holds.
+
+    Args:
+      path: the file.
+      fields: what the values of some of its fields must be, where they are there and not null.
+      missing: what to say where there is no such file.
+
+    Raises:
+      UserError: names the file, and the field or the line, and what was expected.
+    """
+    try:
+        if not path.is_file():  # nor a folder, nor a pipe that would be waited for
+            raise UserError(f'{path}: {"expected a file" if path.exists() else missing or "no such file"}')
+        text = path.read_text('utf-8')
+        value = json.loads(text)
+        if '\\ud' in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{path}: expected text; it holds half of a surrogate pair') from None
+    except RecursionError:
+        raise UserError(f'{path}: expected JSON that is nested less deeply') from None
+    except ValueError as error:  # bytes that are no UTF-8, no JSON, or a number of thousands of digits
+        raise UserError(f'{path}:{getattr(error, "lineno", 1)}: not valid JSON: {reason(error)}') from None
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read: {error.strerror}') from None
+    if not isinstance(value, dict):
+        raise UserError(f'{path}:1: expected a JSON object')
+    for name, check in (fields or {}).items():
+        if value.get(name) is not None:
+            try:
+                value[name] = check(value[name])
+            except ExpectedError as error:
+                raise UserError(f'{path}: {name}={shown(value[name])}: expected {error}') from None
+    return value
+
+
+def texts(value: Any) -> list[str]:
+    """A list of texts."""
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ExpectedError('a list of texts')
+    return value
+
+
+def token_ids(value: Any) -> int | list[int]:
+    """A token's id, or several."""
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and -1 <= i < 2**31 for i in ids):
+        raise ExpectedError('a token id or a list of them')
+    return value
+
+
+def numbers_by_name(value: Any) -> dict[str, float]:
+    """Finite numbers by name."""
+    good = isinstance(value, dict) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+        for number in value.values()
+    )
+    if not good:
+        raise ExpectedError('numbers by name')
+    return value
