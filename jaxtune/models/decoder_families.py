@@ -288,6 +288,9 @@ def decoder_config(fields: Fields) -> DecoderConfig:
     Raises:
       FieldError: a field's value is impossible here.
     """
+    for width, heads in (('hidden_size', 'num_attention_heads'), ('n_embd', 'n_head')):
+        if width in fields and fields[width] < fields[heads]:
+            raise FieldError(heads, f'expected at most {width}={fields[width]}')
     config = FAMILIES[fields['model_type']].config(fields)
     if config.num_heads % config.num_kv_heads:
         raise FieldError('num_key_value_heads', f'expected a divisor of num_attention_heads={config.num_heads}')

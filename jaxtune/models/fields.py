@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jaxtune.errors import UserError
+from jaxtune.checks import Check, ExpectedError, integer, number, text
+from jaxtune.errors import UserError, reason, shown
+from jaxtune.jsonfile import read_object, texts, token_ids
 from jaxtune.models import hub
 
 Fields = Mapping[str, Any]
@@ -28,6 +30,34 @@ _DROPPED = (
     'auto_map',
     'output_attentions',
 )
+
+
+_size, _layers, _scale = integer(1), integer(1, high=10_000), number(0)
+
+
+def _mapping(value: Any) -> Mapping:
+    if not isinstance(value, Mapping):
+        raise ExpectedError('fields by name')
+    return value
+
+
+# What a field must be where a config class has it and it is not null.
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(('n_layer', 'n_layers', 'num_decoder_layers', 'num_hidden_layers', 'num_layers'), _layers),
+    **dict.fromkeys(('d_ff', 'd_kv', 'd_model', 'dim', 'embedding_size', 'global_attn_every_n_layers'), _size),
+    **dict.fromkeys(('head_dim', 'hidden_dim', 'hidden_size', 'intermediate_size', 'local_attention'), _size),
+    **dict.fromkeys(('max_position_embeddings', 'n_embd', 'n_head', 'n_heads', 'n_inner', 'n_positions'), _size),
+    **dict.fromkeys(('num_attention_heads', 'num_heads', 'num_hidden_groups', 'num_key_value_heads'), _size),
+    **dict.fromkeys(('relative_attention_max_distance', 'relative_attention_num_buckets', 'vocab_size'), _size),
+    **dict.fromkeys(('initializer_factor', 'initializer_range', 'layer_norm_eps', 'layer_norm_epsilon'), _scale),
+    **dict.fromkeys(('norm_eps', 'rms_norm_eps'), _scale),
+    **dict.fromkeys(('attn_logit_softcapping', 'final_logit_softcapping', 'query_pre_attn_scalar'), number(above=0)),
+    **dict.fromkeys(('activation', 'activation_function', 'dense_act_fn', 'hidden_act', 'hidden_activation'), text),
+    **dict.fromkeys(('bos_token_id', 'decoder_start_token_id', 'eos_token_id', 'pad_token_id'), token_ids),
+    'layer_types': texts,
+    'rope_parameters': _mapping,
+    'type_vocab_size': integer(0),
+}
 
 
 class FieldError(ValueError):
@@ -53,12 +83,12 @@ def read_fields(source: str | Fields, model_types: Collection[str], check: Calla
         given, where = copy.deepcopy(dict(source)), 'model.config.'
     else:
         path = hub.resolve(str(source)) / 'config.json'
-        given, where = _read_json(path), f'{path}: '
+        given, where = folder_config(path.parent), f'{path}: '
     model_type = given.get('model_type')
     if model_type not in model_types:
         near = difflib.get_close_matches(str(model_type), model_types, 1)
         hint = f' (nearest: {near[0]})' if near else ''
-        raise UserError(f'{where}model_type={model_type!r}: expected one of {", ".join(model_types)}{hint}')
+        raise UserError(f'{where}model_type={shown(model_type)}: expected one of {", ".join(model_types)}{hint}')
     if given.get('quantization_config'):
         raise UserError(f'{where}quantization_config: expected a model that is not quantised')
 
@@ -71,18 +101,33 @@ def read_fields(source: str | Fields, model_types: Collection[str], check: Calla
     try:
         fields = config_class(**values).to_dict()
     except Exception as error:  # each config class raises what it likes
-        text = ' '.join(str(error).split())
-        found = re.search(r"field '(\w+)'", text)
-        key = found[1] if found else next((name for name in values if re.search(rf'\b{name}\b', text)), '')
-        name = f'{where}{key}={values[key]!r}' if key in values else where.rstrip('.: ')
-        raise UserError(f'{name}: {text}') from None
+        said, words = reason(error), str(error)
+        found = re.search(r"field '(\w+)'", words)
+        key = found[1] if found else next((name for name in values if re.search(rf'\b{re.escape(name)}\b', words)), '')
+        name = f'{where}{key}={shown(values[key])}' if key in values else where.rstrip('.: ')
+        raise UserError(f'{name}: {said}') from None
     for name in (*_DROPPED, *(name for name in ('id2label', 'label2id') if name not in given)):
         fields.pop(name, None)
     try:
+        for name, expects in _CHECKS.items():
+            if fields.get(name) is not None:
+                expects(fields[name])
         check(fields)
+    except ExpectedError as error:
+        raise UserError(f'{where}{name}={shown(fields[name])}: expected {error}') from None
     except FieldError as error:
-        raise UserError(f'{where}{error.name}={fields.get(error.name)!r}: {error.expected}') from None
+        raise UserError(f'{where}{error.name}={shown(fields.get(error.name))}: {error.expected}') from None
     return fields
+
+
+def folder_config(folder: pathlib.Path) -> dict[str, Any]:
+    """`config.json` of a model folder as it is written there.
+
+    Raises:
+      UserError: there is none, or it is no object, or names no class by texts.
+    """
+    missing = 'no such file; expected a Hugging Face model folder'
+    return read_object(folder / 'config.json', {'architectures': texts, 'model_type': text}, missing)
 
 
 def _refuse_unknown(given: Fields, config_class: type) -> None:
@@ -101,18 +146,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(part) for name, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f'{path}: no such file; expected a Hugging Face model folder')
-    try:
-        value = json.loads(path.read_text('utf-8'))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f'{path}:{getattr(error, "lineno", 1)}: not valid JSON: {error}') from None
-    if not isinstance(value, dict):
-        raise UserError(f'{path}:1: expected a JSON object')
-    return value
 
 
 def config_json(fields: Fields, architecture: str, dtype: str) -> str:

@@ -41,15 +41,23 @@ def make_rope(parameters: Mapping, rotary_dim: int, max_positions: int) -> Rope:
       max_positions: the model's `max_position_embeddings`.
 
     Raises:
-      ValueError: an unknown type, or a key that its type needs is missing.
+      ValueError: an unknown type, a key that its type needs is missing, or numbers that give no finite frequencies.
     """
-    kind, theta = parameters.get('rope_type', 'default'), float(parameters['rope_theta'])
-    if kind not in TYPES:
-        raise ValueError(f'rope_type={kind!r}: expected one of {", ".join(TYPES)}')
+    kind, theta = parameters.get('rope_type', 'default'), parameters.get('rope_theta')
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise ValueError(f'rope_type={kind!r:.60}: expected one of {", ".join(TYPES)}')
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise ValueError(f'rope_theta={theta!r:.60}: expected a finite number > 0')
     try:
-        return _SCALINGS[kind](parameters, theta, rotary_dim, max_positions)
+        with np.errstate(all='ignore'):
+            rope = _SCALINGS[kind](parameters, float(theta), rotary_dim, max_positions)
     except KeyError as error:
         raise ValueError(f'rope_type={kind!r} needs the key {error.args[0]!r}') from None
+    except (ArithmeticError, TypeError) as error:  # a factor of 0, a text where a number belongs
+        raise ValueError(f'rope_type={kind!r}: expected finite numbers: {error}') from None
+    if not np.isfinite([*rope.frequencies, *(rope.long_frequencies or ()), rope.factor]).all():
+        raise ValueError(f'rope_type={kind!r}: expected numbers that give finite frequencies')
+    return rope
 
 
 # Frequencies are rounded to float32 after each operation, in the order of `transformers`, as those a checkpoint was

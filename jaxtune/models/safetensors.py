@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, reason, shown
 
 DTYPES: dict[str, np.dtype] = {
     'F64': np.dtype(np.float64),
@@ -82,6 +82,8 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
     Raises:
       UserError: the file is truncated or no safetensors file.
     """
+    if not path.is_file():  # nor a pipe, which would be waited for
+        raise UserError(f'{path}: expected a safetensors file')
     size = path.stat().st_size
     with open(path, 'rb') as file:
         prefix = file.read(8)
@@ -94,21 +96,27 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
         entries = {
             name: _entry(path, 8 + length, size, name, spec) for name, spec in header.items() if name != '__metadata__'
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{path}: not a safetensors file: bad header ({error})') from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f'{path}: not a safetensors file: bad header ({reason(error)})') from None
     return entries
 
 
 def _entry(path: pathlib.Path, base: int, size: int, name: str, spec: Mapping) -> Entry:
-    if spec['dtype'] not in DTYPES:
-        raise UserError(f'{path}: tensor {name} has dtype {spec["dtype"]}; expected one of {", ".join(DTYPES)}')
-    dtype, shape = DTYPES[spec['dtype']], tuple(int(n) for n in spec['shape'])
-    start, stop = (int(n) for n in spec['data_offsets'])
-    if stop - start != math.prod(shape) * dtype.itemsize or start < 0 or any(n < 0 for n in shape):
+    if not isinstance(spec['dtype'], str) or spec['dtype'] not in DTYPES:
+        raise UserError(f'{path}: tensor {name} has dtype {shown(spec["dtype"])}; expected one of {", ".join(DTYPES)}')
+    dtype, shape = DTYPES[spec['dtype']], tuple(map(_count, spec['shape']))
+    start, stop = map(_count, spec['data_offsets'])
+    if stop - start != math.prod(shape) * dtype.itemsize:
         raise UserError(f'{path}: tensor {name} has {stop - start} bytes; expected {dtype.name}{list(shape)}')
     if base + stop > size:
         raise UserError(f'{path}: truncated: {size} bytes, but tensor {name} ends at byte {base + stop}')
     return Entry(path, base + start, dtype, shape)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f'expected a size in bytes or elements, found {shown(value)}')
+    return value
 
 
 def write_file(
