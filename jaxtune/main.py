@@ -26,11 +26,11 @@ def main(argv: Sequence[str]) -> int:
 
         console.quiet_logs()
         interrupt.install()
-        hosts.initialize()
-        console.set_primary(hosts.is_primary())
-        from jaxtune import stages
+        with hosts.pod():
+            console.set_primary(hosts.is_primary())
+            from jaxtune import stages
 
-        stages.run(command)
+            stages.run(command)
     except UserError as error:
         print(f'jaxtune: {" ".join(str(error).split())}', file=sys.stderr)
         return 2

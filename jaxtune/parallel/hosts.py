@@ -1,18 +1,24 @@
 """Joining the processes of a pod or cluster into one program."""
 
 import contextlib
+import dataclasses
 import glob
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtune.errors import UserError
+from jaxtune.parallel import liveness
 
 _CLUSTER_SIGNS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'JAX_NUM_PROCESSES')
+
+
+_watch = liveness.Watch()
 
 
 def many_processes() -> bool:
@@ -56,6 +62,44 @@ def initialize() -> None:
         # A single host whose environment JAX does not know has nobody to wait for.
         with contextlib.suppress(ValueError):
             jax.distributed.initialize()
+    if jax.process_count() > 1:
+        _watch_each_other()
+
+
+def _watch_each_other() -> None:
+    """From here on, a process that is lost ends the others."""
+    address = os.environ.get('JAX_COORDINATOR_ADDRESS', '').rpartition(':')[0]
+    meeting = from_primary(
+        lambda: dataclasses.asdict(liveness.listen(_watch, jax.process_count() - 1, address)),
+    )
+    if not is_primary() and not liveness.join(_watch, liveness.Meeting(**meeting), jax.process_index()):
+        print(
+            f'jaxtune: process {jax.process_index()} does not reach process 0 at {", ".join(meeting["addresses"])}, '
+            f'port {meeting["port"]}; if one of them is lost, the other ends later',
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def pod() -> Iterator[None]:
+    """Inside, this process is one of the program's; at its end the others are told that it leaves, and how.
+
+    What fails because another process was lost ends with the line about that process.
+    """
+    initialize()
+    try:
+        yield
+    except UserError:
+        _watch.leave(2)
+        raise
+    except (SystemExit, KeyboardInterrupt) as error:
+        _watch.leave(error.code if isinstance(getattr(error, 'code', None), int) else 1)
+        raise
+    except BaseException:
+        if _watch.links:
+            liveness.wait_for_verdict()
+        raise
+    _watch.leave(0)
 
 
 def is_primary() -> bool:

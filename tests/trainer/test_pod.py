@@ -88,3 +88,16 @@ def test_two_hosts_answer_and_score_as_one(corpus, tmp_path):
     assert at_start[0] == at_start[1]
     for name in ('train/loss', 'ppo/reward', 'ppo/entropy'):
         np.testing.assert_allclose(metrics(tmp_path / 'one', name), metrics(tmp_path / 'two', name), rtol=1e-3)
+
+
+@pytest.mark.parametrize('lost', [0, 1])
+def test_a_lost_process_ends_the_others_with_a_line_that_names_it(whole, tmp_path, lost):
+    path, _ = whole
+    processes = start_pod(path, tmp_path)
+    wait_for(lambda: updates(tmp_path) >= 3, processes[0])
+    processes[lost].send_signal(signal.SIGKILL)
+    codes, ended = finish(processes)
+    assert (codes[lost], codes[1 - lost]) == (-signal.SIGKILL, 143), ended
+    told = [line for line in ended[1 - lost][1].splitlines() if line.startswith('jaxtune: ')]
+    assert len(told) == 1, ended
+    assert re.match(rf'jaxtune: process {lost} on \S+ was lost', told[0])
