@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, objectives, runinfo
+from jaxtune import console, objectives, report, runinfo
 from jaxtune.assemble import open_model, tokenizer_folder
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.fitting import available_bytes, try_compile
@@ -24,9 +24,8 @@ from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
 from jaxtune.program import Program, abstract_params, make_program
-from jaxtune.report import write_report
 from jaxtune.units import amount, duration, size
-from jaxtune.workdir import write_json, write_result
+from jaxtune.workdir import write_json
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
@@ -106,9 +105,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     write_json(workdir / 'compile.json', metrics | beside)
     info.write(workdir)
     counts = {f'collectives/{kind}': entry.count for kind, entry in found.items()}
-    result = write_result(workdir, 'compile', 0, metrics | {'accumulate': attempt.accumulate} | counts)
-    write_report(workdir)
-    print(json.dumps(metrics), flush=True)
+    result = report.finish(workdir, 'compile', 0, metrics | {'accumulate': attempt.accumulate} | counts)
+    console.note(json.dumps(metrics))
     return result
 
 

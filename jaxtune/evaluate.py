@@ -1,6 +1,7 @@
 """`task=evaluate`: the objective's loss and accuracy on `data.eval`, by document."""
 
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -8,16 +9,14 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, objectives, runinfo
+from jaxtune import console, objectives, report, runinfo
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
-from jaxtune.report import write_report
 from jaxtune.step import make_eval_step
-from jaxtune.workdir import write_result
 
 
 def check(config: ConfigDict, mesh: Mesh) -> None:
@@ -71,6 +70,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
         info.describe_model(parts.model, parts.params, None, None)
         with info.timed('eval'):
             metrics = score(evaluator, parts.params)
+    if not math.isfinite(metrics['eval/loss']):
+        raise UserError(
+            f'model.path={config.model.path}: eval/loss is {metrics["eval/loss"]}; expected weights that are finite '
+            'numbers, or model.compute_dtype=float32'
+        )
     metrics['memory/peak_bytes'] = peak_memory_bytes()
     if not console.is_primary():
         return {'task': 'evaluate', 'status': 'done', 'step': 0, 'metrics': metrics}
@@ -78,8 +82,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     writer.write(0, metrics)
     writer.close()
     info.write(workdir)
-    result = write_result(workdir, 'evaluate', 0, metrics)
-    write_report(workdir)
+    result = report.finish(workdir, 'evaluate', 0, metrics)
     console.facts(
         [(name, f'{value:,}' if isinstance(value, int) else f'{value:.6g}') for name, value in metrics.items()]
     )

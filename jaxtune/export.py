@@ -176,14 +176,13 @@ def from_checkpoint(source: pathlib.Path, mesh: Mesh) -> tuple[Assembly, int]:
     """
     recipe = stored_recipe(source)
     checkpoints = Checkpoints(
-        source / 'checkpoints', recipe.checkpoint.keep, recipe.eval.metric, rises(recipe.eval.metric)
+        source / 'checkpoints', recipe.checkpoint.keep, recipe.eval.metric, rises(recipe.eval.metric), read_only=True
     )
-    step = checkpoints.newest()
-    if step is None:
+    if checkpoints.newest() is None:
         raise UserError(f'model.path={source}: the run has saved no checkpoint yet')
     parts = assemble(recipe, mesh)
     trainable, frozen = tuning.partition(recipe, parts.params, parts.fresh)
     program = make_program(recipe, mesh, parts.model, trainable, max(1, recipe.train.steps), parts.fresh)
-    state, _ = checkpoints.restore(step, program.shapes, program.placed)
+    step, state, _ = checkpoints.restore_newest(program.shapes, program.placed)
     checkpoints.close()
     return dataclasses.replace(parts, params=tree.combine(state['trainable'], frozen)), step

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, runinfo
+from jaxtune import console, report, runinfo
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
@@ -19,9 +19,7 @@ from jaxtune.metrics import peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_rows
 from jaxtune.prompt_data import Prompt, read_prompts
-from jaxtune.report import write_report
 from jaxtune.scoring import scores
-from jaxtune.workdir import write_result
 
 SHOWN = 2  # completions printed at the end
 
@@ -76,8 +74,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     os.replace(_partial(workdir), workdir / 'samples.jsonl')
     metrics |= _scores(workdir / 'samples.jsonl', config.generate.bleu_tokenize, tuple(parts.adapters))
     info.write(workdir)
-    result = write_result(workdir, 'generate', 0, metrics)
-    write_report(workdir)
+    result = report.finish(workdir, 'generate', 0, metrics)
     _show(workdir / 'samples.jsonl')
     console.note(f'made {workdir}/samples.jsonl: {metrics["generate/completions"]} completions, {tokens:,} tokens')
     return result

@@ -8,16 +8,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxtune import console, hardware, recipes
+from jaxtune import console, hardware, recipes, report
 from jaxtune.data.cache import once
 from jaxtune.data.prepare import plain, sources
 from jaxtune.data.prepare import plan as plans
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
-from jaxtune.report import write_report
 from jaxtune.runinfo import RunInfo
 from jaxtune.units import size
-from jaxtune.workdir import read_json, write_json, write_result
+from jaxtune.workdir import read_json, write_json
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
@@ -106,8 +105,7 @@ def _plain(config: ConfigDict, workdir: pathlib.Path, command) -> None:
     if held_out and held_out.gzip_bits_per_byte is not None:
         metrics['data/eval_gzip_bits_per_byte'] = held_out.gzip_bits_per_byte
     info.write(workdir)
-    write_result(workdir, 'prepare', 0, metrics)
-    write_report(workdir)
+    report.finish(workdir, 'prepare', 0, metrics)
     _say(metrics, workdir, staged=getattr(command, 'workdir', workdir) != workdir)
 
 
@@ -137,8 +135,7 @@ def _phases(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command
     info.write(workdir)
     _note_seconds(workdir, work, len(cut))
     metrics = _metrics(stats)
-    write_result(workdir, 'prepare', 0, metrics)
-    write_report(workdir)
+    report.finish(workdir, 'prepare', 0, metrics)
     _table(stats)
     if plan.records:
         console.note(f'next: train with data.train={workdir} data.format={plan.format} in a recipe')

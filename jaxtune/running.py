@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, export, interrupt, tuning
+from jaxtune import console, export, interrupt, report, tuning
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.errors import UserError
@@ -18,11 +18,10 @@ from jaxtune.evaluator import rises
 from jaxtune.fitting import compile_step
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
 from jaxtune.program import Program, make_program
-from jaxtune.report import write_report
 from jaxtune.runinfo import RunInfo
 from jaxtune.step import State
 from jaxtune.weights import tree
-from jaxtune.workdir import write_result
+from jaxtune.workdir import stored_signature
 
 
 class Run:
@@ -65,7 +64,11 @@ class Run:
 
     def _open_checkpoints(self) -> None:
         self.checkpoints = Checkpoints(
-            self.workdir / 'checkpoints', self.config.checkpoint.keep, self.metric, rises(self.metric)
+            self.workdir / 'checkpoints',
+            self.config.checkpoint.keep,
+            self.metric,
+            rises(self.metric),
+            stored_signature(self.workdir),
         )
 
     def _open_program(self, parts: Assembly, updates: int, objective: ModuleType | None = None) -> None:
@@ -129,14 +132,14 @@ class Run:
         return tree.combine(trainable, self.frozen)
 
     def _resume(self) -> None:
-        newest = self.checkpoints.newest()
-        if newest is not None:
-            self.state = None  # frees its memory for the one that is read
-            with self.info.timed('checkpoint'):
-                self.state, self.memory = self.checkpoints.restore(newest, self.program.shapes, self.program.placed)
-            self.start = newest
-            if newest < self.steps and not self.memory['stopped']:
-                console.note(f'continuing from checkpoint {newest} of {self.steps}')
+        if self.checkpoints.newest() is None:
+            return
+        self.state = None  # frees its memory for the one that is read
+        with self.info.timed('checkpoint'):
+            found = self.checkpoints.restore_newest(self.program.shapes, self.program.placed)
+        self.start, self.state, self.memory = found
+        if self.start < self.steps and not self.memory['stopped']:
+            console.note(f'continuing from checkpoint {self.start} of {self.steps}')
 
     def _due(self, step: int) -> dict[str, bool]:
         """What is to be done after a step: `log`, `eval`, `save`."""
@@ -206,7 +209,6 @@ class Run:
         if not console.is_primary():
             return {'task': task, 'status': 'done', 'step': step, 'metrics': metrics}
         self.info.write(self.workdir)
-        result = write_result(self.workdir, task, step, metrics)
-        write_report(self.workdir)
+        result = report.finish(self.workdir, task, step, metrics)
         self.info.close(self, exported, metrics)
         return result

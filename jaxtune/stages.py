@@ -1,9 +1,14 @@
 """Running the tasks of a recipe in order, each in its own folder, and finding one stage's output from another."""
 
+import contextlib
 import functools
 import importlib
+import pathlib
+from collections.abc import Mapping
 
-from jaxtune import console, recipes, workdir
+from ml_collections import ConfigDict
+
+from jaxtune import console, ours, recipes, report, workdir
 from jaxtune.errors import UserError
 from jaxtune.flags import Command
 from jaxtune.parallel import hosts
@@ -32,35 +37,52 @@ def run(command: Command) -> None:
 
         console.note(preflight.check(command))
         return
+    with contextlib.ExitStack() as held:
+        _run_stages(command, held)
+
+
+def _run_stages(command: Command, held: contextlib.ExitStack) -> None:
+    """Runs the stages; `held` keeps their folders, and the one that holds them, locked in process 0."""
     staged = '' not in command.configs
     results = dict(command.finished)
+    if staged:
+        hosts.from_primary(functools.partial(_open_root, command, held))
     for name, config in command.configs.items():
         folder = command.workdir / name if name else command.workdir
         if staged:
             console.note(f'stage {name} ({config.task}) in {folder}')
-        inputs = {other: workdir.mark(command.workdir / other) for other in recipes.references(config)}
-        finished = hosts.from_primary(functools.partial(workdir.claim, folder, config, command.overwrite, inputs))
+        finished = hosts.from_primary(functools.partial(_open, command, folder, config, held))
         if finished is None:
             module = importlib.import_module(TASKS[config.task])
-            finished = module.run(recipes.point_to_stages(config, command.workdir), folder, command)
+            with workdir.working(folder):
+                finished = module.run(recipes.point_to_stages(config, command.workdir), folder, command)
         else:
             console.note(f'already done: {folder}/result.json (another --workdir starts anew)')
         results[name] = finished
     if staged and console.is_primary():
-        from jaxtune.report import write_report
+        _finish_root(command.workdir, results)
 
-        last = list(results)[-1]
-        metrics = {
-            f'{name}/{key}': value for name, result in results.items() for key, value in result['metrics'].items()
-        }
-        workdir.write_json(
-            command.workdir / 'result.json',
-            {
-                'task': 'stages',
-                'status': 'done',
-                'step': results[last]['step'],
-                'metrics': metrics,
-                'stages': list(results),
-            },
-        )
-        write_report(command.workdir)
+
+def _open_root(command: Command, held: contextlib.ExitStack) -> None:
+    held.enter_context(ours.locked(command.workdir))
+    workdir.open_root(command.workdir, command.overwrite)
+
+
+def _open(command: Command, folder: pathlib.Path, config: ConfigDict, held: contextlib.ExitStack) -> dict | None:
+    """Locks and opens a task's folder; returns its result where it is done."""
+    held.enter_context(ours.locked(folder))
+    inputs = {other: workdir.mark(command.workdir / other) for other in recipes.references(config)}
+    result = workdir.open_workdir(folder, config, command.overwrite, inputs)
+    if result is not None and config.task != 'export' and not (folder / report.NAME).is_file():
+        report.write_report(folder, result)
+    return result
+
+
+def _finish_root(folder: pathlib.Path, results: Mapping[str, dict]) -> None:
+    """Writes the report and the result of all stages."""
+    metrics = {f'{name}/{key}': value for name, result in results.items() for key, value in result['metrics'].items()}
+    last = list(results)[-1]
+    result = {'task': 'stages', 'status': 'done', 'step': results[last]['step'], 'metrics': metrics}
+    result['stages'] = list(results)
+    report.write_report(folder, result)
+    workdir.write_json(folder / 'result.json', result)

@@ -1,33 +1,44 @@
 """A workdir: what a run leaves there, and whether the same command may go on in it."""
 
+import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
-import shutil
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxtune import ours
 from jaxtune.errors import UserError
-from jaxtune.recipes import differing
+from jaxtune.recipes import MAY_CHANGE, defaults, differing, flatten
 
 INPUTS = 'inputs.json'
-OURS = ('checkpoints', 'export', 'adapter', 'tensorboard', 'cache', 'train', 'eval', 'tokenizer', 'work')
+SIGNATURE = 'checksums.json'  # in each checkpoint: its files' checksums, and of which recipe it is
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What libraries say that keep no error number: TensorStore and NumPy.
+_FULL_TEXT = re.compile(rf'{os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)}|\d+ requested and \d+ written')
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file whole or not at all, into a folder that is there."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    with os.fdopen(handle, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, 'w', encoding='utf-8') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -39,20 +50,22 @@ def read_json(path: pathlib.Path) -> Any:
     """The content of a JSON file, or None where there is none.
 
     Raises:
-      UserError: the file is not JSON.
+      UserError: the file is not JSON, or cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read: {error.strerror}') from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: expected JSON: {error}') from None
 
 
 def done(workdir: pathlib.Path) -> dict | None:
     """`result.json` of a run that finished, or None."""
     result = read_json(workdir / 'result.json')
-    return result if result and result.get('status') == 'done' else None
+    return result if isinstance(result, dict) and result.get('status') == 'done' else None
 
 
 def mark(workdir: pathlib.Path) -> str:
@@ -63,13 +76,67 @@ def mark(workdir: pathlib.Path) -> str:
         return ''
 
 
-def claim(
-    workdir: pathlib.Path, config: ConfigDict, overwrite: bool, inputs: Mapping[str, str] | None = None
-) -> dict | None:
-    """Opens a workdir for a recipe and leaves `config.json` there; in process 0 of a pod alone.
+def signature(recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What tells the checkpoints of one recipe from another's: `{'recipe': hash, 'steps': train.steps}`.
+
+    Keys that may change are not in the hash, nor are those at their default, so that a key added by a newer version
+    changes nothing.
 
     Args:
-      workdir: made if it is not there.
+      recipe: as `config.json` has it.
+      inputs: as `inputs.json` has them.
+    """
+    usual = flatten(json.loads(defaults().to_json()))
+    values = {path: value for path, value in flatten(recipe).items() if usual.get(path) != value}
+    values = {path: value for path, value in values.items() if not path.startswith((*MAY_CHANGE, 'train.steps'))}
+    text = json.dumps([values, dict(inputs)], sort_keys=True)
+    return {'recipe': hashlib.sha256(text.encode()).hexdigest(), 'steps': recipe['train']['steps']}
+
+
+def stored_signature(workdir: pathlib.Path) -> dict[str, Any]:
+    """The signature of the recipe in a workdir, {} where there is none."""
+    recipe = read_json(workdir / ours.RECIPE)
+    return {} if recipe is None else signature(recipe, read_json(workdir / INPUTS) or {})
+
+
+def _others(workdir: pathlib.Path, own: Mapping[str, Any], known: bool) -> Iterator[str]:
+    """The checkpoints of another recipe; where no recipe is `known`, those that do not tell theirs too."""
+    for step in ours.steps(workdir):
+        name = f'checkpoints/{step}'
+        try:
+            found = read_json(workdir / name / SIGNATURE)
+        except UserError:  # damaged: what restores it says so
+            continue
+        if not isinstance(found, dict) or 'recipe' not in found:
+            if not known:
+                yield f'{name} (of a recipe that is not there any more)'
+        elif found['recipe'] != own['recipe']:
+            yield f'{name} (saved by another recipe)'
+        elif own['steps'] != (was := found.get('steps')) and not (was and was <= own['steps']):
+            yield f'train.steps ({was} in {name}, {own["steps"]} here)'
+
+
+def _differences(workdir: pathlib.Path, config: ConfigDict, recipe: dict, inputs: dict[str, str]) -> list[str]:
+    """What in a workdir is not of this recipe."""
+    stored = read_json(workdir / ours.RECIPE)
+    others = list(_others(workdir, signature(recipe, inputs), stored is not None))
+    if stored is None:
+        made = [name for name in ours.results(workdir) if not name.startswith('checkpoints/')]
+        return [f'{name} (of a recipe that is not there any more)' for name in made] + others
+    before = read_json(workdir / INPUTS) or {}
+    anew = [f'the result of stage {name}, made anew since' for name in before if before[name] != inputs.get(name)]
+    return differing(stored, config) + anew + others
+
+
+def open_workdir(
+    workdir: pathlib.Path, config: ConfigDict, overwrite: bool, inputs: Mapping[str, str] | None = None
+) -> dict | None:
+    """Opens a workdir for a recipe and leaves `config.json` there; in process 0 of a pod alone, which has it locked.
+
+    A workdir of another recipe in which nothing was made yet is taken over.
+
+    Args:
+      workdir: is there.
       config: the full recipe.
       overwrite: a workdir of another recipe, or of other inputs, is emptied instead of refused.
       inputs: earlier stage whose output is read -> a mark of its result (`mark`).
@@ -78,40 +145,95 @@ def claim(
       `result.json` of the finished run with this very recipe, or None if there is work to do.
 
     Raises:
-      UserError: the workdir holds another recipe's run, or something else's files.
+      UserError: the workdir holds another recipe's run, or cannot be written.
     """
-    inputs = dict(inputs or {})
-    stored = read_json(workdir / 'config.json')
-    if stored is not None:
-        names = differing(stored, config)
-        before = read_json(workdir / INPUTS) or {}
-        names += [f'the result of stage {name}, made anew since' for name in before if before[name] != inputs.get(name)]
-        if names and not overwrite:
+    inputs, recipe = dict(inputs or {}), json.loads(config.to_json())
+    try:
+        ours.sweep(workdir)
+        try:
+            names = _differences(workdir, config, recipe, inputs)
+        except UserError as error:  # a damaged file
+            names = [str(error)]
+        if names and not overwrite and ours.begun(workdir):
             raise UserError(
                 f'{workdir}: holds a run of another recipe; what differs: {"; ".join(names)}. Expected the same '
                 'recipe, another --workdir, or --overwrite'
             )
         if names:
-            for entry in workdir.iterdir():
-                if entry.is_dir() and not entry.is_symlink() and entry.name in OURS:
-                    shutil.rmtree(entry)
-                elif entry.is_file():
-                    entry.unlink()
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f'--workdir={workdir}: expected a folder')
-    result = done(workdir) if stored is not None else None
-    try:
-        write_json(workdir / 'config.json', json.loads(config.to_json()))
+            ours.empty(workdir, keep=() if overwrite else (ours.CACHE,))
+        stored = read_json(workdir / ours.RECIPE)
+        result = done(workdir) if stored and stored['train'] == recipe['train'] else None
+        if result is None:  # that of a shorter run must not pass for this one's
+            (workdir / 'result.json').unlink(missing_ok=True)
         if inputs:
             write_json(workdir / INPUTS, inputs)
+        write_json(workdir / ours.RECIPE, recipe)
     except OSError as error:
         raise UserError(f'--workdir={workdir}: cannot write there: {error.strerror}') from None
-    same_length = stored is not None and stored['train'] == json.loads(config.to_json())['train']
-    return result if same_length else None
+    return result
 
 
-def write_result(workdir: pathlib.Path, task: str, step: int, metrics: dict, status: str = 'done') -> dict:
-    """Writes `result.json`, the last file of a run."""
-    result = {'task': task, 'status': status, 'step': step, 'metrics': metrics}
+def open_root(workdir: pathlib.Path, overwrite: bool) -> None:
+    """Opens the folder that holds the folders of stages.
+
+    Raises:
+      UserError: it holds a run of a recipe without stages.
+    """
+    if not (workdir / ours.RECIPE).exists():
+        return
+    if not overwrite:
+        raise UserError(
+            f'{workdir}: holds a run of a recipe without stages; expected the same recipe, another --workdir, or '
+            '--overwrite'
+        )
+    ours.empty(workdir)
+
+
+@contextlib.contextmanager
+def working(workdir: pathlib.Path) -> Iterator[None]:
+    """Around a run in a workdir: says what its failing has to do with the workdir, and tidies up after it.
+
+    Raises:
+      UserError: the disk is full, or somebody removed the workdir; or whatever the run raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (workdir / ours.MARK).exists():
+            raise UserError(f'--workdir={workdir}: was removed while the run was going') from None
+        with contextlib.suppress(OSError):
+            ours.sweep(workdir)
+            if isinstance(error, UserError) and not ours.results(workdir):
+                # Refused before anything was made: the corrected recipe may go on here.
+                (workdir / ours.RECIPE).unlink(missing_ok=True)
+        if room := no_room(error):
+            raise UserError(f'--workdir={workdir}: {room}; expected free space; the same command continues') from None
+        raise
+
+
+def no_room(error: BaseException | None) -> str:
+    """What an error says of a full disk, whatever library raised it; '' where it is another error."""
+    seen: list[BaseException | None] = [error]
+    for one in seen:
+        if one is None:
+            continue
+        if isinstance(one, OSError) and one.errno in _FULL:
+            return f'{os.strerror(one.errno)}' + (f': {one.filename}' if one.filename else '')
+        if not isinstance(one, UserError) and _FULL_TEXT.search(str(one)):
+            return os.strerror(errno.ENOSPC)
+        causes = [one.__cause__, one.__context__, *getattr(one, 'exceptions', ())]
+        seen += [cause for cause in causes if cause not in seen]
+    return ''
+
+
+def make_result(task: str, step: int, metrics: Mapping[str, Any], status: str = 'done') -> dict:
+    """What `result.json` holds; NaN and infinities, which JSON does not have, become null."""
+    finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
+    return {'task': task, 'status': status, 'step': step, 'metrics': finite}
+
+
+def write_result(workdir: pathlib.Path, task: str, step: int, metrics: Mapping[str, Any], status: str = 'done') -> dict:
+    """Writes `result.json`, the last file of a run; returns what it holds."""
+    result = make_result(task, step, metrics, status)
     write_json(workdir / 'result.json', result)
     return result

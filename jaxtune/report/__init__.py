@@ -1,8 +1,11 @@
 """`report.html`: one page about a run that stands alone, without network, and works without scripts."""
 
+import dataclasses
 import html
 import importlib.resources
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from jaxtune import console
 from jaxtune.config import TRAINING
@@ -10,29 +13,39 @@ from jaxtune.report import sections
 from jaxtune.report.preparation import preparation
 from jaxtune.report.source import Source, read
 from jaxtune.units import duration
-from jaxtune.workdir import read_json, write_text
+from jaxtune.workdir import make_result, read_json, write_result, write_text
 
-__all__ = ['write_report']
+__all__ = ['finish', 'write_report']
 
 NAME = 'report.html'
 
 
-def write_report(workdir: pathlib.Path) -> None:
+def finish(workdir: pathlib.Path, task: str, step: int, metrics: Mapping[str, Any]) -> dict:
+    """Writes `report.html`, then `result.json`, the last file of a run; returns what the latter holds."""
+    write_report(workdir, make_result(task, step, metrics))
+    return write_result(workdir, task, step, metrics)
+
+
+def write_report(workdir: pathlib.Path, result: Mapping[str, Any] | None = None) -> None:
     """Writes `report.html` from what is in a workdir; of a workdir of stages, a section a stage in their order.
 
     Files that are not there leave their part of the page out. Only process 0 writes.
+
+    Args:
+      workdir: of the run.
+      result: what `result.json` will hold; None where it holds it already, or never will.
     """
     if console.is_primary():
-        write_text(workdir / NAME, render(workdir))
+        write_text(workdir / NAME, render(workdir, result))
 
 
-def render(workdir: pathlib.Path) -> str:
+def render(workdir: pathlib.Path, result: Mapping[str, Any] | None = None) -> str:
     """The page as text."""
-    result = read_json(workdir / 'result.json') or {}
+    result = read_json(workdir / 'result.json') or {} if result is None else result
     name = workdir.absolute().name
     stages = [read(workdir / stage, stage) for stage in result.get('stages') or ()]
     if not stages:
-        source = read(workdir)
+        source = dataclasses.replace(read(workdir), result=result)
         return _page(name, _eyebrow(source), _single(source))
     return _page(name, _eyebrow_of(stages, result), _staged(stages))
 
@@ -96,7 +109,7 @@ def _eyebrow(source: Source) -> str:
     return _head(source.task, source.result.get('status', 'not finished'), source.run.get('ended', ''))
 
 
-def _eyebrow_of(stages: list[Source], result: dict) -> str:
+def _eyebrow_of(stages: list[Source], result: Mapping[str, Any]) -> str:
     ended = max((stage.run.get('ended', '') for stage in stages), default='')
     return _head(f'{len(stages)} stages', result.get('status', 'not finished'), ended)
 

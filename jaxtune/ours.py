@@ -1,0 +1,144 @@
+"""What in a workdir is jaxtune's: whether a folder is one, and the emptying of it. A person's files are left alone."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+from collections.abc import Collection, Iterator
+
+from jaxtune.errors import UserError
+
+MARK = '.jaxtune'  # says that a folder is a workdir, and is locked while a process works in it
+CACHE = 'cache'
+FOLDERS = (
+    'checkpoints', 'export', 'adapter', 'base', 'tensorboard', CACHE, 'train', 'eval', 'tokenizer', 'work', 'wandb',
+)  # fmt: skip
+FILES = (
+    'inputs.json', 'metrics.jsonl', 'result.json', 'report.html', 'run.json', 'samples.jsonl',
+    '.samples.partial.jsonl', 'compile.json', 'stats.json', 'manifest.json', 'set_aside.jsonl', 'train.jsonl',
+    'eval.jsonl', 'wandb_run',
+)  # fmt: skip
+RECIPE = 'config.json'
+
+# What is lost, or taken for another recipe's, where a recipe is exchanged.
+_RESULTS = ('result.json', 'export', 'adapter', '.samples.partial.jsonl', 'tokenizer', 'train', 'eval', 'train.jsonl')
+# Signs of a folder that holds a model, an adapter or a project.
+_FOREIGN = re.compile(r'.*\.(safetensors|gguf)|pytorch_model.*|(tokenizer|generation|adapter).*\.json|\.git')
+# Files and folders on their way to the names above, which a killed process left: `.export.partial`.
+_HALF = re.compile(
+    rf'\.({"|".join(FOLDERS)})\.(partial|new|old|\d+)|\.({"|".join(FILES)}|{RECIPE})\.([a-z0-9_]{{8}}|\d+)|\.eval\.jsonl'
+)
+
+
+def _stored_recipe(workdir: pathlib.Path) -> bool:
+    """Whether `config.json` is a full recipe, as versions without the mark left it."""
+    try:
+        stored = json.loads((workdir / RECIPE).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(stored, dict) and {'task', 'train', 'optimizer', 'checkpoint', 'data'} <= stored.keys()
+
+
+def is_workdir(folder: pathlib.Path) -> bool:
+    """Whether jaxtune made a folder its workdir."""
+    return (folder / MARK).is_file() or _stored_recipe(folder)
+
+
+def foreign(folder: pathlib.Path) -> str:
+    """The name of an entry that shows a folder to be somebody else's; '' where it may become a workdir."""
+    if not folder.is_dir() or is_workdir(folder):
+        return ''
+    stages = {entry.name for entry in folder.iterdir() if entry.is_dir() and is_workdir(entry)}
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name not in stages)
+    # The folder of a recipe of stages, of a version without the mark.
+    known = {'result.json', 'report.html'} if stages else set()
+    taken = {*FOLDERS, *FILES, RECIPE} - known
+    return next((name for name in names if name in taken or _FOREIGN.fullmatch(name)), '')
+
+
+def results(workdir: pathlib.Path) -> list[str]:
+    """Names of what a run has made so far that cannot be had again for nothing."""
+    found = [name for name in _RESULTS if (workdir / name).exists()]
+    return found + [f'checkpoints/{step}' for step in steps(workdir)]
+
+
+def begun(workdir: pathlib.Path) -> bool:
+    """Whether a workdir holds work that another recipe would lose."""
+    return bool(results(workdir)) or any(workdir.glob('work/logs/*/completions/*'))
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a workdir."""
+    try:
+        return sorted(int(entry.name) for entry in (workdir / 'checkpoints').iterdir() if entry.name.isdecimal())
+    except OSError:
+        return []
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def empty(workdir: pathlib.Path, keep: Collection[str] = ()) -> None:
+    """Removes what is ours: the checkpoints first, the recipe last, so that none is ever taken for another's.
+
+    A link goes, what it points to stays.
+
+    Args:
+      workdir: is a workdir.
+      keep: names to leave.
+    """
+    for name in (*FOLDERS, *FILES, RECIPE):
+        if name not in keep:
+            _remove(workdir / name)
+    sweep(workdir)
+
+
+def sweep(workdir: pathlib.Path) -> None:
+    """Removes what processes left half-written. Nothing may be writing there."""
+    half = [entry for entry in workdir.iterdir() if _HALF.fullmatch(entry.name)]
+    for entry in [*half, *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*')]:
+        _remove(entry)
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds a workdir, which is made if it is not there, for this process alone.
+
+    Raises:
+      UserError: another process holds it, or it is somebody else's folder, which is left as it is.
+    """
+    if name := foreign(workdir):
+        raise UserError(
+            f'--workdir={workdir}: holds {name}, and jaxtune did not make this folder; expected an empty one, a new '
+            'one or the workdir of a run'
+        )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = open(workdir / MARK, 'a+', encoding='utf-8')  # noqa: SIM115
+    except (OSError, ValueError) as error:
+        raise UserError(f'--workdir={workdir}: expected a folder that can be written: {error}') from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = ' '.join(file.read(200).split())
+            raise UserError(
+                f'--workdir={workdir}: in use by another run ({holder}); expected its end, or another --workdir'
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        before = os.fstat(file.fileno())
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+        file.flush()
+        os.utime(file.fileno(), ns=(before.st_atime_ns, before.st_mtime_ns))  # a run that is done changes nothing
+        yield
