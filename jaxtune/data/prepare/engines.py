@@ -32,32 +32,30 @@ def run(phase: Phase, engine: str, workers: int) -> None:
     workers = min(workers, phase.count)
     shutil.rmtree(phase.refusals, ignore_errors=True)
     executor = (_ray if engine == 'ray' else _local)(phase, logs, workers)
-    with _progress(phase, logs / 'completions'):
-        executor.run()
+    try:
+        with _progress(phase, logs / 'completions'):
+            executor.run()
+    except Exception:
+        _refuse(phase)
+        raise
     left = executor.get_incomplete_ranks(skip_completed=True)
     if left:
-        if refused := sorted(phase.refusals.glob('[0-9]*')):
-            raise UserError(refused[0].read_text())
+        _refuse(phase)
         raise RuntimeError(
             f'{phase.name}: {len(left)} of {phase.count} tasks failed, the first is {left[0]}: see {logs}'
         )
 
 
-def _local(phase: Phase, logs: pathlib.Path, workers: int):
-    import multiprocess
-    from datatrove.executor import LocalPipelineExecutor
+def _refuse(phase: Phase) -> None:
+    """Says what a task found wrong with the recipe or the data, whatever exception came of it."""
+    if refused := sorted(phase.refusals.glob('[0-9]*')):
+        raise UserError(refused[0].read_text(encoding='utf-8')) from None
 
-    # Forked from a process that has imported everything once, and never JAX, whose threads a fork would break.
-    multiprocess.set_start_method('forkserver', force=True)
-    preloaded = ('jaxtune.data.prepare.orphans', 'jaxtune.data.prepare.phases', 'jaxtune.data.tokenizer')
-    multiprocess.set_forkserver_preload(list(preloaded))
-    if workers > 1:
-        os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # each worker is a core's already
-    try:
-        return LocalPipelineExecutor([phase], tasks=phase.count, workers=workers, logging_dir=str(logs))
-    finally:
-        if workers == 1:
-            os.environ['TOKENIZERS_PARALLELISM'] = 'true'
+
+def _local(phase: Phase, logs: pathlib.Path, workers: int):
+    from jaxtune.data.prepare.workers import LocalExecutor
+
+    return LocalExecutor([phase], tasks=phase.count, workers=workers, logging_dir=str(logs))
 
 
 def _ray(phase: Phase, logs: pathlib.Path, workers: int):

@@ -42,6 +42,29 @@ def test_ray(changes, prepared, tmp_path):
     assert contents(tmp_path / 'ray') == contents(tmp_path / 'local')
 
 
+@pytest.mark.parametrize(
+    ('death', 'said'), [('os.kill(os.getpid(), 9)', 'was killed by SIGKILL'), ('os._exit(0)', 'left with status 0')]
+)
+def test_a_worker_that_dies(changes, prepared, tmp_path, monkeypatch, death, said):
+    """It fails its phase with a line that names it, whatever ended it, and the same command goes on."""
+    wait = tmp_path / 'wait'
+    module = f'mortal_{len(said)}'
+    (tmp_path / f'{module}.py').write_text(
+        f'import os\n\ndef keep(text, metadata):\n    if os.path.exists({str(wait)!r}):\n        {death}\n'
+        '    return text\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    changes |= {'data.steps.filter.custom': f'{module}:keep', 'data.workers': 2}
+    wait.touch()
+    with pytest.raises(UserError, match=rf'^collect: the worker of task \d+ {said}.* The same command continues$'):
+        prepared('a', changes)
+    assert not (tmp_path / 'a' / 'result.json').exists()
+    wait.unlink()
+    prepared('a', changes)
+    prepared('b', changes | {'data.workers': 1})
+    assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+
+
 def test_slurm_dry_run(changes, prepared, tmp_path, capsys):
     changes = {**changes, 'data.engine': 'slurm', 'data.steps.dedup.near': 0.8}
     with pytest.raises(UserError, match=r"data\.slurm\.partition='': expected the name of a partition"):
