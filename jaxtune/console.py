@@ -29,9 +29,9 @@ _shared: '_Shared | None' = None
 
 
 def quiet_logs() -> None:
-    """Silences the libraries below us: their errors still reach the terminal, their chatter does not.
+    """Silences the libraries below us: their errors still reach the terminal, their warnings and chatter do not.
 
-    What the environment already says (`TRANSFORMERS_VERBOSITY=info`) is left as it is.
+    What the environment already says (`TRANSFORMERS_VERBOSITY=info`, `PYTHONWARNINGS=default`) is left as it is.
     """
     for name, value in {
         'TF_CPP_MIN_LOG_LEVEL': '2',
@@ -48,7 +48,9 @@ def quiet_logs() -> None:
         os.environ.setdefault(name, value)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings('ignore', module=rf'{name}\b')
+    if not sys.warnoptions:
+        warnings.simplefilter('ignore')
+    logging.lastResort.setLevel(logging.ERROR)
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)

@@ -8,7 +8,6 @@ import fnmatch
 import functools
 import itertools
 import json
-import logging
 import math
 import os
 import pathlib
@@ -22,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtune import console
 from jaxtune.errors import UserError
 from jaxtune.models import hub
 from jaxtune.models.fields import config_json
@@ -237,7 +237,7 @@ def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> 
         if name.startswith(tuple(stacks)):
             raise UserError(f'{folder}: tensor {name} has no place in the model that config.json describes')
     if unused:
-        logging.getLogger(__name__).warning('%s: %d tensors are not used, such as %s', folder, len(unused), unused[0])
+        console.note(f'{folder}: {len(unused):,} tensors are not used, such as {unused[0]}')
     return sources, fresh
 
 

@@ -1,12 +1,13 @@
 """Books: the chapters of an EPUB in reading order as one text, and the articles of a Wikipedia dump."""
 
-import html
 import io
 import posixpath
 import re
 import urllib.parse
 import zipfile
 from collections.abc import Iterator
+
+from jaxtune.data.prepare import wikitext
 
 _CONTAINER = 'META-INF/container.xml'
 
@@ -79,54 +80,50 @@ def page_text(page: bytes) -> str:
             parts.append(re.sub(r'\s+', ' ', element.text))
         if event != 'start' and element.tail:
             parts.append(re.sub(r'\s+', ' ', element.tail))
-    return re.sub(r' *\n *', '\n', re.sub(r'\n{2,} *\n*', '\n\n', ''.join(parts))).strip()
+    lines = re.sub(r'\n{2,} *\n*', '\n\n', ''.join(parts)).split('\n')
+    return '\n'.join(line.strip(' ') for line in lines).strip()
 
 
-def wikipedia(stream) -> Iterator[tuple[str, str]]:
+class _Bounded:
+    """A stream that gives so many bytes between two pages at most."""
+
+    def __init__(self, stream, limit: int):
+        self.stream, self.limit, self.given = stream, limit, 0
+
+    def read(self, size: int = -1) -> bytes:
+        if self.given > self.limit:
+            raise DamagedError(f'a page of more than data.steps.limits.document_bytes={self.limit}')
+        data = self.stream.read(size)
+        self.given += len(data)
+        return data
+
+
+def wikipedia(stream, limit: int) -> Iterator[tuple[str, str]]:
     """`(title, text)` of the articles in a MediaWiki XML dump, read as a stream.
+
+    Args:
+      stream: its bytes.
+      limit: bytes of a page at most.
 
     Raises:
       DamagedError: it breaks off, or is no XML.
     """
     from lxml import etree
 
-    title = ''
+    title, bounded = '', _Bounded(stream, limit)
     try:
-        for _, element in etree.iterparse(stream, events=('end',), resolve_entities=False, huge_tree=True):
+        for _, element in etree.iterparse(bounded, events=('end',), resolve_entities=False, huge_tree=True):
             name = etree.QName(element).localname
             if name == 'title':
                 title = element.text or ''
             elif name == 'page':
+                bounded.given = 0
                 fields = {etree.QName(part).localname: part for part in element.iter() if isinstance(part.tag, str)}
                 space = fields.get('ns')
                 if 'redirect' not in fields and (space is None or space.text == '0') and 'text' in fields:
-                    yield title, f'{title}\n\n{wikitext(fields["text"].text or "")}'
+                    yield title, f'{title}\n\n{wikitext.prose(fields["text"].text or "")}'
                 element.clear()
                 while element.getprevious() is not None:
                     del element.getparent()[0]
     except etree.XMLSyntaxError as error:
         raise DamagedError(f'no MediaWiki dump: {error}') from None
-
-
-_INNERMOST = re.compile(r'\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}', re.DOTALL)
-_FILES = re.compile(
-    r'\[\[(?:File|Image|Category|Datei|Bild|Kategorie|Fichier|文件|分类)\s*:(?:[^\[\]]|\[\[[^\]]*\]\])*\]\]', re.I
-)
-_NOTES = re.compile(r'<ref[^>/]*/>|<ref.*?</ref>|<(math|gallery|timeline)\b.*?</\1>|<!--.*?-->|__[A-Z]+__', re.DOTALL)
-
-
-def wikitext(text: str) -> str:
-    """The prose of an article: no templates, tables, files, notes; headings and links as plain text."""
-    text = _NOTES.sub('', text)
-    for _ in range(20):
-        text, count = _INNERMOST.subn('', text)
-        if not count:
-            break
-    text = _FILES.sub('', text)
-    text = re.sub(r'\[\[(?:[^|\[\]]*\|)?([^\[\]]*)\]\]', r'\1', text)
-    text = re.sub(r'\[(?:https?:)?//\S+ ?([^\]]*)\]', r'\1', text)
-    text = re.sub(r"'{2,}", '', text)
-    text = re.sub(r'^=+ *(.*?) *=+ *$', r'\n\1\n', text, flags=re.MULTILINE)
-    text = re.sub(r'^[*#:;]+ *', '- ', text, flags=re.MULTILINE)
-    text = html.unescape(re.sub(r'</?\w+[^<>]*>', '', text))
-    return re.sub(r'\n{3,}', '\n\n', text).strip()

@@ -9,16 +9,16 @@ _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2
 # What UTF-8 read as a one-byte encoding looks like: one of the letters and signs that its first bytes become, and
 # another that is not ASCII behind it.
 _SUSPECT = re.compile('[\u0080-\u024f\u0400-\u04ff\u2010-\u2122\ufffd][^\x00-\x7f]')
-_SPACE_ENDS = re.compile(r'[ \t\u00a0]+$', re.MULTILINE)
 _BLANK_LINES = re.compile(r'\n{4,}')
 _LINE_ENDS = re.compile('\r\n?|\u2028|\u2029|\x85')
 # Entities that were escaped twice, tags and comments that extraction left, lines that are nothing but an address.
 _ENTITY = re.compile(r'&(?:#\d{1,6}|#x[0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});')
-_TAG = re.compile(
-    r'<!--.*?-->|</?(?:a|abbr|b|big|blockquote|br|center|code|dd|div|dl|dt|em|font|h[1-6]|hr|i|img|li|ol|p|pre|s|'
-    r'script|small|span|strike|strong|style|sub|sup|table|tbody|td|th|thead|tr|tt|u|ul)(?:\s[^<>]{0,2000})?/?>',
-    re.IGNORECASE | re.DOTALL,
+_TAG = (
+    r'</?(?:a|abbr|b|big|blockquote|br|center|code|dd|div|dl|dt|em|font|h[1-6]|hr|i|img|li|ol|p|pre|s|'
+    r'script|small|span|strike|strong|style|sub|sup|table|tbody|td|th|thead|tr|tt|u|ul)(?:\s[^<>]{0,2000})?/?>'
 )
+_TAGS = re.compile(_TAG, re.IGNORECASE)
+_TAGS_AND_COMMENTS = re.compile(f'<!--.*?-->|{_TAG}', re.IGNORECASE | re.DOTALL)
 _URL_LINE = re.compile(r'^[ \t]*(?:[-*•·|>]+[ \t]*)?<?(?:https?://|ftp://|www\.)\S+>?[ \t]*(?:\n|\Z)', re.MULTILINE)
 _GUTENBERG_START = re.compile(r'^.{0,9}\*\*\* ?START OF .{0,200}PROJECT GUTENBERG.*$\n?', re.IGNORECASE | re.MULTILINE)
 _GUTENBERG_END = re.compile(
@@ -69,12 +69,15 @@ def without_markup(text: str) -> str:
     if '&' in text:
         text = _ENTITY.sub(lambda found: html.unescape(found[0]), text)
     if '<' in text:
-        text = _TAG.sub(' ', text)
+        # Behind the last end of a comment none is looked for: each that is open would be read to the end of the text.
+        cut = text.rfind('-->') + 3 if '-->' in text else 0
+        text = _TAGS_AND_COMMENTS.sub(' ', text[:cut]) + _TAGS.sub(' ', text[cut:])
     if '://' in text or 'www.' in text:
         text = _URL_LINE.sub('', text)
     if 'utenberg' in text or 'UTENBERG' in text:
         text = without_licence(text)
-    return _BLANK_LINES.sub('\n\n\n', _SPACE_ENDS.sub('', text))
+    text = '\n'.join(line.rstrip(' \t\u00a0') for line in text.split('\n'))
+    return _BLANK_LINES.sub('\n\n\n', text)
 
 
 def without_licence(text: str) -> str:
@@ -92,18 +95,39 @@ _TELEPHONE = re.compile(
 )
 
 
+# An email address as datatrove's PIIFormatter finds it, around its `@`: looked for as a whole, a long run of letters
+# and points without one would be read again from each of its points on.
+_LOCAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+/=?^_`{|}~-"
+_LOCAL_START = re.compile(rf'\b[{re.escape(_LOCAL)}]')
+_LABEL, _BYTE = '[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?', '(?:25[0-5]|2[0-4][0-9]|[01]?[0-9][0-9]?)'
+_DOMAIN = re.compile(rf'(?:{_LABEL}\.)+{_LABEL}|\[(?:{_BYTE}\.){{3}}(?:{_BYTE}|[A-Za-z0-9-]*[A-Za-z0-9]:)]')
+
+
 @functools.cache
-def _masks():
+def _addresses():
     from datatrove.pipeline.formatters import PIIFormatter
 
-    return PIIFormatter(email_replacement=EMAIL, ip_replacement=ADDRESS)
+    return PIIFormatter(ip_replacement=ADDRESS).ip_replacer
+
+
+def _mask_emails(text: str) -> str:
+    parts, done, before, at = [], 0, 0, text.find('@')
+    while at >= 0:
+        domain = _DOMAIN.match(text, at + 1)
+        local = text[max(done, before) : at]
+        local = local[len(local.rstrip(_LOCAL + '.')) :]
+        if domain and local and not local.endswith('.'):
+            first = at - len(local[local.rfind('..') + 2 if '..' in local else 0 :].lstrip('.'))
+            if start := _LOCAL_START.search(text, first, at):
+                parts += [text[done : start.start()], EMAIL]
+                done = domain.end()
+        before, at = at + 1, text.find('@', max(at + 1, done))
+    return ''.join([*parts, text[done:]])
 
 
 def mask_pii(text: str) -> str:
     """Email addresses, public IP addresses and telephone numbers become ones that belong to nobody."""
-    masks = _masks()
-    if '@' in text:
-        text = masks.emails_replacer.replace(text)
+    text = _mask_emails(text)
     if _ADDRESS_HINT.search(text):
-        text = masks.ip_replacer.replace(text)
+        text = _addresses().replace(text)
     return _TELEPHONE.sub(lambda found: TELEPHONE if 9 <= sum(map(str.isdigit, found[0])) <= 15 else found[0], text)

@@ -24,6 +24,7 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
+from jaxtune import console
 from jaxtune.data.prepare import build, decide, minhash, readers, repeats, shards, words
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.process import Processor
@@ -68,6 +69,7 @@ class Phase(PipelineStep):
         return self.logs / 'refused'
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        console.quiet_logs()
         try:
             self.do(rank)
         except UserError as error:

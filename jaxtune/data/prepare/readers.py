@@ -1,6 +1,7 @@
 """Reading units: each document with its place; what is broken is named, set aside and counted, and reading goes on."""
 
 import bz2
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -256,7 +257,7 @@ def _epub(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterat
 
 def _xml(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterator[Document]:
     with _open(unit.path) as stream:
-        for title, text in books.wikipedia(stream):
+        for title, text in books.wikipedia(stream, plan.steps['limits.document_bytes']):
             yield Document(f'{unit.path}: {title}', text, 'wikipedia')
 
 
@@ -266,7 +267,7 @@ def _warc(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterat
     limit = plan.steps['limits.document_bytes']
     plain = unit.path.lower().endswith(COMPRESSED[1:])  # warcio unpacks gzip itself, a member a record
     with _open(unit.path) if plain else _raw(unit.path) as stream:
-        for number, record in enumerate(ArchiveIterator(stream, arc2warc=True), 1):
+        for number, record in enumerate(_quietly(ArchiveIterator(stream, arc2warc=True)), 1):
             page = record.rec_type == 'response'
             if not page and record.rec_type != 'conversion':
                 continue
@@ -276,7 +277,8 @@ def _warc(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterat
             url = record.rec_headers.get_header('WARC-Target-URI') or ''
             place = f'{unit.path}: record {number} {url}'.rstrip()
             try:
-                data = record.content_stream().read(limit + 1)
+                with contextlib.redirect_stderr(io.StringIO()):
+                    data = record.content_stream().read(limit + 1)
                 if len(data) > limit:
                     raise ValueError(f'more than data.steps.limits.document_bytes={limit}')
                 charset = kind.lower().partition('charset=')[2].split(';')[0].strip(' "\'')
@@ -285,6 +287,16 @@ def _warc(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterat
                 set_aside(place, str(error) or type(error).__name__)
                 continue
             yield Document(place, text, _kind(source, 'web'), page=page, metadata={'url': url})
+
+
+def _quietly(records: Iterator) -> Iterator:
+    """The records of an iterator that writes what it thinks of them to stderr."""
+    while True:
+        with contextlib.redirect_stderr(io.StringIO()):
+            record = next(records, None)
+        if record is None:
+            return
+        yield record
 
 
 def _raw(path: str) -> io.BufferedIOBase:
