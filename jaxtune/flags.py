@@ -73,6 +73,27 @@ def _choose_stages(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
     return [word for word in words if word not in given]
 
 
+def _set_sources(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
+    """Reads `--config.data.sources.LABEL=PATH`: '' leaves the source out; of one that has fields, PATH is its path."""
+    rest = []
+    for word in words:
+        found = re.fullmatch(r'(--?config\.(?:([\w-]+)\.)?data\.sources\.([^.=]+))=(.*)', word, re.DOTALL)
+        own = recipe.get(found[2], {}) if found and found[2] else recipe
+        sources = own.get('data', {}).get('sources', {}) if found else {}
+        label, value = found.group(3, 4) if found else ('', '')
+        if found and not value:
+            if label not in sources:
+                names = ', '.join(sources) or 'none'
+                raise UserError(f'{word}: expected the label of a source to leave out ({names}), or its path')
+            with recipe.unlocked():
+                del sources[label]
+        elif found and isinstance(sources.get(label), ConfigDict):
+            rest.append(f'{found[1]}.path={value}')
+        else:
+            rest.append(word)
+    return rest
+
+
 def _free(path: str) -> bool:
     kinds = SCHEMA.items()
     return any(isinstance(kind, Free) and path.startswith(f'{key}.') for key, kind in kinds)
@@ -131,7 +152,7 @@ def parse(argv: Sequence[str]) -> Command:
     recipe_path, rest = _recipe_path(argv[1:])
     recipe = recipes.read_recipe(recipe_path)
     all_stages = recipes.stage_names(recipe)
-    rest = _choose_stages(recipe, rest)
+    rest = _set_sources(recipe, _choose_stages(recipe, rest))
     stages = recipes.stage_names(recipe)
     named = [match[1] for word in rest if (match := re.match(r'--?(?:no)?config\.([^=]+)', word))]
     holder = flags.FlagValues()

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jaxtune.data import stdlib
+from jaxtune.data import datasets_hub, stdlib
 from jaxtune.errors import UserError
 from jaxtune.hubnames import is_dataset_id
 
@@ -270,6 +270,7 @@ def _parquet(file: pathlib.Path, columns: Mapping[str, str] | None) -> Iterator[
 
 def _hub_dataset(path: str, name: str, key: str, columns: Mapping[str, str] | None) -> Records:
     """A dataset of the Hugging Face hub, as `ID`, `ID:CONFIG` or `ID:CONFIG:SPLIT`."""
+    datasets_hub.check(path, name)
     import datasets  # slow to import
 
     dataset_id, config, split, *_ = [*path.split(':'), '', '']

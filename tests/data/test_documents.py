@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from jaxtune.data import stdlib
+from jaxtune.data import datasets_hub, stdlib
 from jaxtune.data.documents import open_documents
 from jaxtune.errors import UserError
 
@@ -145,6 +145,7 @@ def test_a_dataset_of_the_hub(monkeypatch):
         return datasets.DatasetDict(splits)
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    monkeypatch.setattr(datasets_hub, 'check', lambda path, name: None)  # it asks the hub
     assert read('owner/name') == ['default', 'b']
     assert read('owner/name:small') == ['small', 'b']
     assert read('owner/name::extra', text_key='body') == ['c', 'd']

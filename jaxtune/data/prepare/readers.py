@@ -18,6 +18,7 @@ from jaxtune.data.prepare import books, convert, sourcecode, web
 from jaxtune.data.prepare.plan import Plan, Source
 from jaxtune.data.prepare.sources import COMPRESSED, Unit, is_url
 from jaxtune.data.records import open_records
+from jaxtune.errors import UserError
 
 SetAside = Callable[[str, str], None]
 
@@ -54,6 +55,8 @@ def read(unit: Unit, plan: Plan, set_aside: SetAside) -> Iterator[Document]:
     source = plan.sources[unit.source]
     try:
         yield from _READERS[unit.format](unit, source, plan, set_aside)
+    except UserError:  # a dataset that the hub does not give is no damaged file
+        raise
     except Exception as error:  # damaged files raise what their libraries like; what was read before stays
         reason = str(error) or type(error).__name__
         set_aside(unit.path, f'{type(error).__name__}: {reason}' if isinstance(error, KeyError) else reason)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from jaxtune import named
 from jaxtune.data.prepare import gopher, words
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, blamed_on
 
 # Takes a text and its metadata; returns the text, maybe cut, or the reason why it goes.
 Rule = Callable[[str, Mapping], 'str | Dropped']
@@ -170,7 +170,10 @@ def custom(name: str) -> Callable[[str, Mapping], object]:
 
 def by_person(text: str, metadata: Mapping, name: str) -> str:
     """Applies a person's own rule: a text replaces the document's, False drops it, anything else keeps it."""
-    verdict = custom(name)(text, metadata)
+    function = custom(name)
+    file = getattr(getattr(function, '__code__', None), 'co_filename', '')
+    with blamed_on(f'data.steps.filter.custom={name}', file):
+        verdict = function(text, metadata)
     if isinstance(verdict, str):
         return verdict
     return Dropped(name) if verdict is False or verdict is None else text

@@ -6,7 +6,7 @@ import pathlib
 import re
 from typing import Any
 
-from jaxtune.data import stdlib
+from jaxtune.data import datasets_hub, stdlib
 from jaxtune.data.prepare import sourcecode
 from jaxtune.data.prepare.plan import Source
 from jaxtune.errors import UserError
@@ -79,6 +79,7 @@ def units(number: int, source: Source) -> list[Unit]:
             f'{source.key}={path}: no file matches; expected a path, a glob, a folder, a URL or a dataset id'
         )
     if is_dataset_id(path) and start.suffix not in _FORMATS:
+        datasets_hub.check(path, f'{source.key}={path}')
         return [Unit(number, path, 'hub', _TASK)]
     raise UserError(f'{source.key}={path}: no such file; expected a path, a glob, a folder, a URL or a dataset id')
 

@@ -90,7 +90,7 @@ DUMP = """<mediawiki>
 
 
 def test_wikipedia():
-    ((title, text),) = books.wikipedia(io.BytesIO(DUMP.encode()))
+    ((title, text),) = books.wikipedia(io.BytesIO(DUMP.encode()), 1 << 20)
     assert (title, text) == ('Tree', 'Tree\n\nTree is a big plant.\n\nWood\n\n- Oak and more')
 
 
@@ -153,3 +153,54 @@ def test_references_to_stages_inside_sources(recipe, tmp_path):
     assert pointed.data.sources.a == str(tmp_path / 'first')
     assert pointed.data.sources.b.path == str(tmp_path / 'second')
     assert pointed.data.sources.c == 'x.txt'
+
+
+def test_a_source_that_is_not_there(recipe, tmp_path, monkeypatch):
+    """A path that looks local is no dataset's id, whatever its form; one that is neither is refused, not set aside."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data').mkdir()
+    for path in ('data/code', 'data/code:x', 'no-such-owner/no-such-dataset'):
+        with pytest.raises(UserError, match=rf'^data\.sources\.a={path}: no such file or folder'):
+            documents(recipe, {'path': path, 'kind': 'code'})
+
+
+def test_sources_on_the_command_line(tmp_path):
+    """An empty path leaves a source out; a path becomes that of a source with fields."""
+    from jaxtune import flags
+
+    (tmp_path / 'recipe.py').write_text(
+        'from ml_collections import ConfigDict\n\n\ndef get_config():\n    config = ConfigDict()\n'
+        "    config.task = 'prepare'\n    config.data = ConfigDict()\n"
+        "    config.data.sources = ConfigDict({'a': {'path': 'x', 'kind': 'web'}, 'b': {'path': 'y'}, 'c': 'z'})\n"
+        '    return config\n'
+    )
+
+    def sources_of(*words):
+        command = flags.parse(['jaxtune', f'--config={tmp_path}/recipe.py', *words])
+        return command.configs[''].data.sources.to_dict()
+
+    found = sources_of('--config.data.sources.b=', '--config.data.sources.c=', '--config.data.sources.a=w')
+    assert found == {'a': {'path': 'w', 'kind': 'web'}}
+    assert sources_of('--config.data.sources.c=w', '--config.data.sources.d=v')['d'] == 'v'
+    with pytest.raises(UserError, match=r'data\.sources\.d=: expected the label of a source to leave out \(a, b, c\)'):
+        sources_of('--config.data.sources.d=')
+
+
+def test_a_page_of_a_dump_is_bounded():
+    page = b'<page><title>T</title><ns>0</ns><text>%s</text></page>'
+    dump = b'<mediawiki>' + page % b'fine' * 3 + page % (b'x' * 400_000) + b'</mediawiki>'
+    assert len(list(books.wikipedia(io.BytesIO(dump), 1 << 20))) == 4
+    found = books.wikipedia(io.BytesIO(dump), 100_000)
+    assert [next(found) for _ in range(3)] == [('T', 'T\n\nfine')] * 3
+    with pytest.raises(books.DamagedError, match=r'limits\.document_bytes=100000'):
+        next(found)
+
+
+def test_a_broken_archive_writes_nothing_to_stderr(recipe, tmp_path, capfd):
+    head = 'WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://x/\r\nContent-Type: application/http\r\n'
+    body = 'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html><p>text</p></html>'
+    (tmp_path / 'a.warc').write_text(f'{head}Content-Length: {len(body) - 9}\r\n\r\n{body}\r\n\r\n' * 2)
+    plan = plans.make(recipe({'data.sources': {'a': {'path': str(tmp_path / 'a.warc'), 'kind': 'web'}}}))
+    (unit,) = sources.units(0, plan.sources[0])
+    list(read(unit, plan, lambda *row: None))
+    assert capfd.readouterr().err == ''

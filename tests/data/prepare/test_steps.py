@@ -127,6 +127,13 @@ def test_blocklist_and_own_rules(tmp_path):
         rules.by_person('x', {}, 'os:nothing')
 
 
+@pytest.mark.parametrize('what', ["raise KeyError('gone')", 'raise SystemExit(0)'])
+def test_a_persons_rule_that_fails(tmp_path, what):
+    (tmp_path / 'mine.py').write_text(f'def rule(text, metadata):\n    {what}\n')
+    with pytest.raises(UserError, match=r'mine\.py:2: data\.steps\.filter\.custom=.*(KeyError|SystemExit)'):
+        rules.by_person('x', {}, f'{tmp_path}/mine.py:rule')
+
+
 @pytest.mark.parametrize(
     ('before', 'after'),
     [
