@@ -11,10 +11,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import methods, models, objectives, peft, rl, tuning
+from jaxtune import companions, methods, models, objectives, peft, rl, tuning
 from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
+from jaxtune.hubnames import TOKENIZER_FILES
 from jaxtune.methods import lora
 from jaxtune.models import hf, hub, value
 from jaxtune.parallel import match_rules, shardings
@@ -26,7 +27,7 @@ class Assembly:
     """A model with its parameters on the mesh, its tokenizer, and where they came from.
 
     Where `method.path` names several adapters, `adapters` has the parameters with each of them by its name; they share
-    the base's arrays, and `params` are those with the first.
+    the base's arrays, and `params` are those with the first. `end_ids` end a text that it writes.
     """
 
     model: models.Model
@@ -36,6 +37,7 @@ class Assembly:
     fresh: frozenset[str]
     folder: str
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    end_ids: tuple[int, ...] = ()
 
 
 def model_folder(path: str) -> str:
@@ -80,14 +82,27 @@ def adapter_folders(config: ConfigDict) -> dict[str, str]:
 
 
 def tokenizer_folder(config: ConfigDict) -> str:
-    """What `tokenizer.path` means: a workdir stands for its `tokenizer/` or `export/`; empty is the model's own."""
-    path = config.tokenizer.path or (model_folder(config.model.path) if config.model.path else '')
+    """What `tokenizer.path` means: a workdir stands for its `tokenizer/` or `export/`; empty is the model's own.
+
+    With an adapter that is the one it was trained with, whose chat template the base may not have.
+    """
+    path = config.tokenizer.path or _adapters_tokenizer(config)
+    path = path or (model_folder(config.model.path) if config.model.path else '')
     if not path:
         raise UserError("tokenizer.path='': expected a folder, a hub id, @STAGE or 'bytes' for a model from scratch")
     for part in ('tokenizer', 'export'):
         if (pathlib.Path(path) / part).is_dir():
             return str(pathlib.Path(path) / part)
     return path
+
+
+def _adapters_tokenizer(config: ConfigDict) -> str:
+    """The folder with the tokenizer of the first adapter, '' if it has none: its own, or the `export/` beside it."""
+    for folder in map(pathlib.Path, list(adapter_folders(config).values())[:1]):
+        for place in (folder, folder.parent / 'export'):
+            if any((place / name).is_file() for name in TOKENIZER_FILES):
+                return str(place)
+    return ''
 
 
 def _reads_rows(config: ConfigDict) -> bool:
@@ -116,7 +131,9 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
             )
         # A multiple of 64 keeps the matrix units whole; no token ever has these last numbers.
         if tokenizer is not None:
-            own.setdefault('vocab_size', -(-(len(tokenizer) + _spare_tokens(config, tokenizer)) // 64) * 64)
+            own.setdefault(
+                'vocab_size', -(-(tokenizers.vocab_size(tokenizer) + _spare_tokens(config, tokenizer)) // 64) * 64
+            )
             for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
                 own.setdefault(name, getattr(tokenizer, name))
             if models.KINDS.get(own.get('model_type')) == 'encdec':
@@ -269,4 +286,5 @@ def assemble(config: ConfigDict, mesh: Mesh, *, weights: bool = True) -> Assembl
         params = tuning.attach(lambda params: value.with_value(params, model), params, mesh)
         fresh |= value.PATHS
     several = adapters if len(adapters) > 1 else {}
-    return Assembly(model, params, specs, tokenizer, fresh, folder, several)
+    ends = companions.end_ids(tokenizer, model, folder)
+    return Assembly(model, params, specs, tokenizer, fresh, folder, several, ends)

@@ -58,7 +58,7 @@ class Chat:
         self.template = templates.open_template(config.data.template, self.tokenizer)
         self.encode = Encoder(self.template, self.tokenizer)
         end = end_of_turn(self.template, self.tokenizer)
-        sampling = from_config(config.generate, self.tokenizer, parts.model, [] if end is None else [end])
+        sampling = from_config(config.generate, self.tokenizer, parts.end_ids + (() if end is None else (end,)))
         self.limit = parts.model.config.max_positions
         self.room, self.stops = sampling.max_new_tokens, set(sampling.stop_ids)
         self.stream = Stream(parts.model, sampling, parts.params)

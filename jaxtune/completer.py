@@ -33,7 +33,7 @@ class Completer:
         self.mesh, self.batch_size, self.tokenizer = mesh, batch_size, parts.tokenizer
         self.answers = parts.model.kind == 'encdec'  # what it writes does not go on from what it read
         settings = config.generate
-        sampling = from_config(settings, parts.tokenizer, parts.model, end_of_answer(parts.tokenizer))
+        sampling = from_config(settings, parts.tokenizer, (*parts.end_ids, *end_of_answer(parts.tokenizer)))
         self.pad_id, root = sampling.pad_id, jax.random.key(config.seed)
 
         def run(params, batch):

@@ -243,6 +243,9 @@ SCHEMA: dict[str, Key | Free] = {
     'mesh.tensor': Key(1, axis_size, 'heads and widths divided'),
     'mesh.sequence': Key(1, axis_size, 'length divided'),
     'compile.topology': Key('', text, 'v5e:16x16, v5p:2x2x1, cuda:h200x8 …: compile for hardware that is not there'),
+    'export.dtype': Key(
+        'auto', one_of('auto', 'float32', 'bfloat16'), "what exported weights are kept in; auto = as model.path's were"
+    ),
     'export.requantise': Key(False, boolean, 'export: round the merged kernels to NF4 again, and say what it costs'),
     'log.every': Key(10, integer(1), 'updates between lines of metrics.jsonl'),
     'log.wandb': Key(False, boolean, 'send the metrics to Weights & Biases too'),

@@ -6,14 +6,13 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, evaluate, methods, peft, recipes, tuning
+from jaxtune import companions, console, evaluate, methods, peft, recipes, tuning
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
-from jaxtune.data.spans import end_of_turn
-from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
 from jaxtune.models import hf, value
@@ -21,7 +20,7 @@ from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
 from jaxtune.program import make_program
 from jaxtune.weights import LoRA, materialise, tree
-from jaxtune.workdir import read_json, write_json, write_result
+from jaxtune.workdir import read_json, write_result
 
 
 def check(config: ConfigDict, mesh: Mesh) -> None:
@@ -61,7 +60,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
         params, metrics = merged(parts.params, f'model.path={source}'), {}
         if config.export.requantise:
             params, metrics = _requantised(config, workdir, mesh, dataclasses.replace(parts, params=params))
-        save(workdir / 'export', parts.model, params, parts.tokenizer, parts.folder)
+        save(workdir / 'export', parts.model, params, parts.tokenizer, parts.folder, config.export.dtype)
     metrics |= {'export/parameters': tree.count(params), 'export/bytes': tree.nbytes(params)}
     if not console.is_primary():
         return {'task': 'export', 'status': 'done', 'step': step, 'metrics': metrics}
@@ -83,25 +82,25 @@ def _requantised(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: A
     return rounded, {'export/loss_merged': before, 'export/loss_requantised': after}
 
 
-def save(path: pathlib.Path, model, params, tokenizer, folder: str) -> None:
-    """Writes a Hugging Face folder: weights, config, tokenizer, and what the folder it came from had beside them."""
+def save(path: pathlib.Path, model, params, tokenizer, folder: str, dtype: str = 'auto') -> None:
+    """Writes a Hugging Face folder: weights, config, tokenizer, and what the folder it came from had beside them.
 
-    def add(new: pathlib.Path) -> None:
-        tokenizer.save_pretrained(new)
-        if tokenizer.chat_template:
-            _stop_after_turns(new / 'generation_config.json', tokenizer)
-
-    hf.save(path, model, params, extra_files_from=folder or None, add_files=add)
-
-
-def _stop_after_turns(path: pathlib.Path, tokenizer) -> None:
-    """Lets `transformers`' generation stop where the chat template ends an answer, too."""
-    end = end_of_turn(open_template('auto', tokenizer), tokenizer)
-    values = read_json(path) or {}
-    eos = values.get('eos_token_id')
-    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if end is not None and end not in ends:
-        write_json(path, values | {'eos_token_id': [*ends, end] if ends else end})
+    Args:
+      path: where to.
+      model: the model.
+      params: its parameters, plain arrays.
+      tokenizer: what it was trained with.
+      folder: where it began; '' = from scratch.
+      dtype: of the weights; `auto` = as that folder keeps them, and never wider than they are here.
+    """
+    leaves = leaf_paths(params)
+    if dtype != 'auto':
+        dtypes = dict.fromkeys(leaves, np.dtype(dtype))
+    else:
+        stored = hf.stored_dtypes(folder, model) if folder else {}
+        narrower = {path for path, kept in stored.items() if kept.itemsize < leaves[path].dtype.itemsize}
+        dtypes = {path: stored[path] for path in narrower}
+    hf.save(path, model, params, add_files=lambda new: companions.write(new, tokenizer, folder), dtypes=dtypes)
 
 
 def save_tuned(workdir: pathlib.Path, config: ConfigDict, parts: Assembly, params) -> None:
@@ -119,10 +118,10 @@ def save_tuned(workdir: pathlib.Path, config: ConfigDict, parts: Assembly, param
             save(workdir / 'base', model, _plain_base(params, model), parts.tokenizer, '')
         whole = tuning.whole_paths(params, method, parts.fresh)
         save_adapter(workdir / 'adapter', params, model, config.method, base, whole)
+        if console.is_primary():
+            parts.tokenizer.save_pretrained(str(workdir / 'adapter'))  # whose template the adapter answers to
     if getattr(method, 'MERGES', True):
-        save(workdir / 'export', model, method.merge(params), parts.tokenizer, folder)
-    elif console.is_primary():
-        parts.tokenizer.save_pretrained(str(workdir / 'adapter'))
+        save(workdir / 'export', model, method.merge(params), parts.tokenizer, folder, config.export.dtype)
 
 
 _ADAPTERS = {

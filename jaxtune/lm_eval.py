@@ -27,7 +27,6 @@ _MULTIPLE = 64  # lengths are padded to it, so that few shapes are compiled
 _LONGEST = 2048  # of a model that has no limit of its own
 
 
-@register_model('jaxtune')
 class JaxtuneLM(TemplateLM):
     """A decoder, as the harness asks for it.
 
@@ -74,6 +73,7 @@ class JaxtuneLM(TemplateLM):
         if parts.model.kind != 'decoder' or 'score' in parts.params:
             raise UserError(f'path={path}: {parts.model.architecture} writes no text; expected a decoder')
         self.model, self.params, self.tokenizer = parts.model, parts.params, parts.tokenizer
+        self.stop_ids = parts.end_ids
         per = self.mesh.shape['data'] * self.mesh.shape['fsdp']
         self.batch_size = -(-(8 if batch_size == 'auto' else int(batch_size)) // per) * per
         self.max_length = int(max_length or min(self.model.config.max_positions or _LONGEST, 2**20))
@@ -187,7 +187,7 @@ class JaxtuneLM(TemplateLM):
                     temperature=float(kwargs.get('temperature') or 0.0),
                     top_k=int(kwargs.get('top_k') or 0),
                     top_p=float(kwargs.get('top_p') or 1.0),
-                    stop_ids=(self.eot_token_id,),
+                    stop_ids=self.stop_ids,
                     pad_id=self.tokenizer.pad_token_id or 0,
                 )
                 for chosen in self._batches([len(prompt) for prompt in prompts]):
@@ -223,7 +223,9 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    # The class must be registered under its importable name, not under __main__.
+    # Read a second time, under its importable name, which alone registers the class.
     import jaxtune.lm_eval
 
     jaxtune.lm_eval.main()
+else:
+    register_model('jaxtune')(JaxtuneLM)

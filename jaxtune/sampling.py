@@ -33,18 +33,15 @@ class Sampling:
     pad_id: int = 0
 
 
-def from_config(config: ConfigDict, tokenizer, model: Model, more_stops: Iterable[int] = ()) -> Sampling:
-    """The sampling of a recipe's `generate`; the model's and the tokenizer's end tokens stop it, and those given."""
-    stops: set[int] = set(more_stops)
-    for ids in (tokenizer.eos_token_id, model.hf_config.get('eos_token_id')):
-        stops.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+def from_config(config: ConfigDict, tokenizer, stops: Iterable[int]) -> Sampling:
+    """The sampling of a recipe's `generate`, which the tokens `stops` end."""
     pad = tokenizer.pad_token_id
     return Sampling(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        stop_ids=tuple(sorted(stops)),
+        stop_ids=tuple(sorted(set(stops))),
         pad_id=0 if pad is None else pad,
     )
 

@@ -114,9 +114,10 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
 
 
 def _llama_like(fields: Fields, **differences) -> DecoderConfig:
+    """What most families share. A field that `transformers` reads in some of them only is theirs to name: a folder may
+    hold any, and where the family's own class does not know it, it means nothing."""
     heads = fields['num_attention_heads']
     head_dim = fields.get('head_dim') or fields['hidden_size'] // heads
-    bias = bool(fields.get('attention_bias', False))
     values = {
         'vocab_size': fields['vocab_size'],
         'd_model': fields['hidden_size'],
@@ -128,12 +129,10 @@ def _llama_like(fields: Fields, **differences) -> DecoderConfig:
         'max_positions': fields['max_position_embeddings'],
         'windows': (None,) * fields['num_hidden_layers'],
         'tied': bool(fields['tie_word_embeddings']),
-        'activation': fields.get('hidden_act') or fields.get('hidden_activation'),
+        'activation': fields['hidden_act'],
         'norm_epsilon': fields['rms_norm_eps'],
         'initializer_range': fields['initializer_range'],
         'attention_scale': head_dim**-0.5,
-        'qkv_bias': bias,
-        'o_bias': bias,
         **differences,
     }
     if 'rope' not in values:
@@ -141,9 +140,13 @@ def _llama_like(fields: Fields, **differences) -> DecoderConfig:
     return DecoderConfig(**values)
 
 
+def _attention_bias(fields: Fields) -> dict[str, bool]:
+    return dict.fromkeys(('qkv_bias', 'o_bias'), bool(fields['attention_bias']))
+
+
 def llama(fields: Fields) -> DecoderConfig:
     """Llama 2, 3 and 3.1 (arXiv:2307.09288, arXiv:2407.21783)."""
-    return _llama_like(fields, mlp_bias=bool(fields['mlp_bias']))
+    return _llama_like(fields, mlp_bias=bool(fields['mlp_bias']), **_attention_bias(fields))
 
 
 def mistral(fields: Fields) -> DecoderConfig:
@@ -158,7 +161,7 @@ def qwen2(fields: Fields) -> DecoderConfig:
 
 def qwen3(fields: Fields) -> DecoderConfig:
     """Qwen 3 (arXiv:2505.09388): queries and keys are normed head by head."""
-    return _llama_like(fields, windows=_windows(fields), qk_norm='head')
+    return _llama_like(fields, windows=_windows(fields), qk_norm='head', **_attention_bias(fields))
 
 
 def gemma2(fields: Fields) -> DecoderConfig:
@@ -166,7 +169,7 @@ def gemma2(fields: Fields) -> DecoderConfig:
     if fields.get('use_bidirectional_attention'):
         raise FieldError('use_bidirectional_attention', 'expected False: this model is trained as a decoder')
     return _llama_like(
-        fields,
+        {**fields, 'hidden_act': fields['hidden_activation']},
         windows=_windows(fields),
         norm_offset=1.0,
         norm_names=(
@@ -179,6 +182,7 @@ def gemma2(fields: Fields) -> DecoderConfig:
         attention_scale=fields['query_pre_attn_scalar'] ** -0.5,
         attention_softcap=fields['attn_logit_softcapping'],
         logit_softcap=fields['final_logit_softcapping'],
+        **_attention_bias(fields),
     )
 
 
@@ -198,7 +202,7 @@ def phi3(fields: Fields) -> DecoderConfig:
 def olmo2(fields: Fields) -> DecoderConfig:
     """OLMo 2 (arXiv:2501.00656): norms after the layers instead of before, queries and keys normed over all heads."""
     names = (None, 'post_attention_layernorm', None, 'post_feedforward_layernorm')
-    return _llama_like(fields, norm_names=names, qk_norm='all')
+    return _llama_like(fields, norm_names=names, qk_norm='all', **_attention_bias(fields))
 
 
 def gpt2(fields: Fields) -> DecoderConfig:
@@ -295,7 +299,7 @@ def decoder_config(fields: Fields) -> DecoderConfig:
     if config.num_heads % config.num_kv_heads:
         raise FieldError('num_key_value_heads', f'expected a divisor of num_attention_heads={config.num_heads}')
     if config.activation not in ACTIVATIONS:
-        name = next(name for name in ('hidden_act', 'hidden_activation', 'activation_function') if name in fields)
+        name = next(name for name in ('hidden_activation', 'activation_function', 'hidden_act') if name in fields)
         raise FieldError(name, f'expected one of {", ".join(ACTIVATIONS)}')
     if config.rope is not None and config.head_dim % 2:
         raise FieldError('head_dim', f'expected an even number, got {config.head_dim}')

@@ -106,9 +106,8 @@ def save(
     path: str | os.PathLike,
     model: Model,
     params: Params,
-    extra_files_from: str | os.PathLike | None = None,
     add_files: Callable[[pathlib.Path], Any] | None = None,
-    dtype: str | np.dtype | None = None,
+    dtypes: Mapping[str, np.dtype] | None = None,
     max_shard_bytes: int = _SHARD_BYTES,
 ) -> None:
     """Writes a folder that `transformers` loads; an older one at `path` is replaced at the end, in one step.
@@ -119,9 +118,8 @@ def save(
       path: the folder.
       model: the model.
       params: its parameters, plain arrays.
-      extra_files_from: a folder whose tokenizer, chat template and generation settings go along.
       add_files: writes more files into the folder before it takes its place.
-      dtype: what the tensors become; default as they are.
+      dtypes: what parameters become, by path; default as they are.
       max_shard_bytes: beyond this the weights are cut into several files with an index.
     """
     path = pathlib.Path(path)
@@ -135,7 +133,7 @@ def save(
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    plan = list(_plan(model, leaves, dtype))
+    plan = list(_plan(model, leaves, dtypes or {}))
     files = _cut(plan, max_shard_bytes)
     for name, tensors in files.items():
         specs = {entry.name: (entry.dtype, entry.shape) for entry in tensors}
@@ -149,7 +147,7 @@ def save(
             weight_map = {entry.name: name for name, tensors in files.items() for entry in tensors}
             index = {'metadata': {'total_size': sum(entry.nbytes for entry in plan)}, 'weight_map': weight_map}
             (partial / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n', 'utf-8')
-        _write_companions(partial, model, extra_files_from, str(plan[0].dtype))
+        _write_configs(partial, model, str(plan[0].dtype))
         if add_files is not None:
             add_files(partial)
         replace_folder(partial, path)
@@ -163,6 +161,14 @@ def fresh_paths(path: str | os.PathLike, model: Model) -> set[str]:
     """Paths of the heads that a folder lacks; only headers are read. Raises as `load` does."""
     folder = hub.resolve(os.fspath(path))
     return _match(model, _entries(folder), folder)[1]
+
+
+def stored_dtypes(path: str | os.PathLike, model: Model) -> dict[str, np.dtype]:
+    """What a folder keeps each parameter in; one that it lacks, in what the others are. Raises as `load` does."""
+    folder = hub.resolve(os.fspath(path))
+    sources, fresh = _match(model, _entries(folder), folder)
+    found = {leaf: entries[0].dtype for leaf, entries in sources.items()}
+    return dict.fromkeys(fresh, collections.Counter(found.values()).most_common(1)[0][0]) | found
 
 
 def kernels(path: str | os.PathLike, model: Model) -> Callable[[str, int], np.ndarray]:
@@ -338,7 +344,7 @@ class _Write:
         self.nbytes = math.prod(shape) * dtype.itemsize
 
 
-def _plan(model: Model, leaves: Mapping[str, jax.Array], dtype) -> Iterator[_Write]:
+def _plan(model: Model, leaves: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype]) -> Iterator[_Write]:
     """All tensors, layer by layer."""
     stacked = [leaf for leaf, tensor in model.tensors.items() if tensor.stacked]
     single = [leaf for leaf in model.tensors if leaf not in stacked]
@@ -347,7 +353,7 @@ def _plan(model: Model, leaves: Mapping[str, jax.Array], dtype) -> Iterator[_Wri
         ((leaf, None) for leaf in single),
         ((leaf, layer) for layer in range(layers) for leaf in stacked if layer < leaves[leaf].shape[0]),
     ):
-        yield _Write(model.tensors[leaf], leaves[leaf], layer, np.dtype(dtype or leaves[leaf].dtype))
+        yield _Write(model.tensors[leaf], leaves[leaf], layer, np.dtype(dtypes.get(leaf, leaves[leaf].dtype)))
 
 
 def _cut(plan: list[_Write], max_bytes: int) -> dict[str, list[_Write]]:
@@ -383,18 +389,11 @@ def _fetch(write: _Write, wanted: bool) -> np.ndarray | None:
     return np.asarray(value.addressable_data(0) if remote else value)
 
 
-def _write_companions(folder: pathlib.Path, model: Model, source, dtype: str) -> None:
-    if source is not None:
-        source = hub.resolve(os.fspath(source))
-        for name in hub.COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+def _write_configs(folder: pathlib.Path, model: Model, dtype: str) -> None:
     (folder / 'config.json').write_text(config_json(model.hf_config, model.architecture, dtype), 'utf-8')
-    generation = folder / 'generation_config.json'
-    if not generation.exists():
-        names = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
-        values = {name: model.hf_config[name] for name in names if model.hf_config.get(name) is not None}
-        generation.write_text(json.dumps(values, indent=2) + '\n', 'utf-8')
+    names = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
+    values = {name: model.hf_config[name] for name in names if model.hf_config.get(name) is not None}
+    (folder / 'generation_config.json').write_text(json.dumps(values, indent=2) + '\n', 'utf-8')
 
 
 def replace_folder(new: pathlib.Path, path: pathlib.Path) -> None:

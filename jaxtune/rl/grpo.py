@@ -32,9 +32,11 @@ def learn(config: ConfigDict, found: Found) -> tuple[dict[str, jax.Array], dict[
 
 
 def relative(scores: jax.Array) -> jax.Array:
-    """Scores `[groups, answers]` less their group's mean, over its standard deviation."""
+    """Scores `[groups, answers]` less their group's mean, over its standard deviation; 0 where all are the same."""
     spread = jnp.std(scores, axis=-1, keepdims=True, ddof=1)
-    return (scores - scores.mean(-1, keepdims=True)) / (spread + 1e-4)
+    # The mean of equal numbers is rounded: what is left of them would pass for a difference.
+    same = scores.max(-1, keepdims=True) == scores.min(-1, keepdims=True)
+    return jnp.where(same, 0.0, (scores - scores.mean(-1, keepdims=True)) / (spread + 1e-4))
 
 
 def loss(config, model, params, batch, rng):

@@ -68,9 +68,11 @@ def _variance(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def whiten(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean 0 and variance 1 over the values with weight 1; 0 elsewhere."""
+    """Mean 0 and variance 1 over the values with weight 1; 0 elsewhere, and where they differ by rounding alone."""
     mean = (x * weights).sum() / weights.sum()
-    return (x - mean) * lax.rsqrt(_variance(x, weights) + 1e-8) * weights
+    variance = _variance(x, weights)
+    rounding = 8 * jnp.finfo(x.dtype).eps * jnp.abs(x * weights).max()
+    return jnp.where(variance > jnp.square(rounding), (x - mean) * lax.rsqrt(variance + 1e-8) * weights, 0.0)
 
 
 def loss(config, model, params, batch, rng):

@@ -56,9 +56,8 @@ class Sampler:
     def __init__(self, config: ConfigDict, mesh: Mesh, parts: Assembly, prompts: Sequence[Prompt]):
         self.config, self.mesh, self.tokenizer = config, mesh, parts.tokenizer
         self.batch_size, self.longest = config.generate.batch_size, max(len(prompt.ids) for prompt in prompts)
-        self.sampling = sampling = from_config(
-            config.generate, parts.tokenizer, parts.model, end_of_answer(parts.tokenizer)
-        )
+        stops = (*parts.end_ids, *end_of_answer(parts.tokenizer))
+        self.sampling = sampling = from_config(config.generate, parts.tokenizer, stops)
         root = jax.random.key(config.seed)
 
         def run(trainable, frozen, batch):
