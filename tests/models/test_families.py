@@ -1,5 +1,7 @@
 """Every family against `transformers`' model in PyTorch."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from model_cases import CASES
 
 from jaxtune import models
 from jaxtune.models import kv_cache
+from jaxtune.models.decoder_families import decoder_config
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh, match_rules
 
@@ -169,6 +172,23 @@ def test_flops_are_six_a_parameter_and_twelve_a_score(name):
     products += 97 * 32 * ('lm_head/kernel' not in leaves)
     width = model.config.num_heads * model.config.head_dim
     assert model.flops_per_token(10) == 6 * products + 12 * 3 * width * 10
+
+
+@pytest.mark.parametrize(
+    ('name', 'stray'),
+    [
+        ('gemma2', {'hidden_act': 'relu'}),
+        ('mistral', {'attention_bias': True}),
+        ('qwen2', {'attention_bias': True, 'hidden_activation': 'relu'}),
+        ('phi3', {'attention_bias': True}),
+    ],
+)
+def test_a_field_that_the_family_does_not_read_changes_nothing(name, stray, tmp_path):
+    case = next(case for case in CASES if case.name == name)
+    (tmp_path / 'config.json').write_text(json.dumps(case.config | stray))
+    found = models.read_config(tmp_path)
+    assert decoder_config(found) == decoder_config(models.read_config(case.config))
+    assert {field: found[field] for field in stray} == stray  # it goes out as it came
 
 
 def test_flops_of_windows_stop_at_the_window():

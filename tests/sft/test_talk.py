@@ -1,6 +1,8 @@
 """Talking to a trained model: the chat, and the evaluation harness beside its own backend."""
 
 import json
+import runpy
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 from jaxtune import chat, methods, models, peft, recipes
 from jaxtune.assemble import assemble
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.errors import UserError
 from jaxtune.models import hf
 from jaxtune.weights import tree
 
@@ -131,7 +134,7 @@ def _one_device():
     return make(dict.fromkeys(AXES, 1), jax.devices()[:1])
 
 
-def test_the_harness_scores_as_its_own_backend_does(folder, tmp_path):
+def test_the_harness_scores_as_its_own_backend_does(folder, tmp_path, monkeypatch):
     lm_eval = pytest.importorskip('lm_eval')
     pytest.importorskip('torch')
     from lm_eval.models.huggingface import HFLM
@@ -139,6 +142,10 @@ def test_the_harness_scores_as_its_own_backend_does(folder, tmp_path):
 
     from jaxtune.lm_eval import JaxtuneLM
 
+    # One end token more than the tokenizer has would be met rarely: here every third byte is one.
+    folder = shutil.copytree(folder, tmp_path / 'model')
+    ends = [257, *range(0, 256, 3)]
+    (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': ends}))
     words = ['red', 'green', 'blue', 'round', 'heavy', 'old']
     records = [
         {
@@ -195,3 +202,16 @@ def test_the_harness_scores_as_its_own_backend_does(folder, tmp_path):
     written = [[sample['resps'] for sample in result['samples']['written']] for result in (found, expected)]
     assert written[0] == written[1]
     assert any(text for ((text,),) in written[0])
+    assert chat.Chat(_config(folder)).stops >= {*ends}
+
+    monkeypatch.setattr(sys, 'argv', ['lm_eval', '--help'])
+    with pytest.raises(SystemExit, match=r'^0$'):
+        runpy.run_module('jaxtune.lm_eval', run_name='__main__')
+
+
+def test_end_tokens_that_are_none_are_refused(folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / 'model')
+    for wrong in ({'eos_token_id': ['<eos>']}, {'eos_token_id': {'a': 1}}, [1]):
+        (folder / 'generation_config.json').write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r'generation_config.json:.*expected'):
+            assemble(_config(folder), _one_device())
