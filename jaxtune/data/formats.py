@@ -13,7 +13,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxtune.data.records import Placed, field
@@ -36,6 +36,16 @@ _ROLES = {role: role for role in ROLES} | {
     'function_response': 'tool',
     'ipython': 'tool',
 }
+
+# What the assistant thought before its answer, under the names that there are: the first is what templates read.
+REASONING = 'reasoning_content'
+_REASONING = (REASONING, 'thinking', 'reasoning')
+
+# Fields that say what is learnt, or how a conversation is rendered, and are not read: the values that change nothing.
+_UNREAD_IN_RECORD = {'weight': (1,), 'chat_template_kwargs': ({},), 'functions': ([], '')}
+_UNREAD_IN_TURN = {'weight': (1,), 'train': (True,), 'function_call': ({}, '')}
+_DEEPEST = 100  # a value within a value
+_LARGEST = 3e38  # what float32 holds
 
 T = TypeVar('T')
 
@@ -167,8 +177,46 @@ def chat(format_name: str, place: str, record: Any, answered: bool = True) -> Ch
       FormatError: it is not of the format.
     """
     found = _READERS[format_name or detect(record)](place, record, answered)
+    _check_unread(record, _UNREAD_IN_RECORD, 'the record')
     _check_order(found.turns, answered)
+    _check_values(found)
     return found
+
+
+def _check_unread(fields: Mapping[str, Any], unread: Mapping[str, tuple], where: str) -> None:
+    for name, harmless in unread.items():
+        if (value := fields.get(name)) is not None and value not in harmless:
+            raise FormatError(
+                f'unread {name}',
+                f'the field {name!r} of {where}, {value!r:.40}, is not read here; expected none, or {harmless[0]!r}',
+            )
+
+
+def _check_values(chat: Chat) -> None:
+    """Refuses what is no text of Unicode, and what is nested too deep, wherever it stands."""
+    for turn in (*chat.turns, {'tools': chat.tools}):
+        inner = [(name, value, 0) for name, value in turn.items()]
+        while inner:
+            name, value, depth = inner.pop()
+            if isinstance(value, str):
+                if not value.isascii():
+                    _check_unicode(value, name)
+            elif depth > _DEEPEST:
+                raise FormatError('deep', f'expected values nested at most {_DEEPEST} deep in {name!r}')
+            elif isinstance(value, Mapping):
+                inner += [(name, part, depth + 1) for pair in value.items() for part in pair]
+            elif isinstance(value, list | tuple):
+                inner += [(name, part, depth + 1) for part in value]
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        broken = text[error.start].encode('unicode_escape').decode()
+        raise FormatError(
+            'unicode', f'expected Unicode text in {name!r}; found half a surrogate pair, {broken}'
+        ) from None
 
 
 def _get(record: Any, place: str, name: str, kind: type | tuple[type, ...] = str) -> Any:
@@ -182,12 +230,8 @@ def _optional(record: Mapping[str, Any], place: str, name: str) -> str:
     return '' if record.get(name) is None else _get(record, place, name)
 
 
-def _system(text: str) -> list[dict[str, Any]]:
-    return [{'role': 'system', 'content': text}] if text else []
-
-
 def _alpaca(place: str, record: Any, answered: bool) -> Chat:
-    turns = _system(_optional(record, place, 'system') if isinstance(record, dict) else '')
+    turns: list[dict[str, Any]] = []
     instruction = _get(record, place, 'instruction')
     context = _optional(record, place, 'input')
     for pair in record.get('history') or ():
@@ -197,7 +241,7 @@ def _alpaca(place: str, record: Any, answered: bool) -> Chat:
     turns.append(_user(instruction, context))
     if answered or record.get('output') is not None:
         turns.append({'role': 'assistant', 'content': _get(record, place, 'output')})
-    return Chat(tuple(turns))
+    return Chat(_with_system(record, place, turns), _tools(record))
 
 
 def _user(instruction: str, context: str = '') -> dict[str, Any]:
@@ -208,30 +252,44 @@ def _user(instruction: str, context: str = '') -> dict[str, Any]:
 
 def _sharegpt(place: str, record: Any, answered: bool) -> Chat:
     turns = [_turn(turn, place) for turn in _get(record, place, 'conversations', list)]
-    if turns and turns[0]['role'] != 'system':
-        turns = _system(_optional(record, place, 'system')) + turns
-    return Chat(tuple(turns), _tools(record))
+    return Chat(_with_system(record, place, turns), _tools(record))
+
+
+def _with_system(record: Mapping[str, Any], place: str, turns: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The turns after the record's own system prompt, where it has one."""
+    system = _optional(record, place, 'system')
+    if not system or not turns:
+        return tuple(turns)
+    if turns[0]['role'] != 'system':
+        return ({'role': 'system', 'content': system}, *turns)
+    if turns[0]['content'].strip() != system.strip():
+        raise FormatError(
+            'two systems', f"expected one system prompt; found {system!r:.40} in 'system' and another in the first turn"
+        )
+    return tuple(turns)
 
 
 def _tools(record: Mapping[str, Any]) -> Any:
     tools = record.get('tools')
+    if tools is not None and not isinstance(tools, str | list | Mapping):
+        raise FormatError('field tools', f"expected a list of tools, or a text, in 'tools'; found {tools!r:.60}")
     return None if not tools or (isinstance(tools, str) and tools.strip() in ('', '[]')) else tools
 
 
 def _messages(place: str, record: Any, answered: bool) -> Chat:
-    turns = tuple(_turn(turn, place) for turn in _get(record, place, 'messages', list))
-    return Chat(turns, _tools(record))
+    turns = [_turn(turn, place) for turn in _get(record, place, 'messages', list)]
+    return Chat(_with_system(record, place, turns), _tools(record))
 
 
 def _prompt(place: str, record: Any, answered: bool) -> Chat:
     prompt = _get(record, place, 'prompt', (str, list))
     wanted = answered or (isinstance(record, dict) and record.get('completion') is not None)
     completion = _get(record, place, 'completion', (str, list)) if wanted else []
-    return _joined(prompt, completion, place, _tools(record))
+    return _joined(record, prompt, completion, place)
 
 
-def _joined(prompt: str | list, completion: str | list | Mapping, place: str, tools: Any = None) -> Chat:
-    """A prompt and its completion, each a text or turns."""
+def _joined(record: Mapping[str, Any], prompt: str | list, completion: str | list | Mapping, place: str) -> Chat:
+    """A prompt and its completion, each a text or turns, with the record's system prompt and tools."""
     raw = isinstance(prompt, str) and not isinstance(completion, Mapping)
     turns = [_user(prompt)] if isinstance(prompt, str) else [_turn(turn, place) for turn in prompt]
     if isinstance(completion, str):
@@ -240,7 +298,7 @@ def _joined(prompt: str | list, completion: str | list | Mapping, place: str, to
         rest = [completion] if isinstance(completion, Mapping) else completion
         turns += [_turn(turn, place) for turn in rest]
         raw = raw and not rest
-    return Chat(tuple(turns), tools, raw)
+    return Chat(_with_system(record, place, turns), _tools(record), raw)
 
 
 _READERS = {'alpaca': _alpaca, 'sharegpt': _sharegpt, 'messages': _messages, 'prompt': _prompt}
@@ -261,8 +319,24 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
         content = ''
     else:
         content = _get(turn, place, content_key)
+    _check_unread(turn, _UNREAD_IN_TURN, 'a turn')
     rest = {name: value for name, value in turn.items() if name not in (key, content_key) and value is not None}
+    if 'tool_calls' in rest:
+        _check_calls(rest['tool_calls'])
+    reasoning = next((rest[name] for name in _REASONING if name in rest), None)
+    if reasoning is not None:  # as `transformers` hands it over
+        rest = {'thinking': reasoning, **rest, REASONING: reasoning}
     return {'role': role, 'content': content, **rest}
+
+
+def _check_calls(calls: Any) -> None:
+    listed = calls if isinstance(calls, list) else [calls]
+    for call in listed:
+        function = call.get('function', call) if isinstance(call, dict) else None
+        if listed is not calls or not isinstance(function, dict) or not isinstance(function.get('name'), str):
+            raise FormatError(
+                'calls', f"expected a list of calls in 'tool_calls', each with a function's name; found {call!r:.60}"
+            )
 
 
 def _check_order(turns: tuple[dict[str, Any], ...], answered: bool) -> None:
@@ -286,36 +360,40 @@ def preference(place: str, record: Any) -> Preference:
     """
     if isinstance(record, dict) and 'label' in record and 'chosen' not in record:
         label = _get(record, place, 'label', (bool, int))
+        if label not in (0, 1):
+            raise FormatError('label', f"expected true, false, 1 or 0 in 'label'; found {label!r:.40}")
         unlabelled = {name: value for name, value in record.items() if name != 'label'}
         found = chat(detect(unlabelled) or 'messages', place, unlabelled)
         return Preference(found, None) if label else Preference(None, found)
     sides = [_get(record, place, name, (str, list, dict)) for name in ('chosen', 'rejected')]
-    margin = float(_get(record, place, 'margin', (int, float))) if record.get('margin') is not None else 0.0
+    _check_unread(record, _UNREAD_IN_RECORD, 'the record')
+    margin = _get(record, place, 'margin', (int, float)) if record.get('margin') is not None else 0.0
+    if not abs(margin) <= _LARGEST:
+        raise FormatError('margin', f"expected a finite number in 'margin'; found {margin!r:.40}")
     chosen, rejected = (_side(record, side, place) for side in sides)
     for side in (chosen, rejected):
         _check_order(side.turns, True)
+        _check_values(side)
         if side.turns[-1]['role'] != 'assistant':
             last = side.turns[-1]['role']
             raise FormatError('last', f"expected 'chosen' and 'rejected' to end with the assistant; found the {last}")
-    return Preference(chosen, rejected, margin)
+    return Preference(chosen, rejected, float(margin))
 
 
 def _side(record: Mapping[str, Any], answer: str | list | Mapping, place: str) -> Chat:
-    tools = _tools(record)
     key = next((key for key in ('prompt', 'conversations', 'messages') if record.get(key) is not None), '')
     if key:
         prompt = _get(record, place, key, (str, list))
         if isinstance(answer, list) and isinstance(prompt, list) and answer[: len(prompt)] == prompt:
             answer = answer[len(prompt) :]
-        side = _joined(prompt, answer, place, tools)
-        system = _system(_optional(record, place, 'system'))
-        return dataclasses.replace(side, turns=(*system, *side.turns)) if system else side
+        return _joined(record, prompt, answer, place)
     if isinstance(answer, str):
         parts = _DIALOGUE.split(answer)
         if len(parts) > 1 and not parts[0].strip():
             roles = {'Human': 'user', 'Assistant': 'assistant'}
             pairs = zip(parts[1::2], parts[2::2], strict=True)
-            return Chat(tuple({'role': roles[who], 'content': text.strip()} for who, text in pairs))
-        return Chat(({'role': 'user', 'content': ''}, {'role': 'assistant', 'content': answer}), tools, raw=True)
-    turns = [answer] if isinstance(answer, Mapping) else answer
-    return Chat(tuple(_turn(turn, place) for turn in turns), tools)
+            turns = [{'role': roles[who], 'content': text.strip()} for who, text in pairs]
+            return Chat(_with_system(record, place, turns), _tools(record))
+        return _joined(record, '', answer, place)
+    turns = [_turn(turn, place) for turn in ([answer] if isinstance(answer, Mapping) else answer)]
+    return Chat(_with_system(record, place, turns), _tools(record))

@@ -2,9 +2,11 @@
 
 Few templates mark it (`{% generation %}`). Where one does not, the spans are found by rendering the conversation up to
 before and after each answer: each text must begin with the one before it, else the template rewrites earlier turns and
-no span can be trusted. Spans of characters become spans of tokens by the tokenizer's offsets; where a token would lie
-across an edge, the text is cut there and both sides are tokenised by themselves: then the prompt's tokens are those
-that the model will see when it answers, and every token of the answer counts.
+no span can be trusted. Where an answer ends is known from what the template writes after another one in its place, a
+word that stands nowhere else: the letters of an answer say nothing about it. Spans of characters become spans of tokens
+by the tokenizer's offsets; where a token would lie across an edge, the text is cut there and both sides are tokenised
+by themselves: then the prompt's tokens are those that the model will see when it answers, and every token of the
+answer counts.
 """
 
 import dataclasses
@@ -14,11 +16,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxtune.data import turns
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.templates import Template
 from jaxtune.errors import UserError
 
 Spans = list[tuple[int, int]]
+
+_WORD = 'Zq7vAnswerK3x'  # an answer that no conversation holds; no template takes letters and digits away
+_MOST_SHAPES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Encoder:
         added = getattr(tokenizer, 'added_tokens_decoder', {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self.special = tuple(sorted(filter(None, special)))
+        self.added = tuple(sorted({str(token) for token in added if str(token).strip()}))
+        self._tails: dict[tuple, Tail | None] = {}
 
     def __call__(self, chat: Chat) -> Encoded:
         """The tokens of a conversation; turns after the last answer are left out.
@@ -60,8 +68,14 @@ class Encoder:
         return Encoded(np.asarray(ids, np.int32), trained)
 
     def prompt(self, chat: Chat) -> tuple[str, list[int]]:
-        """Text and ids of a conversation up to where the assistant writes."""
+        """Text and ids of a conversation up to where the assistant writes.
+
+        Raises:
+          FormatError: the template refuses the conversation, or leaves a tool call out.
+          UserError: the template fails.
+        """
         text = self.template.render(chat, True)
+        turns.check(self.template, [turns.Rendered(chat, True, text)])
         return text, tokenise(self.tokenizer, text, ())[0]
 
     def text(self, chat: Chat) -> tuple[str, Spans]:
@@ -69,37 +83,45 @@ class Encoder:
         answers = [i for i, turn in enumerate(chat.turns) if turn['role'] == 'assistant' and i >= self.skip]
         chat = chat.before(answers[-1] + 1)
         if self.template.marks:
-            return self._finish(*self._marked(chat, answers))
-        spans, text = [], ''
-        for number in answers[-1:] if self.last else answers:
-            before = self._extend(chat.before(number), True, text, number)
-            after = self._extend(chat.before(number + 1), False, before, number)
-            self._check_prompt(chat, number, before, after)
-            end = self._end(after, len(before), chat.turns[number]['content'])
+            return self._marked(chat, answers)
+        answers = answers[-1:] if self.last else answers
+        asked = [(chat.before(number + after), not after) for number in answers for after in (0, 1)]
+        texts = [text for text, _ in self.template.render_all(asked)]
+        firsts = [0, *(number + 1 for number in answers)]
+        turns.check(
+            self.template, [turns.Rendered(*asked[i], texts[i], firsts[i // 2]) for i in range(1, len(asked), 2)]
+        )
+        spans, text, ended = [], '', False
+        for number, before, after in zip(answers, texts[::2], texts[1::2], strict=True):
+            self._check_extends(text, before, number)
+            self._check_extends(before, after, number)
+            self._check_written(chat.turns[number]['content'], after[len(before) :], number)
+            end, ended = self._end(chat, number, before, after)
             spans.append((len(before), end))
             text = after[:end]
-        return self._finish(text, spans)
+        return self._finish(text, spans, ended)
 
     def _marked(self, chat: Chat, answers: list[int]) -> tuple[str, Spans]:
-        """The spans that the template marks, as it marks them: an answer may have several."""
-        text, spans = self.template.render_marked(chat)
-        spans = [span for span in spans if span[0] < span[1]]
+        """The spans that the template marks, an answer may have several; and the end of each turn, marked or not."""
+        first = answers[-1] if self.last else answers[0] if self.skip else 0
+        asked = [(chat, False), *([(chat.before(first), False)] if first else [])]
+        (text, spans), *earlier = self.template.render_all(asked)
+        turns.check(self.template, [turns.Rendered(chat, False, text)])
         count = sum(turn['role'] == 'assistant' for turn in chat.turns)
         if len(spans) < count:
             raise FormatError(
                 'marks', f'{self.template.name} template marks {len(spans)} of {count} answers with {{% generation %}}'
             )
-        first = 0  # what ends before it is not trained
-        if self.last:
-            first = text.rfind(chat.turns[-1]['content'].strip())
-        elif self.skip:
-            for turn in chat.turns[: answers[0] + 1]:
-                first = max(first, text.find(turn['content'].strip(), first))
-        spans = [span for span in spans if span[1] > first]
-        return text, spans
+        tail = self._tail(chat, answers[-1])
+        end = tail.end if tail else ''
+        if end:
+            spans = [(low, high + len(end) * text.startswith(end, high)) for low, high in spans]
+        spans = [span for span in spans[len(earlier[0][1]) if earlier else 0 :] if span[0] < span[1]]
+        if not spans:
+            raise FormatError('marks', f'{self.template.name} template marks nothing of the answers that are trained')
+        return self._finish(text[: spans[-1][1]], spans, bool(end) or self._ends(text[: spans[-1][1]]))
 
-    def _extend(self, chat: Chat, generation_prompt: bool, before: str, number: int) -> str:
-        text = self.template.render(chat, generation_prompt)
+    def _check_extends(self, before: str, text: str, number: int) -> None:
         if not text.startswith(before):
             same = next((i for i, pair in enumerate(zip(text, before, strict=False)) if pair[0] != pair[1]), len(text))
             raise UserError(
@@ -107,63 +129,107 @@ class Encoder:
                 f'{number + 1} (after {before[max(0, same - 20) : same]!r}), so what the assistant wrote cannot be '
                 "told apart; expected one that marks it with {% generation %}, or sft.train_on='last'"
             )
-        return text
 
-    def _check_prompt(self, chat: Chat, number: int, before: str, after: str) -> None:
-        """Refuses a template that leaves an answer out, or whose own header the model would learn to write."""
-        content, written = chat.turns[number]['content'].strip(), after[len(before) :]
-        if content[-12:] not in written:
+    def _check_written(self, content: str, written: str, number: int) -> None:
+        """Refuses a template that leaves out some of an answer; blanks may change."""
+        if content.strip() not in written and ''.join(content.split()) not in ''.join(written.split()):
             raise UserError(
                 f'data.template: {self.template.name} template does not write the answer of turn {number + 1}, '
-                f'{content!r:.40}, but {written!r:.40}; expected one for turns of text'
-            )
-        if (
-            content
-            and not written.lstrip().startswith(content[:20])
-            and self.template.render(chat.before(number)) == before
-        ):
-            raise UserError(
-                f'data.template: {self.template.name} template has no generation prompt: it writes '
-                f'{written.split(content[:20])[0]!r:.40} before an answer, but not when asked for one; expected '
-                '{% if add_generation_prompt %}'
+                f'{content.strip()!r:.40}, but {written!r:.40}; expected one that writes all of it'
             )
 
-    def _end(self, text: str, start: int, content: str) -> int:
-        """Where a turn ends: with the special tokens after its content; what follows them is nobody's.
+    def _end(self, chat: Chat, number: int, before: str, after: str) -> tuple[int, bool]:
+        """Where a turn ends: with the special tokens after its answer; what follows them is nobody's.
 
         That may be a line break, or the EOS that some templates put after the last turn only.
-        """
-        at = text.rfind(content.strip(), start) + len(content.strip())
-        found = [(where, token) for token in self.special if (where := text.find(token, max(at, start))) >= 0]
-        if not found:
-            return len(text)
-        end = min(where for where, _ in found)
-        while token := next((token for token in self.special if text.startswith(token, end)), ''):
-            end += len(token)
-        return end
 
-    def _finish(self, text: str, spans: Spans) -> tuple[str, Spans]:
+        Returns:
+          `(end, ended)`: a place in `after`, and whether a special token stands before it.
+        """
+        tail = self._tail(chat, number)
+        if tail is not None and after.endswith(tail.text) and len(after) - len(tail.text) >= len(before):
+            end = len(after) - len(tail.text) + len(tail.end or tail.text)
+            return end, bool(tail.end)
+        # A turn that ends otherwise than a text does, as calls of tools may.
+        stripped = after.rstrip()
+        return (len(stripped), True) if self._ends(stripped) else (len(after), False)
+
+    def _ends(self, text: str) -> bool:
+        return text.rstrip().endswith(self.special)
+
+    def _tail(self, chat: Chat, number: int) -> 'Tail | None':
+        """What the template writes after an answer that is a text; None where it does not write it.
+
+        Raises:
+          UserError: it has no generation prompt, so the model would learn to write the template's own header.
+        """
+        asked = chat.before(number)
+        shape = (asked.tools is None, *((turn['role'], *turn) for turn in asked.turns))
+        if shape not in self._tails:
+            if len(self._tails) > _MOST_SHAPES:
+                self._tails.clear()
+            self._tails[shape] = self._find_tail(asked)
+        return self._tails[shape]
+
+    def _find_tail(self, asked: Chat) -> 'Tail | None':
+        answered = dataclasses.replace(asked, turns=(*asked.turns, {'role': 'assistant', 'content': _WORD}))
+        prompted, bare, found = self.template.try_all([(asked, True), (asked, False), (answered, False)])
+        if isinstance(found, Exception) or _WORD not in found[0]:
+            return None
+        head, _, text = found[0].rpartition(_WORD)
+        if not self.template.marks and prompted == bare and not isinstance(bare, Exception):
+            head = head.removeprefix(bare[0]).partition(_WORD)[0]
+            if head.strip():
+                raise UserError(
+                    f'data.template: {self.template.name} template has no generation prompt: it writes {head!r:.40} '
+                    'before an answer, but not when asked for one; expected {% if add_generation_prompt %}'
+                )
+        # A token that ends turns may have been added without being special.
+        return Tail(text, _first_run(text, self.special) or _first_run(text, self.added))
+
+    def _finish(self, text: str, spans: Spans, ended: bool) -> tuple[str, Spans]:
         """The text up to its last trained character; where no token ends the last answer, EOS does."""
-        start, end = spans[-1]
-        text = text[:end]
+        start, _ = spans[-1]
         eos = self.tokenizer.eos_token
-        if eos and not any(token in text[start:] for token in self.special):
+        if eos and not ended:
             text += eos
             spans = [*spans[:-1], (start, len(text))]
         return text, spans
 
+    def end_token(self) -> str | None:
+        """The token that ends an answer; None where the template does not write one."""
+        tail = self._tail(Chat(({'role': 'user', 'content': 'a'},)), 1)
+        if tail is None:
+            return None
+        ends = (token for token in (*self.special, *self.added) if tail.end.endswith(token))
+        return max(ends, key=len, default=self.tokenizer.eos_token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """What a template writes after an answer: all of it, and its beginning up to the tokens that end the turn."""
+
+    text: str
+    end: str
+
+
+def _first_run(text: str, tokens: tuple[str, ...]) -> str:
+    """The beginning of a text up to the end of the first tokens in it that follow each other; '' where it has none."""
+    end = min((where for token in tokens if (where := text.find(token)) >= 0), default=None)
+    if end is None:
+        return ''
+    while token := max((token for token in tokens if text.startswith(token, end)), key=len, default=''):
+        end += len(token)
+    return text[:end]
+
 
 def end_of_turn(template: Template, tokenizer) -> int | None:
     """The token that ends an answer; None if it is not one token."""
-    example = Chat(({'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}))
-    encoder = Encoder(template, tokenizer)
     try:
-        text, spans = encoder.text(example)
+        token = Encoder(template, tokenizer).end_token()
     except (FormatError, UserError):
         return None  # a template that cannot be trained with may still be written with
-    text = text[: spans[-1][1]].rstrip()
-    ended = next((token for token in encoder.special if text.endswith(token)), None)
-    return None if ended is None else tokenizer.convert_tokens_to_ids(ended)
+    return None if token is None else tokenizer.convert_tokens_to_ids(token)
 
 
 def tokenise(tokenizer, text: str, edges: Sequence[int]) -> tuple[list[int], np.ndarray]:

@@ -1,28 +1,22 @@
 """Chat templates: a conversation as the text that a model reads.
 
-A template is Jinja, as Hugging Face tokenizers carry it, and runs in Jinja's immutable sandbox: it sees the
-conversation and nothing else. Known names stand for templates written out here.
+A template is Jinja, as Hugging Face tokenizers carry it, and sees what `transformers` shows it: the conversation, its
+tools and the names of special tokens. It runs in a process of its own (`sandbox`). Known names stand for templates
+written out here.
 """
 
 import dataclasses
-import datetime
 import difflib
 import functools
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-
+from jaxtune.data import sandbox
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.errors import UserError
-
-# Private characters that stand around what `{% generation %}` marks, until the text is made.
-_OPEN, _CLOSE = '\U000ffff0', '\U000ffff1'
 
 _ALPACA_INPUT = (
     'Below is an instruction that describes a task, paired with an input that provides further context. '
@@ -108,38 +102,8 @@ NAMED: dict[str, tuple[str, str]] = {
 }
 
 
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}`: what the assistant writes."""
-
-    tags = {'generation'}  # noqa: RUF012
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-        call = self.call_method('_mark')
-        return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _mark(self, caller) -> str:
-        return _OPEN + caller() + _CLOSE
-
-
-def _raise_exception(message: str):
-    raise jinja2.exceptions.TemplateError(str(message))
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters['tojson'] = _tojson
-    environment.globals['raise_exception'] = _raise_exception
-    environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+# A text, and where the template marks what the assistant writes in it.
+Rendered = tuple[str, list[tuple[int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +123,7 @@ class Template:
     @property
     def marks(self) -> bool:
         """Whether it marks what the assistant writes."""
-        return bool(re.search(r'\{%-?\s*generation\s*-?%\}', self.source))
+        return bool(re.search(r'\{%[-+]?\s*generation\s*[-+]?%\}', self.source))
 
     def render(self, chat: Chat, generation_prompt: bool = False) -> str:
         """The conversation as text; with the generation prompt, up to where the assistant writes.
@@ -170,38 +134,56 @@ class Template:
         """
         return self.render_marked(chat, generation_prompt)[0]
 
-    def render_marked(self, chat: Chat, generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(self, chat: Chat, generation_prompt: bool = False) -> Rendered:
         """The text, and where the template marks what the assistant writes: `(start, end)` in characters."""
+        return self.render_all([(chat, generation_prompt)])[0]
+
+    def render_all(self, chats: Sequence[tuple[Chat, bool]]) -> list[Rendered]:
+        """`render_marked` of several conversations, each with or without the generation prompt.
+
+        Raises:
+          FormatError, UserError: as `render`, for the first that fails.
+        """
+        found = self.try_all(chats)
+        for one in found:
+            if isinstance(one, Exception):
+                raise one
+        return found
+
+    def try_all(self, chats: Sequence[tuple[Chat, bool]]) -> list[Rendered | FormatError | UserError]:
+        """As `render_all`, with the error in the place of what cannot be rendered."""
+        found = sandbox.render(self.source, [self._variables(*chat) for chat in chats])
+        made = [_result(self.name, one) for one in found]
+        return made if len(made) == len(chats) else made[:1] * len(chats)
+
+    def reads_tools(self, tools: Any) -> bool:
+        """Whether it is handed a conversation's tools; else they stand in the system's turn."""
+        return 'tools' in self.source and isinstance(_parsed(tools), list)
+
+    def _variables(self, chat: Chat, generation_prompt: bool) -> dict[str, Any]:
         turns, tools = list(chat.turns), chat.tools
         if tools is not None:
-            tools = _parsed(tools)
-            if 'tools' not in self.source or not isinstance(tools, list):
-                turns, tools = _with_tools(turns, chat.tools), None
-        variables = dict(self.tokens) | {'messages': turns, 'add_generation_prompt': generation_prompt}
-        if tools is not None:
-            variables['tools'] = tools
-        try:
-            text = _compiled(self.source, self.name).render(**variables)
-        except SecurityError as error:
-            raise UserError(f'data.template: {self.name} template reaches outside its sandbox: {error}') from None
-        except jinja2.exceptions.TemplateError as error:
-            raise FormatError('template', f'{self.name} template refuses the conversation: {error}') from None
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
-            raise FormatError('template', f'{self.name} template fails: {type(error).__name__}: {error}') from None
-        return _take_marks(text)
+            if self.reads_tools(tools):
+                tools = _parsed(tools)
+            else:
+                turns, tools = _with_tools(turns, tools), None
+        variables = {'messages': turns, 'tools': tools, 'documents': None, 'add_generation_prompt': generation_prompt}
+        return dict(self.tokens) | variables
 
 
-def _take_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    parts, spans, at, start = [], [], 0, 0
-    for part in re.split(f'([{_OPEN}{_CLOSE}])', text):
-        if part == _OPEN:
-            start = at
-        elif part == _CLOSE:
-            spans.append((start, at))
-        else:
-            parts.append(part)
-            at += len(part)
-    return ''.join(parts), spans
+def _result(name: str, found: dict[str, Any]) -> Rendered | FormatError | UserError:
+    """What the sandbox answered, as a rendering or as the error to raise."""
+    if 'text' in found:
+        return found['text'], [tuple(span) for span in found['spans']]
+    kind, message = found['error'], found['message']
+    if kind == 'syntax':
+        return UserError(f'data.template: {name} template, {message}')
+    if kind == 'refuses':
+        return FormatError('template', f'{name} template refuses the conversation: {message}')
+    if kind == 'fails':
+        return FormatError('template', f'{name} template fails: {message}')
+    reasons = {'compile': 'cannot be compiled: ', 'sandbox': 'reaches outside its sandbox: ', 'limit': ''}
+    return UserError(f'data.template: {name} template {reasons[kind]}{message}')
 
 
 def _parsed(tools: Any) -> Any:
@@ -221,14 +203,6 @@ def _with_tools(turns: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]
     return [{'role': 'system', 'content': f'Tools: {text}'}, *turns]
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(source: str, name: str) -> jinja2.Template:
-    try:
-        return _environment().from_string(source)
-    except jinja2.exceptions.TemplateSyntaxError as error:
-        raise UserError(f'data.template: {name} template, line {error.lineno}: {error.message}') from None
-
-
 def open_template(wanted: str, tokenizer, format_name: str = '', raw: bool = False) -> Template:
     """The template that `data.template` means.
 
@@ -245,7 +219,7 @@ def open_template(wanted: str, tokenizer, format_name: str = '', raw: bool = Fal
     if wanted == 'auto':
         own = tokenizer.chat_template
         if isinstance(own, dict):
-            own = own.get('default') or next(iter(own.values()))
+            own = own.get('default') or next(iter(own.values()), None)
         if own:
             known = (name for name in NAMED if _named(name, tokenizer) == own)
             name = next(known, '')
@@ -279,13 +253,21 @@ def _named(name: str, tokenizer) -> str | None:
 
 
 def _checked(template: Template) -> Template:
-    _compiled(template.source, template.name)
+    if not isinstance(template.source, str):
+        raise UserError(f'data.template: {template.name} template: expected a text, found {template.source!r:.60}')
+    _check(template.source, template.name)
     return template
 
 
+@functools.lru_cache(maxsize=64)
+def _check(source: str, name: str) -> None:
+    for problem in sandbox.render(source, []):
+        raise _result(name, problem)
+
+
 def _tokens(tokenizer) -> tuple[tuple[str, str], ...]:
-    names = ('bos_token', 'eos_token', 'pad_token', 'unk_token')
-    return tuple((name, str(getattr(tokenizer, name) or '')) for name in names)
+    """The special tokens that a template may name, as `transformers` hands them over: those that there are."""
+    return tuple(tokenizer.special_tokens_map.items())
 
 
 def _bos(tokenizer) -> str:

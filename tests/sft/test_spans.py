@@ -267,7 +267,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_them(
 def test_a_template_without_a_generation_prompt_is_refused():
     source = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
     tokenizer = byte_level()
-    with pytest.raises(UserError, match=r"no generation prompt: it writes '<assistant> '"):
+    with pytest.raises(UserError, match=r"no generation prompt: it writes '<assistant>'"):
         Encoder(open_template(source, tokenizer), tokenizer)(Chat(TWO))
 
 
