@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from jaxtune import console
 from jaxtune.assemble import Assembly
 from jaxtune.data import formats
 from jaxtune.data.examples import demonstrations, open_data, open_template, prepare
@@ -36,6 +37,7 @@ def read_prompts(
     fitting: bool = False,
     split: str = 'eval',
     limit: int | None = None,
+    needed: bool = True,
 ) -> list[Prompt]:
     """The prompts of `data.eval`, cut to `generate.prompt_tokens`; or the questions of conversations.
 
@@ -43,12 +45,13 @@ def read_prompts(
       config: the recipe.
       parts: model and tokenizer.
       chats: the data holds conversations, whatever it looks like.
-      fitting: leave out those that are empty or too long instead of refusing them.
+      fitting: leave out those that are empty or too long instead of refusing them, and say how many.
       split: `eval`, or `train` for those of `data.train`.
       limit: tokens of prompt and completion at most, where that is less than the model's positions.
+      needed: there must be one that fits.
 
     Raises:
-      UserError: none, an empty one, or one that leaves no room for the completion in the model's positions.
+      UserError: none that is needed, an empty one, or one that leaves no room for the completion in the model's positions.
     """
     source, key = None, f'data.{split}'
     if chats:
@@ -59,7 +62,13 @@ def read_prompts(
     limits = [size for size in (parts.model.config.max_positions, limit) if size]
     room, limit = config.generate.max_new_tokens, min(limits, default=None)
     if fitting:
+        found = len(prompts)
         prompts = [prompt for prompt in prompts if prompt.ids and not (limit and len(prompt.ids) + room > limit)]
+        if needed and len(prompts) < found:
+            console.note(
+                f'{key}={config.data[split]}: {found - len(prompts):,} of {found:,} prompts are left out: empty, or too '
+                f'long for generate.max_new_tokens={room} to fit beside them in {limit} tokens'
+            )
     for number, prompt in enumerate(prompts, 1):
         if not prompt.ids:
             raise UserError(f'{key}={config.data[split]}: prompt {number} is empty; expected at least one token')
@@ -68,7 +77,7 @@ def read_prompts(
                 f'{key}={config.data[split]}: prompt {number} has {len(prompt.ids)} tokens; expected at most the '
                 f"model's {limit} positions less generate.max_new_tokens={room} (generate.prompt_tokens cuts prompts)"
             )
-    if not prompts:
+    if not prompts and needed:
         fits = f' of at most {limit} tokens with generate.max_new_tokens={room}' if fitting and limit else ''
         raise UserError(f'{key}={config.data[split]}: holds no prompt{fits}; expected at least one')
     return prompts
@@ -76,20 +85,17 @@ def read_prompts(
 
 def _texts(config: ConfigDict, parts: Assembly, split: str) -> list[Prompt]:
     data, limit = config.data, config.generate.prompt_tokens
-    keys = {'prompt': ('prompt', ''), 'pair': (data.source_key, 'data.source_key')}
-    text_key, named = keys.get(data.format, (data.text_key, 'data.text_key'))
-    reference_key = {'prompt': 'completion', 'pair': data.target_key}.get(data.format)
     # What an encoder reads ends, and was introduced in training.
     answers = parts.model.kind == 'encdec'
     prefix, eos = (config.seq2seq.prefix, parts.tokenizer.eos_token_id) if answers else ('', None)
-    held_out = pathlib.Path(data[split]) / HELD_OUT
+    held_out = pathlib.Path(data[split]).expanduser() / HELD_OUT
     path = str(held_out) if held_out.is_file() else data[split]
     prompts = []
-    for place, record in itertools.islice(
-        open_records(path, f'data.{split}', None, text_key), config.generate.prompts or None
-    ):
+    records = open_records(path, f'data.{split}', None, data.text_key)
+    for place, record in itertools.islice(records, config.generate.prompts or None):
+        text_key, named, reference_key = _text_keys(data, record)
         text = field(record, place, text_key, named)
-        reference = record.get(reference_key)
+        reference = record.get(reference_key) if reference_key else None
         if limit:
             # A token is rarely longer than this; tokenising whole books for their first words takes long.
             text = text[: 64 * limit]
@@ -104,20 +110,34 @@ def _texts(config: ConfigDict, parts: Assembly, split: str) -> list[Prompt]:
     return prompts
 
 
+def _text_keys(data: ConfigDict, record: Any) -> tuple[str, str, str]:
+    """Where a record's prompt stands, the recipe's key that says so, and where its reference does; '' = nowhere."""
+    pair = (data.source_key, 'data.source_key', data.target_key)
+    held = record if isinstance(record, dict) else {}
+    if data.format == 'pair' or (data.format == 'auto' and data.text_key not in held and data.source_key in held):
+        return pair
+    if data.format == 'prompt' or (data.format == 'auto' and formats.detect(held) == 'prompt'):
+        prompt, completion = formats.prompt_fields(held)
+        return prompt, '', completion
+    return data.text_key, 'data.text_key', ''
+
+
 def _conversations(config: ConfigDict, split: str) -> Records | None:
     """The records of a split where they are conversations; None where they are texts to go on from."""
     name, path = config.data.format, config.data[split]
-    if name not in ('auto', *formats.CHATS) or (path != 'python-stdlib' and not pathlib.Path(path).exists()):
+    if name not in ('auto', *formats.CHATS):
         return None
     if path == 'python-stdlib' and (name == 'auto' or config.generate.prompt_tokens):
         return None
-    if (pathlib.Path(path) / HELD_OUT).is_file():
+    if (pathlib.Path(path).expanduser() / HELD_OUT).is_file():
         return None
     records = open_data(path, f'data.{split}', formats.CHATS)
     for _, record in records:
         kind = formats.detect(record)
-        asked = kind == 'prompt' and config.data.template == 'auto' and isinstance(record.get('prompt'), str)
-        return None if kind not in formats.CHATS or asked else records
+        if kind not in formats.CHATS:
+            return None
+        asked = kind == 'prompt' and isinstance(record.get(formats.prompt_fields(record)[0]), str)
+        return None if asked and config.data.template == 'auto' else records
     return None
 
 

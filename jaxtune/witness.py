@@ -36,6 +36,8 @@ class Witness:
       mesh: the mesh.
       parts: the run's model and tokenizer.
 
+    Where no prompt leaves room for a completion, it says so and writes nothing.
+
     Raises:
       UserError: the prompts are wrong.
     """
@@ -47,13 +49,21 @@ class Witness:
         config.generate.prompt_tokens = _PROMPT_TOKENS[config.objective]
         if config.objective == 'seq2seq':
             config.data.format = 'pair'
-        self.prompts = read_prompts(config, parts, config.objective == 'sft', fitting=True)[:count]
+        self.prompts = read_prompts(config, parts, config.objective == 'sft', fitting=True, needed=False)[:count]
+        if not self.prompts:
+            console.note(
+                f'eval.samples={count}: none is written: no prompt of data.eval leaves room for '
+                f'generate.max_new_tokens={config.generate.max_new_tokens}'
+            )
+            return
         rows = mesh.shape['data'] * mesh.shape['fsdp']
         self.complete = Completer(config, mesh, parts, -(-len(self.prompts) // rows) * rows)
         self.workdir = workdir
 
     def write(self, params: Any, step: int) -> None:
         """Writes what the model answers after an update; what stands there of later ones goes."""
+        if not self.prompts:
+            return
         made = self.complete(params, self.prompts)
         if not console.is_primary():
             return

@@ -153,6 +153,12 @@ def open_template(config: ConfigDict, tokenizer, format_name: str, records: Iter
       UserError: there is no such template, or it does not compile.
     """
     template = templates.open_template(config.data.template, tokenizer, format_name, is_raw(format_name, records))
+    if config.data.template == 'auto' and not tokenizer.chat_template:
+        marks = ', '.join(templates.unknown_marks(template, tokenizer))
+        console.note(
+            f'data.template=auto: the tokenizer has no chat template, so {template.name} is taken'
+            + (f'; {marks} is no token of its vocabulary and is cut in pieces' if marks else '')
+        )
     tokenizer.chat_template = template.source
     return template
 

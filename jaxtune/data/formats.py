@@ -5,7 +5,7 @@
 | `alpaca` | `instruction`, maybe `input`, `output`, `system`, `history` (pairs of earlier instructions and outputs) |
 | `sharegpt` | `conversations`: turns `{"from", "value"}`; maybe `system`, `tools` |
 | `messages` | `messages`: turns `{"role", "content"}`; maybe `tools` |
-| `prompt` | `prompt`, `completion`: texts, or lists of messages |
+| `prompt` | `prompt`, `completion` (or `question`, `answer`): texts, or lists of messages |
 | `preference` | `chosen`, `rejected`, maybe `prompt` (or `conversations`, `messages`) and `margin`: texts or turns |
 | | texts without a prompt may be whole dialogues (`\\n\\nHuman: …\\n\\nAssistant: …`) |
 | | unpaired: a conversation, or a prompt and a completion, with `label` |
@@ -99,9 +99,15 @@ def detect(record: Any) -> str | None:
         return 'sharegpt'
     if 'instruction' in record:
         return 'alpaca'
-    if 'prompt' in record:
+    if 'prompt' in record or 'question' in record:
         return 'prompt'
     return None
+
+
+def prompt_fields(record: Any) -> tuple[str, str]:
+    """The fields of format `prompt` that a record has: prompt and completion."""
+    named = isinstance(record, dict) and 'question' in record and 'prompt' not in record
+    return ('question', 'answer') if named else ('prompt', 'completion')
 
 
 def read(records: Iterable[Placed], convert: Callable[[str, Any], T], name: str) -> list[tuple[str, T]]:
@@ -282,9 +288,10 @@ def _messages(place: str, record: Any, answered: bool) -> Chat:
 
 
 def _prompt(place: str, record: Any, answered: bool) -> Chat:
-    prompt = _get(record, place, 'prompt', (str, list))
-    wanted = answered or (isinstance(record, dict) and record.get('completion') is not None)
-    completion = _get(record, place, 'completion', (str, list)) if wanted else []
+    asked, written = prompt_fields(record)
+    prompt = _get(record, place, asked, (str, list))
+    wanted = answered or record.get(written) is not None
+    completion = _get(record, place, written, (str, list)) if wanted else []
     return _joined(record, prompt, completion, place)
 
 

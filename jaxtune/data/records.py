@@ -1,22 +1,27 @@
 """Records: where `data.train` and `data.eval` point, read as a stream of objects, each with the place it stands at."""
 
+import csv
 import dataclasses
 import glob
 import io
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxtune.data import datasets_hub, stdlib
+from jaxtune.data.files import is_regular, note_once, walk
 from jaxtune.errors import UserError
 from jaxtune.hubnames import is_dataset_id
 
 TEXT_SUFFIXES = ('.txt', '.md', '.rst')
-RECORD_SUFFIXES = ('.jsonl', '.ndjson', '.json', '.parquet')
+_LINES = ('.jsonl', '.ndjson', '.jsonlines', '.jl')
+_TABLES = {'.csv': ',', '.tsv': '\t'}  # suffix -> what stands between cells
+RECORD_SUFFIXES = (*_LINES, '.json', '.parquet', *_TABLES)
 COMPRESSED_SUFFIXES = ('.gz', '.zst', '.bz2')
 EXPECTED = 'expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE'
+
+_LONGEST_CELL = 1 << 30
 
 Placed = tuple[str, Any]
 
@@ -46,11 +51,12 @@ def open_records(
 ) -> Records:
     """Finds the records that a recipe's key names.
 
-    `.jsonl` holds one a line, `.json` one or a list of them, `.parquet` one a row; a file without a known suffix, and
-    `.txt`, `.md` and `.rst`, is one record with the whole text under `text_key`. Each may be compressed (`.gz`, `.zst`,
-    `.bz2`). A folder is read in the order of its paths, with its folders, and without hidden files and unknown
-    suffixes; of a prepare stage's workdir its `train.jsonl`, for `data.eval` its `eval.jsonl`. A dataset is `ID`,
-    `ID:CONFIG`, or `ID:CONFIG:SPLIT`.
+    `.jsonl` (`.jsonlines`, `.jl`, `.ndjson`) holds one a line, `.json` one or a list of them, `.parquet` one a row,
+    `.csv` and `.tsv` one a row after the names of the columns; `.txt`, `.md` and `.rst` are one record with the whole
+    text under `text_key`, and so is, with a note, a file of another suffix. Each may be compressed (`.gz`, `.zst`,
+    `.bz2`). A folder is read in the order of its paths, with its folders and what its links lead to, and without hidden
+    files and unknown suffixes; of a prepare stage's workdir its `train.jsonl`, for `data.eval` its `eval.jsonl`. A
+    dataset is `ID`, `ID:CONFIG`, or `ID:CONFIG:SPLIT`.
 
     Args:
       path: the value of the key.
@@ -87,13 +93,17 @@ def read_file(file: pathlib.Path, columns: Mapping[str, str] | None = None, text
     """
     suffix = _suffix(file)
     try:
-        if suffix in ('.jsonl', '.ndjson'):
+        if suffix in _LINES:
             yield from _jsonl(file)
+        elif suffix in _TABLES:
+            yield from _table(file, _TABLES[suffix])
         elif suffix == '.json':
             yield from _json(file)
         elif suffix == '.parquet':
             yield from _parquet(file, columns)
         else:
+            if suffix not in TEXT_SUFFIXES:
+                note_once(f'{file}: read as one text: {suffix or "no suffix"} is none of {" ".join(RECORD_SUFFIXES)}')
             yield str(file), {text_key: _whole(file)}
     except UserError:
         raise
@@ -177,22 +187,28 @@ def _files(path: str, name: str) -> list[pathlib.Path] | None:
     if glob.has_magic(path):
         found = [pathlib.Path(match) for match in sorted(glob.glob(str(start), recursive=True))]
         files = [file for match in found for file in (_walk(match) if match.is_dir() else [match])]
+        files = [file for file in dict.fromkeys(files) if is_regular(file)]
         if not files:
             raise UserError(f'{name}: no file matches; {EXPECTED}')
-        return list(dict.fromkeys(files))
+        return files
+    if start.exists() or start.is_symlink():
+        is_regular(start)
+        raise UserError(f'{name}: not a regular file; {EXPECTED}')
     if is_dataset_id(path) and _suffix(start) not in known:
         return None
     raise UserError(f'{name}: no such file; {EXPECTED}')
 
 
 def _walk(folder: pathlib.Path) -> list[pathlib.Path]:
-    known = TEXT_SUFFIXES + RECORD_SUFFIXES
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith('.')]
-        paths = [pathlib.Path(parent, name) for name in names if not name.startswith('.')]
-        files += [path for path in paths if _suffix(path) in known]
-    return sorted(files)
+    found = walk(folder)
+    files = [path for path in found if _suffix(path) in TEXT_SUFFIXES + RECORD_SUFFIXES]
+    others = sorted({_suffix(path) or path.name for path in found} - {_suffix(path) for path in files})
+    if others:
+        note_once(
+            f'{folder}: left out {len(found) - len(files):,} of {len(found):,} files, of unknown suffixes: '
+            f'{" ".join(others[:8])}'
+        )
+    return [path for path in files if is_regular(path)]
 
 
 def _open(file: pathlib.Path) -> io.BufferedReader:
@@ -224,8 +240,12 @@ def _parse(line: bytes, place: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f'{place}: expected one JSON object on the line: {error.msg} (column {error.colno})') from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f'{place}: expected one JSON object in UTF-8 on the line: {error}') from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, nested too deep, or a number of thousands of digits
+        raise UserError(f'{place}: expected one JSON object in UTF-8 on the line: {_brief(error)}') from None
+
+
+def _brief(error: Exception) -> str:
+    return ' '.join(str(error).split(';')[0].split())[:200]
 
 
 def _json(file: pathlib.Path) -> Iterator[Placed]:
@@ -238,8 +258,8 @@ def _json(file: pathlib.Path) -> Iterator[Placed]:
             yield from _jsonl(file)
             return
         raise UserError(f'{file}:{error.lineno}: expected JSON: {error.msg} (column {error.colno})') from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f'{file}: expected JSON in UTF-8: {error}') from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{file}: expected JSON in UTF-8: {_brief(error)}') from None
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
         yield f'{file}: record {number}', record
 
@@ -252,20 +272,65 @@ def _check_columns(columns: Mapping[str, str] | None, found: list[str], where: s
     return None if columns is None else list(columns)
 
 
+def _table(file: pathlib.Path, delimiter: str) -> Iterator[Placed]:
+    csv.field_size_limit(_LONGEST_CELL)
+    with io.TextIOWrapper(_open(file), encoding='utf-8-sig', newline='') as stream:
+        rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        names: list[str] | None = None
+        while True:
+            line = rows.line_num + 1
+            try:
+                row = next(rows, None)
+            except (csv.Error, ValueError) as error:
+                raise UserError(f'{file}:{line}: expected a row of a table in UTF-8: {_brief(error)}') from None
+            if row is None:
+                return
+            if not row:
+                continue
+            if names is None:
+                names = row
+                if len(set(names)) < len(names) or not all(names):
+                    raise UserError(f'{file}:{line}: expected the names of the columns, each once; found {names!r:.80}')
+            elif len(row) != len(names):
+                raise UserError(f'{file}:{line}: expected {len(names)} cells, as there are columns; found {len(row)}')
+            else:
+                yield f'{file}:{line}', dict(zip(names, row, strict=True))
+
+
 def _parquet(file: pathlib.Path, columns: Mapping[str, str] | None) -> Iterator[Placed]:
-    import pyarrow
     from pyarrow import parquet
+
+    def expected(error: Exception) -> UserError:
+        return UserError(f'{file}: expected Parquet: {" ".join(str(error).split())[:200]}')
 
     try:
         table = parquet.ParquetFile(str(file))
-        wanted = _check_columns(columns, table.schema_arrow.names, str(file))
-        row = 0
-        for batch in table.iter_batches(columns=wanted, batch_size=1024):
-            for record in batch.to_pylist():
-                row += 1
-                yield f'{file}: row {row}', record
-    except pyarrow.ArrowException as error:
-        raise UserError(f'{file}: expected Parquet: {" ".join(str(error).split())[:200]}') from None
+    except Exception as error:  # of the file's own: pyarrow raises many kinds
+        raise expected(error) from None
+    batches = table.iter_batches(columns=_check_columns(columns, table.schema_arrow.names, str(file)), batch_size=1024)
+    row = 0
+    while True:
+        try:
+            batch = next(batches, None)
+            records = None if batch is None else batch.to_pylist()
+        except Exception as error:
+            raise expected(error) from None
+        if records is None:
+            return
+        for record in records:
+            row += 1
+            yield f'{file}: row {row}', _without_nulls(record)
+
+
+def _without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of Arrow without what it fills in where others have a field: nulls within objects."""
+    return {name: _filled(value) if isinstance(value, dict | list) else value for name, value in record.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(inner) for name, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _hub_dataset(path: str, name: str, key: str, columns: Mapping[str, str] | None) -> Records:
@@ -288,6 +353,6 @@ def _hub_dataset(path: str, name: str, key: str, columns: Mapping[str, str] | No
 
     def read() -> Iterator[Placed]:
         for row, record in enumerate(table, 1):
-            yield f'{name}: row {row}', record
+            yield f'{name}: row {row}', _without_nulls(record)
 
     return Records(name, [path, chosen._fingerprint], read)

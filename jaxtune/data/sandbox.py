@@ -104,7 +104,8 @@ def _what_ended(status: int) -> str:
 
 def _failure(kind: str, error: BaseException) -> dict[str, str]:
     message = ' '.join(str(error).split())[:200]
-    return {'error': kind, 'message': message if kind != 'fails' else f'{type(error).__name__}: {message}'}
+    message = f'{type(error).__name__}: {message}' if kind in ('fails', 'compile') else message
+    return {'error': kind, 'message': message}
 
 
 def _write(stream, data: bytes) -> None:

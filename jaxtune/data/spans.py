@@ -112,6 +112,7 @@ class Encoder:
             raise FormatError(
                 'marks', f'{self.template.name} template marks {len(spans)} of {count} answers with {{% generation %}}'
             )
+        self._check_written(chat.turns[-1]['content'], text, len(chat.turns) - 1)
         tail = self._tail(chat, answers[-1])
         end = tail.end if tail else ''
         if end:

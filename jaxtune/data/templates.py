@@ -222,8 +222,7 @@ def open_template(wanted: str, tokenizer, format_name: str = '', raw: bool = Fal
             own = own.get('default') or next(iter(own.values()), None)
         if own:
             known = (name for name in NAMED if _named(name, tokenizer) == own)
-            name = next(known, '')
-            return _checked(Template(f"the tokenizer's own {name}".rstrip(), own, _tokens(tokenizer)))
+            return _checked(Template(next(known, "the tokenizer's own"), own, _tokens(tokenizer)))
         wanted = 'plain' if raw else 'alpaca' if format_name == 'alpaca' else 'chatml'
     if wanted in NAMED:
         source = _named(wanted, tokenizer)
@@ -250,6 +249,14 @@ def _named(name: str, tokenizer) -> str | None:
         return None
     source = re.sub(r'\bBOS\b', lambda _: repr(_bos(tokenizer)), source)
     return re.sub(r'\bEOT\b', lambda _: repr(end), source)
+
+
+def unknown_marks(template: Template, tokenizer) -> list[str]:
+    """The marks of turns that a template writes and that are no tokens of the tokenizer's: it cuts them in pieces."""
+    vocab = tokenizer.get_vocab()
+    return [
+        mark for mark in dict.fromkeys(re.findall(r'<\|\w+\|>|<\w+_of_turn>', template.source)) if mark not in vocab
+    ]
 
 
 def _checked(template: Template) -> Template:

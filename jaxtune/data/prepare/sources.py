@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from jaxtune.data import datasets_hub, stdlib
+from jaxtune.data.files import is_regular, note_once, walk
 from jaxtune.data.prepare import sourcecode
 from jaxtune.data.prepare.plan import Source
 from jaxtune.errors import UserError
@@ -14,7 +15,7 @@ from jaxtune.hubnames import is_dataset_id
 
 COMPRESSED = ('.gz', '.bz2', '.zst', '.xz')
 _FORMATS = {
-    '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.parquet': 'parquet', '.csv': 'csv', '.tsv': 'csv',
+    '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.jsonlines': 'jsonl', '.jl': 'jsonl', '.json': 'json', '.parquet': 'parquet', '.csv': 'csv', '.tsv': 'csv',
     '.html': 'html', '.htm': 'html', '.xhtml': 'html', '.warc': 'warc', '.wet': 'warc', '.arc': 'warc',
     '.epub': 'epub', '.txt': 'text', '.md': 'text', '.rst': 'text', '.xml': 'xml',
 }  # fmt: skip
@@ -65,16 +66,16 @@ def units(number: int, source: Source) -> list[Unit]:
         return _cut(number, source, _remote(source))
     start = pathlib.Path(path).expanduser()
     if start.is_dir():
-        found = [file for file in sorted(start.rglob('*')) if file.is_file() and not _hidden(file.relative_to(start))]
+        found = _there(walk(start))
         names = [(str(file), file.relative_to(start).as_posix()) for file in found]
         kept = [name for name, below in names if _readable(below, source.kind)]
         return _cut(number, source, [(name, *_stat(name)) for name in kept], str(start))
     if start.is_file():
         return _cut(number, source, [(str(start), *_stat(str(start)))])
     if glob.has_magic(path):
-        found = sorted(name for name in glob.glob(str(start), recursive=True) if pathlib.Path(name).is_file())
+        found = _there(sorted(pathlib.Path(name) for name in glob.glob(str(start), recursive=True)))
         if found:
-            return _cut(number, source, [(name, *_stat(name)) for name in found])
+            return _cut(number, source, [(str(name), *_stat(str(name))) for name in found])
         raise UserError(
             f'{source.key}={path}: no file matches; expected a path, a glob, a folder, a URL or a dataset id'
         )
@@ -84,8 +85,12 @@ def units(number: int, source: Source) -> list[Unit]:
     raise UserError(f'{source.key}={path}: no such file; expected a path, a glob, a folder, a URL or a dataset id')
 
 
-def _hidden(path: pathlib.Path) -> bool:
-    return any(part.startswith('.') for part in path.parts)
+def _there(paths: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Those that are files; of the rest pipes and links to nothing are named."""
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            note_once(f'{path}: left out: a link that leads nowhere')
+    return [path for path in paths if path.exists() and not path.is_dir() and is_regular(path)]
 
 
 def _readable(path: str, kind: str) -> bool:
