@@ -51,7 +51,8 @@ def read_prompts(
       needed: there must be one that fits.
 
     Raises:
-      UserError: none that is needed, an empty one, or one that leaves no room for the completion in the model's positions.
+      UserError: none, where one is needed; an empty one, or one that leaves no room for the completion in the model's
+        positions.
     """
     source, key = None, f'data.{split}'
     if chats:
@@ -66,8 +67,8 @@ def read_prompts(
         prompts = [prompt for prompt in prompts if prompt.ids and not (limit and len(prompt.ids) + room > limit)]
         if needed and len(prompts) < found:
             console.note(
-                f'{key}={config.data[split]}: {found - len(prompts):,} of {found:,} prompts are left out: empty, or too '
-                f'long for generate.max_new_tokens={room} to fit beside them in {limit} tokens'
+                f'{key}={config.data[split]}: {found - len(prompts):,} of {found:,} prompts are left out: empty, or '
+                f'too long to have generate.max_new_tokens={room} after them in {limit} tokens'
             )
     for number, prompt in enumerate(prompts, 1):
         if not prompt.ids:

@@ -15,7 +15,8 @@ from jaxtune.hubnames import is_dataset_id
 
 COMPRESSED = ('.gz', '.bz2', '.zst', '.xz')
 _FORMATS = {
-    '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.jsonlines': 'jsonl', '.jl': 'jsonl', '.json': 'json', '.parquet': 'parquet', '.csv': 'csv', '.tsv': 'csv',
+    '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.jsonlines': 'jsonl', '.jl': 'jsonl', '.json': 'json',
+    '.parquet': 'parquet', '.csv': 'csv', '.tsv': 'csv',
     '.html': 'html', '.htm': 'html', '.xhtml': 'html', '.warc': 'warc', '.wet': 'warc', '.arc': 'warc',
     '.epub': 'epub', '.txt': 'text', '.md': 'text', '.rst': 'text', '.xml': 'xml',
 }  # fmt: skip
