@@ -263,7 +263,7 @@ def assemble(config: ConfigDict, mesh: Mesh, *, weights: bool = True) -> Assembl
     if not weights:
         params = with_shardings(shapes, placed)
     elif folder:
-        params, _ = hf.load(folder, model, placed, config.model.param_dtype, key, codecs)
+        params, _ = hf.load(folder, model, placed, rng=key, codecs=codecs)
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
         params = jax.jit(lambda key: tuning.encoded(model.init(key), codecs), out_shardings=placed)(key)

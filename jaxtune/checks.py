@@ -52,12 +52,20 @@ def integer(low: int | None = None, *words: str, high: int = MOST) -> Check:
     return check
 
 
-def number(low: float | None = None, high: float | None = None, *, above: float | None = None) -> Check:
+def number(low: float | None = None, high: float | None = None, *words: str, above: float | None = None) -> Check:
     expected = 'a number' + ''.join(
         f' {sign} {bound:g}' for sign, bound in (('>=', low), ('>', above), ('<=', high)) if bound is not None
     )
+    expected += ''.join(f" or '{word}'" for word in words)
 
     def check(value):
+        if value in words:
+            return value
+        if words and isinstance(value, str):  # a flag's, whose default is a word
+            try:
+                value = float(value)
+            except ValueError:
+                raise ExpectedError(expected) from None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ExpectedError(expected)
         try:

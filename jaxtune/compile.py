@@ -19,7 +19,7 @@ from jaxtune.data import tokenizer as tokenizers
 from jaxtune.fitting import available_bytes, try_compile
 from jaxtune.models import Model
 from jaxtune.models.attention import chosen
-from jaxtune.parallel import make_mesh
+from jaxtune.parallel import copied_bytes, make_mesh
 from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
@@ -71,7 +71,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     info = runinfo.RunInfo(command, config, mesh)
     model, trainable, frozen, program = open_program(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        info.describe_model(model, (trainable, frozen), trainable, program.shapes['opt_state'])
+        opt_state = with_shardings(program.shapes['opt_state'], program.placed['opt_state'])
+        info.describe_model(model, (trainable, frozen), trainable, opt_state)
+        copied = copied_bytes((trainable, frozen, opt_state))
         for count in _micro_batches(config, mesh):
             with info.timed('compile'):
                 attempt = compile_for(program, frozen, count, limit)
@@ -93,7 +95,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     if not console.is_primary():
         return {'task': 'compile', 'status': 'done', 'step': 0, 'metrics': metrics}
     found = collectives(attempt.text)
-    _show(config, mesh, model, attempt, limit, metrics, found)
+    _show(config, mesh, attempt, limit, metrics, found, copied)
     beside = {
         'accumulate': attempt.accumulate,
         'attention': list(chosen()),
@@ -230,7 +232,9 @@ def collectives(text: str) -> dict[str, Collective]:
     return found
 
 
-def _show(config, mesh: Mesh, model, attempt: Attempt, limit: int, metrics: dict, found: dict[str, Collective]) -> None:
+def _show(
+    config, mesh: Mesh, attempt: Attempt, limit: int, metrics: dict, found: dict[str, Collective], copied: int
+) -> None:
     sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
     kinds = [f'{entry.count} {kind} (largest {entry.largest})' for kind, entry in found.items() if entry.count]
     console.facts(
@@ -239,6 +243,7 @@ def _show(config, mesh: Mesh, model, attempt: Attempt, limit: int, metrics: dict
             ('attention', ', '.join(chosen())),
             ('batch', f'{config.train.batch_size} x {config.data.seq_len} in {attempt.accumulate} micro-batches'),
             ('arguments', f'{size(attempt.argument_bytes)} a device: state, frozen parameters, batch'),
+            ('of them', f'{size(copied)} copied to every device' if copied else ''),
             ('temporaries', f'{size(attempt.temp_bytes)} a device'),
             ('peak', f'{size(attempt.peak_bytes)} of {size(limit)}: {"fits" if attempt.fits else "does not fit"}'),
             ('work', f'{amount(metrics["flops_per_step"])}FLOP an update'),

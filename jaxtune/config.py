@@ -51,7 +51,9 @@ SCHEMA: dict[str, Key | Free] = {
     'seed': Key(0, integer(0, high=2**32 - 1), 'seed of initialisation, data order and sampling'),
     'model.path': Key('', path, 'a Hugging Face folder, a hub id, a jaxtune workdir, @STAGE; empty = from scratch'),
     'model.config': Free('from scratch: Hugging Face config fields, model_type among them'),
-    'model.param_dtype': Key('float32', _dtype, 'what parameters and optimizer state are kept in'),
+    'model.param_dtype': Key(
+        'float32', _dtype, 'what weights are kept in; norms, biases and optimizer state stay float32'
+    ),
     'model.compute_dtype': Key('float32', _dtype, 'what activations and matrix products use'),
     'model.remat': Key(
         'dots', one_of('none', 'full', 'dots'), 'the backward pass computes again: nothing, all, or all but products'
@@ -193,9 +195,15 @@ SCHEMA: dict[str, Key | Free] = {
     'optimizer.min_ratio': Key(0.1, number(0, 1), 'cosine: where it ends, as a share of the peak'),
     'optimizer.decay_ratio': Key(0.2, number(0, 1), 'wsd: last share of the updates, over which the rate falls to 0'),
     'optimizer.weight_decay': Key(0.01, number(0), 'decoupled; kernels and embeddings only'),
-    'optimizer.b1': Key(0.9, number(0, 0.99999), 'decay of the first moment (momentum of sgd and muon)'),
-    'optimizer.b2': Key(0.999, number(0, 0.99999), 'decay of the second moment'),
-    'optimizer.eps': Key(1e-8, number(above=0), 'added to the root of the second moment'),
+    'optimizer.b1': Key(
+        'auto', number(0, 0.99999, 'auto'), "decay of the first moment (sgd, muon: momentum); auto = its paper's"
+    ),
+    'optimizer.b2': Key(
+        'auto', number(0, 0.99999, 'auto'), "decay of the second moment (lion: of its one); auto = its paper's"
+    ),
+    'optimizer.eps': Key(
+        'auto', number(None, None, 'auto', above=0), 'added to the root of the second moment (adafactor: to a square)'
+    ),
     'optimizer.clip_norm': Key(1.0, number(0), 'gradients are scaled down to this global norm; 0 = off'),
     'optimizer.offload': Key(False, boolean, 'keep the state in pinned host memory'),
     'eval.every': Key(0, integer(0), 'updates between evaluations; 0 = only at the end'),

@@ -1,16 +1,17 @@
 """Optimizers and learning-rate schedules, composed from optax."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
-from optax import contrib
 
 from jaxtune.errors import UserError
 from jaxtune.optim8bit import scale_by_adam_8bit
 from jaxtune.parallel.rules import path_name
+from jaxtune.weights.tree import layer_dims
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -41,43 +42,145 @@ def schedule(config: ConfigDict, steps: int) -> Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def _adam(config: ConfigDict) -> optax.GradientTransformation:
-    return optax.scale_by_adam(config.b1 or 0.9, config.b2 or 0.999, config.eps)
+class Betas(NamedTuple):
+    """Decays of the first and the second moment, and what is added to the root of the second (or to its square)."""
+
+    b1: float
+    b2: float
+    eps: float
 
 
-def _muon(config: ConfigDict) -> optax.GradientTransformation:
+# What each optimizer's own paper has. Muon's second number and eps are of its Adam part.
+PAPERS = {
+    'adamw': Betas(0.9, 0.999, 1e-8),  # Kingma and Ba 2014, arXiv:1412.6980
+    'adamw8bit': Betas(0.9, 0.999, 1e-8),
+    'adafactor': Betas(0.0, 1.0, 1e-30),  # Shazeer and Stern 2018, arXiv:1804.04235: no momentum, b2 by its own course
+    'lion': Betas(0.9, 0.99, 0.0),  # Chen et al. 2023, arXiv:2302.06675
+    'muon': Betas(0.95, 0.95, 1e-8),  # Jordan 2024
+    'sgd': Betas(0.9, 0.0, 0.0),  # Sutskever et al. 2013, "On the importance of initialization and momentum"
+}
+
+
+def betas(config: ConfigDict) -> Betas:
+    """Those of a recipe's `optimizer`: its paper's where it says `auto`."""
+    given = (config.b1, config.b2, config.eps)
+    return Betas(*(own if value == 'auto' else value for value, own in zip(given, PAPERS[config.name], strict=True)))
+
+
+def _adafactor(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adafactor (arXiv:1804.04235) with a learning rate from outside; every matrix by itself, not a stack of layers.
+
+    The second moment decays by `1 - t ** -0.8`, at most by `b2` (Zhai et al. 2021, arXiv:2106.04560).
+    """
+
+    def own(path) -> tuple[int, ...]:
+        return tuple(range(-layer_dims(path_name(path)), 0))
+
+    def init(params):
+        def zeros(path, leaf):
+            if len(own(path)) == 1:
+                return jnp.zeros(leaf.shape)
+            return {'row': jnp.zeros(leaf.shape[:-1]), 'col': jnp.zeros((*leaf.shape[:-2], leaf.shape[-1]))}
+
+        return AdafactorState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(zeros, params))
+
+    def update(grads, state, params=None):
+        count = state.count + 1
+        decay = jnp.minimum(b2, 1.0 - count.astype(jnp.float32) ** -0.8)
+
+        def moved(was, value):
+            return decay * was + (1.0 - decay) * value
+
+        def rule(path, grad, was):
+            square = jnp.square(grad) + eps
+            if isinstance(was, dict):
+                nu = {'row': moved(was['row'], square.mean(-1)), 'col': moved(was['col'], square.mean(-2))}
+                row = jax.lax.rsqrt(nu['row'] / nu['row'].mean(-1, keepdims=True))
+                step = grad * row[..., None] * jax.lax.rsqrt(nu['col'])[..., None, :]
+            else:
+                nu = moved(was, square)
+                step = grad * jax.lax.rsqrt(nu)
+            size = jnp.sqrt(jnp.square(step).mean(own(path), keepdims=True))
+            return step / jnp.maximum(1.0, size), nu
+
+        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
+        found = [rule(*leaf, was) for leaf, was in zip(leaves, structure.flatten_up_to(state.nu), strict=True)]
+        steps, nu = (structure.unflatten(part) for part in zip(*found, strict=True))
+        return steps, AdafactorState(count, nu)
+
+    rule = optax.GradientTransformation(init, update)
+    return optax.chain(rule, optax.ema(b1, debias=False)) if b1 else rule
+
+
+class AdafactorState(NamedTuple):
+    """Updates done, and second moments: of rows `[*layers, in]` and columns `[*layers, out]`, or of vectors whole."""
+
+    count: jax.Array
+    nu: Any
+
+
+def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Muon for kernels, Adam for the rest; updates are scaled to AdamW's size, so that one rate suits both.
 
-    Keller Jordan 2024; the scale 0.2 sqrt(max(in, out)) is arXiv:2502.16982's. Stacked layers are batched.
+    Jordan 2024, "Muon: An optimizer for hidden layers in neural networks"; the scale 0.2 sqrt(max(in, out)) is
+    arXiv:2502.16982's. Stacked layers are batched.
     """
-    matrices = contrib.scale_by_muon(
-        beta=config.b1 or 0.95,
-        weight_dimension_numbers=lambda tree: jax.tree.map(
-            lambda leaf: contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), tree
-        ),
-    )
 
-    def size(update):
-        return update * (0.2 * max(update.shape[-2:]) ** 0.5)
+    def init(params):
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    matrices = optax.chain(matrices, optax.stateless(lambda updates, params: jax.tree.map(size, updates)))
+    def update(grads, state, params=None):
+        mu = jax.tree.map(lambda was, grad: b1 * was + (1.0 - b1) * grad, state.mu, grads)
+        ahead = jax.tree.map(lambda mu, grad: b1 * mu + (1.0 - b1) * grad, mu, grads)  # Nesterov's
+        return jax.tree.map(_orthogonalised, ahead), MuonState(mu)
 
     def label(path, leaf):
         name = path_name(path)
         return 'muon' if name.endswith('kernel') and 'lm_head' not in name and leaf.ndim >= 2 else 'adam'
 
-    adam = optax.scale_by_adam(0.9, config.b2 or 0.95, config.eps)
-    return optax.partition({'muon': matrices, 'adam': adam}, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
+    rules = {'muon': optax.GradientTransformation(init, update), 'adam': optax.scale_by_adam(0.9, b2, eps)}
+    return optax.partition(rules, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
 
 
-_RULES = {
-    'adamw': _adam,
-    'adamw8bit': lambda config: scale_by_adam_8bit(config.b1 or 0.9, config.b2 or 0.999, config.eps),
-    'adafactor': lambda config: optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0)),
-    'lion': lambda config: optax.scale_by_lion(config.b1 or 0.9, config.b2 or 0.99),
+class MuonState(NamedTuple):
+    """The momentum."""
+
+    mu: Any
+
+
+def _orthogonalised(update: jax.Array) -> jax.Array:
+    """`[*layers, in, out]` with singular values near 1 (five Newton-Schulz iterations), scaled to AdamW's size."""
+    dims = (*range(update.ndim - 2), update.ndim - 1, update.ndim - 2)
+    tall = update.shape[-2] > update.shape[-1]
+    x = update.transpose(dims) if tall else update
+    x = x / (jnp.sqrt(jnp.square(x).sum((-2, -1), keepdims=True)) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.transpose(dims) if tall else x) * (0.2 * max(update.shape[-2:]) ** 0.5)
+
+
+_RULES: dict[str, Callable[[float, float, float], optax.GradientTransformation]] = {
+    'adamw': optax.scale_by_adam,
+    'adamw8bit': scale_by_adam_8bit,
+    'adafactor': _adafactor,
+    'lion': lambda b1, b2, eps: optax.scale_by_lion(b1, b2),
     'muon': _muon,
-    'sgd': lambda config: optax.trace(config.b1 or 0.9),
+    'sgd': lambda b1, b2, eps: optax.trace(b1),
 }
+
+
+def _wide(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A rule whose state and arithmetic are float32, whatever parameters and gradients are kept in."""
+
+    def update(grads, state, params=None):
+        return rule.update(_wide(grads), state, params)
+
+    return optax.GradientTransformation(lambda params: rule.init(_wide(params)), update)
 
 
 def make_optimizer(
@@ -86,7 +189,7 @@ def make_optimizer(
     fresh: frozenset[str] = frozenset(),
     rate: Callable[[str], float] | None = None,
 ) -> optax.GradientTransformation:
-    """The update rule of a recipe's `optimizer`.
+    """The update rule of a recipe's `optimizer`; its state and its updates are float32.
 
     Args:
       config: the subtree `optimizer`.
@@ -100,8 +203,12 @@ def make_optimizer(
     if config.name not in _RULES:
         raise UserError(f'optimizer.name={config.name!r}: not in this version; expected one of {", ".join(_RULES)}')
 
-    def decayed(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith(DECAYED), tree)
+    def decay(updates, params):
+        def decayed(path, update, param):
+            shrinks = config.weight_decay and path_name(path).endswith(DECAYED)
+            return update + config.weight_decay * param if shrinks else update
+
+        return jax.tree_util.tree_map_with_path(decayed, _wide(updates), _wide(params))
 
     def boost(updates, state, params=None):
         def scaled(path, update):
@@ -111,17 +218,15 @@ def make_optimizer(
 
         return jax.tree_util.tree_map_with_path(scaled, updates), state
 
+    rule = _RULES[config.name](*betas(config))
     return optax.chain(
-        _RULES[config.name](config),
-        optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
+        rule if config.name == 'adamw8bit' else _in_float32(rule),  # it widens by itself, a layer at a time
+        optax.stateless(decay),
         optax.scale_by_learning_rate(schedule(config, steps)),
         optax.GradientTransformation(lambda params: optax.EmptyState(), boost) if fresh or rate else optax.identity(),
     )
 
 
-def clip(grads, norm: jax.Array, limit: float):
-    """Scales gradients down to a global norm of `limit` (0 = off), given their norm."""
-    if not limit:
-        return grads
-    factor = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16))
-    return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
+def clip_factor(norm: jax.Array, limit: float) -> jax.Array | float:
+    """What gradients of a global norm are multiplied by, so that it is `limit` at most; 0 = off."""
+    return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16)) if limit else 1.0

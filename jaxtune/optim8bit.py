@@ -4,17 +4,21 @@ Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv:2110
 float32 moments. Codes lie as the parameter does, so that a mesh divides both alike.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtune.parallel.rules import path_name
 from jaxtune.weights.blockwise8 import decode, nearest_code
+from jaxtune.weights.tree import layer_dims
 
 BLOCK = 256
 LARGE = 2**24  # elements of a stack of layers
-SMALLEST = 4096  # elements of a parameter; with fewer, state is not worth saving
+SMALLEST = 4096  # elements of a layer's parameter; with fewer, state is not worth saving
 
 
 class Moment(NamedTuple):
@@ -39,16 +43,15 @@ class State(NamedTuple):
     nu: Any
 
 
-def _blocks(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """`(leading dimensions, elements)` that are cut into blocks: the last one, or a whole matrix where it is narrow."""
-    if shape[-1] % BLOCK == 0 or len(shape) == 1:
-        return shape[:-1], shape[-1]
-    return shape[:-2], shape[-2] * shape[-1]
+def _blocks(shape: tuple[int, ...], dims: int) -> tuple[tuple[int, ...], int]:
+    """`(leading dimensions, elements)` that cut into blocks: the last one, or where it is narrow a whole layer's."""
+    dims = 1 if shape[-1] % BLOCK == 0 else min(dims, len(shape))
+    return shape[:-dims], math.prod(shape[-dims:])
 
 
-def encode(value: jax.Array, signed: bool) -> Moment:
-    """A float32 array in eight bits."""
-    leading, count = _blocks(value.shape)
+def encode(value: jax.Array, signed: bool, dims: int = 2) -> Moment:
+    """A float32 array in eight bits; its last `dims` dimensions are one layer's."""
+    leading, count = _blocks(value.shape, dims)
     blocks = -(-count // BLOCK)
     flat = value.reshape(*leading, count)
     padded = jnp.pad(flat, [(0, 0)] * len(leading) + [(0, blocks * BLOCK - count)]).reshape(*leading, blocks, BLOCK)
@@ -59,42 +62,48 @@ def encode(value: jax.Array, signed: bool) -> Moment:
     return Moment(codes.reshape(*leading, -1)[..., :count].reshape(value.shape), scales)
 
 
-def wide(moment: Moment | jax.Array, signed: bool) -> jax.Array:
+def wide(moment: Moment | jax.Array, signed: bool, dims: int = 2) -> jax.Array:
     """The float32 array."""
     if not isinstance(moment, Moment):
         return moment
-    leading, count = _blocks(moment.codes.shape)
+    leading, count = _blocks(moment.codes.shape, dims)
     scales = jnp.repeat(moment.scales, BLOCK, axis=-1)[..., :count]
     return (decode(moment.codes, signed).reshape(*leading, count) * scales).reshape(moment.codes.shape)
 
 
 def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam's rule (Kingma and Ba 2014, arXiv:1412.6980) on eight-bit moments."""
-
-    def packed(value: jax.Array, signed: bool):
-        return encode(value, signed) if value.size >= SMALLEST and value.ndim else value
-
-    def alike(value: jax.Array, signed: bool, was: Moment | jax.Array):
-        return encode(value, signed) if isinstance(was, Moment) else value
+    """Adam's rule (Kingma and Ba 2014, arXiv:1412.6980) on eight-bit moments; steps in the gradients' dtype."""
 
     def init(params):
-        zeros = lambda signed: jax.tree.map(lambda leaf: packed(jnp.zeros(leaf.shape), signed), params)  # noqa: E731
+        def zeros(signed):
+            def of(path, leaf):
+                value, dims = jnp.zeros(leaf.shape), layer_dims(path_name(path))
+                return encode(value, signed, dims) if math.prod(leaf.shape[-dims:]) >= SMALLEST else value
+
+            return jax.tree_util.tree_map_with_path(of, params)
+
         return State(jnp.zeros((), jnp.int32), zeros(True), zeros(False))
 
     def update(grads, state, params=None):
         count = state.count + 1
         correct1, correct2 = 1.0 - b1**count, 1.0 - b2**count
 
-        def rule(grad, mu, nu):
+        def rule(dims, grad, mu, nu):
+            def alike(value, signed, was):
+                return encode(value, signed, dims) if isinstance(was, Moment) else value
+
             grad32 = grad.astype(jnp.float32)
-            new_mu = b1 * wide(mu, True) + (1.0 - b1) * grad32
-            new_nu = b2 * wide(nu, False) + (1.0 - b2) * jnp.square(grad32)
+            new_mu = b1 * wide(mu, True, dims) + (1.0 - b1) * grad32
+            new_nu = b2 * wide(nu, False, dims) + (1.0 - b2) * jnp.square(grad32)
             step = (new_mu / correct1) / (jnp.sqrt(new_nu / correct2) + eps)
             return step.astype(grad.dtype), alike(new_mu, True, mu), alike(new_nu, False, nu)
 
-        leaves, structure = jax.tree.flatten(grads)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
         moments = [structure.flatten_up_to(tree) for tree in (state.mu, state.nu)]
-        results = [_by_layers(rule, *leaf) for leaf in zip(leaves, *moments, strict=True)]
+        results = [
+            _by_layers(functools.partial(rule, layer_dims(path_name(path))), grad, *moment)
+            for (path, grad), *moment in zip(leaves, *moments, strict=True)
+        ]
         steps, mu, nu = (structure.unflatten(part) for part in zip(*results, strict=True))
         return steps, State(count, mu, nu)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxtune import console, hardware, objectives
+from jaxtune.parallel import copied_bytes
 from jaxtune.units import amount, duration, size
 from jaxtune.weights import tree
 from jaxtune.workdir import read_json, write_json
@@ -77,6 +78,7 @@ class RunInfo:
             'parameters': tree.count(params),
             'trainable': tree.count(trainable),
             'weight_bytes': tree.nbytes(params),
+            'copied_bytes': copied_bytes((params, opt_state)),
             'optimizer_bytes': tree.nbytes(opt_state),
             'flops_per_token': self._flops_per_token,
         }
@@ -168,6 +170,7 @@ class RunInfo:
         parts = []
         if model:
             parts += [f'weights {size(model["weight_bytes"])}', f'optimizer {size(model["optimizer_bytes"])}']
+            parts += [f'{size(model["copied_bytes"])} of them on every device'] if model['copied_bytes'] else []
         if memory:
             parts += [f'step {size(memory["temp_bytes"])} a device']
         return ', '.join(parts)

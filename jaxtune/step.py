@@ -1,5 +1,6 @@
 """The pure functions that are jitted: one update, one evaluated batch."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +9,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.optim import Schedule, clip
+from jaxtune.optim import Schedule, clip_factor
 from jaxtune.parallel import BATCH_AXES
+from jaxtune.rounding import apply_updates
 from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
 
 # {'step': int32, 'trainable': tree, 'opt_state': tree}: what an update changes, and so what a checkpoint holds.
 State = dict[str, Any]
 Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+
+_ROUNDING = zlib.crc32(b'rounding')  # what its key is folded with, apart from those of the loss
 
 
 def init_state(trainable, optimizer: optax.GradientTransformation) -> State:
@@ -44,7 +48,8 @@ def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int):
     """Gradient of the summed loss with its sums, over micro-batches.
 
     Returns:
-      `(grads, (sum, count, metrics))`, all of them sums over the whole batch.
+      `(grads, (sum, count, metrics))`, all of them sums over the whole batch; those of micro-batches are added up in
+      float32.
     """
 
     def summed(trainable, batch, rng):
@@ -57,10 +62,10 @@ def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int):
     micro = _micro_batches(batch, accumulate)
     rngs = jax.random.split(rng, accumulate)
     shapes = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], micro), rng)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
 
     def add(sums, xs):
-        return jax.tree.map(jnp.add, sums, grad(trainable, *xs)), None
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, grad(trainable, *xs)), None
 
     return jax.lax.scan(add, zeros, (micro, rngs))[0]
 
@@ -89,11 +94,11 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), state['step'])
         grads, (total, count, sums) = gradients(loss, state['trainable'], frozen, batch, rng, accumulate)
         scale = 1.0 / jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda grad: grad * scale.astype(grad.dtype), grads)
-        norm = optax.global_norm(grads)
-        grads = clip(grads, norm, clip_norm)
+        norm = scale * optax.tree.norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))
+        factor = scale * clip_factor(norm, clip_norm)
+        grads = jax.tree.map(lambda grad: (grad.astype(jnp.float32) * factor).astype(grad.dtype), grads)
         updates, opt_state = optimizer.update(grads, state['opt_state'], state['trainable'])
-        trainable = optax.apply_updates(state['trainable'], updates)
+        trainable = apply_updates(state['trainable'], updates, jax.random.fold_in(rng, _ROUNDING))
         metrics = {
             'loss': total * scale,
             'grad_norm': norm,

@@ -2,16 +2,18 @@
 
 import jax
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from jaxtune import recipes
 from jaxtune.errors import UserError
+from jaxtune.optim import make_optimizer
 from jaxtune.parallel import make_mesh, match_rules, place, shardings, state_specs
 from jaxtune.parallel.mesh import mesh_shape
-from jaxtune.weights import tree
+from jaxtune.parallel.rules import path_name
+from jaxtune.weights import Codec, LoRA, tree
 
 
 def mesh_of(data=1, fsdp=1, tensor=1, sequence=1):
@@ -33,25 +35,65 @@ def test_unmatched_and_large_replicated_leaves_are_errors():
     mesh = mesh_of(fsdp=8)
     with pytest.raises(UserError, match=r'strange/thing.*no partition rule'):
         match_rules({'strange': {'thing': jax.ShapeDtypeStruct((8,), np.float32)}}, mesh)
-    with pytest.raises(UserError, match=r'q_proj/kernel.*every device'):
+    with pytest.raises(UserError, match=r'q_proj/kernel.*every device.*mesh\.fsdp=8'):
         match_rules(shapes(q_proj=(1029, 1031)), mesh)
     match_rules(shapes(q_proj=(1029, 1031)), mesh_of(data=8))  # copies are what mesh.data asks for
 
 
-@pytest.mark.parametrize(
-    'make', [lambda: optax.adam(1e-3), lambda: optax.scale_by_factored_rms(min_dim_size_to_factor=8)]
-)
-def test_optimizer_state_lies_as_its_parameters(make):
+def test_a_large_leaf_that_its_rule_leaves_whole_is_divided_where_an_axis_can():
+    fsdp, tensor = mesh_of(data=2, fsdp=4), mesh_of(data=2, tensor=4)
+    wide = (2, 6, 8192)
+    assert match_rules(shapes(q_proj=wide), fsdp, large=2**10)['q_proj']['kernel'] == P(None, None, 'fsdp')
+    assert match_rules(shapes(o_proj=wide), tensor, large=2**10)['o_proj']['kernel'] == P(None, None, 'tensor')
+    assert match_rules(shapes(q_proj=wide), fsdp)['q_proj']['kernel'] == P(None, None, None)  # too small to matter
+
+
+def adapted(outputs, base=None):
+    """LoRA of rank 8 with DoRA's magnitudes beside a kernel `[2, 64, outputs]`."""
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)  # noqa: E731
+    leaf = LoRA(base or array(2, 64, outputs), array(2, 64, 8), array(2, 8, outputs), array(2), array(2, outputs))
+    return {'down_proj': {'kernel': leaf}}
+
+
+def test_factors_are_divided_by_any_axis_or_copied_and_never_refused():
+    for axis in ('fsdp', 'tensor'):
+        leaf = match_rules(adapted(512), mesh_of(data=2, **{axis: 4}), large=2**9)['down_proj']['kernel']
+        assert leaf.a == P(None, axis, None)
+        assert leaf.b == P(None, None, axis)
+        assert leaf.magnitude == P(None, axis)
+    # Nothing divides 515 outputs, and `a` is divided as the kernel's inputs are.
+    leaf = match_rules(adapted(515), mesh_of(fsdp=4, data=2), large=2**9)['down_proj']['kernel']
+    assert (leaf.base, leaf.a, leaf.magnitude) == (P(None, 'fsdp', None), P(None, 'fsdp', None), P())
+    with pytest.raises(UserError, match='down_proj/kernel'):
+        match_rules(adapted(515, jax.ShapeDtypeStruct((2, 63, 515), np.float32)), mesh_of(fsdp=8), large=2**9)
+
+
+def test_scales_of_scales_are_copied():
+    base = jax.eval_shape(Codec().encode_kernel, jax.ShapeDtypeStruct((2, 256, 512), np.float32))
+    found = match_rules(adapted(512, base), mesh_of(fsdp=4, data=2), large=2)['down_proj']['kernel'].base
+    assert found.codes == found.scales == P(None, 'fsdp', None)
+    assert found.outer == found.offset == P()
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adamw8bit', 'adafactor', 'muon'])
+def test_optimizer_state_lies_as_its_parameters(name):
+    config = recipes.defaults().optimizer
+    config.name = name
     mesh = mesh_of(fsdp=4, tensor=2)
-    params = shapes(q_proj=(2, 64, 32))
+    params = shapes(q_proj=(2, 64, 512), k_proj=(2, 64, 64))
     specs = match_rules(params, mesh)
-    state = jax.eval_shape(make().init, params)
+    state = jax.eval_shape(make_optimizer(config, 10).init, params)
     found = state_specs(state, params, specs)
-    for leaf, spec in zip(
-        jax.tree.leaves(state), jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, P)), strict=True
+    for (path, leaf), spec in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, P)),
+        strict=True,
     ):
-        expected = {(2, 64, 32): P(None, 'fsdp', 'tensor'), (2, 64): P(None, 'fsdp'), (2, 32): P(None, 'tensor')}
-        assert spec == expected.get(leaf.shape, P())
+        expected = {(2, 64, 512): P(None, 'fsdp', 'tensor'), (2, 64, 64): P(None, 'fsdp', 'tensor')}
+        expected |= {(2, 64): P(None, 'fsdp'), (2, 512): P(None, 'tensor')}
+        expected |= {(2, 64, 2): P(None, 'fsdp', None), (2, 16): P(None, None)}  # scales of blocks
+        col = 'k_proj' in path_name(path) and path_name(path).endswith('col')
+        assert spec == (P(None, 'tensor') if col else expected.get(leaf.shape, P()))
 
 
 @given(st.lists(st.sampled_from([1, 2, 4, 8, -1, 3]), min_size=4, max_size=4))

@@ -47,7 +47,7 @@ def build(
 
     Args:
       fields: Hugging Face config fields.
-      param_dtype: `float32` or `bfloat16`, what parameters are kept in.
+      param_dtype: `float32` or `bfloat16`, what kernels and embeddings are kept in; norms and biases are float32.
       compute_dtype: what activations and matrix products use; norms, rotary angles and softmax stay in float32.
       remat: `none`, `full` or `dots`.
       attention: `auto`, `xla` or `flash`.

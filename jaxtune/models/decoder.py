@@ -56,8 +56,8 @@ class _Part(Part):
         if name is None:
             return lambda x: x
         if self.config.norm == 'layer':
-            return LayerNorm(self.config.norm_epsilon, self.param_dtype, name=name)
-        return RMSNorm(self.config.norm_epsilon, self.param_dtype, self.config.norm_offset, name=name)
+            return LayerNorm(self.config.norm_epsilon, name=name)
+        return RMSNorm(self.config.norm_epsilon, self.config.norm_offset, name=name)
 
 
 class Attention(_Part):

@@ -107,7 +107,7 @@ class _Part(nn.Module):
         return Dense(features, False, stddev * self.config.initializer_factor, self.param_dtype, name=name)
 
     def norm(self, name: str):
-        return RMSNorm(self.config.norm_epsilon, self.param_dtype, name=name)
+        return RMSNorm(self.config.norm_epsilon, name=name)
 
     def same(self) -> tuple:
         return self.config, self.param_dtype, self.dtype
@@ -120,7 +120,7 @@ class RelativeBias(_Part):
     def __call__(self, buckets: jax.Array) -> jax.Array:
         c = self.config
         init = nn.initializers.normal(c.d_model**-0.5 * c.initializer_factor)
-        table = parameter(self, 'embedding', init, (c.buckets, c.num_heads), self.param_dtype)
+        table = parameter(self, 'embedding', init, (c.buckets, c.num_heads))
         # A product instead of a lookup: its gradient adds up in a fixed order, not by scattered additions.
         chosen = jax.nn.one_hot(buckets, c.buckets, dtype=jnp.float32)
         return jnp.einsum('bqkn,nh->bhqk', chosen, table.astype(jnp.float32), precision='highest')

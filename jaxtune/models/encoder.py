@@ -41,7 +41,7 @@ class _Part(Part):
     config: EncoderConfig
 
     def norm(self, name: str) -> LayerNorm:
-        return LayerNorm(self.config.norm_epsilon, self.param_dtype, self.config.norm_bias, name=name)
+        return LayerNorm(self.config.norm_epsilon, self.config.norm_bias, name=name)
 
 
 class Attention(_Part):
@@ -128,7 +128,7 @@ class LMHead(_Part):
         x = self.norm('norm')(x)
         if self.is_initializing():
             if c.decoder_bias:
-                parameter(self, 'bias', nn.initializers.zeros, (c.vocab_size,), self.param_dtype)
+                parameter(self, 'bias', nn.initializers.zeros, (c.vocab_size,))
             if not c.tied:
                 self.dense('decoder', c.vocab_size, False, residual=True)(x)
         return x

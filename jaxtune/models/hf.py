@@ -40,17 +40,15 @@ def load(
     path: str | os.PathLike,
     model: Model,
     shardings: Params | None = None,
-    dtype: str | np.dtype | None = None,
     rng: jax.Array | None = None,
     codecs: Mapping[str, Codec] | None = None,
 ) -> tuple[Params, set[str]]:
-    """Reads a model's parameters. Every process reads only what its own devices hold.
+    """Reads a model's parameters, in the model's own dtypes. Every process reads only what its own devices hold.
 
     Args:
       path: a folder or hub id with `model.safetensors` or its sharded index.
       model: the model of that folder's `config.json`.
       shardings: tree of shardings like the parameters'; None = all on the first device.
-      dtype: what the parameters become; default the model's `param_dtype`.
       rng: key for parameters that the folder lacks.
       codecs: paths of kernels that become typed leaves, layer by layer while they are read -> how.
 
@@ -63,7 +61,6 @@ def load(
     """
     folder = hub.resolve(os.fspath(path))
     sources, fresh = _match(model, _entries(folder), folder)
-    dtype = np.dtype(dtype or model.param_dtype)
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     codecs, shapes = codecs or {}, leaf_paths(model.shapes)
     placed = dict.fromkeys(shapes, one_device) if shardings is None else leaf_paths(shardings)
@@ -86,7 +83,7 @@ def load(
             leaves[leaf] = pending = _put_encoded(codec, tensor, sharding)(leaves[leaf], matrix, layer)
             continue
         if leaf not in leaves:
-            leaves[leaf] = _empty(shape, dtype, sharding)
+            leaves[leaf] = _empty(shape, shapes[leaf].dtype, sharding)
         spread = _part_sharding(tensor, sharding)
         for part, start in _parts(sources[leaf][layer], spread):
             jax.block_until_ready(pending)  # two parts at most are on their way: one read, one written
@@ -95,7 +92,7 @@ def load(
     if fresh:
         key = jax.random.key(0) if rng is None else rng
         make = jax.jit(
-            lambda key: {leaf: leaf_paths(model.init(key))[leaf].astype(dtype) for leaf in sorted(fresh)},
+            lambda key: {leaf: leaf_paths(model.init(key))[leaf] for leaf in sorted(fresh)},
             out_shardings={leaf: placed[leaf] for leaf in sorted(fresh)},
         )
         leaves |= make(key)
@@ -147,7 +144,7 @@ def save(
             weight_map = {entry.name: name for name, tensors in files.items() for entry in tensors}
             index = {'metadata': {'total_size': sum(entry.nbytes for entry in plan)}, 'weight_map': weight_map}
             (partial / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n', 'utf-8')
-        _write_configs(partial, model, str(plan[0].dtype))
+        _write_configs(partial, model, str(max(plan, key=lambda entry: entry.nbytes).dtype))
         if add_files is not None:
             add_files(partial)
         replace_folder(partial, path)

@@ -27,8 +27,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: jnp.dtype):
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: Any = jnp.float32):
     """A parameter of `module`: what the tree holds under `name`, of whatever kind; initialised where it holds nothing.
+
+    Kernels and embeddings have the model's `param_dtype`. Norms and biases stay float32: they are few, and lie near
+    numbers, such as 1, beside which bfloat16 has no room for an update.
 
     `self.param` alone would refuse a typed leaf, whose inner shapes differ from the initialiser's.
     """
@@ -66,7 +69,7 @@ class Dense(nn.Module):
         kernel = parameter(self, 'kernel', normal(self.stddev, self.cutoff), shape, self.param_dtype)
         y = dot(x, kernel, dropout_key(self, kernel))
         if self.use_bias:
-            bias = parameter(self, 'bias', nn.initializers.zeros, (self.features,), self.param_dtype)
+            bias = parameter(self, 'bias', nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype)
         return y
 
@@ -93,7 +96,7 @@ class Part(nn.Module):
 
     Attributes:
       config: the model's, with `d_model`, `initializer_range`, `residual_init_scale` and `cutoff`.
-      param_dtype: what parameters are kept in.
+      param_dtype: what kernels and embeddings are kept in.
       dtype: what activations and matrix products use.
       implementation: of attention.
     """
@@ -141,13 +144,12 @@ class RMSNorm(nn.Module):
     """
 
     epsilon: float
-    param_dtype: jnp.dtype
     offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.constant(1.0 - self.offset)
-        scale = parameter(self, 'scale', init, (x.shape[-1],), self.param_dtype)
+        scale = parameter(self, 'scale', init, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         shrink = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return apart(_affine)(wide, shrink, scale.astype(jnp.float32) + self.offset).astype(x.dtype)
@@ -162,17 +164,16 @@ class LayerNorm(nn.Module):
     """Layer norm over the last dimension in float32; parameters `scale` and maybe `bias` (Ba et al. 2016)."""
 
     epsilon: float
-    param_dtype: jnp.dtype
     use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = parameter(self, 'scale', nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        scale = parameter(self, 'scale', nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         shrink = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
         arrays = [centred, shrink, scale.astype(jnp.float32)]
         if self.use_bias:
-            bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+            bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],))
             arrays.append(bias.astype(jnp.float32))
         return apart(_affine)(*arrays).astype(x.dtype)

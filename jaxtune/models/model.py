@@ -102,7 +102,7 @@ class Model:
       architecture: the class in `transformers`.
       kind: `decoder`, `encoder` or `encdec`.
       config: the same, normalised over families: `vocab_size`, `d_model`, `num_layers`, `max_positions`, …
-      param_dtype: what parameters are kept in.
+      param_dtype: what kernels and embeddings are kept in; norms and biases are float32.
       compute_dtype: what activations and matrix products use.
       shapes: the parameter tree as `jax.ShapeDtypeStruct`s.
       init: `rng -> params`, Hugging Face's initialisation; pure.

@@ -17,7 +17,7 @@ PATHS = frozenset({f'{NAME}/kernel', f'{NAME}/bias'})
 def with_value(params: dict[str, Any], model: Model) -> dict[str, Any]:
     """The tree with a value head that says 0 of everything."""
     head = {'kernel': jnp.zeros((model.config.d_model, 1), model.param_dtype)}
-    return params | {NAME: head | {'bias': jnp.zeros(1, model.param_dtype)}}
+    return params | {NAME: head | {'bias': jnp.zeros(1, jnp.float32)}}
 
 
 def policy(params: dict[str, Any]) -> dict[str, Any]:

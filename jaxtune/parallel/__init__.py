@@ -13,7 +13,7 @@ from jaxtune.parallel.mesh import (
     platform,
 )
 from jaxtune.parallel.options import compiler_options
-from jaxtune.parallel.rules import RULES, match_rules, shardings, state_specs
+from jaxtune.parallel.rules import RULES, copied_bytes, match_rules, shardings, state_specs
 
 __all__ = [
     'AXES',
@@ -23,6 +23,7 @@ __all__ = [
     'batch_sharding',
     'compiler_options',
     'constrain',
+    'copied_bytes',
     'in_order',
     'make_mesh',
     'match_rules',

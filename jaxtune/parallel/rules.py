@@ -1,5 +1,6 @@
 """Ordered regular expressions on parameter paths decide how each leaf is divided over the mesh."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r'/embedding$', P('tensor', 'fsdp')),
 )
 
-LARGE = 2**20  # elements; a leaf this large must not be copied to every device without being asked for
+LARGE = 2**20  # elements; a leaf this large is divided by another axis or dimension where its rule's do not divide it
 
 
 def path_name(path: Sequence) -> str:
@@ -42,8 +43,21 @@ def _fit(spec: P, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
     return P(*fitted)
 
 
+def _fit_anywhere(shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
+    """Divides the longer of the last two dimensions that an axis divides; a scan slices those before, the layers."""
+    for dim in sorted(range(max(0, len(shape) - 2), len(shape)), key=lambda dim: -shape[dim]):
+        for axis in ('fsdp', 'tensor'):
+            spec = _fit(P(*(axis if i == dim else None for i in range(len(shape)))), shape, mesh_shape)
+            if any(spec):
+                return spec
+    return P()
+
+
 def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, large: int = LARGE):
     """The tree of `PartitionSpec`s of a parameter tree.
+
+    A large leaf that its rule leaves whole is divided wherever an axis can. What a typed leaf says may be copied, such
+    as LoRA's factors, is copied where none can; a base weight is refused.
 
     Args:
       shapes: tree of arrays or `jax.ShapeDtypeStruct`s.
@@ -52,17 +66,20 @@ def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, larg
       large: leaves with at least this many elements must be divided where the mesh has `fsdp` or `tensor` > 1.
 
     Raises:
-      UserError: a leaf that no rule matches, or a large leaf that would be copied to every device.
+      UserError: a leaf that no rule matches, or a large base weight that would be copied to every device.
     """
     sizes = dict(mesh.shape)
     divided = sizes.get('fsdp', 1) * sizes.get('tensor', 1) > 1
 
-    def fitted(name, rule, shape):
+    def fitted(name, rule, shape, may_copy=False):
         spec = _fit(rule, shape, sizes)
-        if divided and math.prod(shape) >= large and not any(spec):
+        if not divided or math.prod(shape) < large or any(spec):
+            return spec
+        spec = _fit_anywhere(shape, sizes)
+        if not any(spec) and not may_copy:
             raise UserError(
-                f'parameter {name} {tuple(shape)} would be copied to every device: expected mesh.fsdp='
-                f'{sizes["fsdp"]} or mesh.tensor={sizes["tensor"]} to divide one of its dimensions'
+                f'parameter {name} {tuple(shape)} would be copied to every device: neither mesh.fsdp={sizes["fsdp"]} '
+                f'nor mesh.tensor={sizes["tensor"]} divides one of its last two dimensions; expected one that does'
             )
         return spec
 
@@ -72,7 +89,7 @@ def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, larg
         if rule is None:
             raise UserError(f'parameter {name} {tuple(leaf.shape)}: no partition rule matches this path')
         if _derives(leaf):
-            return leaf.specs(rule, lambda spec, shape: fitted(name, spec, shape))
+            return leaf.specs(rule, functools.partial(fitted, name))
         return fitted(name, rule, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(spec_of, shapes, is_leaf=_derives)
@@ -86,8 +103,8 @@ def _derives(leaf) -> bool:
 def state_specs(state_shapes, param_shapes, param_specs):
     """Specs of an optimizer state: a leaf under a parameter's path lies as that parameter does.
 
-    A leaf that lacks one of the parameter's dimensions (Adafactor's row and column moments) keeps the specs of the
-    others; what belongs to no parameter (counters) is replicated.
+    Adafactor's moments of rows and columns lack one of its dimensions, and a moment in eight bits has `codes` and
+    `scales` where the parameter has one array. What belongs to no parameter (counters) is replicated.
     """
     flat_shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes)}
     is_spec: Callable = lambda x: isinstance(x, P)  # noqa: E731
@@ -97,23 +114,32 @@ def state_specs(state_shapes, param_shapes, param_specs):
 
     def spec_of(path, leaf):
         keys = path_name(path).split('/')
-        # A moment in eight bits has two arrays where the parameter has one.
-        ends = (len(keys), len(keys) - 1) if keys[-1] in ('codes', 'scales') else (len(keys),)
+        ends = (len(keys), len(keys) - 1) if keys[-1] in ('codes', 'scales', 'row', 'col') else (len(keys),)
         names = ('/'.join(keys[start:end]) for end in ends for start in range(len(keys)))
         name = next((name for name in names if name in flat_shapes), None)
         if name is None:
             return P()
-        shape, spec = flat_shapes[name], flat_specs[name]
+        shape = flat_shapes[name]
+        spec = (*flat_specs[name], *(None,) * (len(shape) - len(flat_specs[name])))
         if leaf.shape == shape:
-            return spec
+            return P(*spec)
         if keys[-1] == 'scales':
             return P(*spec[: len(leaf.shape) - 1], None)
-        for dropped in range(len(shape)):
-            if leaf.shape == shape[:dropped] + shape[dropped + 1 :]:
-                return P(*(entry for i, entry in enumerate(spec) if i != dropped))
-        return P()
+        return P(*spec[:-1]) if keys[-1] == 'row' else P(*spec[:-2], spec[-1])
 
     return jax.tree_util.tree_map_with_path(spec_of, state_shapes)
+
+
+def copied_bytes(tree) -> int:
+    """Bytes of the arrays that lie whole on every device of a mesh that divides others of them (`fsdp`, `tensor`)."""
+
+    def copied(sharding) -> bool:
+        mesh = getattr(sharding, 'mesh', None)
+        divides = mesh is not None and mesh.shape.get('fsdp', 1) * mesh.shape.get('tensor', 1) > 1
+        return divides and sharding.is_fully_replicated
+
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if copied(getattr(leaf, 'sharding', None))]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def shardings(specs, mesh: Mesh):

@@ -1,7 +1,6 @@
 """The two things a model ever does with a weight, multiply by it and look rows up in it, whatever kind it is."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.parallel import one_cpu
 
-# Fits a spec to a shape: aligned to the last dimensions, without axes that do not divide theirs.
-Fit = Callable[[P, tuple[int, ...]], P]
+
+class Fit(Protocol):
+    """Fits a spec to a shape: aligned to the last dimensions, without axes that do not divide theirs.
+
+    A large array that is left whole is divided by another axis or dimension, and refused where there is none and it
+    may not be copied to every device.
+    """
+
+    def __call__(self, spec: P, shape: tuple[int, ...], may_copy: bool = False) -> P: ...
 
 
 class Weight:
@@ -109,7 +115,31 @@ def lookup(embedding: jax.Array | Weight, ids: jax.Array, dtype: jnp.dtype) -> j
     """Rows of an embedding `[vocab, d_model]` for integer `ids` of any shape; returns `[*ids.shape, d_model]`."""
     if isinstance(embedding, Weight):
         return embedding.lookup(ids, dtype)
-    return jnp.take(embedding, ids, axis=0).astype(dtype)
+    if embedding.dtype == jnp.float32:
+        return jnp.take(embedding, ids, axis=0).astype(dtype)
+    return _narrow_rows(embedding, ids).astype(dtype)
+
+
+@jax.custom_vjp
+def _narrow_rows(embedding: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table of fewer bits than float32, whose gradient is added up in float32.
+
+    A frequent token's row gets thousands of summands, of which a bfloat16 sum would lose most.
+    """
+    return jnp.take(embedding, ids, axis=0)
+
+
+def _narrow_rows_forward(embedding, ids):
+    return _narrow_rows(embedding, ids), (embedding, ids)
+
+
+def _narrow_rows_backward(residuals, d_rows):
+    embedding, ids = residuals
+    wide = jnp.zeros(embedding.shape, jnp.float32).at[ids].add(d_rows.astype(jnp.float32))
+    return wide.astype(embedding.dtype), None
+
+
+_narrow_rows.defvjp(_narrow_rows_forward, _narrow_rows_backward)
 
 
 def materialise(weight: jax.Array | Weight) -> jax.Array:

@@ -124,7 +124,9 @@ class LoRA(Weight):
         if base is not None:
             base = base.specs(spec, fit) if isinstance(base, Weight) else fit(spec, base.shape)
         return dataclasses.replace(
-            self, base=base, **{n: None if leaf is None else fit(placed[n], leaf.shape) for n, leaf in leaves.items()}
+            self,
+            base=base,
+            **{n: None if leaf is None else fit(placed[n], leaf.shape, may_copy=True) for n, leaf in leaves.items()},
         )
 
     def whole(self) -> 'LoRA':

@@ -119,12 +119,15 @@ class NF4(Weight):
         if self.matrix[0] % self.block:  # all in one row, whose blocks no division of the kernel fits
             spec = P()
         inputs, outputs = (*(None,) * (2 - len(spec)), *spec)[-2:]
-        # Fitted to the scales, which keeps blocks whole: where they divide, codes divide into the same blocks.
-        both = fit(P(outputs, inputs), self.scales.shape)
+        # Fitted to the scales, which keeps blocks whole: where they divide, codes divide into the same blocks, but for
+        # a row that ends within one.
+        ragged = math.prod(self.matrix) % self.block
+        both = P() if ragged else fit(P(outputs, inputs), self.scales.shape)
         plain = dataclasses.replace(self, codes=both, scales=both)
         if self.outer is None:
             return plain
-        return dataclasses.replace(plain, outer=fit(P(), self.outer.shape), offset=fit(P(), self.offset.shape))
+        # Four bytes a block of 256 blocks: copied, for less than a thousandth of what the codes take.
+        return dataclasses.replace(plain, outer=P(), offset=P())
 
 
 def _widen(codes: jax.Array, scales: jax.Array, block: int, dtype: jnp.dtype) -> jax.Array:

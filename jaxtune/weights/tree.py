@@ -26,6 +26,15 @@ def nested(leaves: Mapping[str, Any]) -> Any:
     return tree
 
 
+# How many dimensions one layer's array has, by the last part of its path; a vector else.
+_LAYER_DIMS = {'kernel': 2, 'embedding': 2, 'a': 2, 'b': 2, 'k': 3, 'v': 3}
+
+
+def layer_dims(path: str) -> int:
+    """How many of a leaf's dimensions are its own; those before are layers that it is stacked over."""
+    return _LAYER_DIMS.get(path.rsplit('/', 1)[-1], 1)
+
+
 def partition(tree, trains: Callable[[str], bool]):
     """`(trainable, frozen)`: two trees of the same structure, each with None where the other has the leaf."""
     keep = jax.tree_util.tree_map_with_path(lambda path, _: trains(path_name(path)), tree)

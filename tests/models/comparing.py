@@ -54,7 +54,7 @@ def assert_bfloat16_is_near(folder, batch, **settings):
     """Logits in bfloat16 within a tenth of those in float32, by their root mean squares."""
     exact = compute_logits(*open_model(folder, **settings), batch)
     model, params = open_model(folder, param_dtype='bfloat16', compute_dtype='bfloat16', **settings)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16'), jnp.dtype('float32')}
     assert jax.eval_shape(model.apply, params, batch).hidden.dtype == jnp.bfloat16
     rough = compute_logits(model, params, batch)
     kept = batch['segments'] > 0
