@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +10,14 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import companions, methods, models, objectives, peft, rl, tuning
+from jaxtune import companions, methods, models, objectives, paths, peft, recipes, rl, tuning
 from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.hubnames import TOKENIZER_FILES
 from jaxtune.methods import lora
 from jaxtune.models import hf, hub, value
+from jaxtune.models.fields import folder_config
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
 
@@ -40,21 +40,34 @@ class Assembly:
     end_ids: tuple[int, ...] = ()
 
 
-def model_folder(path: str) -> str:
-    """The Hugging Face folder that `model.path` means: a workdir stands for its `export/`."""
-    folder = pathlib.Path(path)
+def model_folder(path: str, key: str = 'model.path') -> str:
+    """The Hugging Face folder that `model.path` means: a workdir stands for its `export/`, an adapter for its base.
+
+    Args:
+      path: as it was written.
+      key: what names it, for messages.
+
+    Raises:
+      UserError: the run in this workdir has not finished, or an adapter's base is an adapter in turn.
+    """
+    folder = paths.local(path, key)
     if (folder / 'export' / 'config.json').is_file():
         return str(folder / 'export')
     if adapter := adapter_in(path):
-        return model_folder(peft.base_of(adapter))
+        base = peft.base_of(adapter)
+        where = f'{adapter}/{peft.CONFIG}: base_model_name_or_path'
+        paths.local(base, where)
+        if adapter_in(base):
+            raise UserError(f'{where}={base}: expected a model, found another adapter')
+        return model_folder(base, where)
     if (folder / 'checkpoints').is_dir():
-        raise UserError(f'model.path={path}: the run in this workdir has not finished; expected its export/')
-    return path
+        raise UserError(f'{key}={path}: the run in this workdir has not finished; expected its export/')
+    return str(folder) if folder.is_dir() else path
 
 
 def adapter_in(path: str) -> str:
     """The adapter folder that `model.path` means, '' if none: itself, or that of a workdir without a merged model."""
-    folder = pathlib.Path(path)
+    folder = paths.local(path, 'model.path')
     if peft.is_adapter(folder):
         return str(folder)
     finished = peft.is_adapter(folder / 'adapter') and not (folder / 'export' / 'config.json').is_file()
@@ -90,10 +103,25 @@ def tokenizer_folder(config: ConfigDict) -> str:
     path = path or (model_folder(config.model.path) if config.model.path else '')
     if not path:
         raise UserError("tokenizer.path='': expected a folder, a hub id, @STAGE or 'bytes' for a model from scratch")
-    for part in ('tokenizer', 'export'):
-        if (pathlib.Path(path) / part).is_dir():
-            return str(pathlib.Path(path) / part)
-    return path
+    folder = paths.local(path, 'tokenizer.path')
+    return next((str(folder / part) for part in ('tokenizer', 'export') if (folder / part).is_dir()), path)
+
+
+def open_tokenizer(config: ConfigDict, key: str = 'model.path'):
+    """The tokenizer of a recipe. What is wrong with its model is said first: the tokenizer is in the same folder.
+
+    Args:
+      config: the recipe.
+      key: what names the model, for messages.
+
+    Raises:
+      UserError: there is none, or no such model.
+    """
+    if config.model.path:
+        folder = hub.resolve(model_folder(config.model.path, key), key)
+        hub.check_companions(folder)
+        models.read_config(str(folder))
+    return tokenizers.load(tokenizer_folder(config), 'tokenizer.path' if config.tokenizer.path else key)
 
 
 def _adapters_tokenizer(config: ConfigDict) -> str:
@@ -213,18 +241,18 @@ def _head(config: ConfigDict, fields: dict[str, Any], folder: str) -> tuple[dict
 
 def folder_head(folder: str) -> str:
     """The head of the class that a folder was saved from."""
-    names = json.loads((hub.resolve(folder) / 'config.json').read_text('utf-8')).get('architectures') or ['']
+    names = folder_config(hub.resolve(folder)).get('architectures') or ['']
     endings = {'ForSequenceClassification': 'classification', 'ForTokenClassification': 'token_classification'}
     return next((head for ending, head in endings.items() if names[0].endswith(ending)), 'lm')
 
 
-def assemble_other(config: ConfigDict, mesh: Mesh, path: str, objective: str = '', *, weights: bool = True) -> Assembly:
-    """Another model than the recipe's own, to be asked: what is at `path`, whole, with its own tokenizer.
+def assemble_other(config: ConfigDict, mesh: Mesh, key: str, objective: str = '', *, weights: bool = True) -> Assembly:
+    """Another model than the recipe's own, to be asked: what a key names, whole, with its own tokenizer.
 
     Args:
       config: the recipe.
       mesh: the mesh.
-      path: folder, hub id or workdir; an adapter's own base comes with it.
+      key: whose value is a folder, hub id or workdir; an adapter's own base comes with it.
       objective: whose head it is to have; '' = the recipe's.
       weights: as for `assemble`.
 
@@ -232,18 +260,19 @@ def assemble_other(config: ConfigDict, mesh: Mesh, path: str, objective: str = '
       UserError: as `assemble`.
     """
     config = copy.deepcopy(config)
-    config.task, config.model.path = 'evaluate', path
+    config.task, config.model.path = 'evaluate', recipes.config_get(config, key)
     config.objective = objective or config.objective
     config.tokenizer.path, config.method.name, config.method.path = '', 'full', ''
-    return assemble(config, mesh, weights=weights)
+    return assemble(config, mesh, key, weights=weights)
 
 
-def assemble(config: ConfigDict, mesh: Mesh, *, weights: bool = True) -> Assembly:
+def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights: bool = True) -> Assembly:
     """Tokenizer, model and parameters, each parameter straight on its devices.
 
     Args:
       config: the recipe.
       mesh: the mesh.
+      key: what names the model, for messages.
       weights: False reads of the weights' files only the headers; the parameters are `jax.ShapeDtypeStruct`s.
 
     Raises:
@@ -252,21 +281,21 @@ def assemble(config: ConfigDict, mesh: Mesh, *, weights: bool = True) -> Assembl
     check = getattr(methods.get(config.method.name), 'check', None)
     if check:
         check(config.method)
-    tokenizer = tokenizers.load(tokenizer_folder(config))
+    tokenizer = open_tokenizer(config, key)
     model, folder = open_model(config, tokenizer)
     fresh = frozenset(hf.fresh_paths(folder, model)) if folder else frozenset()
     codecs = tuning.codecs(config, model, fresh)
     shapes = jax.eval_shape(lambda params: tuning.encoded(params, codecs), model.shapes)
     specs = match_rules(shapes, mesh)
     placed = shardings(specs, mesh)
-    key = jax.random.key(config.seed)
+    rng = jax.random.key(config.seed)
     if not weights:
         params = with_shardings(shapes, placed)
     elif folder:
-        params, _ = hf.load(folder, model, placed, rng=key, codecs=codecs)
+        params, _ = hf.load(folder, model, placed, rng=rng, codecs=codecs)
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
-        params = jax.jit(lambda key: tuning.encoded(model.init(key), codecs), out_shardings=placed)(key)
+        params = jax.jit(lambda key: tuning.encoded(model.init(key), codecs), out_shardings=placed)(rng)
     adapters = {}
     for name, adapter in adapter_folders(config).items():
         init, arrays = peft.reader(adapter, model)

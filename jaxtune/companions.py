@@ -9,6 +9,7 @@ from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.hubnames import TOKENIZER_FILES
+from jaxtune.jsonfile import read_object
 from jaxtune.models import Model, hub
 from jaxtune.workdir import read_json, write_json
 
@@ -25,11 +26,9 @@ def generation_config(folder: str) -> dict[str, Any]:
       UserError: the file is not what it should be.
     """
     path = hub.resolve(folder) / GENERATION
-    values = read_json(path)
-    if values is None:
+    if not path.exists():
         return {}
-    if not isinstance(values, dict):
-        raise UserError(f'{path}:1: expected a JSON object')
+    values = read_object(path)
     ids = values.get('eos_token_id')
     if any(type(number) is not int or number < 0 for number in _listed(ids)):
         raise UserError(f'{path}: eos_token_id={ids!r}: expected a token id, or a list of them')

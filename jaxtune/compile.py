@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import console, objectives, report, runinfo
-from jaxtune.assemble import open_model, tokenizer_folder
-from jaxtune.data import tokenizer as tokenizers
+from jaxtune.assemble import open_model, open_tokenizer
 from jaxtune.fitting import available_bytes, try_compile
 from jaxtune.models import Model
 from jaxtune.models.attention import chosen
@@ -150,7 +149,7 @@ def _micro_batches(config: ConfigDict, mesh: Mesh) -> Iterator[int]:
 def _tokenizer(config: ConfigDict) -> Any:
     """The tokenizer, where the recipe names one or the model's vocabulary depends on it; else None."""
     known = config.model.path or 'vocab_size' in config.model.config
-    return tokenizers.load(tokenizer_folder(config)) if config.tokenizer.path or not known else None
+    return open_tokenizer(config) if config.tokenizer.path or not known else None
 
 
 def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> Attempt:

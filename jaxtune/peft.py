@@ -18,9 +18,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxtune.errors import UserError
+from jaxtune import checks, paths
+from jaxtune.errors import UserError, parsing, shown
+from jaxtune.jsonfile import numbers_by_name, read_object
 from jaxtune.methods import targets
-from jaxtune.models.hf import replace_folder
+from jaxtune.models.hf import not_finite, replace_folder
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.models.safetensors import Entry, read_header, write_file
 from jaxtune.weights import LoRA
@@ -33,6 +35,21 @@ METHODS = {
     'LORA': 'lora', 'PROMPT_TUNING': 'prompt', 'PREFIX_TUNING': 'prompt', BOTTLENECK: 'adapter', PREFIX: 'prompt',
 }  # fmt: skip
 _PREFIX = 'base_model.model.'
+# What fields must be where they are there and not null, and those that there must be.
+_FIELDS = {
+    'alpha_pattern': numbers_by_name,
+    'base_model_name_or_path': checks.text,
+    'bias': checks.text,
+    'lora_alpha': checks.number(),
+    'lora_dropout': checks.number(0, 1),
+    'num_virtual_tokens': checks.integer(1),
+    'peft_type': checks.text,
+    'r': checks.integer(1),
+    'rank_pattern': numbers_by_name,
+    'use_dora': checks.boolean,
+    'use_rslora': checks.boolean,
+}
+_NEEDED = {'LORA': ('lora_alpha',), 'PROMPT_TUNING': ('num_virtual_tokens',)}
 # Fields of PEFT's LoRA that change what is computed and are not built here; each is fine while it is empty.
 _UNSUPPORTED = (
     'alora_invocation_tokens', 'arrow_config', 'exclude_modules', 'layer_replication', 'lora_bias', 'megatron_config',
@@ -51,7 +68,7 @@ def find(path: str) -> str:
     Raises:
       UserError: neither.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = paths.local(path, 'method.path')
     for candidate in (folder, folder / 'adapter'):
         if is_adapter(candidate):
             return str(candidate)
@@ -65,13 +82,13 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
       UserError: it is no adapter, or of a kind that is not built here.
     """
     path = pathlib.Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text('utf-8'))
-        kind = config['peft_type']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: expected the config of an adapter with its peft_type: {error}') from None
+    config = read_object(path, _FIELDS, 'no such file; expected the config of an adapter')
+    kind = config.get('peft_type')
     if kind not in METHODS:
-        raise UserError(f'{path}: peft_type={kind!r}: expected one of {", ".join(METHODS)}')
+        raise UserError(f'{path}: peft_type={shown(kind)}: expected one of {", ".join(METHODS)}')
+    for name in _NEEDED.get(kind, ()):
+        if config.get(name) is None:
+            raise UserError(f'{path}: {name}: no such field; expected it of peft_type={kind}')
     if kind == 'LORA':
         for name in _UNSUPPORTED:
             if config.get(name):
@@ -121,7 +138,15 @@ def _wrong_base(folder: pathlib.Path, what: str) -> UserError:
 
 
 def _float(entry: Entry) -> np.ndarray:
-    return entry.read().astype(np.float32)
+    """A tensor's values as float32.
+
+    Raises:
+      UserError: one of them is not finite.
+    """
+    values = entry.read().astype(np.float32)
+    if not np.isfinite(values).all():
+        raise not_finite(entry)
+    return values
 
 
 def _read_lora(folder, config, entries, model: Model):
@@ -165,6 +190,9 @@ def _read_lora(folder, config, entries, model: Model):
         scale = np.asarray([_scale(config, names[i], r) for i, r in zip(numbers, ranks, strict=True)], np.float32)
         leaf = {'a': a, 'b': b, 'scale': scale}
         if config.get('use_dora'):
+            lacking = next((names[i] for i, part in zip(numbers, found, strict=True) if len(part) < 3), None)
+            if lacking:
+                raise UserError(f'{folder}/{WEIGHTS}: use_dora=true, but {lacking} has no lora_magnitude_vector')
             leaf['magnitude'] = np.stack([part['lora_magnitude_vector'] for part in found])
         stacked = len(shape) > 2
         arrays[path] = leaf if stacked else {name: value[0] for name, value in leaf.items()}
@@ -185,7 +213,9 @@ def _read_lora(folder, config, entries, model: Model):
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
     alpha = config['lora_alpha']
     for pattern, value in (config.get('alpha_pattern') or {}).items():
-        if re.fullmatch(rf'(.*\.)?({pattern})', name):
+        with parsing(f'{CONFIG}: alpha_pattern: {shown(pattern)}'):
+            matched = re.fullmatch(rf'(.*\.)?({pattern})', name)
+        if matched:
             alpha = value
             break
     return alpha / (rank**0.5 if config.get('use_rslora') else rank)

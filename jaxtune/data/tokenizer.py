@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from jaxtune.errors import UserError
+from jaxtune import paths, stderr
+from jaxtune.errors import UserError, parsing
 from jaxtune.hubnames import TOKENIZER_FILES, is_id
+from jaxtune.models import hub
 
 PAD, EOS, MASK = '<pad>', '<eos>', '<mask>'
 
@@ -21,39 +22,42 @@ _SPLIT = (
 )
 
 
-def load(path: str) -> PreTrainedTokenizerFast:
+# A pattern that backtracks without end does so on one letter many times, and then another.
+_PROBES = [chr(letter) * 64 + end for letter in range(ord(' '), ord('~') + 1) for end in '!\n']
+
+
+def load(path: str, key: str = 'tokenizer.path') -> PreTrainedTokenizerFast:
     """Opens a tokenizer.
 
     Args:
       path: a folder, a hub id, or `'bytes'`: id = byte for 0..255, then `<pad>`, `<eos>` and `<mask>`;
         no file is needed.
+      key: what names it, for the message.
 
     Raises:
       UserError: there is none, or `transformers` cannot open it. Code that comes with a tokenizer is never run.
     """
     if path == 'bytes':
         return _quiet(_bytes())
-    folder = pathlib.Path(path).expanduser()
-    kind = AutoTokenizer
-    if folder.is_dir():
-        held = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
-        if not held:
-            raise UserError(
-                f'tokenizer.path={path}: holds no tokenizer; expected tokenizer.json or one of its kind there'
-            )
-        if held == {'vocab.json'} and (folder / 'merges.txt').is_file():
-            kind = GPT2TokenizerFast  # GPT-2's two original files, which name no class
-        path, where = str(folder), f'tokenizer.path={path}'
-    elif folder.exists() or not is_id(path):
-        raise UserError(f"tokenizer.path={path}: no such folder; expected a tokenizer's folder, a hub id or 'bytes'")
-    else:
-        where = f'tokenizer.path={path}: no such folder, and from the hub'
-    try:
-        tokenizer = kind.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # network, damaged files, missing packages: each raises its own
-        reason = ' '.join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f'{where}: cannot be opened: {reason}') from None
-    return _quiet(tokenizer)
+    folder = paths.local(path, key)
+    if not folder.is_dir():
+        if folder.exists() or not is_id(path):
+            raise UserError(f"{key}={path}: no such folder; expected a tokenizer's folder, a hub id or 'bytes'")
+        folder = hub.resolve(path, key, ('config.json', *hub.COMPANIONS))
+    hub.check_companions(folder)
+    kind, held = AutoTokenizer, {name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if not held:
+        raise UserError(f'{key}={path}: holds no tokenizer; expected tokenizer.json or one of its kind there')
+    if held == {'vocab.json'} and (folder / 'merges.txt').is_file():
+        kind = GPT2TokenizerFast  # GPT-2's two original files, which name no class
+    with stderr.held_back(), parsing(f'{key}={path}: the tokenizer cannot be opened'):
+        tokenizer = _quiet(kind.from_pretrained(str(folder), trust_remote_code=False))
+        if not tokenizer.vocab_size:
+            raise UserError(f'{key}={path}: the vocabulary of the tokenizer is empty; expected tokens')
+    with stderr.held_back(), parsing(f'{key}={path}: the tokenizer fails on a text'):
+        for text in _PROBES:
+            (getattr(tokenizer, 'backend_tokenizer', None) or tokenizer).encode(text)
+    return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -144,13 +148,18 @@ def fingerprint(tokenizer) -> str:
 
 
 def encode_batch(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text as `tokenizer(text)` gives them, its BOS or EOS where it adds one; uses all cores."""
+    """Ids of each text as `tokenizer(text)` gives them, its BOS or EOS where it adds one; uses all cores.
+
+    Raises:
+      UserError: the tokenizer fails on one of them, a pattern of its for example.
+    """
     backend = getattr(tokenizer, 'backend_tokenizer', None)
-    if backend is None:
-        return [tokenizer(text)['input_ids'] for text in texts]
-    backend.no_truncation()
-    backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=True)]
+    with stderr.held_back(), parsing('the tokenizer fails on a text (tokenizer.path)'):
+        if backend is None:
+            return [tokenizer(text)['input_ids'] for text in texts]
+        backend.no_truncation()
+        backend.no_padding()
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=True)]
 
 
 def _bytes() -> PreTrainedTokenizerFast:

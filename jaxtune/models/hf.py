@@ -21,8 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune import console
-from jaxtune.errors import UserError
+from jaxtune import console, paths
+from jaxtune.errors import UserError, shown
+from jaxtune.jsonfile import read_object
 from jaxtune.models import hub
 from jaxtune.models.fields import config_json
 from jaxtune.models.model import Model, Params, Tensor, leaf_paths
@@ -57,7 +58,7 @@ def load(
 
     Raises:
       UserError: no such folder, no safetensors, only pickled weights, a truncated file, tensors that are missing,
-        unknown or of another shape.
+        unknown, of another shape, or not finite.
     """
     folder = hub.resolve(os.fspath(path))
     sources, fresh = _match(model, _entries(folder), folder)
@@ -70,25 +71,27 @@ def load(
         (str(entry.path), entry.offset, leaf, i) for leaf in sources for i, entry in enumerate(sources[leaf])
     )
     leaves: dict[str, jax.Array] = {}
-    pending = None
+    pending: tuple[Entry, tuple[jax.Array, jax.Array]] | None = None
     for _, _, leaf, layer in order:
         tensor, sharding, shape = model.tensors[leaf], placed[leaf], shapes[leaf].shape
         if leaf in codecs:
             codec = codecs[leaf]
             if leaf not in leaves:
                 leaves[leaf] = _empty_encoded(codec, shape, sharding)
-            jax.block_until_ready(pending)
+            _wait(pending)
             entry = sources[leaf][layer]
-            matrix = _on_devices(entry, 0, entry.shape, _matrix_sharding(sharding))
-            leaves[leaf] = pending = _put_encoded(codec, tensor, sharding)(leaves[leaf], matrix, layer)
+            matrix = _on_devices(entry, 0, entry.shape, _whole(sharding))
+            written = _put_encoded(codec, tensor, sharding)(leaves[leaf], matrix, layer)
+            leaves[leaf], pending = written[0], (entry, written)
             continue
         if leaf not in leaves:
             leaves[leaf] = _empty(shape, shapes[leaf].dtype, sharding)
         spread = _part_sharding(tensor, sharding)
         for part, start in _parts(sources[leaf][layer], spread):
-            jax.block_until_ready(pending)  # two parts at most are on their way: one read, one written
-            leaves[leaf] = pending = _put(tensor, sharding, start is not None)(leaves[leaf], part, layer, start or 0)
-    jax.block_until_ready(pending)
+            _wait(pending)  # two parts at most are on their way: one read, one written
+            written = _put(tensor, sharding, start is not None)(leaves[leaf], part, layer, start or 0)
+            leaves[leaf], pending = written[0], (sources[leaf][layer], written)
+    _wait(pending)
     if fresh:
         key = jax.random.key(0) if rng is None else rng
         make = jax.jit(
@@ -186,10 +189,10 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
     if (folder / _SINGLE).is_file():
         names = [_SINGLE]
     elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text('utf-8'))['weight_map'].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{index}: expected a JSON object with a weight_map') from None
+        weight_map = read_object(index).get('weight_map')
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f'{index}: expected a weight_map, the file of each tensor by its name')
+        names = sorted(set(weight_map.values()))
     else:
         names = sorted(file.name for file in folder.glob('*.safetensors'))
     if not names:
@@ -202,8 +205,8 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
         raise UserError(f'{folder}: no model.safetensors and no {_INDEX}')
     entries: dict[str, Entry] = {}
     for name in names:
-        if name != os.path.basename(name) or not (folder / name).is_file():
-            raise UserError(f'{folder}: the file {name} that {_INDEX} names is missing')
+        if name != os.path.basename(name) or paths.wrong(folder / name) or not (folder / name).is_file():
+            raise UserError(f'{folder}: the file {shown(name)} that {_INDEX} names is missing')
         entries |= read_header(folder / name)
     return entries
 
@@ -259,23 +262,39 @@ def _empty_encoded(codec: Codec, shape: tuple[int, ...], sharding) -> NF4:
     return jax.jit(make, out_shardings=sharding)()
 
 
-def _matrix_sharding(sharding):
-    """Where one layer's matrix goes on its way into a typed leaf: to the leaf's device, or whole to all of them."""
+def _whole(sharding):
+    """Whole, on every device of a parameter that lies as `sharding` says."""
     first = jax.tree.leaves(sharding)[0]
     return NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
 
 
+def _wait(pending: tuple[Entry, tuple[Any, jax.Array]] | None) -> None:
+    """Waits until a part is in its place, and refuses it where a number of it is not finite."""
+    if pending is None:
+        return
+    entry, written = pending
+    _, finite = jax.block_until_ready(written)
+    if not finite.addressable_data(0):
+        raise not_finite(entry)
+
+
+def not_finite(entry: Entry) -> UserError:
+    """What to say of a tensor with NaN or infinite numbers."""
+    return UserError(f'{entry.path}: tensor {entry.name} holds NaN or infinite numbers; expected finite weights')
+
+
 @functools.cache
 def _put_encoded(codec: Codec, tensor: Tensor, sharding):
-    """Compiled: quantises one layer's matrix into its place."""
+    """Compiled: quantises one layer's matrix into its place; tells whether all of it is finite."""
 
-    def put(leaf: NF4, matrix: jax.Array, layer) -> NF4:
+    def put(leaf: NF4, matrix: jax.Array, layer) -> tuple[NF4, jax.Array]:
         encoded = codec.encode(matrix if tensor.transposed else matrix.T)
-        if not tensor.stacked:
-            return encoded
-        return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, layer, 0), leaf, encoded)
+        if tensor.stacked:
+            place = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, layer, 0)  # noqa: E731
+            encoded = jax.tree.map(place, leaf, encoded)
+        return encoded, jax.numpy.isfinite(matrix).all()
 
-    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _whole(sharding)))
 
 
 def _part_sharding(tensor: Tensor, sharding):
@@ -316,18 +335,19 @@ def _on_devices(entry: Entry, first: int, shape: tuple[int, ...], sharding) -> j
 
 @functools.cache
 def _put(tensor: Tensor, sharding, in_parts: bool):
-    """Compiled: writes a part of a tensor into its parameter in place."""
+    """Compiled: writes a part of a tensor into its parameter in place; tells whether all of it is finite."""
 
-    def put(leaf: jax.Array, part: jax.Array, layer, start) -> jax.Array:
+    def put(leaf: jax.Array, part: jax.Array, layer, start) -> tuple[jax.Array, jax.Array]:
         part = (part.T if tensor.transposed else part).astype(leaf.dtype)
         starts = [0] * leaf.ndim
         if in_parts:  # a start that is known to be 0 keeps divided dimensions where they are
             starts[-1 if tensor.transposed else int(tensor.stacked)] = start
+        finite = jax.numpy.isfinite(part).all()
         if tensor.stacked:
             part, starts[0] = part[None], layer
-        return jax.lax.dynamic_update_slice(leaf, part, starts)
+        return jax.lax.dynamic_update_slice(leaf, part, starts), finite
 
-    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _whole(sharding)))
 
 
 class _Write:

@@ -39,12 +39,13 @@ _MAX_HEADER = 100_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: where its bytes begin, its dtype and shape."""
+    """A tensor in a file: where its bytes begin, its dtype, shape and name."""
 
     path: pathlib.Path
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
+    name: str = ''
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or the part of it that `index` selects, in memory of its own.
@@ -110,7 +111,7 @@ def _entry(path: pathlib.Path, base: int, size: int, name: str, spec: Mapping) -
         raise UserError(f'{path}: tensor {name} has {stop - start} bytes; expected {dtype.name}{list(shape)}')
     if base + stop > size:
         raise UserError(f'{path}: truncated: {size} bytes, but tensor {name} ends at byte {base + stop}')
-    return Entry(path, base + start, dtype, shape)
+    return Entry(path, base + start, dtype, shape, name)
 
 
 def _count(value: object) -> int:

@@ -91,7 +91,7 @@ def load_reference(config: ConfigDict, mesh, *, weights: bool = True):
     """Model and parameters of `dpo.reference`, an adapter's own base with it; without weights, its shapes."""
     from jaxtune.assemble import assemble_other
 
-    parts = assemble_other(config, mesh, config.dpo.reference, weights=weights)
+    parts = assemble_other(config, mesh, 'dpo.reference', weights=weights)
     return parts.model, parts.params
 
 

@@ -116,7 +116,7 @@ class ByModel:
         self.mesh, self.batch_size = mesh, batch_size
         config = copy.deepcopy(config)
         config.data.seq_len = 2  # its rows are as long as what it reads
-        parts = assemble_other(config, mesh, config.rl.reward, 'reward', weights=weights)
+        parts = assemble_other(config, mesh, 'rl.reward', 'reward', weights=weights)
         if 'score' not in parts.params or any(path.startswith('score/') for path in parts.fresh):
             raise UserError(
                 f'rl.reward={config.rl.reward}: holds no reward model; expected the workdir of objective=reward '

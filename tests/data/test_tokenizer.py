@@ -120,7 +120,7 @@ def test_errors_name_the_key(tmp_path):
         str(tmp_path / 'nowhere'): 'no such folder',
         str(tmp_path / 'empty'): 'holds no tokenizer',
         str(tmp_path / 'broken'): 'cannot be opened',
-        'no-such-owner/no-such-tokenizer': 'no such folder, and from the hub',
+        'no-such-owner/no-such-tokenizer': 'no such folder, and the hub cannot be reached .HF_HUB_OFFLINE is set.',
     }.items():
         with pytest.raises(UserError, match=words) as caught:
             tokenizers.load(path)
