@@ -18,7 +18,7 @@ FOLDERS = (
     'checkpoints', 'export', 'adapter', 'base', 'tensorboard', CACHE, 'train', 'eval', 'tokenizer', 'work', 'wandb',
 )  # fmt: skip
 FILES = (
-    'inputs.json', 'metrics.jsonl', 'result.json', 'report.html', 'run.json', 'samples.jsonl',
+    'data.json', 'inputs.json', 'metrics.jsonl', 'result.json', 'report.html', 'run.json', 'samples.jsonl',
     '.samples.partial.jsonl', 'compile.json', 'stats.json', 'manifest.json', 'set_aside.jsonl', 'train.jsonl',
     'eval.jsonl', 'wandb_run',
 )  # fmt: skip

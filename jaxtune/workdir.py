@@ -19,6 +19,7 @@ from jaxtune.errors import UserError
 from jaxtune.recipes import MAY_CHANGE, defaults, differing, flatten
 
 INPUTS = 'inputs.json'
+DATA = 'data.json'
 SIGNATURE = 'checksums.json'  # in each checkpoint: its files' checksums, and of which recipe it is
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -116,7 +117,9 @@ def _others(workdir: pathlib.Path, own: Mapping[str, Any], known: bool) -> Itera
             yield f'train.steps ({was} in {name}, {own["steps"]} here)'
 
 
-def _differences(workdir: pathlib.Path, config: ConfigDict, recipe: dict, inputs: dict[str, str]) -> list[str]:
+def _differences(
+    workdir: pathlib.Path, config: ConfigDict, recipe: dict, inputs: dict[str, str], data: Mapping[str, str]
+) -> list[str]:
     """What in a workdir is not of this recipe."""
     stored = read_json(workdir / ours.RECIPE)
     others = list(_others(workdir, signature(recipe, inputs), stored is not None))
@@ -125,11 +128,30 @@ def _differences(workdir: pathlib.Path, config: ConfigDict, recipe: dict, inputs
         return [f'{name} (of a recipe that is not there any more)' for name in made] + others
     before = read_json(workdir / INPUTS) or {}
     anew = [f'the result of stage {name}, made anew since' for name in before if before[name] != inputs.get(name)]
-    return differing(stored, config) + anew + others
+    differs = differing(stored, config)
+    if (read := read_json(workdir / DATA)) and not any(name.startswith('data.') for name in differs):
+        anew += _changes(read, data)
+    return differs + anew + others
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files whose marks differ between two runs of a recipe; those of a key that has none now are left out."""
+    there = {name.partition(': ')[0] for name in now}
+    before = {name: mark for name, mark in before.items() if name.partition(': ')[0] in there}
+    said = []
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            what = 'is gone' if name not in now else 'is new' if name not in before else 'has changed'
+            said.append(f'{name}, which {what} since')
+    return said
 
 
 def open_workdir(
-    workdir: pathlib.Path, config: ConfigDict, overwrite: bool, inputs: Mapping[str, str] | None = None
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    overwrite: bool,
+    inputs: Mapping[str, str] | None = None,
+    data: Mapping[str, str] | None = None,
 ) -> dict | None:
     """Opens a workdir for a recipe and leaves `config.json` there; in process 0 of a pod alone, which has it locked.
 
@@ -140,6 +162,7 @@ def open_workdir(
       config: the full recipe.
       overwrite: a workdir of another recipe, or of other inputs, is emptied instead of refused.
       inputs: earlier stage whose output is read -> a mark of its result (`mark`).
+      data: marks of the files that are read (`jaxtune.data.inputs.marks`).
 
     Returns:
       `result.json` of the finished run with this very recipe, or None if there is work to do.
@@ -151,7 +174,7 @@ def open_workdir(
     try:
         ours.sweep(workdir)
         try:
-            names = _differences(workdir, config, recipe, inputs)
+            names = _differences(workdir, config, recipe, inputs, data or {})
         except UserError as error:  # a damaged file
             names = [str(error)]
         if names and not overwrite and ours.begun(workdir):
@@ -167,6 +190,8 @@ def open_workdir(
             (workdir / 'result.json').unlink(missing_ok=True)
         if inputs:
             write_json(workdir / INPUTS, inputs)
+        if data and dict(data) != read_json(workdir / DATA):
+            write_json(workdir / DATA, dict(data))
         write_json(workdir / ours.RECIPE, recipe)
     except OSError as error:
         raise UserError(f'--workdir={workdir}: cannot write there: {error.strerror}') from None

@@ -34,7 +34,7 @@ def open_tokens(path: str, split: str, tokenizer, config: ConfigDict, cache: pat
       UserError: no such data, no text in it, or a prepared folder of another tokenizer.
     """
     key = f'data.{split}'
-    prepared = _prepared(path, split, key)
+    prepared = prepared_tokens(path, key)
     if prepared is not None:
         return _checked(Tokens.open(prepared), f'{key}={path}', tokenizer, config.data.append_eos)
     documents = open_documents(path, key, config.data.text_key)
@@ -74,8 +74,13 @@ def once(there: Callable[[], bool], build: Callable[[], None], what: str) -> Non
         multihost.get_barrier_sync_fn()(key=f'jaxtune:{what}:all', timeout_ms=_PATIENCE_MS)
 
 
-def _prepared(path: str, split: str, key: str) -> pathlib.Path | None:
-    """The split's folder where `path` is a prepare stage's workdir."""
+def prepared_tokens(path: str, key: str) -> pathlib.Path | None:
+    """The folder of tokens that a key, `data.train` or `data.eval`, means where it names a prepare stage's workdir.
+
+    Raises:
+      UserError: the workdir has none, or is not finished.
+    """
+    split = key.removeprefix('data.')
     workdir = pathlib.Path(path).expanduser() if path else None
     if workdir is None or not workdir.is_dir():
         return None

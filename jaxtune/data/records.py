@@ -73,7 +73,7 @@ def open_records(
         raise UserError(f"{key}='': {EXPECTED}")
     if path == 'python-stdlib':
         return Records(name, stdlib.identity(), lambda: _numbered(stdlib.documents(), path, text_key))
-    files = _prepared(path, key) or _files(path, name)
+    files = find_files(path, key)
     if files is None:
         return _hub_dataset(path, name, key, columns)
     identity = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -158,6 +158,15 @@ def _suffix(file: pathlib.Path) -> str:
     for ending in COMPRESSED_SUFFIXES:
         name = name.removesuffix(ending)
     return pathlib.PurePath(name).suffix
+
+
+def find_files(path: str, key: str) -> list[pathlib.Path] | None:
+    """The files that a recipe's key means; None if it may be a dataset's id.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    return _prepared(path, key) or _files(path, f'{key}={path}')
 
 
 def _prepared(path: str, key: str) -> list[pathlib.Path] | None:

@@ -95,8 +95,9 @@ class Encoder:
         for number, before, after in zip(answers, texts[::2], texts[1::2], strict=True):
             self._check_extends(text, before, number)
             self._check_extends(before, after, number)
-            self._check_written(chat.turns[number]['content'], after[len(before) :], number)
-            end, ended = self._end(chat, number, before, after)
+            tail = self._tail(chat, number)
+            self._check_written(chat.turns[number]['content'], after[len(before) :], number, tail)
+            end, ended = self._end(tail, before, after)
             spans.append((len(before), end))
             text = after[:end]
         return self._finish(text, spans, ended)
@@ -112,8 +113,8 @@ class Encoder:
             raise FormatError(
                 'marks', f'{self.template.name} template marks {len(spans)} of {count} answers with {{% generation %}}'
             )
-        self._check_written(chat.turns[-1]['content'], text, len(chat.turns) - 1)
         tail = self._tail(chat, answers[-1])
+        self._check_written(chat.turns[-1]['content'], text, answers[-1], tail)
         end = tail.end if tail else ''
         if end:
             spans = [(low, high + len(end) * text.startswith(end, high)) for low, high in spans]
@@ -131,15 +132,17 @@ class Encoder:
                 "told apart; expected one that marks it with {% generation %}, or sft.train_on='last'"
             )
 
-    def _check_written(self, content: str, written: str, number: int) -> None:
+    def _check_written(self, content: str, written: str, number: int, tail: 'Tail | None') -> None:
         """Refuses a template that leaves out some of an answer; blanks may change."""
-        if content.strip() not in written and ''.join(content.split()) not in ''.join(written.split()):
+        own = written.removesuffix(tail.text) if tail else written
+        there = content.strip() in own or ''.join(content.split()) in ''.join(own.split())
+        if content.strip() and not (there and (tail is None or tail.written)):
             raise UserError(
                 f'data.template: {self.template.name} template does not write the answer of turn {number + 1}, '
                 f'{content.strip()!r:.40}, but {written!r:.40}; expected one that writes all of it'
             )
 
-    def _end(self, chat: Chat, number: int, before: str, after: str) -> tuple[int, bool]:
+    def _end(self, tail: 'Tail | None', before: str, after: str) -> tuple[int, bool]:
         """Where a turn ends: with the special tokens after its answer; what follows them is nobody's.
 
         That may be a line break, or the EOS that some templates put after the last turn only.
@@ -147,8 +150,12 @@ class Encoder:
         Returns:
           `(end, ended)`: a place in `after`, and whether a special token stands before it.
         """
-        tail = self._tail(chat, number)
-        if tail is not None and after.endswith(tail.text) and len(after) - len(tail.text) >= len(before):
+        if (
+            tail is not None
+            and tail.written
+            and after.endswith(tail.text)
+            and len(after) - len(tail.text) >= len(before)
+        ):
             end = len(after) - len(tail.text) + len(tail.end or tail.text)
             return end, bool(tail.end)
         # A turn that ends otherwise than a text does, as calls of tools may.
@@ -159,10 +166,10 @@ class Encoder:
         return text.rstrip().endswith(self.special)
 
     def _tail(self, chat: Chat, number: int) -> 'Tail | None':
-        """What the template writes after an answer that is a text; None where it does not write it.
+        """What the template writes after an answer that is a text; None where it refuses one.
 
         Raises:
-          UserError: it has no generation prompt, so the model would learn to write the template's own header.
+          UserError: it has no generation prompt, so that the model would learn to write the template's own header.
         """
         asked = chat.before(number)
         shape = (asked.tools is None, *((turn['role'], *turn) for turn in asked.turns))
@@ -175,8 +182,10 @@ class Encoder:
     def _find_tail(self, asked: Chat) -> 'Tail | None':
         answered = dataclasses.replace(asked, turns=(*asked.turns, {'role': 'assistant', 'content': _WORD}))
         prompted, bare, found = self.template.try_all([(asked, True), (asked, False), (answered, False)])
-        if isinstance(found, Exception) or _WORD not in found[0]:
+        if isinstance(found, Exception):
             return None
+        if _WORD not in found[0]:
+            return Tail('', '', written=False)
         head, _, text = found[0].rpartition(_WORD)
         if not self.template.marks and prompted == bare and not isinstance(bare, Exception):
             head = head.removeprefix(bare[0]).partition(_WORD)[0]
@@ -208,10 +217,17 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """What a template writes after an answer: all of it, and its beginning up to the tokens that end the turn."""
+    """What a template writes after an answer.
+
+    Attributes:
+      text: all of it.
+      end: its beginning up to the tokens that end the turn; '' where there are none.
+      written: whether the answer itself is.
+    """
 
     text: str
     end: str
+    written: bool = True
 
 
 def _first_run(text: str, tokens: tuple[str, ...]) -> str:
@@ -228,7 +244,7 @@ def end_of_turn(template: Template, tokenizer) -> int | None:
     """The token that ends an answer; None if it is not one token."""
     try:
         token = Encoder(template, tokenizer).end_token()
-    except (FormatError, UserError):
+    except UserError:
         return None  # a template that cannot be trained with may still be written with
     return None if token is None else tokenizer.convert_tokens_to_ids(token)
 

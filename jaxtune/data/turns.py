@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from jaxtune.data.formats import REASONING, Chat, FormatError
 from jaxtune.data.templates import Template
 
+_OTHER = 'x'  # what another text has at its end
+
 
 class Rendered(NamedTuple):
     """A conversation with its text, whose turns from `first` on are looked at."""
@@ -61,6 +63,8 @@ def _changes(template: Template, one: Rendered) -> Iterator[tuple[str, Chat]]:
 
 def _of_calls(turn: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     calls = turn.get('tool_calls') or []
+    if calls and turn['content'].strip():
+        yield 'the text beside tool calls', turn | {'content': f'{turn["content"]}{_OTHER}'}
     for number, call in enumerate(calls):
         function = call.get('function', call)
         for part in ('name', 'arguments'):
@@ -88,4 +92,4 @@ def _other(value: Any) -> Any:
         inner = json.loads(value) if value.lstrip().startswith(('{', '[')) else None
     except ValueError:
         inner = None
-    return json.dumps(_other(inner)) if inner else f'{value}x'
+    return json.dumps(_other(inner)) if inner else f'{value}{_OTHER}'

@@ -27,7 +27,8 @@ def corpus(tmp_path):
 def prepared(recipe, tmp_path):
     def make(name, **changes):
         config = recipe({'task': 'prepare', 'data.vocab_size': 400, **changes})
-        workdirs.claim(tmp_path / name, config, False)
+        (tmp_path / name).mkdir(exist_ok=True)
+        workdirs.open_workdir(tmp_path / name, config, False)
         command = Command('recipe.py', tmp_path / name, False, {'': config}, ('jaxtune',))
         return prepare.run(config, tmp_path / name, command)
 

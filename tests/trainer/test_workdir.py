@@ -195,3 +195,34 @@ def test_an_unfinished_run_can_be_exported(path, tmp_path, corpus):
             read_header(tmp_path / 'out' / 'export' / 'model.safetensors')[name].read().tobytes()
             == entry.read().tobytes()
         )
+
+
+def test_data_that_changed_is_refused_by_its_name(corpus, tmp_path, capsys):
+    folder = tmp_path / 'data'
+    folder.mkdir()
+    file, other = folder / 'a.jsonl', folder / 'b.jsonl'
+    text = (corpus / 'train.jsonl').read_text()
+    file.write_text(text)
+    keys = recipe(corpus, train__steps=2) | {'data.train': str(folder), 'data.eval': ''}
+    path, workdir = write_recipe(tmp_path / 'recipe.py', keys), tmp_path / 'run'
+    assert run(path, workdir) == 0
+    before = result(workdir)
+
+    def refused(words):
+        capsys.readouterr()
+        assert run(path, workdir) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count('\n') == 1
+        assert result(workdir) == before
+
+    file.write_text(text.replace('a', 'b', 1))
+    refused(f'data.train: {file}, which has changed since')
+    file.write_text(text)  # as it was: only its time is another
+    assert run(path, workdir) == 0
+    other.write_text(text)
+    refused(f'data.train: {other}, which is new since')
+    file.unlink()
+    refused(f'data.train: {file}, which is gone since; data.train: {other}, which is new since')
+    assert run(path, workdir, '--overwrite') == 0
+    assert run(path, workdir) == 0

@@ -1,0 +1,52 @@
+"""Which data a run reads: marks of its files, so that a run goes on with the data that it began with, or not at all."""
+
+import hashlib
+import pathlib
+
+from ml_collections import ConfigDict
+
+from jaxtune.data.cache import prepared_tokens
+from jaxtune.data.records import find_files
+from jaxtune.errors import UserError
+from jaxtune.recipes import config_get
+
+_KEYS = ('data.train', 'data.eval', 'sft.demonstrations')
+_BUDGET = (
+    256 << 20
+)  # bytes that are read of all files of a key: of larger ones, pieces from their beginning to their end
+_PIECES = 16
+
+
+def marks(config: ConfigDict) -> dict[str, str]:
+    """A mark of each file that a recipe's data keys name, which changes with its content: `{'KEY: FILE': mark}`.
+
+    Nothing for what another stage makes, for datasets of the hub, and for what is not there: reading it says so.
+    """
+    found = {}
+    for key in _KEYS:
+        path = config_get(config, key)
+        if not path or path.startswith('@') or path == 'python-stdlib':
+            continue
+        try:
+            folder = prepared_tokens(path, key) if key != 'sft.demonstrations' else None
+            files = sorted(folder.iterdir()) if folder else find_files(path, key) or []
+            share = max(1 << 16, _BUDGET // max(1, len(files)))
+            found |= {f'{key}: {file}': _mark(file, share) for file in files}
+        except (UserError, OSError):
+            continue
+    return found
+
+
+def _mark(file: pathlib.Path, share: int) -> str:
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with open(file, 'rb') as stream:
+        if size <= share:
+            starts, length = [0], size
+        else:
+            length = share // _PIECES
+            starts = [(size - length) * number // (_PIECES - 1) for number in range(_PIECES)]
+        for start in starts:
+            stream.seek(start)
+            digest.update(stream.read(length))
+    return f'{size} {digest.hexdigest()[:32]}'
