@@ -21,6 +21,8 @@ from jaxtune.models.fields import folder_config
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
 
+_NO_MODEL = "model.path='': expected a model folder, or model.config with model_type to start from scratch"
+
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
@@ -117,6 +119,8 @@ def open_tokenizer(config: ConfigDict, key: str = 'model.path'):
     Raises:
       UserError: there is none, or no such model.
     """
+    if not config.model.path and not config.model.config.to_dict():
+        raise UserError(_NO_MODEL)
     if config.model.path:
         folder = hub.resolve(model_folder(config.model.path, key), key)
         hub.check_companions(folder)
@@ -154,9 +158,7 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
     else:
         folder, own = '', settings.config.to_dict()
         if not own:
-            raise UserError(
-                "model.path='': expected a model folder, or model.config with model_type to start from scratch"
-            )
+            raise UserError(_NO_MODEL)
         # A multiple of 64 keeps the matrix units whole; no token ever has these last numbers.
         if tokenizer is not None:
             own.setdefault(

@@ -49,7 +49,7 @@ class Chat:
             raise UserError("--model='': expected a model folder, a hub id or a workdir")
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
-            parts = assemble(config, mesh)
+            parts = assemble(config, mesh, '--model')
         if parts.model.kind != 'decoder' or 'score' in parts.params:
             raise UserError(
                 f'--model={config.model.path}: {parts.model.architecture} does not chat; expected a decoder'

@@ -1,6 +1,7 @@
 """The one exception a person is meant to read, and how another's exception becomes one."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,21 @@ def reason(error: BaseException) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f'{text[:_SHOWN]}… ({len(text):,} characters)'
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to say where a program ended for lack of memory, of the host or of a device; '' where it ended otherwise."""
+    seen = error
+    while seen is not None:
+        text = str(seen)
+        refused = type(seen).__name__ in ('JaxRuntimeError', 'XlaRuntimeError') and 'RESOURCE_EXHAUSTED' in text
+        if refused or isinstance(seen, MemoryError) or getattr(seen, 'errno', None) == errno.ENOMEM:
+            return (
+                f'out of memory ({reason(seen)}): expected smaller sizes (train.batch_size, eval.batch_size, '
+                'generate.batch_size, data.seq_len, the model, the files), a larger mesh, or more memory'
+            )
+        seen = seen.__cause__ or seen.__context__
+    return ''
 
 
 def place(error: BaseException, path: str) -> str:

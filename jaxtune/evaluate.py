@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, objectives, report, runinfo
+from jaxtune import console, objectives, present, report, runinfo
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
@@ -29,6 +29,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError("data.eval='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
     batch_size = config.eval.batch_size or config.train.batch_size
     check_batch(mesh, batch_size, 1, objectives.get(config.objective).row(config))
+    present.check(config)
 
 
 def open_evaluator(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: Assembly) -> Evaluator:

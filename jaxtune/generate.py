@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, report, runinfo
+from jaxtune import console, present, report, runinfo
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
@@ -35,6 +35,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(
             f'generate.samples={config.generate.samples}: expected 1 with generate.beams > 1, which keep one'
         )
+    present.check(config)
 
 
 def check_writes(config: ConfigDict, parts: Assembly) -> None:

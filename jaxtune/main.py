@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxtune import huge_pages
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, out_of_memory
 
 # Threads of the tokenizers library are started before data threads fork nothing; without this it warns on every run.
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
@@ -33,6 +33,11 @@ def main(argv: Sequence[str]) -> int:
             stages.run(command)
     except UserError as error:
         print(f'jaxtune: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not (said := out_of_memory(error)):
+            raise
+        print(f'jaxtune: {said}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('jaxtune: interrupted; the same command continues', file=sys.stderr)

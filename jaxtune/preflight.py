@@ -106,7 +106,7 @@ def _train(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     with jax.set_mesh(mesh):
         parts = assemble.assemble(config, mesh, weights=False)
         rows = _rows(config, parts, cache, ('train', 'eval'))
-        if config.eval.samples:
+        if witness.wanted(config):
             witness.Witness(config, cache, mesh, parts)
         if config.objective == 'dpo' and config.dpo.reference:
             objectives.get('dpo').load_reference(config, mesh, weights=False)

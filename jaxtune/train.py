@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, interrupt, objectives, runinfo, running, witness
+from jaxtune import console, interrupt, objectives, present, runinfo, running, witness
 from jaxtune.assemble import assemble
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
@@ -46,6 +46,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     witness.check(config)
     if not config.data.train:
         raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
+    present.check(config)
 
 
 class Run(running.Run):
@@ -72,7 +73,7 @@ class Run(running.Run):
         self.gzip_bits_per_byte: float | None = None  # of the held-out documents, to compare with
         self.evaluator = self._evaluator()
         del self._complete  # and with it the weights of the start
-        self.witness = witness.Witness(config, workdir, mesh, self.parts) if config.eval.samples else None
+        self.witness = witness.Witness(config, workdir, mesh, self.parts) if witness.wanted(config) else None
         self._open_checkpoints()
 
     def _evaluator(self) -> Evaluator | None:

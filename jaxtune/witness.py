@@ -19,12 +19,20 @@ _PROMPT_TOKENS = {'causal_lm': 32, 'sft': 0, 'seq2seq': 0}
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses `eval.samples` where the objective's model does not write, or nothing is held out."""
-    if config.eval.samples and (config.objective not in _PROMPT_TOKENS or not config.data.eval):
+    """Refuses `eval.samples` where the objective's model does not write.
+
+    Raises:
+      UserError: so it is.
+    """
+    if config.eval.samples and config.objective not in _PROMPT_TOKENS:
         raise UserError(
-            f'eval.samples={config.eval.samples}: expected data.eval and an objective of '
-            f'{", ".join(_PROMPT_TOKENS)}, or 0'
+            f'eval.samples={config.eval.samples}: expected an objective of {", ".join(_PROMPT_TOKENS)}, or 0'
         )
+
+
+def wanted(config: ConfigDict) -> bool:
+    """Whether samples are to be written: where nothing is held out there is nothing to answer."""
+    return bool(config.eval.samples and config.data.eval)
 
 
 class Witness:

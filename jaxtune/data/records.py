@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jaxtune import paths
 from jaxtune.data import datasets_hub, stdlib
 from jaxtune.data.files import is_regular, note_once, walk
 from jaxtune.errors import UserError
@@ -178,6 +179,16 @@ def _prepared(path: str, key: str) -> list[pathlib.Path] | None:
     if not file.is_file():
         raise UserError(f'{key}={path}: the prepared folder has no {file.name}; expected data.eval_fraction > 0 there')
     return [file]
+
+
+def check_path(path: str, key: str) -> None:
+    """Refuses a path where there is nothing; what is there is looked at when it is opened.
+
+    Raises:
+      UserError: names the key.
+    """
+    if path != 'python-stdlib' and not paths.local(path, key).is_dir():
+        _files(path, f'{key}={path}')
 
 
 def _files(path: str, name: str) -> list[pathlib.Path] | None:

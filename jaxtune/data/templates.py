@@ -9,11 +9,11 @@ import dataclasses
 import difflib
 import functools
 import json
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from jaxtune import paths
 from jaxtune.data import sandbox
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.errors import UserError
@@ -231,9 +231,22 @@ def open_template(wanted: str, tokenizer, format_name: str = '', raw: bool = Fal
         return _checked(Template(wanted, source, _tokens(tokenizer)))
     if '{' in wanted:
         return _checked(Template('the given', wanted, _tokens(tokenizer)))
-    path = pathlib.Path(wanted).expanduser()
-    if path.is_file():
+    check_wanted(wanted)
+    path = paths.local(wanted, 'data.template')
+    try:
         return _checked(Template(str(path), path.read_text('utf-8'), _tokens(tokenizer)))
+    except UnicodeDecodeError as error:
+        raise UserError(f'data.template={wanted}: expected a Jinja text in UTF-8: {error}') from None
+
+
+def check_wanted(wanted: str) -> None:
+    """Refuses a template that is none: no name, no Jinja text, no file.
+
+    Raises:
+      UserError: so it is.
+    """
+    if wanted in ('auto', *NAMED) or '{' in wanted or paths.local(wanted, 'data.template').is_file():
+        return
     near = difflib.get_close_matches(wanted, NAMED, 1)
     raise UserError(
         f'data.template={wanted!r}: expected auto, a Jinja text, a file, or one of {", ".join(NAMED)}'

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import console, interrupt, rl, running
+from jaxtune import console, interrupt, present, rl, running
 from jaxtune.assemble import Assembly, assemble, folder_head
 from jaxtune.completer import sample_record
 from jaxtune.data.loader import Loader
@@ -82,6 +82,7 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         )
     if not config.data.train:
         raise UserError("data.train='': expected the prompts: a path, a glob, a folder, python-stdlib or @STAGE")
+    present.check(config)
 
 
 def check_policy(config: ConfigDict, parts: Assembly) -> None:

@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from jaxtune import named
-from jaxtune.assemble import assemble_other
+from jaxtune.assemble import assemble_other, model_folder
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
+from jaxtune.models import hub
 from jaxtune.objectives import answer_rows, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
 from jaxtune.prompt_data import Prompt
@@ -42,12 +43,31 @@ def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int, *, weights: boo
     Raises:
       UserError: there is no such thing.
     """
+    check(config)
+    if _is_function(config.rl.reward):
+        return ByFunction(config.rl.reward)
+    return ByModel(config, mesh, batch_size, weights)
+
+
+def check(config: ConfigDict) -> None:
+    """Imports the function, or finds the folder, that `rl.reward` names.
+
+    Raises:
+      UserError: there is no such thing.
+    """
     name = config.rl.reward
     if not name:
-        raise UserError("rl.reward='': expected a reward model's workdir or folder, @STAGE, or module:function")
-    if ':' in name and not pathlib.Path(name).exists():
-        return ByFunction(name)
-    return ByModel(config, mesh, batch_size, weights)
+        raise UserError(
+            "rl.reward='': expected a reward model's workdir or folder, @STAGE, module:function or file.py:function"
+        )
+    if _is_function(name):
+        named.function('rl.reward', name)
+    else:
+        hub.resolve(model_folder(name, 'rl.reward'), 'rl.reward')
+
+
+def _is_function(name: str) -> bool:
+    return ':' in name and not pathlib.Path(name).exists()
 
 
 class ByFunction:
