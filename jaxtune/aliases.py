@@ -48,8 +48,9 @@ def nearest(name: str) -> str:
     last = name.rsplit('.', 1)[-1].replace('-', '_').lower()
     if last in _ALIASES:
         return _ALIASES[last]
-    if found := difflib.get_close_matches(name, list(SCHEMA), 1, 0.6):
-        return found[0]
+    in_group = {f'{key.split(".")[0]}.{alias}': key for alias, key in _ALIASES.items()} | {key: key for key in SCHEMA}
+    if found := difflib.get_close_matches(name, list(in_group), 1, 0.6):
+        return in_group[found[0]]
     by_last = {key.rsplit('.', 1)[-1]: key for key in SCHEMA} | _ALIASES
     found = difflib.get_close_matches(last, list(by_last), 1, 0.6)
     return by_last[found[0]] if found else ''
