@@ -113,13 +113,13 @@ def _texts(config: ConfigDict, parts: Assembly, split: str) -> list[Prompt]:
 
 def _text_keys(data: ConfigDict, record: Any) -> tuple[str, str, str]:
     """Where a record's prompt stands, the recipe's key that says so, and where its reference does; '' = nowhere."""
-    pair = (data.source_key, 'data.source_key', data.target_key)
     held = record if isinstance(record, dict) else {}
-    if data.format == 'pair' or (data.format == 'auto' and data.text_key not in held and data.source_key in held):
-        return pair
-    if data.format == 'prompt' or (data.format == 'auto' and formats.detect(held) == 'prompt'):
+    guessed = data.format == 'auto' and data.text_key not in held
+    if data.format == 'prompt' or (guessed and formats.detect(held) == 'prompt'):
         prompt, completion = formats.prompt_fields(held)
         return prompt, '', completion
+    if data.format == 'pair' or (guessed and data.source_key in held):
+        return data.source_key, 'data.source_key', data.target_key
     return data.text_key, 'data.text_key', ''
 
 

@@ -243,6 +243,7 @@ def _alpaca(place: str, record: Any, answered: bool) -> Chat:
     for pair in record.get('history') or ():
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise FormatError('history', f"expected pairs of texts in 'history'; found {pair!r:.60}")
+        _check_unicode(''.join(pair), 'history')
         turns += [_user(pair[0]), {'role': 'assistant', 'content': pair[1]}]
     turns.append(_user(instruction, context))
     if answered or record.get('output') is not None:

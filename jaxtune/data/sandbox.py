@@ -17,10 +17,11 @@ import secrets
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
-SECONDS = 5  # of the processor, to compile a template and to render one request
-MEMORY = 1 << 30  # bytes of the process
+SECONDS = 2  # of the processor, to compile a template or to render a conversation
+MEMORY = 1 << 29  # bytes of the process
 # Characters that a template may write, and how many more for each byte of what it is given.
 TEXT, TEXT_PER_BYTE = 1 << 20, 16
 
@@ -136,6 +137,10 @@ def _serve() -> None:
         most = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (amount if most == resource.RLIM_INFINITY else min(amount, most), most))
 
+    def start_clock() -> None:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + SECONDS)
+
     limit(resource.RLIMIT_AS, MEMORY)
     limit(resource.RLIMIT_CORE, 0)
     source = sys.stdin.buffer
@@ -145,14 +150,13 @@ def _serve() -> None:
             data = _read(source)
         except EOFError:
             return
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + SECONDS)
-        _write(sink, json.dumps(_answer(compiled, data)).encode())
+        _write(sink, json.dumps(_answer(compiled, data, start_clock)).encode())
 
 
-def _answer(compiled, data: bytes) -> list[dict[str, Any]]:
+def _answer(compiled, data: bytes, start_clock: Callable[[], None]) -> list[dict[str, Any]]:
     from jinja2.exceptions import TemplateSyntaxError
 
+    start_clock()
     try:
         source, requests = pickle.loads(data)
         template = compiled(source)
@@ -161,7 +165,11 @@ def _answer(compiled, data: bytes) -> list[dict[str, Any]]:
     except Exception as error:  # of a template's own: a parser that recurses, constants that are folded
         return [_failure('compile', error)]
     limit = TEXT + TEXT_PER_BYTE * len(data)
-    return [_rendered(template, variables, limit) for variables in requests]
+    answers = []
+    for variables in requests:
+        start_clock()
+        answers.append(_rendered(template, variables, limit))
+    return answers
 
 
 def _rendered(template, variables: dict[str, Any], limit: int) -> dict[str, Any]:

@@ -154,3 +154,73 @@ def test_a_dataset_of_the_hub(monkeypatch):
         read('owner/name::validation')
     with pytest.raises(UserError, match=r"expected a column 'story'.*found text, body"):
         read('owner/name', text_key='story')
+
+
+def test_lines_and_tables_by_any_of_their_names(tmp_path, capsys):
+    for suffix in ('jsonlines', 'jl', 'ndjson'):
+        (tmp_path / f'a.{suffix}').write_text(lines({'text': '1'}, {'text': '2'}))
+        assert read(tmp_path / f'a.{suffix}') == ['1', '2']
+    (tmp_path / 'a.csv').write_text('\ufeffid,text\n1,"a, b\nc"\n\n2,é\n')
+    (tmp_path / 'a.tsv').write_text('text\tid\na, b\t1\n')
+    assert read(tmp_path / 'a.csv') == ['a, b\nc', 'é']
+    assert read(tmp_path / 'a.tsv') == ['a, b']
+    (tmp_path / 'b.csv').write_text('text\n' + 'x' * 200_000 + '\n')
+    assert len(read(tmp_path / 'b.csv')[0]) == 200_000
+    (tmp_path / 'a.weird').write_text('one text')
+    assert read(tmp_path / 'a.weird') == ['one text']
+    assert 'read as one text: .weird is none of .jsonl' in ' '.join(capsys.readouterr().out.split())
+    assert len(read(tmp_path)) == 2 * 3 + 4
+    assert 'left out 1 of 7 files, of unknown suffixes: .weird' in ' '.join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('id,text\n1,a,b\n', r'a\.csv:2: expected 2 cells, as there are columns; found 3'),
+        ('id,text\n1,a\n2\n', r'a\.csv:3: expected 2 cells'),
+        ('text,text\na,b\n', r'a\.csv:1: expected the names of the columns, each once'),
+        ('text\n"open\n', r'a\.csv:2: expected a row of a table in UTF-8'),
+        ('body\na\n', r"a\.csv:2: expected the field 'text' \(data\.text_key\); found 'body'"),
+    ],
+)
+def test_a_broken_table_is_named(text, words, tmp_path):
+    (tmp_path / 'a.csv').write_text(text)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / 'a.csv')
+    (tmp_path / 'a.csv').write_bytes(text.encode() + b'\xff\xff')
+    with pytest.raises(UserError, match=r'a\.csv:\d'):
+        read(tmp_path / 'a.csv')
+
+
+def test_links_are_followed_once(tmp_path):
+    data, other = tmp_path / 'data', tmp_path / 'other'
+    (data / 'b').mkdir(parents=True)
+    (other / 'deep').mkdir(parents=True)
+    for folder, text in ((data, '1'), (data / 'b', '2'), (other, '3'), (other / 'deep', '4')):
+        (folder / 'a.txt').write_text(text)
+    (tmp_path / 'c.txt').write_text('5')
+    (data / 'a-again').symlink_to(other)
+    (data / 'z-again').symlink_to(other)  # a second way to the same
+    (data / 'c.txt').symlink_to(tmp_path / 'c.txt')
+    (data / 'd.txt').symlink_to(data / 'b' / 'a.txt')  # in the folder already
+    (other / 'back').symlink_to(data)  # a loop
+    (other / 'deep' / 'itself').symlink_to('.')
+    assert sorted(read(data)) == ['1', '2', '3', '4', '5']
+    assert sorted(read(tmp_path / 'd*')) == ['1', '2', '3', '4', '5']
+    os.link(data / 'a.txt', data / 'e.txt')  # a file of its own
+    assert sorted(read(data)) == ['1', '1', '2', '3', '4', '5']
+
+
+def test_what_is_no_file_is_left_out_or_named(tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('1')
+    os.mkfifo(tmp_path / 'b.txt')
+    assert read(tmp_path) == read(tmp_path / '*.txt') == ['1']
+    assert 'b.txt: left out: not a regular file' in ' '.join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match=r'b\.txt: not a regular file'):
+        read(tmp_path / 'b.txt')
+    for target in ('nowhere.txt', 'c.txt'):
+        (tmp_path / 'c.txt').symlink_to(target)
+        for path in (tmp_path, tmp_path / '*.txt', tmp_path / 'c.txt'):
+            with pytest.raises(UserError, match=r'c\.txt: a link that leads nowhere'):
+                read(path)
+        (tmp_path / 'c.txt').unlink()

@@ -1,11 +1,13 @@
 """Wrong instructions and preferences: one line with `file:line` and a count, or a note with a count."""
 
 import json
+import math
 
 import pytest
 
 from jaxtune import objectives, recipes
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
 
 USER, ASSISTANT = {'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}
@@ -16,7 +18,7 @@ PAIR = {'prompt': 'Hi', 'chosen': 'Hello', 'rejected': 'Go'}
 def rows(tmp_path, records, objective='sft', **changes):
     """The rows of a few records."""
     file = tmp_path / 'train.jsonl'
-    file.write_text('\n'.join(json.dumps(record, ensure_ascii=False) for record in records) + '\n')
+    file.write_text('\n'.join(map(json.dumps, records)) + '\n')
     config = recipes.defaults()
     keys = {'objective': objective, 'data.train': str(file), 'data.seq_len': 96}
     recipes.lay_over(config, keys | {name.replace('__', '.'): value for name, value in changes.items()})
@@ -55,6 +57,100 @@ SFT = {
         r'train\.jsonl:1: data\.seq_len=96: the prompt alone fills the row, here and in all 2 records',
     ),
 }
+
+
+HALF = chr(0xD83D)  # of an emoji
+
+
+def call(**fields):
+    return {'messages': [USER, ASSISTANT | {'tool_calls': [{'function': {'name': 'f', 'arguments': {}} | fields}]}]}
+
+
+SFT |= {
+    'half an emoji in a text': (
+        [GOOD, turns('user') | {'messages': [USER | {'content': HALF}]}],
+        r"Unicode text in 'co",
+    ),
+    'in an earlier exchange': (
+        [{'instruction': 'a', 'output': 'b', 'history': [[f'a {HALF}', 'b']]}],
+        r"train\.jsonl:1: expected Unicode text in 'history'; found half a surrogate pair, .ud83d",
+    ),
+    'in a call': ([call(arguments={'x': [HALF]})], r"train\.jsonl:1: expected Unicode text in 'tool_calls'"),
+    "in a call's names": ([call(arguments={HALF: 1})], r"train\.jsonl:1: expected Unicode text in 'tool_calls'"),
+    'in the tools': ([GOOD | {'tools': [{'name': HALF}]}], r"train\.jsonl:1: expected Unicode text in 'tools'"),
+    'calls that are a text': (
+        [{'messages': [USER, ASSISTANT | {'tool_calls': '[]'}]}],
+        r"train\.jsonl:1: expected a list of calls in 'tool_calls'",
+    ),
+    'a call without a name': (
+        [call(name=None)],
+        r"expected a list of calls in 'tool_calls', each with a function's name",
+    ),
+    'a weight of a turn': (
+        [GOOD, {'messages': [USER, ASSISTANT | {'weight': 0}]}],
+        r"train\.jsonl:2: the field 'weight' of a turn, 0, is not read here; expected none, or 1 \(1 of 2 records",
+    ),
+    'a turn not to train': (
+        [{'messages': [USER, ASSISTANT | {'train': False}]}],
+        r"field 'train' of a turn, False, is",
+    ),
+    'a call of old': (
+        [{'messages': [USER, ASSISTANT | {'function_call': {'name': 'f'}}]}],
+        r"field 'function_call' of",
+    ),
+    'a weight of a record': (
+        [GOOD | {'weight': 0.5}],
+        r"train\.jsonl:1: the field 'weight' of the record, 0\.5, is not",
+    ),
+    'arguments of a template': (
+        [GOOD | {'chat_template_kwargs': {'x': 1}}],
+        r"field 'chat_template_kwargs' of the rec",
+    ),
+    'two system prompts': (
+        [turns('system', 'user', 'assistant') | {'system': 'other'}],
+        r"train\.jsonl:1: expected one system prompt; found 'other' in 'system' and another in the first turn",
+    ),
+    'tools that are a number': (
+        [GOOD | {'tools': 5}],
+        r"train\.jsonl:1: expected a list of tools, or a text, in 'tools'",
+    ),
+}
+
+
+def test_values_nested_too_deep_and_numbers_too_long_are_named(tmp_path):
+    deep: list = []
+    for _ in range(300):
+        deep = [deep]
+    with pytest.raises(UserError, match=r"train\.jsonl:1: expected values nested at most 100 deep in 'tools'"):
+        rows(tmp_path, [GOOD | {'tools': deep}])
+    (tmp_path / 'long.jsonl').write_text('{"a": ' + '9' * 5000 + '}\n')
+    with pytest.raises(
+        UserError, match=r'long\.jsonl:1: expected one JSON object in UTF-8 on the line: Exceeds the limit'
+    ):
+        list(open_records(str(tmp_path / 'long.jsonl')))
+    (tmp_path / 'long.json').write_text('[' + '9' * 5000 + ']')
+    with pytest.raises(UserError, match=r'long\.json: expected JSON in UTF-8: Exceeds the limit'):
+        list(open_records(str(tmp_path / 'long.json')))
+
+
+def test_fields_that_change_nothing_pass_and_a_records_system_prompt_is_read(tmp_path):
+    plain = rows(tmp_path, [GOOD | {'messages': [{'role': 'system', 'content': 'Be kind.'}, USER, ASSISTANT]}])
+    fields = {'weight': 1, 'chat_template_kwargs': {}, 'functions': [], 'tools': '[]', 'system': 'Be kind.'}
+    found = rows(tmp_path, [{'messages': [USER, ASSISTANT | {'weight': 1.0, 'train': True}]} | fields])
+    named = rows(tmp_path, [{'question': 'Hi', 'answer': 'Hello', 'system': 'Be kind.'}], data__template='chatml')
+    for other in (found, named):
+        assert other[0]['tokens'].tolist() == plain[0]['tokens'].tolist()
+
+
+def test_arrow_fills_in_nothing(tmp_path):
+    """A table gives each record the fields of all; those that a record did not have stay away."""
+    pyarrow = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+
+    records = [call(arguments={'city': 'Paris'}), call(arguments={'numbers': [1, 2], 'more': {'a': 1}}), GOOD]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / 'a.parquet')
+    for (_, found), record in zip(open_records(str(tmp_path / 'a.parquet')), records, strict=True):
+        assert found == record
 
 
 @pytest.mark.parametrize('case', SFT)
@@ -122,6 +218,22 @@ PAIRS = {
         [{'chosen': [USER, ASSISTANT, USER], 'rejected': [USER, ASSISTANT]}],
         r"train\.jsonl:1: expected 'chosen' and 'rejected' to end with the assistant; found the user",
     ),
+}
+
+
+PAIRS |= {
+    'a margin of nothing': (
+        [PAIR, PAIR | {'margin': math.nan}],
+        r"train\.jsonl:2: expected a finite number in 'margin'",
+    ),
+    'a margin without end': ([PAIR | {'margin': -math.inf}], r"train\.jsonl:1: expected a finite number in 'margin'"),
+    'a margin beyond floats': ([PAIR | {'margin': 10**400}], r"train\.jsonl:1: expected a finite number in 'margin'"),
+    'a label of old': (
+        [{'prompt': 'Hi', 'completion': 'Hello', 'label': -1}],
+        r"train\.jsonl:1: expected true, false, 1 or 0 in 'label'; found -1",
+    ),
+    'a weight': ([PAIR | {'weight': 2}], r"train\.jsonl:1: the field 'weight' of the record, 2, is not read here"),
+    'half an emoji': ([PAIR | {'chosen': [{'role': 'assistant', 'content': 'a', 'name': HALF}]}], r"text in 'name'"),
 }
 
 

@@ -204,3 +204,16 @@ def test_a_broken_archive_writes_nothing_to_stderr(recipe, tmp_path, capfd):
     (unit,) = sources.units(0, plan.sources[0])
     list(read(unit, plan, lambda *row: None))
     assert capfd.readouterr().err == ''
+
+
+def test_links_of_a_source_are_followed_once(recipe, tmp_path, capsys):
+    data, other = tmp_path / 'data', tmp_path / 'other'
+    for folder, text in ((data, 'one'), (other, 'two')):
+        folder.mkdir()
+        (folder / 'a.jl').write_text(json.dumps({'text': text}) + '\n')
+    (data / 'more').symlink_to(other)
+    (other / 'back').symlink_to(data)
+    (data / 'b.jl').symlink_to('nowhere.jl')
+    assert [document.text for document in documents(recipe, {'path': str(data)})] == ['one', 'two']
+    assert 'b.jl: left out: a link that leads nowhere' in ' '.join(capsys.readouterr().out.split())
+    assert [document.text for document in documents(recipe, {'path': f'{data}/*.jl'})] == ['one']

@@ -1,0 +1,87 @@
+"""The prompts of a recipe's data: however it is named, whatever its fields, and how many of them fit."""
+
+import json
+
+import jax
+import pytest
+from runs import full_config, metrics, recipe, train
+
+from jaxtune.assemble import assemble
+from jaxtune.parallel import AXES, make_mesh
+from jaxtune.prompt_data import Prompt, read_prompts
+from jaxtune.samples import read_samples
+
+CONVERSATION = {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
+
+
+@pytest.fixture(scope='module')
+def mesh():
+    return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope='module')
+def parts(corpus, mesh):
+    with jax.set_mesh(mesh):
+        return assemble(full_config(recipe(corpus)), mesh)
+
+
+@pytest.fixture
+def prompts(corpus, parts):
+    def read(path, fitting: bool = False, **changes) -> list[Prompt]:
+        changes = {'generate__max_new_tokens': 16, **changes}
+        return read_prompts(full_config(recipe(corpus, data__eval=str(path), **changes)), parts, fitting=fitting)
+
+    return read
+
+
+def write(file, *records):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return file
+
+
+def test_conversations_are_the_same_by_any_name(prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for name in 'ab':
+        write(tmp_path / 'q' / f'{name}.jsonl', CONVERSATION | {'text': 'beside'})
+    found = prompts(tmp_path / 'q')
+    assert [prompt.text for prompt in found] == [CONVERSATION['messages'][:1]] * 2
+    assert [prompt.reference for prompt in found] == ['Hello'] * 2
+    for path in (tmp_path / 'q' / '*.jsonl', '~/q', '~/q/*.jsonl', '~/q/[ab].jsonl'):
+        assert prompts(path) == found
+
+
+@pytest.mark.parametrize(
+    ('record', 'expected'),
+    [
+        ({'prompt': 'Why?'}, ('Why?', None)),
+        ({'prompt': 'Why?', 'completion': 'So.'}, ('Why?', 'So.')),
+        ({'question': 'Why?', 'answer': 'So.'}, ('Why?', 'So.')),
+        ({'source': 'Why?', 'target': 'So.'}, ('Why?', 'So.')),
+        ({'text': 'Why?', 'prompt': 'another'}, ('Why?', None)),
+        ({'prompt': [{'role': 'user', 'content': 'Why?'}]}, ([{'role': 'user', 'content': 'Why?'}], None)),
+    ],
+)
+def test_prompts_are_found_by_their_fields(prompts, tmp_path, record, expected):
+    (found,) = prompts(write(tmp_path / 'a.jsonl', record))
+    assert (found.text, found.reference) == expected
+
+
+def test_prompts_that_do_not_fit_are_counted(prompts, tmp_path, capsys):
+    file = write(tmp_path / 'a.jsonl', *({'prompt': 'x' * size} for size in (5, 500, 0, 700)))
+    assert [len(prompt.ids) for prompt in prompts(file, fitting=True, generate__max_new_tokens=100)] == [5]
+    said = ' '.join(capsys.readouterr().out.split())
+    assert (
+        '3 of 4 prompts are left out: empty, or too long to have generate.max_new_tokens=100 after them in 128' in said
+    )
+
+
+def test_samples_that_cannot_be_drawn_do_not_stop_training(tmp_path, capsys):
+    file = write(tmp_path / 'a.jsonl', *([{'prompt': 'x' * 40, 'completion': 'y'}] * 8))
+    keys = recipe(tmp_path, 'sft', train__steps=2, train__batch_size=4, eval__samples=2, eval__batch_size=4)
+    keys |= {'data.train': str(file), 'data.eval': str(file), 'generate.max_new_tokens': 100}
+    train(keys, tmp_path / 'run')
+    assert len(metrics(tmp_path / 'run', 'train/loss')) == 2
+    assert read_samples(tmp_path / 'run') == []
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'eval.samples=2: none is written: no prompt of data.eval leaves room for generate.max_new_tokens=100' in said
