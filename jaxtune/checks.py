@@ -118,6 +118,14 @@ def path_list(value):
     return value
 
 
+def path_names(value):
+    """A path, or several of them."""
+    value = names(value)
+    for part in (value,) if isinstance(value, str) else value:
+        path(part)
+    return value
+
+
 def template(value):
     """A name, a path, or a Jinja text."""
     return text(value) if isinstance(value, str) and '{' in value else path(value)

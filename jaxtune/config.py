@@ -14,6 +14,7 @@ from jaxtune.checks import (
     one_of,
     path,
     path_list,
+    path_names,
     ranks,
     template,
     text,
@@ -160,7 +161,9 @@ SCHEMA: dict[str, Key | Free] = {
     'data.steps.dedup.substring': Key(
         0, integer(0), 'prepare: a run of so many words stays in the first document only; 0 = off, 50 is usual'
     ),
-    'data.steps.decontaminate.against': Key((), names, 'prepare: evaluation files whose text must not be in the data'),
+    'data.steps.decontaminate.against': Key(
+        (), path_names, 'prepare: evaluation files whose text must not be in the data'
+    ),
     'data.steps.decontaminate.ngram': Key(13, integer(3, high=1000), 'prepare: words in a row that make an overlap'),
     'data.steps.tokenizer.model': Key('bpe', one_of('bpe', 'unigram'), 'prepare: what is trained'),
     'data.steps.tokenizer.special_tokens': Key((), names, 'prepare: further tokens of the vocabulary to train'),

@@ -6,12 +6,13 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from jaxtune import paths
-from jaxtune.errors import UserError, blamed_on
+from jaxtune.errors import UserError, blamed_on, shown
 
 
 def function(key: str, name: str) -> Callable:
@@ -27,8 +28,8 @@ def function(key: str, name: str) -> Callable:
       UserError: there is none, or its module fails when it is imported.
     """
     where, _, attribute = name.rpartition(':')
-    if not where or not attribute.isidentifier():
-        raise UserError(f'{key}={name}: expected module:function or file.py:function')
+    if not attribute.isidentifier() or not (where.endswith('.py') or re.fullmatch(r'[^\W\d]\w*(\.\w+)*', where)):
+        raise UserError(f'{key}={shown(name)}: expected module:function or file.py:function')
     module = _from_file(key, name, where) if where.endswith('.py') else _by_name(key, name, where)
     found = getattr(module, attribute, None)
     if found is None:

@@ -198,6 +198,7 @@ def resolve(
             ours = {path: value for path, value in overrides.items() if of_stage(path, (stage,))}
             lay_over(config, {path[len(prefix) :]: value for path, value in ours.items()}, prefix)
             known.update(ours)
+        _check_sources(config, prefix)
         _check_references(config, (*done, *configs), prefix)
         configs[stage] = config
     for path in overrides:
@@ -218,14 +219,26 @@ REFERENCES = (
 )
 
 
-def _references(config: ConfigDict) -> dict[str, str]:
-    """Path of every key that names an earlier stage -> `@NAME`, those inside `data.sources` among them."""
-    values = {path: config_get(config, path) for path in REFERENCES}
+def _source_paths(config: ConfigDict) -> dict[str, Any]:
+    """Key of every path inside `data.sources` -> its value."""
+    values = {}
     for label, source in config.data.sources.items():
         if isinstance(source, Mapping | ConfigDict):
             values[f'data.sources.{label}.path'] = source.get('path')
         else:
             values[f'data.sources.{label}'] = source
+    return values
+
+
+def _check_sources(config: ConfigDict, prefix: str) -> None:
+    for key, value in _source_paths(config).items():
+        if isinstance(value, str) and (problem := paths.wrong(value)):
+            raise UserError(f'{prefix}{key}={shown(value)}: expected {problem}')
+
+
+def _references(config: ConfigDict) -> dict[str, str]:
+    """Path of every key that names an earlier stage -> `@NAME`, those inside `data.sources` among them."""
+    values = {path: config_get(config, path) for path in REFERENCES} | _source_paths(config)
     return {path: value for path, value in values.items() if isinstance(value, str) and value.startswith('@')}
 
 

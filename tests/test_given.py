@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from ml_collections import ConfigDict
 
 from jaxtune import flags, jsonfile, named, paths, peft, recipes, stderr
 from jaxtune.aliases import nearest
@@ -18,6 +19,7 @@ from jaxtune.errors import UserError, out_of_memory, shown
 PATHS = (
     'model.path', 'tokenizer.path', 'method.path', 'data.train', 'data.eval', 'data.template', 'sft.demonstrations',
     'dpo.reference', 'rl.reward', 'data.steps.language.model', 'data.steps.filter.blocklist',
+    'data.steps.decontaminate.against',
 )  # fmt: skip
 
 
@@ -35,6 +37,14 @@ def test_paths_that_no_system_call_takes(key):
             recipes.lay_over(recipes.defaults(), {key: value})
         assert len(str(caught.value)) < 500
     recipes.lay_over(recipes.defaults(), {key: '~/not/there'})
+
+
+@pytest.mark.parametrize('source', ['~no_such_user_here/x', {'path': 'x' * 5000}, {'path': 'a\0b', 'weight': 1}])
+def test_paths_of_sources_that_no_system_call_takes(recipe, source):
+    given = recipes.read_recipe(str(recipe))
+    given.data = ConfigDict({'sources': {'web': source}})
+    with pytest.raises(UserError, match=r'^data\.sources\.web'):
+        recipes.resolve(given)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +161,7 @@ def test_a_function_of_a_file_and_of_the_current_folder(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=words) as caught:
             named.function('rl.reward', name)
-        assert f'rl.reward={name}' in str(caught.value)
+        assert str(caught.value).startswith((f'rl.reward={name}', f'rl.reward={name!r}'))
 
 
 @pytest.mark.parametrize(

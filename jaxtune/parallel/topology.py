@@ -104,7 +104,7 @@ def usable_bytes(name: str) -> int:
 
 
 def _tpu(name: str) -> list[jax.Device]:
-    if not re.fullmatch(r'[^:]+:\d+(x\d+){1,2}', name):
+    if not re.fullmatch(r'[^:]+:\d{1,6}(x\d{1,6}){1,2}', name):
         raise UserError(f'compile.topology={name!r}: expected its chips along each axis, such as {_TPU_EXAMPLES}')
     if not glob.glob('/dev/accel*') and not glob.glob('/dev/vfio/[0-9]*'):
         # Otherwise libtpu asks around for the host that it is on, complains, and lets one process in at a time.
@@ -131,7 +131,7 @@ def _tpu(name: str) -> list[jax.Device]:
 
 def _card(name: str, shape: str) -> tuple[Card, int]:
     card, _, count = shape.rpartition('x')
-    if card not in CARDS or not re.fullmatch(r'[1-9]\d*', count):
+    if card not in CARDS or not re.fullmatch(r'[1-9]\d{0,8}', count):
         raise UserError(f'compile.topology={name!r}: expected cuda:CARDxNUMBER, CARD one of {", ".join(CARDS)}')
     if int(count) > 8 and int(count) % 8:
         raise UserError(f'compile.topology={name!r}: expected at most 8 GPUs, or a multiple of 8 (hosts of 8)')
