@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import methods, models, recipes, tuning
+from jaxtune import methods, models, objectives, recipes, tuning
 from jaxtune.export import merged
 from jaxtune.methods import targets
 from jaxtune.objectives.cross_entropy import cross_entropy
@@ -138,8 +138,6 @@ def test_begins_at_the_model_and_merges_into_the_same_function(kind, name):
     ],
 )
 def test_trains_its_own_leaves_alike_on_any_mesh(kind, name, monkeypatch):
-    from jaxtune import objectives
-
     monkeypatch.setattr(objectives, 'get', lambda name: Objective)
     config, (model, params) = settings(**VARIANTS[name]), build(kind)
     losses = {}
@@ -170,6 +168,39 @@ def test_trains_its_own_leaves_alike_on_any_mesh(kind, name, monkeypatch):
             assert np.any(np.asarray(now) != then), path
         assert found[-1] < found[0]
     np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['qlora', pytest.param('lora', marks=pytest.mark.exhaustive)])
+def test_wide_factors_train_alike_on_a_mesh_of_one_dividing_axis(name, monkeypatch):
+    """Factors of 2^20 numbers, which their rules' own axes leave whole where the mesh has only the other."""
+    monkeypatch.setattr(objectives, 'get', lambda name: Objective)
+    fields = KINDS['decoder'] | {'hidden_size': 64, 'intermediate_size': 8192, 'num_key_value_heads': 4}
+    model = models.build(models.read_config(fields))
+    params = jax.jit(model.init)(jax.random.key(0))
+    config = settings(**{'method.name': name, 'method.rank': 64, 'optimizer.eps': 1e-4})
+    losses = {}
+    for axis in ('', 'fsdp', 'tensor'):
+        mesh = one_device()
+        if axis:
+            sizes = {'data': 1, 'fsdp': 1, 'tensor': 1, 'sequence': 1} | {axis: 4}
+            mesh = make_mesh(sizes, jax.devices()[:4])
+        with jax.set_mesh(mesh):
+            _, whole = tuned(config, model, params, mesh)
+            trainable, frozen = tuning.partition(config, whole, frozenset())
+            mlp = trainable['layers']['mlp']
+            factors = mlp['down_proj']['kernel'].a, mlp['up_proj']['kernel'].b
+            assert [factor.size for factor in factors] == [2**20, 2**20]
+            assert not axis or not any(factor.sharding.is_fully_replicated for factor in factors)
+            program = make_program(config, mesh, model, trainable, 3)
+            state, step = program.init_state(trainable), program.train_step(1)
+            batch = place(lambda low, high: {k: v[low:high] for k, v in batch_of('decoder').items()}, 8, mesh)
+            losses[axis] = []
+            for _ in range(3):
+                state, metrics = step(state, frozen, batch)
+                losses[axis].append(float(metrics['loss']))
+    assert losses[''][-1] < losses[''][0]
+    np.testing.assert_allclose(losses['fsdp'], losses[''], rtol=1e-5)
+    np.testing.assert_allclose(losses['tensor'], losses[''], rtol=1e-5)
 
 
 def test_dropout_is_for_training_alone():
