@@ -50,7 +50,7 @@ def quiet_logs() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter('ignore')
-    logging.lastResort.setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
     from absl import logging as absl_logging
 
     absl_logging.set_verbosity(absl_logging.ERROR)

@@ -60,6 +60,21 @@ def foreign(folder: pathlib.Path) -> str:
     return next((name for name in names if name in taken or _FOREIGN.fullmatch(name)), '')
 
 
+def check_owned(workdir: pathlib.Path) -> None:
+    """Refuses a folder that is somebody else's, and what is no folder.
+
+    Raises:
+      UserError: so it is.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f'--workdir={workdir}: expected a folder that can be written')
+    if name := foreign(workdir):
+        raise UserError(
+            f'--workdir={workdir}: holds {name}, and jaxtune did not make this folder; expected an empty one, a new '
+            'one or the workdir of a run'
+        )
+
+
 def results(workdir: pathlib.Path) -> list[str]:
     """Names of what a run has made so far that cannot be had again for nothing."""
     found = [name for name in _RESULTS if (workdir / name).exists()]
@@ -115,11 +130,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it, or it is somebody else's folder, which is left as it is.
     """
-    if name := foreign(workdir):
-        raise UserError(
-            f'--workdir={workdir}: holds {name}, and jaxtune did not make this folder; expected an empty one, a new '
-            'one or the workdir of a run'
-        )
+    check_owned(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / MARK, 'a+', encoding='utf-8')  # noqa: SIM115

@@ -13,9 +13,24 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import assemble, compile, evaluate, export, generate, objectives, prepare, recipes, train, tuning, witness
+from jaxtune import (
+    assemble,
+    compile,
+    evaluate,
+    export,
+    generate,
+    objectives,
+    ours,
+    prepare,
+    recipes,
+    train,
+    tuning,
+    witness,
+    workdir,
+)  # fmt: skip
 from jaxtune.completer import Completer
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.inputs import marks
 from jaxtune.data.prepare import plain
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
@@ -41,6 +56,7 @@ def check(command: Command) -> str:
     said = []
     for name, config in command.configs.items():
         waits = [other for other in sorted(recipes.references(config)) if not _done(command.workdir / other)]
+        _check_folder(command, name, config)
         with _named(name), tempfile.TemporaryDirectory(prefix='jaxtune-check-') as cache:
             if waits:
                 found = _without_stages(config)
@@ -58,6 +74,16 @@ def _named(stage: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f'stage {stage}: {error}' if stage else str(error)) from None
+
+
+def _check_folder(command: Command, name: str, config: ConfigDict) -> None:
+    """Refuses a workdir that the run would be refused in."""
+    folder = command.workdir / name
+    ours.check_owned(command.workdir)
+    ours.check_owned(folder)
+    if folder.is_dir():
+        inputs = {other: workdir.mark(command.workdir / other) for other in recipes.references(config)}
+        workdir.check_workdir(folder, config, command.overwrite, inputs, marks(config))
 
 
 def _done(folder: pathlib.Path) -> bool:

@@ -146,6 +146,30 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return said
 
 
+def check_workdir(
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    overwrite: bool,
+    inputs: Mapping[str, str] | None = None,
+    data: Mapping[str, str] | None = None,
+) -> list[str]:
+    """What in a workdir is not of this recipe, and must go before it can run there; arguments as for `open_workdir`.
+
+    Raises:
+      UserError: the workdir holds another recipe's run, and it is not to be overwritten.
+    """
+    try:
+        names = _differences(workdir, config, json.loads(config.to_json()), dict(inputs or {}), data or {})
+    except UserError as error:  # a damaged file
+        names = [str(error)]
+    if names and not overwrite and ours.begun(workdir):
+        raise UserError(
+            f'{workdir}: holds a run of another recipe; what differs: {"; ".join(names)}. Expected the same '
+            'recipe, another --workdir, or --overwrite'
+        )
+    return names
+
+
 def open_workdir(
     workdir: pathlib.Path,
     config: ConfigDict,
@@ -173,16 +197,7 @@ def open_workdir(
     inputs, recipe = dict(inputs or {}), json.loads(config.to_json())
     try:
         ours.sweep(workdir)
-        try:
-            names = _differences(workdir, config, recipe, inputs, data or {})
-        except UserError as error:  # a damaged file
-            names = [str(error)]
-        if names and not overwrite and ours.begun(workdir):
-            raise UserError(
-                f'{workdir}: holds a run of another recipe; what differs: {"; ".join(names)}. Expected the same '
-                'recipe, another --workdir, or --overwrite'
-            )
-        if names:
+        if check_workdir(workdir, config, overwrite, inputs, data):
             ours.empty(workdir, keep=() if overwrite else (ours.CACHE,))
         stored = read_json(workdir / ours.RECIPE)
         result = done(workdir) if stored and stored['train'] == recipe['train'] else None
@@ -214,6 +229,10 @@ def open_root(workdir: pathlib.Path, overwrite: bool) -> None:
     ours.empty(workdir)
 
 
+def _inside(name: Any, folder: pathlib.Path) -> bool:
+    return isinstance(name, str | os.PathLike) and folder in pathlib.Path(name).parents
+
+
 @contextlib.contextmanager
 def working(workdir: pathlib.Path) -> Iterator[None]:
     """Around a run in a workdir: says what its failing has to do with the workdir, and tidies up after it.
@@ -231,6 +250,8 @@ def working(workdir: pathlib.Path) -> Iterator[None]:
             if isinstance(error, UserError) and not ours.results(workdir):
                 # Refused before anything was made: the corrected recipe may go on here.
                 (workdir / ours.RECIPE).unlink(missing_ok=True)
+        if isinstance(error, IsADirectoryError | NotADirectoryError) and _inside(error.filename, workdir):
+            raise UserError(f'{error.filename}: expected a file of the run; {error.strerror.lower()}') from None
         if room := no_room(error):
             raise UserError(f'--workdir={workdir}: {room}; expected free space; the same command continues') from None
         raise

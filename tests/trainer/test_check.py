@@ -147,3 +147,16 @@ def test_a_large_model_needs_no_memory(corpus, tmp_path, capsys):
     assert check(tmp_path, keys | {'model.config': {}}) == 0
     assert 'a llama of 70.7B' in capsys.readouterr().out
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_a_workdir_of_something_else_is_refused(corpus, model, tmp_path, capsys):
+    path = write_recipe(tmp_path / 'recipe.py', recipe(corpus))
+    before = sorted(file.name for file in model.iterdir())
+    assert main.main(['jaxtune', '--config', str(path), '--workdir', str(model), '--check']) == 2
+    assert f'--workdir={model}' in capsys.readouterr().err
+    assert sorted(file.name for file in model.iterdir()) == before
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'metrics.jsonl').write_text('{"step": 1}\n')
+    status = main.main(['jaxtune', '--config', str(path), '--workdir', str(tmp_path / 'run'), '--check'])
+    assert [file.name for file in (tmp_path / 'run').iterdir()] == ['metrics.jsonl']
+    assert status == 2
