@@ -76,7 +76,7 @@ def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, larg
         if not divided or math.prod(shape) < large or any(spec):
             return spec
         spec = _fit_anywhere(shape, sizes)
-        if not any(spec) and not may_copy:
+        if not any(spec) and not may_copy and len(rule):  # a rule without dimensions asks for copies
             raise UserError(
                 f'parameter {name} {tuple(shape)} would be copied to every device: neither mesh.fsdp={sizes["fsdp"]} '
                 f'nor mesh.tensor={sizes["tensor"]} divides one of its last two dimensions; expected one that does'
