@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import companions, methods, models, objectives, paths, peft, recipes, rl, tuning
+from jaxtune import companions, console, methods, models, objectives, paths, peft, recipes, rl, tuning
 from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
@@ -29,7 +29,8 @@ class Assembly:
     """A model with its parameters on the mesh, its tokenizer, and where they came from.
 
     Where `method.path` names several adapters, `adapters` has the parameters with each of them by its name; they share
-    the base's arrays, and `params` are those with the first. `end_ids` end a text that it writes.
+    the base's arrays, and `params` are those with the first. `end_ids` end a text that it writes; `brought` are the
+    model's own leaves that came with the adapter.
     """
 
     model: models.Model
@@ -40,6 +41,12 @@ class Assembly:
     folder: str
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     end_ids: tuple[int, ...] = ()
+    brought: frozenset[str] = frozenset()
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Paths that train whole with every method: what the folder lacked, and what the adapter brought along."""
+        return self.fresh | self.brought
 
 
 def model_folder(path: str, key: str = 'model.path') -> str:
@@ -143,10 +150,10 @@ def _reads_rows(config: ConfigDict) -> bool:
     return config.task in (*TRAINING, 'evaluate', 'compile') or requantises
 
 
-def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
+def open_model(config: ConfigDict, tokenizer, own_head: bool = False) -> tuple[models.Model, str]:
     """The model of a recipe without its parameters, and the folder they are in ('' from scratch).
 
-    Without a tokenizer (None) a model from scratch must name its `vocab_size`.
+    Without a tokenizer (None) a model from scratch must name its `vocab_size`; `own_head` as for `models.build`.
 
     Raises:
       UserError: no model is named, the tokenizer does not fit, or a row is longer than the model's positions.
@@ -187,6 +194,7 @@ def open_model(config: ConfigDict, tokenizer) -> tuple[models.Model, str]:
         compute_dtype=settings.compute_dtype,
         remat=settings.remat,
         attention=settings.attention,
+        own_head=own_head,
         **head,
     )
     limit, prompted = model.config.max_positions, config.method.name == 'prompt'
@@ -285,6 +293,10 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
         check(config.method)
     tokenizer = open_tokenizer(config, key)
     model, folder = open_model(config, tokenizer)
+    chosen = adapter_folders(config)
+    parted = peft.parts_table(chosen.values(), model)
+    if folder and (parted or (weights and hf.has_own_head(folder, model))):
+        model, folder = open_model(config, tokenizer, own_head=True)
     fresh = frozenset(hf.fresh_paths(folder, model)) if folder else frozenset()
     codecs = tuning.codecs(config, model, fresh)
     shapes = jax.eval_shape(lambda params: tuning.encoded(params, codecs), model.shapes)
@@ -298,10 +310,13 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
         params = jax.jit(lambda key: tuning.encoded(model.init(key), codecs), out_shardings=placed)(rng)
-    adapters = {}
-    for name, adapter in adapter_folders(config).items():
+    adapters, wholes = {}, []
+    for name, adapter in chosen.items():
         init, arrays = peft.reader(adapter, model)
         adapters[name] = tuning.attach(init, params, mesh, arrays)
+        wholes.append(frozenset(arrays.whole))
+    brought = frozenset.intersection(*wholes) if wholes else frozenset()
+    _check_heads(config, model, folder, fresh - brought)
     if adapters:
         params = next(iter(adapters.values()))
     elif config.task in TRAINING:
@@ -318,4 +333,17 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
         fresh |= value.PATHS
     several = adapters if len(adapters) > 1 else {}
     ends = companions.end_ids(tokenizer, model, folder)
-    return Assembly(model, params, specs, tokenizer, fresh, folder, several, ends)
+    return Assembly(model, params, specs, tokenizer, fresh, folder, several, ends, brought)
+
+
+def _check_heads(config: ConfigDict, model: models.Model, folder: str, missing: frozenset[str]) -> None:
+    """Says which heads a folder lacks, where they are trained, and refuses to use them where they are not."""
+    if not missing:
+        return
+    names = ', '.join(sorted(model.tensors[path].name for path in missing))
+    if config.task != 'train':
+        raise UserError(
+            f'{folder}: holds no {names}: expected a folder with all of its weights; task=train alone begins with a '
+            'head of random numbers'
+        )
+    console.note(f'{folder} holds no {names}: begins at random, and is trained whole')

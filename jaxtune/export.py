@@ -116,7 +116,7 @@ def save_tuned(workdir: pathlib.Path, config: ConfigDict, parts: Assembly, param
         if not folder:
             base = str(workdir / 'base')
             save(workdir / 'base', model, _plain_base(params, model), parts.tokenizer, '')
-        whole = tuning.whole_paths(params, method, parts.fresh)
+        whole = tuning.whole_paths(params, method, parts.whole)
         save_adapter(workdir / 'adapter', params, model, config.method, base, whole)
         if console.is_primary():
             parts.tokenizer.save_pretrained(str(workdir / 'adapter'))  # whose template the adapter answers to
@@ -180,7 +180,7 @@ def from_checkpoint(source: pathlib.Path, mesh: Mesh) -> tuple[Assembly, int]:
     if checkpoints.newest() is None:
         raise UserError(f'model.path={source}: the run has saved no checkpoint yet')
     parts = assemble(recipe, mesh)
-    trainable, frozen = tuning.partition(recipe, parts.params, parts.fresh)
+    trainable, frozen = tuning.partition(recipe, parts.params, parts.whole)
     program = make_program(recipe, mesh, parts.model, trainable, max(1, recipe.train.steps), parts.fresh)
     step, state, _ = checkpoints.restore_newest(program.shapes, program.placed)
     checkpoints.close()

@@ -12,16 +12,16 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxtune import checks, paths
+from jaxtune import paths, peft_fields, peft_tied
 from jaxtune.errors import UserError, parsing, shown
-from jaxtune.jsonfile import numbers_by_name, read_object
-from jaxtune.methods import targets
+from jaxtune.jsonfile import read_object
+from jaxtune.methods import lora, targets
 from jaxtune.models.hf import not_finite, replace_folder
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.models.safetensors import Entry, read_header, write_file
@@ -35,26 +35,6 @@ METHODS = {
     'LORA': 'lora', 'PROMPT_TUNING': 'prompt', 'PREFIX_TUNING': 'prompt', BOTTLENECK: 'adapter', PREFIX: 'prompt',
 }  # fmt: skip
 _PREFIX = 'base_model.model.'
-# What fields must be where they are there and not null, and those that there must be.
-_FIELDS = {
-    'alpha_pattern': numbers_by_name,
-    'base_model_name_or_path': checks.text,
-    'bias': checks.text,
-    'lora_alpha': checks.number(),
-    'lora_dropout': checks.number(0, 1),
-    'num_virtual_tokens': checks.integer(1),
-    'peft_type': checks.text,
-    'r': checks.integer(1),
-    'rank_pattern': numbers_by_name,
-    'use_dora': checks.boolean,
-    'use_rslora': checks.boolean,
-}
-_NEEDED = {'LORA': ('lora_alpha',), 'PROMPT_TUNING': ('num_virtual_tokens',)}
-# Fields of PEFT's LoRA that change what is computed and are not built here; each is fine while it is empty.
-_UNSUPPORTED = (
-    'alora_invocation_tokens', 'arrow_config', 'exclude_modules', 'layer_replication', 'lora_bias', 'megatron_config',
-    'monteclora_config', 'target_parameters', 'trainable_token_indices', 'use_bdlora', 'use_qalora',
-)  # fmt: skip
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:
@@ -82,19 +62,15 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
       UserError: it is no adapter, or of a kind that is not built here.
     """
     path = pathlib.Path(folder) / CONFIG
-    config = read_object(path, _FIELDS, 'no such file; expected the config of an adapter')
+    config = read_object(path, peft_fields.FIELDS, 'no such file; expected the config of an adapter')
     kind = config.get('peft_type')
     if kind not in METHODS:
         raise UserError(f'{path}: peft_type={shown(kind)}: expected one of {", ".join(METHODS)}')
-    for name in _NEEDED.get(kind, ()):
+    for name in peft_fields.NEEDED.get(kind, ()):
         if config.get(name) is None:
             raise UserError(f'{path}: {name}: no such field; expected it of peft_type={kind}')
     if kind == 'LORA':
-        for name in _UNSUPPORTED:
-            if config.get(name):
-                raise UserError(f'{path}: {name}={config[name]!r}: not in this version; expected it to be empty')
-        if config.get('bias', 'none') != 'none':
-            raise UserError(f"{path}: bias={config['bias']!r}: not in this version; expected 'none'")
+        peft_fields.check_lora(path, config)
     return config
 
 
@@ -109,13 +85,38 @@ def base_of(folder: str) -> str:
     return str(base)
 
 
-def reader(folder: str, model: Model) -> tuple[Callable[..., Any], Any]:
+class Arrays(NamedTuple):
+    """An adapter's numbers: what it adds, by path, and the model's own leaves that it brings along whole."""
+
+    added: Mapping[str, Any]
+    whole: Mapping[str, np.ndarray]
+
+
+def parts_table(folders: Iterable[str], model: Model) -> bool:
+    """Whether adapters need a model with a head of its own, where this one's is its embedding (see `peft_tied`).
+
+    Raises:
+      UserError: as `reader`, or one adapter parts them and another changes both as one.
+    """
+    found = {}
+    for folder in folders if model.tie else ():
+        found[peft_tied.change(read_config(folder), _entries(pathlib.Path(folder)), model)] = folder
+    if {'one', 'apart'} <= set(found):
+        raise UserError(
+            f'{found["apart"]}: changes the embedding apart from the head, {found["one"]} both as one; expected them '
+            'one at a time'
+        )
+    return 'apart' in found
+
+
+def reader(folder: str, model: Model) -> tuple[Callable[..., Any], Arrays]:
     """`(init, arrays)`: `init(params, arrays)` is the tree of a base with this adapter; for `tuning.attach`.
 
     Raises:
       UserError: pickled weights, or an adapter of another model.
     """
     config, entries = read_config(folder), _entries(pathlib.Path(folder))
+    entries = peft_tied.as_here(folder, config, entries, model)
     readers = {'LORA': _read_lora, 'PROMPT_TUNING': _read_prompt, 'PREFIX_TUNING': _read_prefix}
     read = readers.get(config['peft_type'], _read_own)
     return read(pathlib.Path(folder), config, entries, model)
@@ -130,7 +131,7 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
                 f'expected {WEIGHTS}'
             )
         raise UserError(f'{folder}: expected {WEIGHTS}')
-    return read_header(folder / WEIGHTS)
+    return {name.removeprefix(_PREFIX): entry for name, entry in read_header(folder / WEIGHTS).items()}
 
 
 def _wrong_base(folder: pathlib.Path, what: str) -> UserError:
@@ -154,8 +155,7 @@ def _read_lora(folder, config, entries, model: Model):
     places = {name: (path, i) for path, stack in every.items() for i, name in enumerate(stack)}
     parts: dict[str, dict[int, dict[str, np.ndarray]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
     saved = {}
-    for key, entry in entries.items():
-        name = key.removeprefix(_PREFIX)
+    for name, entry in entries.items():
         match = re.fullmatch(r'(.*)\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector)(\.weight)?', name)
         if not match:
             if '.base_layer.' not in name:  # an embedding's own rows, which PEFT writes beside its factors
@@ -168,7 +168,7 @@ def _read_lora(folder, config, entries, model: Model):
         value = _float(entry)
         parts[path][i][part] = value if part.endswith('vector') else value.T  # [in, rank] and [rank, out]
     shapes = leaf_paths(model.shapes)
-    arrays, layers = {}, {}
+    arrays, layers, starts = {}, {}, {}
     for path, stack in parts.items():
         shape, numbers = shapes[path].shape, tuple(sorted(stack))
         names = every[path]
@@ -189,6 +189,11 @@ def _read_lora(folder, config, entries, model: Model):
         a, b = (np.stack(values) for values in zip(*(fill(part) for part in found), strict=True))
         scale = np.asarray([_scale(config, names[i], r) for i, r in zip(numbers, ranks, strict=True)], np.float32)
         leaf = {'a': a, 'b': b, 'scale': scale}
+        start = config.get('init_lora_weights')
+        if start in ('pissa', 'olora') and not path.endswith('embedding'):
+            starts[path] = start
+        if config.get('use_dora') and path.endswith('embedding'):
+            raise UserError(f'{folder / CONFIG}: use_dora=true: not in this version for {names[0]}, an embedding')
         if config.get('use_dora'):
             lacking = next((names[i] for i, part in zip(numbers, found, strict=True) if len(part) < 3), None)
             if lacking:
@@ -204,10 +209,11 @@ def _read_lora(folder, config, entries, model: Model):
         factors, whole = arrays
         leaves = leaf_paths(params) | whole
         for path, leaf in factors.items():
-            leaves[path] = LoRA(leaves[path], dropout=dropout, layers=layers[path], **leaf)
+            made = LoRA(leaves[path], dropout=dropout, layers=layers[path], **leaf)
+            leaves[path] = lora.begun(made, starts[path]) if path in starts else made
         return nested(leaves)
 
-    return init, (arrays, whole)
+    return init, Arrays(arrays, whole)
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
@@ -223,7 +229,9 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 def _whole(folder, saved: Mapping[str, Entry], model: Model) -> dict[str, np.ndarray]:
     """Leaves of the model itself that an adapter brings along."""
-    names = {tensor.name: path for path, tensor in model.tensors.items() if not tensor.stacked}
+    single = {path: tensor for path, tensor in model.tensors.items() if not tensor.stacked}
+    names = {name: path for path, tensor in single.items() for name in (*tensor.others, tensor.name)}
+    names |= {tensor.name: path for path, tensor in single.items()}
     found = {}
     for name, entry in saved.items():
         path = names.get(name)
@@ -243,7 +251,7 @@ def _read_prompt(folder, config, entries, model: Model):
             folder, f'its tokens have {prompt.shape[1]} dimensions, this model has {model.config.d_model}'
         )
     prompt = prompt[: config['num_virtual_tokens']]  # PEFT's own for an encoder-decoder has the decoder's too
-    return _put_in, ({'prompt/embedding': prompt}, whole)
+    return _put_in, Arrays({'prompt/embedding': prompt}, whole)
 
 
 def _read_prefix(folder, config, entries, model: Model):
@@ -257,12 +265,12 @@ def _read_prefix(folder, config, entries, model: Model):
             folder, f'its keys and values are {flat.shape[1]} numbers a token, this model has {np.prod(shape)}'
         )
     k, v = flat.reshape(-1, *shape).transpose(2, 1, 0, 3, 4)  # each [layers, virtual, kv_heads, head_dim]
-    return _put_in, ({'layers/self_attn/prefix/k': k, 'layers/self_attn/prefix/v': v}, whole)
+    return _put_in, Arrays({'layers/self_attn/prefix/k': k, 'layers/self_attn/prefix/v': v}, whole)
 
 
 def _prompt_embeddings(folder, entries, model: Model) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What PEFT's prompt methods store, `[virtual, ...]`, and the leaves of the model beside it."""
-    rest = {key.removeprefix(_PREFIX): entry for key, entry in entries.items()}
+    rest = dict(entries)
     if 'prompt_embeddings' not in rest:
         raise UserError(f'{folder}/{WEIGHTS}: expected prompt_embeddings')
     return _float(rest.pop('prompt_embeddings')), _whole(folder, rest, model)
@@ -277,9 +285,9 @@ def _put_in(params, arrays):
 def _read_own(folder, config, entries, model: Model):
     mark, fits = ('_adapter/', _bottlenecks_fit) if config['peft_type'] == BOTTLENECK else ('/prefix/', _prefixes_fit)
     ours = {key: _float(entry) for key, entry in entries.items() if mark in key}
-    whole = _whole(folder, {k.removeprefix(_PREFIX): e for k, e in entries.items() if k not in ours}, model)
+    whole = _whole(folder, {name: entry for name, entry in entries.items() if name not in ours}, model)
     fits(folder, ours, model)
-    return _put_in, (ours, whole)
+    return _put_in, Arrays(ours, whole)
 
 
 def _prefixes_fit(folder, ours: Mapping[str, np.ndarray], model: Model) -> None:
@@ -320,6 +328,7 @@ def save_lora(
     """
     leaves, tensors, ranks, alphas = leaf_paths(params), {}, {}, {}
     every = targets.modules(model)
+    named = {name for stack in every.values() for name in stack}
     dora = rslora = False
     for path, leaf in leaves.items():
         if not isinstance(leaf, LoRA):
@@ -337,10 +346,13 @@ def save_lora(
             if 'a_start' in leaf:
                 start = [leaf[part][row] if stacked else leaf[part] for part in ('a_start', 'b_start')]
                 a, b = np.concatenate([a, start[0][:, :rank]], 1), np.concatenate([b, -start[1][:rank]], 0)
-            ranks[name] = a.shape[1]
-            alphas[name] = float(scale) * (a.shape[1] ** 0.5 if rslora else a.shape[1])
-            marks = ('lora_embedding_A', 'lora_embedding_B') if embedding else ('lora_A.weight', 'lora_B.weight')
-            tensors[f'{_PREFIX}{name}.{marks[0]}'], tensors[f'{_PREFIX}{name}.{marks[1]}'] = a.T, b.T
+            for place in peft_tied.places(model, path, name):
+                ranks[place.name] = a.shape[1]
+                alphas[place.name] = float(scale) * (a.shape[1] ** 0.5 if rslora else a.shape[1])
+                looked_up = embedding and not place.flipped
+                marks = ('lora_embedding_A', 'lora_embedding_B') if looked_up else ('lora_A.weight', 'lora_B.weight')
+                pair = (b, a) if place.flipped else (a.T, b.T)
+                tensors |= {f'{_PREFIX}{place.name}.{mark}': x for mark, x in zip(marks, pair, strict=True)}
             if dora:
                 magnitude = leaf['magnitude'][row] if stacked else leaf['magnitude']
                 tensors[f'{_PREFIX}{name}.lora_magnitude_vector'] = magnitude
@@ -351,7 +363,7 @@ def save_lora(
         'r': rank,
         'lora_alpha': alpha,
         'lora_dropout': float(config.dropout),
-        'target_modules': _short_names(set(ranks), {name for stack in every.values() for name in stack}),
+        'target_modules': _short_names(set(ranks), named | set(ranks)),
         'rank_pattern': {re.escape(name): value for name, value in ranks.items() if value != rank},
         'alpha_pattern': {re.escape(name): value for name, value in alphas.items() if value != alpha},
         'use_rslora': rslora,
@@ -361,6 +373,8 @@ def save_lora(
         'init_lora_weights': True,
         'modules_to_save': _modules_to_save(kept) or None,
     }
+    changed = model.tie and (isinstance(leaves[model.tie.table], LoRA) or model.tie.table in set(whole))
+    fields['ensure_weight_tying'] = bool(changed and peft_tied.ensures(model))
     write(folder, fields, tensors | kept, model, base)
 
 
@@ -430,8 +444,10 @@ def save_bottleneck(folder, params, model: Model, config: ConfigDict, base: str,
 def _whole_tensors(leaves: Mapping[str, Any], whole: Iterable[str], model: Model) -> dict[str, np.ndarray]:
     found = {}
     for path in whole:
-        value = host_array(leaves[path])
-        found[_PREFIX + model.tensors[path].name] = value.T if model.tensors[path].transposed else value
+        value, tensor = host_array(leaves[path]), model.tensors[path]
+        for place in peft_tied.places(model, path, tensor.name.rpartition('.')[0]):
+            name = f'{place.name}.{tensor.name.rpartition(".")[2]}'
+            found[_PREFIX + name] = value.T if tensor.transposed else value
     return found
 
 

@@ -80,7 +80,7 @@ class Run:
           objective: what is learnt, where not `config.objective`.
         """
         config, mesh = self.config, self.mesh
-        trainable, self.frozen = tuning.partition(config, parts.params, parts.fresh)
+        trainable, self.frozen = tuning.partition(config, parts.params, parts.whole)
         self.program = make_program(config, mesh, parts.model, trainable, updates, parts.fresh, objective)
         self.state = self.program.init_state(trainable)
         # The state alone owns the trained weights from here on: it is donated to each update.

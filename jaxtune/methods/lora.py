@@ -91,6 +91,31 @@ def _wrap(path: str, base: Any, names: list[str], numbers: tuple[int, ...], conf
     return leaf
 
 
+def begun(leaf: LoRA, how: str) -> LoRA:
+    """A leaf of which PEFT took the beginning off the base, with what it began with: as that follows from the base.
+
+    Args:
+      leaf: with trained factors over the base.
+      how: `pissa`, or `olora`, the first rows of a QR decomposition (Büyükakyüz 2024, arXiv:2406.01775).
+
+    Raises:
+      UserError: the base is quantised, and is not what training began with.
+    """
+    if isinstance(leaf.base, NF4):
+        raise UserError(
+            f'method.name=qlora: the adapter began as {how} of a base that was not quantised; expected lora'
+        )
+    wide = _chosen(leaf.base, leaf.layers).astype(jnp.float32)
+    rank, scale = leaf.a.shape[-1], jnp.asarray(leaf.scale)
+    keep = (jnp.abs(leaf.a).max(-2) > 0).astype(jnp.float32)  # a smaller rank than the stack's is filled with zeros
+    if how == 'pissa':
+        a, b = _principal(wide, rank, keep, scale)
+    else:
+        q, r = jnp.linalg.qr(wide.swapaxes(-1, -2))
+        a, b = (r[..., :rank, :] * keep[..., None]).swapaxes(-1, -2), q[..., :rank].swapaxes(-1, -2)
+    return dataclasses.replace(leaf, a_start=a, b_start=b)
+
+
 def _chosen(wide: jax.Array, layers: tuple[int, ...] | None) -> jax.Array:
     return wide if layers is None else wide[jnp.asarray(layers)]
 

@@ -42,6 +42,7 @@ def build(
     attention: str = 'auto',
     head: str = 'lm',
     labels: int = 0,
+    own_head: bool = False,
 ) -> Model:
     """The model of config fields as `read_config` gives them.
 
@@ -54,12 +55,14 @@ def build(
       head: what follows the last layer: `lm`, `classification` (of a whole row), `token_classification`, or a decoder's
         `reward` (one number a token).
       labels: classes that a classifier tells apart.
+      own_head: the projection to the vocabulary is a parameter of its own, whatever the fields say; from a folder that
+        lacks it, it begins as the embedding.
 
     Raises:
       UserError: the family has no such head; names the key `objective`.
     """
     dtypes = {'param_dtype': jnp.dtype(param_dtype), 'compute_dtype': jnp.dtype(compute_dtype)}
-    module, added = _module(fields), {}
+    module, added = _module(fields), {'own_head': own_head}
     if head != 'lm':
         kind = 'decoder' if head == 'reward' else 'encoder'
         if KINDS[fields['model_type']] != kind:
@@ -67,7 +70,7 @@ def build(
                 f'objective: model_type={fields["model_type"]!r} has no {head} head in this version; expected one of '
                 + ', '.join(name for name, its_kind in KINDS.items() if its_kind == kind)
             )
-        added = {'head': head} if kind == 'decoder' else {'head': head, 'labels': labels}
+        added |= {'head': head} if kind == 'decoder' else {'head': head, 'labels': labels}
     return module.build(fields, **dtypes, remat=remat, attention=attention, **added)
 
 

@@ -3,6 +3,7 @@
 Layers are scanned: parameters are stacked on a leading axis and one block is compiled, however many there are.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.decoder_families import FAMILIES, HEADS_IGNORED, DecoderConfig, decoder_config
 from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck
-from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths, virtual_tokens
+from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
@@ -291,6 +292,16 @@ def _tensors(model_type: str, shapes: Any) -> dict[str, Tensor]:
     return tensors
 
 
+def _tied(tensors: dict[str, Tensor], tie: Tie | None, own_head: bool) -> dict[str, Tensor]:
+    """Where a table and a head are found that a folder stores once."""
+    if tie:
+        return tensors | {tie.table: dataclasses.replace(tensors[tie.table], others=(tie.name,))}
+    if own_head:
+        others = (tensors['embed_tokens/embedding'].name,)
+        return tensors | {'lm_head/kernel': dataclasses.replace(tensors['lm_head/kernel'], others=others)}
+    return tensors
+
+
 def check(fields: Mapping[str, Any]) -> None:
     """Raises `FieldError` if a field's value is impossible here."""
     decoder_config(fields)
@@ -304,6 +315,7 @@ def build(
     remat: str,
     attention: str,
     head: str = 'lm',
+    own_head: bool = False,
 ) -> Model:
     """The model of Hugging Face's config fields.
 
@@ -311,11 +323,16 @@ def build(
       fields: the config fields.
       param_dtype, compute_dtype, remat, attention: as for `models.build`.
       head: `lm`, or `reward`: one number a token, which `transformers`' sequence classifiers give for the last one.
+      own_head: as for `models.build`.
 
     Raises:
       FieldError: a field's value is impossible here.
     """
+    own_head = own_head and head == 'lm'
+    if own_head:
+        fields = {**fields, 'tie_word_embeddings': False}
     config, family = decoder_config(fields), FAMILIES[fields['model_type']]
+    tie = Tie('embed_tokens/embedding', 'lm_head/kernel', 'lm_head.weight') if config.tied and head == 'lm' else None
     module = Decoder(config, param_dtype, compute_dtype, attention, remat, head)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Decoder(config, param_dtype, compute_dtype, 'xla', head=head))
@@ -333,8 +350,9 @@ def build(
         make_head=functools.partial(_head, config, head),
         make_cache=functools.partial(_cache, config, compute_dtype),
         count_flops=functools.partial(_flops, config, head, shapes),
-        tensors=_tensors(fields['model_type'], shapes),
+        tensors=_tied(_tensors(fields['model_type'], shapes), tie, own_head),
         base_prefix=family.base_prefix,
         ignored=(*family.ignored, *HEADS_IGNORED),
         heads=('lm_head', 'score'),
+        tie=tie,
     )

@@ -9,6 +9,7 @@ product among them: in the published models they grow to tens of thousands, wher
 float16 ends. `transformers` keeps `wo` in float32 for the same reason.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from jaxtune.models import kv_cache
 from jaxtune.models.attention import record, unrecorded, visible_softmax
 from jaxtune.models.encdec_families import FAMILIES, EncDecConfig, encdec_config, modules
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
-from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
@@ -337,10 +338,11 @@ def _flops(config: EncDecConfig, shapes: Any, length: int, target_length: int | 
 def _tensors(config: EncDecConfig, shapes: Any) -> dict[str, Tensor]:
     names, tensors = modules(config), {}
     # Tied tensors are stored under one of their names; a head that a folder lacks is tied, as in `transformers`.
-    others = {'shared': 'encoder.embed_tokens.weight', 'lm_head': 'shared.weight'}
+    stacks = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
+    others = {'shared': (*stacks, *(('lm_head.weight',) if config.tied else ())), 'lm_head': ('shared.weight', *stacks)}
     for path in leaf_paths(shapes):
         module, leaf = path.rsplit('/', 1)
-        tensors[path] = Tensor(f'{names[module]}.weight', leaf == 'kernel', older=others.get(module, ''))
+        tensors[path] = Tensor(f'{names[module]}.weight', leaf == 'kernel', others=others.get(module, ()))
     return tensors
 
 
@@ -350,9 +352,15 @@ def check(fields: Mapping[str, Any]) -> None:
 
 
 def build(
-    fields: Mapping[str, Any], *, param_dtype: jnp.dtype, compute_dtype: jnp.dtype, remat: str, attention: str
+    fields: Mapping[str, Any],
+    *,
+    param_dtype: jnp.dtype,
+    compute_dtype: jnp.dtype,
+    remat: str,
+    attention: str,
+    own_head: bool = False,
 ) -> Model:
-    """The model of Hugging Face's config fields.
+    """The model of Hugging Face's config fields; arguments as for `models.build`.
 
     Raises:
       FieldError: a field's value is impossible here.
@@ -364,12 +372,14 @@ def build(
             'does; expected model.attention=auto or xla'
         )
     config = encdec_config(fields)
+    if own_head:
+        config = dataclasses.replace(config, tied=False)
     module = EncDec(config, param_dtype, compute_dtype, remat)
     init = functools.partial(_init, EncDec(config, param_dtype, compute_dtype))
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(
-        # The head's own weights, under the name that every version of `transformers` understands.
-        hf_config={**fields, 'tie_word_embeddings': config.tied},
+        # Which `transformers` takes as whether logits are scaled; a head is its own where a folder's differs.
+        hf_config={**fields, 'tie_word_embeddings': config.logit_scale != 1.0},
         architecture=FAMILIES[fields['model_type']].architecture,
         kind='encdec',
         config=config,
@@ -382,6 +392,10 @@ def build(
         make_cache=functools.partial(_cache, config, compute_dtype),
         count_flops=functools.partial(_flops, config, shapes),
         tensors=_tensors(config, shapes),
-        ignored=(r'^(encoder|decoder)\.embed_tokens\.weight$', r'EncDecAttention\.relative_attention_bias\.weight$'),
+        ignored=(
+            r'^((encoder|decoder)\.embed_tokens|lm_head)\.weight$',
+            r'EncDecAttention\.relative_attention_bias\.weight$',
+        ),
         heads=('lm_head',),
+        tie=Tie('shared/embedding', 'lm_head/kernel', 'lm_head.weight') if config.tied else None,
     )

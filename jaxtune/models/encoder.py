@@ -17,7 +17,7 @@ from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.encoder_families import FAMILIES, HEADS, IGNORED, EncoderConfig, encoder_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter
-from jaxtune.models.model import Head, Model, Outputs, Tensor, leaf_paths
+from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
@@ -265,7 +265,9 @@ def _flops(config: EncoderConfig, head: str, shapes: Any, length: int) -> float:
     return 6.0 * products + 12.0 * config.num_heads * config.head_dim * keys
 
 
-def _tensors(model_type: str, config: EncoderConfig, head: str, shapes: Any) -> dict[str, Tensor]:
+def _tensors(
+    model_type: str, config: EncoderConfig, head: str, shapes: Any, tie: Tie | None, own_head: bool
+) -> dict[str, Tensor]:
     family = FAMILIES[model_type]
     tensors = {}
     for path in leaf_paths(shapes):
@@ -274,10 +276,16 @@ def _tensors(model_type: str, config: EncoderConfig, head: str, shapes: Any) -> 
             module = 'lm_head/decoder'
         name = f'{family.module(module, head)}.{"bias" if leaf == "bias" else "weight"}'
         first = int(config.pre_norm and path.startswith('layers/'))
-        older = ''
+        others: tuple[str, ...] = ()
         if 'LayerNorm' in name:  # as TensorFlow named them
-            older = name.removesuffix('weight').removesuffix('bias') + ('beta' if leaf == 'bias' else 'gamma')
-        tensors[path] = Tensor(name, leaf == 'kernel', first, older)
+            others = (name.removesuffix('weight').removesuffix('bias') + ('beta' if leaf == 'bias' else 'gamma'),)
+        elif tie and path == tie.table:  # a folder may store what is tied under either name
+            others = (tie.name,)
+        elif own_head and path == 'lm_head/decoder/kernel':
+            others = (f'{family.module("embed_tokens", head)}.weight',)
+        elif path == 'lm_head/bias':
+            others = tuple(f'{family.module(part, head)}.bias' for part in ('lm_head', 'lm_head/decoder'))
+        tensors[path] = Tensor(name, leaf == 'kernel', first, others)
     return tensors
 
 
@@ -295,6 +303,7 @@ def build(
     attention: str,
     head: str = 'lm',
     labels: int = 0,
+    own_head: bool = False,
 ) -> Model:
     """The model of Hugging Face's config fields.
 
@@ -303,13 +312,19 @@ def build(
       param_dtype, compute_dtype, remat, attention: as for `models.build`.
       head: `lm`, `classification` (of rows) or `token_classification`.
       labels: number of classes.
+      own_head: as for `models.build`.
 
     Raises:
       FieldError: a field's value is impossible here.
     """
     if head not in HEADS or (head != 'lm' and labels < 1):
         raise ValueError(f'expected a head of {HEADS}, with at least one label, not {head!r} with {labels}')
+    own_head = own_head and head == 'lm'
+    if own_head:
+        fields = {**fields, 'tie_word_embeddings': False}
     config, model_type = encoder_config(fields), fields['model_type']
+    name = f'{FAMILIES[model_type].module("lm_head/decoder", head)}.weight'
+    tie = Tie('embed_tokens/embedding', 'lm_head/decoder/kernel', name) if config.tied and head == 'lm' else None
     module = Encoder(config, param_dtype, compute_dtype, attention, remat, head, labels)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Encoder(config, param_dtype, compute_dtype, 'xla', 'none', head, labels))
@@ -327,8 +342,9 @@ def build(
         make_head=functools.partial(_head, config, head),
         make_cache=functools.partial(_no_cache, model_type),
         count_flops=functools.partial(_flops, config, head, shapes),
-        tensors=_tensors(model_type, config, head, shapes),
+        tensors=_tensors(model_type, config, head, shapes, tie, own_head),
         base_prefix=FAMILIES[model_type].base_prefix,
         ignored=IGNORED,
         heads=('lm_head', 'pooler', 'classifier'),
+        tie=tie,
     )

@@ -171,6 +171,23 @@ def stored_dtypes(path: str | os.PathLike, model: Model) -> dict[str, np.dtype]:
     return dict.fromkeys(fresh, collections.Counter(found.values()).most_common(1)[0][0]) | found
 
 
+def has_own_head(path: str | os.PathLike, model: Model) -> bool:
+    """Whether a folder holds a head that is not the embedding, which its config.json says it is. Raises as `load` does.
+
+    `transformers` believes the tensors.
+    """
+    if model.tie is None:
+        return False
+    folder = hub.resolve(os.fspath(path))
+    entries = _entries(folder)
+    (table,), head = _match(model, entries, folder)[0][model.tie.table], entries.get(model.tie.name)
+    if head is None or head is table:
+        return False
+    rows = max(1, _PART_BYTES // (8 * head.shape[-1]))
+    parts = (slice(low, low + rows) for low in range(0, head.shape[0], rows))
+    return head.shape != table.shape or not all(np.array_equal(head.read((p,)), table.read((p,))) for p in parts)
+
+
 def kernels(path: str | os.PathLike, model: Model) -> Callable[[str, int], np.ndarray]:
     """A function that reads one layer's kernel `[in, out]` of a folder, by its path and its number in the stack."""
     folder = hub.resolve(os.fspath(path))
@@ -219,10 +236,10 @@ def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> 
         layers, shape = (shapes[leaf].shape[0], shapes[leaf].shape[1:]) if tensor.stacked else (1, shapes[leaf].shape)
         shape = shape[::-1] if tensor.transposed else shape
         names = tensor.names(layers)
-        found = [name if name in entries else name.removeprefix(model.base_prefix) for name in names]
-        if tensor.older and found[0] not in entries:
-            older = tensor.names(layers, older=True)
-            found = [name if name in entries else name.removeprefix(model.base_prefix) for name in older]
+        found = [_stored(name, model, entries) for name in names]
+        for other in tensor.others:
+            if found[0] not in entries:
+                found = [_stored(name, model, entries) for name in tensor.names(layers, other)]
         missing = [name for name, there in zip(names, found, strict=True) if there not in entries]
         if missing and len(missing) == layers and leaf.split('/')[0] in model.heads:
             fresh.add(leaf)
@@ -245,6 +262,11 @@ def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> 
     if unused:
         console.note(f'{folder}: {len(unused):,} tensors are not used, such as {unused[0]}')
     return sources, fresh
+
+
+def _stored(name: str, model: Model, entries: Mapping[str, Entry]) -> str:
+    """The name that a tensor has in a folder, which may be of the model without its head."""
+    return name if name in entries else name.removeprefix(model.base_prefix)
 
 
 @functools.cache

@@ -75,22 +75,36 @@ class Tensor:
       name: the tensor's name, with `{}` for the layer's number if the parameter is stacked.
       transposed: the tensor is `[out, in]` where the parameter is `[in, out]`.
       first: number of the layer that a stacked parameter begins with.
-      older: its name in folders of older versions, or ''.
+      others: its names in folders that lack it under its own.
     """
 
     name: str
     transposed: bool = False
     first: int = 0
-    older: str = ''
+    others: tuple[str, ...] = ()
 
     @property
     def stacked(self) -> bool:
         return '{}' in self.name
 
-    def names(self, layers: int, older: bool = False) -> list[str]:
-        """Names of all its layers' tensors."""
-        name = self.older if older else self.name
+    def names(self, layers: int, name: str = '') -> list[str]:
+        """Names of all its layers' tensors; by another name than its own, where one is given."""
+        name = name or self.name
         return [name.format(layer) for layer in range(self.first, self.first + layers)]
+
+
+class Tie(NamedTuple):
+    """An embedding that is the projection to the vocabulary as well.
+
+    Attributes:
+      table: its path.
+      head: the path of a projection of its own.
+      name: the tensor that this would be in a folder.
+    """
+
+    table: str
+    head: str
+    name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,6 +124,7 @@ class Model:
       base_prefix: the part of tensor names that a folder of the model without its head leaves out (`model.`).
       ignored: regular expressions of tensors in a folder that are no parameters (buffers of older versions).
       heads: first parts of the paths that a folder may lack, to be initialised instead.
+      tie: the embedding that is the projection to the vocabulary as well, or None.
     """
 
     hf_config: Mapping[str, Any]
@@ -128,6 +143,7 @@ class Model:
     base_prefix: str = ''
     ignored: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    tie: Tie | None = None
 
     def apply(
         self, params: Params, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins: bool = True
