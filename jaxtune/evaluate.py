@@ -45,7 +45,8 @@ def open_evaluator(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts:
     rows = objectives.complete(config, rows, parts.model, parts.params, mesh, workdir / 'cache', 'eval')
     loss = functools.partial(objective.loss, config, parts.model)
     step = jax.jit(make_eval_step(loss), compiler_options=compiler_options())
-    return make_evaluator(config, mesh, rows, step, batch_size)
+    statistics = objectives.statistics(objective, config, parts.model)
+    return make_evaluator(config, mesh, rows, step, batch_size, statistics)
 
 
 def score(evaluator: Evaluator, params: Any) -> dict[str, float]:

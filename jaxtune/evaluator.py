@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +13,16 @@ from ml_collections import ConfigDict
 
 from jaxtune import objectives
 from jaxtune.data.loader import Loader
-from jaxtune.parallel import place
+from jaxtune.errors import UserError
+from jaxtune.parallel import compiler_options, place
 from jaxtune.parallel.batches import check_rows
+from jaxtune.step import make_statistics
+
+# What has to be in data for a loss to be one.
+NOTHING = (
+    'records with something to predict: texts of two tokens at least, answers that data.seq_len does not cut off, or '
+    'more of them in a batch'
+)
 
 # Measures for which more is better; all others are losses.
 _RISING = ('accuracy', 'reward', 'bleu', 'f1', 'exact_match', 'margin')
@@ -30,6 +39,7 @@ class Evaluator:
 
     Attributes:
       step: compiled `(trainable, frozen, batch) -> sums`.
+      statistics: `(trainable, frozen, batch) -> {name: (sum, count)}`, whose means over all rows `step` takes; or None.
       loader: the held-out rows.
       mesh: where batches go.
       batches: at most so many; 0 = all.
@@ -49,6 +59,7 @@ class Evaluator:
     counted: str = 'tokens'
     summarise: Callable[[dict[str, float], float], dict[str, float]] | None = None
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    statistics: Callable | None = None
 
     def __len__(self) -> int:
         return min(self.batches, len(self.loader)) if self.batches else len(self.loader)
@@ -57,40 +68,57 @@ class Evaluator:
         """Metrics `eval/loss` (nats a scored token), `eval/perplexity`, `eval/tokens` and the objective's own.
 
         Where the objective counts something else (`pairs`), `eval/pairs` stands for the last two.
+
+        Raises:
+          UserError: there is nothing that could be scored.
         """
-        totals: dict[str, float] = {}
-        waiting: list[dict[str, jax.Array]] = []
+        means = {}
+        if self.statistics is not None:
+            sums = self._sums(lambda batch: self.statistics(trainable, frozen, batch))
+            means = {name: np.float32(total / max(count, 1.0)) for name, (total, count) in sums.items()}
+        return self._metrics(self._sums(lambda batch: self.step(trainable, frozen, batch | means), advance))
 
-        def drain(keep: int) -> None:
-            while len(waiting) > keep:
-                for name, value in waiting.pop(0).items():
-                    totals[name] = totals.get(name, 0.0) + float(np.float64(value))
-
-        size = self.loader.batch_size
+    def _sums(self, step: Callable, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """What a step gives, added up over all batches."""
+        size, totals, waiting = self.loader.batch_size, None, None
         for t in range(len(self)):
             batch = place(lambda low, high, t=t: self.loader.rows(t, low, high), size, self.mesh)
-            waiting.append(self.step(trainable, frozen, batch))
-            drain(1)  # one batch is always under way while the next is read
+            ahead = step(batch)  # one batch is always under way while the next is read
+            totals, waiting = _added(totals, waiting), ahead
             advance()
-        drain(0)
-        return self._metrics(totals)
+        return _added(totals, waiting)
 
-    def _metrics(self, totals: dict[str, float]) -> dict[str, float]:
+    def _metrics(self, totals: dict[str, Any]) -> dict[str, float]:
         count, loss = totals.pop('count'), totals.pop('loss')
-        mean = loss / max(count, 1.0)
+        if not count:
+            raise UserError(
+                f'data.eval: none of its {self.counted} is scored, and a loss over nothing is no number; expected '
+                + NOTHING
+            )
+        mean = loss / count
         metrics = {'eval/loss': mean, f'eval/{self.counted}': int(count)}
         if self.counted == 'tokens':
             metrics['eval/perplexity'] = math.exp(min(mean, 700.0))
         if self.text_bytes and len(self) == len(self.loader):
             metrics['eval/bits_per_byte'] = (loss / math.log(2) + self.unscored_bits) / self.text_bytes
         if self.summarise is not None:
-            means = self.summarise(totals, max(count, 1.0))
+            means = self.summarise(totals, count)
         else:
-            means = {name: value / max(count, 1.0) for name, value in totals.items()}
+            pairs = {name: value if isinstance(value, tuple) else (value, count) for name, value in totals.items()}
+            means = {name: total / its_count for name, (total, its_count) in pairs.items() if its_count}
         return metrics | {f'eval/{name}': value for name, value in {**means, **self.constants}.items()}
 
 
-def make_evaluator(config: ConfigDict, mesh: Mesh, rows, step: Callable, batch_size: int) -> Evaluator:
+def _added(totals: Any, sums: Any) -> Any:
+    if sums is None:
+        return totals
+    sums = jax.tree.map(lambda value: float(np.float64(value)), sums)
+    return sums if totals is None else jax.tree.map(operator.add, totals, sums)
+
+
+def make_evaluator(
+    config: ConfigDict, mesh: Mesh, rows, step: Callable, batch_size: int, statistics: Callable | None = None
+) -> Evaluator:
     """An `Evaluator` over held-out rows, in batches of `eval.batch_size` or the size given.
 
     Raises:
@@ -115,4 +143,5 @@ def make_evaluator(config: ConfigDict, mesh: Mesh, rows, step: Callable, batch_s
         counted=getattr(objective, 'COUNTED', 'tokens'),
         summarise=getattr(objective, 'summarise', None),
         constants=getattr(rows, 'baselines', {}),
+        statistics=statistics and jax.jit(make_statistics(statistics), compiler_options=compiler_options()),
     )

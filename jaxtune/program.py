@@ -52,6 +52,11 @@ class Program:
         """The objective's loss of this model, as sums."""
         return self.objective.loss(self.config, self.model, params, batch, rng)
 
+    @property
+    def statistics(self) -> Callable | None:
+        """What the objective's loss must know of the whole batch; see `objectives`."""
+        return objectives.statistics(self.objective, self.config, self.model)
+
     def init_state(self, trainable) -> State:
         """The state before the first update, on the mesh."""
         opt_state = jax.jit(self.optimizer.init, out_shardings=self.placed['opt_state'])(trainable)
@@ -77,6 +82,7 @@ class Program:
             seed=self.config.seed,
             accumulate=accumulate,
             clip_norm=self.config.optimizer.clip_norm,
+            statistics=self.statistics,
         )
         jit = functools.partial(
             jax.jit, donate_argnums=0, out_shardings=(self.placed, None), compiler_options=compiler_options()

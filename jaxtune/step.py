@@ -17,7 +17,9 @@ from jaxtune.weights.tree import combine
 
 # {'step': int32, 'trainable': tree, 'opt_state': tree}: what an update changes, and so what a checkpoint holds.
 State = dict[str, Any]
-Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]
+# `(params, batch) -> {name: (sum, count)}`; see `objectives`.
+Statistics = Callable[[Any, dict[str, jax.Array]], dict[str, tuple[jax.Array, jax.Array]]]
 
 _ROUNDING = zlib.crc32(b'rounding')  # what its key is folded with, apart from those of the loss
 
@@ -44,7 +46,23 @@ def _micro_batches(batch: dict[str, jax.Array], accumulate: int) -> dict[str, ja
     return jax.tree.map(cut, batch)
 
 
-def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int):
+def mean(value, count):
+    """The mean of a metric: its sum over `count`, or over the count that comes with it; NaN of nothing."""
+    total, count = value if isinstance(value, tuple) else (value, count)
+    return total / count
+
+
+def _whole_means(statistics: Statistics, params, batches, accumulate: int) -> dict[str, jax.Array]:
+    """Means over all micro-batches, which no gradient goes through."""
+    params = jax.lax.stop_gradient(evaluating(params))
+    if accumulate == 1:
+        sums = statistics(params, batches)
+    else:
+        sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda batch: statistics(params, batch), batches))
+    return {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.items()}
+
+
+def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int, statistics: Statistics | None = None):
     """Gradient of the summed loss with its sums, over micro-batches.
 
     Returns:
@@ -57,15 +75,19 @@ def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int):
         return total, (total, count, metrics)
 
     grad = jax.grad(summed, has_aux=True)
+    micro = batch if accumulate == 1 else _micro_batches(batch, accumulate)
+    means = _whole_means(statistics, combine(trainable, frozen), micro, accumulate) if statistics else {}
     if accumulate == 1:
-        return grad(trainable, batch, rng)
-    micro = _micro_batches(batch, accumulate)
+        return grad(trainable, batch | means, rng)
     rngs = jax.random.split(rng, accumulate)
-    shapes = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], micro), rng)
+    shapes = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], micro) | means, rng)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
 
     def add(sums, xs):
-        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, grad(trainable, *xs)), None
+        batch, rng = xs
+        return jax.tree.map(
+            lambda total, part: total + part.astype(total.dtype), sums, grad(trainable, batch | means, rng)
+        ), None
 
     return jax.lax.scan(add, zeros, (micro, rngs))[0]
 
@@ -78,6 +100,7 @@ def make_train_step(
     seed: int,
     accumulate: int = 1,
     clip_norm: float = 0.0,
+    statistics: Statistics | None = None,
 ) -> Callable[[State, Any, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
     """One update as a pure function `(state, frozen, batch) -> (state, metrics)`.
 
@@ -88,11 +111,12 @@ def make_train_step(
       seed: randomness of update `t` is a function of (seed, t).
       accumulate: micro-batches that the batch is cut into.
       clip_norm: global norm of the mean gradient at most; 0 = off.
+      statistics: of the objective, or None.
     """
 
     def train_step(state: State, frozen, batch):
         rng = jax.random.fold_in(jax.random.key(seed), state['step'])
-        grads, (total, count, sums) = gradients(loss, state['trainable'], frozen, batch, rng, accumulate)
+        grads, (total, count, sums) = gradients(loss, state['trainable'], frozen, batch, rng, accumulate, statistics)
         scale = 1.0 / jnp.maximum(count, 1.0)
         norm = scale * optax.tree.norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))
         factor = scale * clip_factor(norm, clip_norm)
@@ -103,14 +127,20 @@ def make_train_step(
             'loss': total * scale,
             'grad_norm': norm,
             'learning_rate': jnp.asarray(rate(state['step']), jnp.float32),
-            **{name: value * scale for name, value in sums.items()},
+            'count': count,
+            **{name: mean(value, count) for name, value in sums.items()},
         }
         return {'step': state['step'] + 1, 'trainable': trainable, 'opt_state': opt_state}, metrics
 
     return train_step
 
 
-def make_eval_step(loss: Loss) -> Callable[[Any, Any, dict[str, jax.Array]], dict[str, jax.Array]]:
+def make_statistics(statistics: Statistics) -> Callable[[Any, Any, dict[str, jax.Array]], dict]:
+    """An objective's statistics of one evaluated batch `(trainable, frozen, batch) -> {name: (sum, count)}`."""
+    return lambda trainable, frozen, batch: statistics(evaluating(combine(trainable, frozen)), batch)
+
+
+def make_eval_step(loss: Loss) -> Callable[[Any, Any, dict[str, jax.Array]], dict[str, Any]]:
     """One evaluated batch as a pure function `(trainable, frozen, batch) -> sums` (`loss`, `count`, metrics)."""
 
     def eval_step(trainable, frozen, batch):

@@ -84,9 +84,8 @@ class Run(running.Run):
             rows = self.objective.dataset(config, 'eval', self.parts.tokenizer, self.workdir / 'cache')
             rows = self._complete(rows, split='eval')
         self.gzip_bits_per_byte = getattr(getattr(rows, 'tokens', None), 'gzip_bits_per_byte', None)
-        return make_evaluator(
-            config, self.mesh, rows, self.program.eval_step(), config.train.batch_size // self.accumulate
-        )
+        program, rows_a_batch = self.program, config.train.batch_size // self.accumulate
+        return make_evaluator(config, self.mesh, rows, program.eval_step(), rows_a_batch, program.statistics)
 
     def _begin(self) -> None:
         self._witness(self.state['trainable'], 0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from jaxtune.errors import UserError
+from jaxtune.evaluator import NOTHING
 from jaxtune.metrics import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -33,10 +34,18 @@ class Watch:
         """Waits for an update's metrics.
 
         Raises:
-          UserError: the loss or the gradient is no longer finite.
+          UserError: nothing was scored, or the loss or the gradient is no longer finite.
         """
         with self.run.info.timed('step'):
             values = {name: float(value) for name, value in metrics.items()}
+        if not values.pop('count'):
+            counted = getattr(self.run.objective, 'COUNTED', 'tokens')
+            raise UserError(
+                f'update {step}: none of the {counted} in its batch of data.train is scored, and nothing can be learnt '
+                f'from a loss over nothing; expected {NOTHING}'
+            )
+        # A mean that is over nothing in this batch, such as a reward of rejected answers where there are none.
+        values = {name: x for name, x in values.items() if name in ('loss', 'grad_norm') or not math.isnan(x)}
         self.recent = [*self.recent[-20:], (step, values)]
         if not (math.isfinite(values['loss']) and math.isfinite(values['grad_norm'])):
             self._diverged(step, values)

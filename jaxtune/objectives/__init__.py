@@ -6,7 +6,8 @@ An objective is a module with
 - `dataset(config, split, tokenizer, cache) -> rows`: numbered dicts of arrays, a `grain` source or `MapDataset`;
 - `loss(config, model, params, batch, rng) -> (sum, count, metrics)`: the summed loss and the number of what it was
   summed over (float32 scalars), so that accumulation and many devices give exactly the big batch's mean; `metrics` are
-  further sums over the same count (`accuracy`: correct predictions); `rng` is None in evaluation: nothing is drawn;
+  further sums over the same count (`accuracy`: correct predictions), or pairs of a sum and a count of its own; `rng` is
+  None in evaluation: nothing is drawn;
 
 and may hold
 
@@ -19,11 +20,15 @@ and may hold
 - `complete(config, rows, model, params, mesh, cache, split) -> rows`: rows with what only the model at the start of
   training can tell of them;
 - `summarise(sums, count) -> metrics`: what evaluation makes of its metrics' sums, where not their means;
+- `statistics(config) -> function`, or None: `(model, params, batch) -> {name: (sum, count)}` of what the loss must know
+  of the whole batch (in evaluation: of all held-out rows) before it; it finds the means in its batch, by these names,
+  and no gradient goes through them;
 - `preview(rows, tokenizer) -> [(text, trained)]`: an example as the model will see it, shown before training;
 
 Its rows may have `facts` (counts, for the log) and `baselines` (metrics that need no model, to compare with).
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -50,6 +55,13 @@ def get(name: str) -> ModuleType:
     if name not in OBJECTIVES:
         raise UserError(f'objective={name!r}: not in this version; expected one of {", ".join(OBJECTIVES)}')
     return importlib.import_module(OBJECTIVES[name])
+
+
+def statistics(objective: ModuleType, config, model):
+    """An objective's `(params, batch) -> {name: (sum, count)}` of this model; None where it has none."""
+    make = getattr(objective, 'statistics', None)
+    found = make(config) if make else None
+    return None if found is None else functools.partial(found, model)
 
 
 def complete(config, rows, model, params, mesh, cache, split):

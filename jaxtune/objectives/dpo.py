@@ -32,7 +32,7 @@ from jaxtune.parallel import hosts, place
 from jaxtune.parallel.batches import check_rows
 from jaxtune.weights import evaluating
 
-__all__ = ['COUNTED', 'KINDS', 'SEQUENCES', 'complete', 'dataset', 'loss', 'preview', 'row']
+__all__ = ['COUNTED', 'KINDS', 'SEQUENCES', 'complete', 'dataset', 'loss', 'preview', 'row', 'statistics']
 
 KINDS = ('decoder',)
 COUNTED = 'pairs'
@@ -121,41 +121,54 @@ def logprobs(model, params, batch, sides: tuple[str, ...], rng=None) -> tuple[ja
     return found.sum(-1).reshape(shape), inputs['weights'].sum(-1).reshape(shape)
 
 
+def statistics(config: ConfigDict):
+    """KTO's `kl`: by how much answers to other prompts are likelier than under the reference, in nats an answer."""
+    if config.dpo.loss != 'kto':
+        return None
+
+    def kl(model, params, batch):
+        real = jnp.maximum(batch['chosen_weight'], batch['rejected_weight'])
+        sums, _ = logprobs(model, params, batch, ('mismatched',))
+        return {'kl': (((sums[:, 0] - batch['reference_mismatched']) * real).sum(), real.sum())}
+
+    return kl
+
+
 def loss(config, model, params, batch, rng):
     """Summed loss of the pairs (of KTO: of the answers), their number, and metrics.
 
     Rewards are `beta` times the log-probability less the reference's (SimPO's: the mean one, ORPO's: without it);
     `margin` is the chosen's less the rejected's, `accuracy` how often that is above 0.
     """
-    sums, lengths = logprobs(model, params, batch, _sides(config), rng)
+    sums, lengths = logprobs(model, params, batch, SIDES, rng)
     reference = jnp.zeros_like(sums)
     if config.dpo.loss not in _WITHOUT_REFERENCE:
-        reference = jnp.stack([batch[f'reference_{side}'] for side in _sides(config)], axis=1)
+        reference = jnp.stack([batch[f'reference_{side}'] for side in SIDES], axis=1)
     weights = jnp.stack([batch['chosen_weight'], batch['rejected_weight']], axis=1)
-    losses, chosen, rejected = losses_of(config.dpo, sums, reference, jnp.maximum(lengths, 1), weights)
+    kl = batch.get('kl', 0.0)
+    losses, chosen, rejected = losses_of(config.dpo, sums, reference, jnp.maximum(lengths, 1), weights, kl)
     chosen, rejected = jax.lax.stop_gradient((chosen, rejected))
     paired = weights[:, 0] * weights[:, 1]
     count = weights.sum() if config.dpo.loss == 'kto' else paired.sum()
-    # Per pair, whatever the loss counts, so that means over the count are means over the pairs.
-    share = count / jnp.maximum(paired.sum(), 1.0)
     metrics = {
-        'accuracy': (chosen > rejected) * paired * share,
-        'margin': (chosen - rejected) * paired * share,
-        'reward_chosen': chosen * weights[:, 0] * count / jnp.maximum(weights[:, 0].sum(), 1.0),
-        'reward_rejected': rejected * weights[:, 1] * count / jnp.maximum(weights[:, 1].sum(), 1.0),
+        'accuracy': ((chosen > rejected) * paired, paired),
+        'margin': ((chosen - rejected) * paired, paired),
+        'reward_chosen': (chosen * weights[:, 0], weights[:, 0]),
+        'reward_rejected': (rejected * weights[:, 1], weights[:, 1]),
     }
-    return losses.sum(), count, {name: values.sum() for name, values in metrics.items()}
+    return losses.sum(), count, jax.tree.map(jnp.sum, metrics)
 
 
-def losses_of(settings, sums, reference, lengths, weights):
+def losses_of(settings, sums, reference, lengths, weights, kl=0.0):
     """Losses `[pairs]` and the rewards of chosen and rejected answers.
 
     Args:
       settings: the recipe's `dpo`.
-      sums: log-probabilities `[pairs, sides]`.
+      sums: log-probabilities `[pairs, 2]`.
       reference: the reference's.
       lengths: tokens of the answers, at least 1.
       weights: `[pairs, 2]`, 0 where a side is missing.
+      kl: of `statistics`, the mean over the whole batch that KTO measures answers against.
     """
     beta, smooth = settings.beta, settings.label_smoothing
     ratios, means = sums - reference, sums / lengths
@@ -176,10 +189,7 @@ def losses_of(settings, sums, reference, lengths, weights):
         rewards = beta * means[:, 0], beta * means[:, 1]
         losses = -means[:, 0] - beta * jax.nn.log_sigmoid(odds)
     else:
-        # The point that answers are measured against is no path for gradients.
-        real = weights.max(-1)
-        base = jax.lax.stop_gradient((ratios[:, 2] * real).sum() / jnp.maximum(real.sum(), 1.0))
-        base = jnp.maximum(base, 0.0)
+        base = jnp.maximum(kl, 0.0)
         good = settings.chosen_weight * (1 - jax.nn.sigmoid(beta * (chosen - base)))
         bad = settings.rejected_weight * (1 - jax.nn.sigmoid(beta * (base - rejected)))
         return good * weights[:, 0] + bad * weights[:, 1], *rewards

@@ -128,6 +128,8 @@ class _Numbers:
 class Run(running.Run):
     """One run of an algorithm of `rl`."""
 
+    warned = False  # that a step had nothing to learn from
+
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, command):
         metric = 'eval/reward' if config.eval.metric == 'eval/loss' else config.eval.metric
         super().__init__(config, workdir, mesh, command, metric)
@@ -201,7 +203,8 @@ class Run(running.Run):
             found = self._found(made, scores)
             fields, metrics = jax.tree.map(np.asarray, self.learn(found))
             waiting = []
-            for epoch in range(config.rl.epochs):
+            signal = self._signal(t, fields, found)
+            for epoch in range(config.rl.epochs if signal else 0):
                 order = np.random.default_rng([config.seed, t, epoch]).permutation(len(prompts))
                 for low in range(0, len(order), size):
                     chosen = order[low : low + size]
@@ -211,7 +214,9 @@ class Run(running.Run):
                     update = self.step if rows.shape[0] == size else self.update
                     self.state, new = update(self.state, self.frozen, batch)
                     waiting.append(new)
+            waiting = waiting or [self._still]
             sums = jax.tree.map(lambda *values: float(np.mean([np.float64(value) for value in values])), *waiting)
+            sums.pop('count')
         return {
             **sums,
             **jax.tree.map(float, metrics),
@@ -224,6 +229,28 @@ class Run(running.Run):
             'tokens': int(made.end.sum()) * config.rl.epochs,
             'sampled_tokens_per_second': float((made.end - made.start).sum() / seconds),
         }
+
+    def _signal(self, t: int, fields: dict[str, np.ndarray], found: Found) -> bool:
+        """Whether there is anything to learn from in step `t`; says so where no answer is better than another, once.
+
+        Without a reward that differs, and with a policy that is still the reference, all that is left of the gradient
+        is rounding, which Adam would scale up to whole updates.
+        """
+        if self.algorithm.VALUE or fields['advantages'].any():
+            return True
+        if not self.warned:
+            self.warned = True
+            console.note(
+                f'step {t + 1}: the answers to each prompt are all worth the same, {found.scores.mean():.3g}, so that '
+                'nothing is learnt from them; expected a reward that tells them apart, or a larger rl.group'
+            )
+        return self.config.rl.kl_coef > 0 and not np.array_equal(found.old, found.reference)
+
+    @functools.cached_property
+    def _still(self) -> dict[str, float]:
+        """The metrics of no update."""
+        _, metrics = jax.eval_shape(self.update, self.state, self.frozen, self.program.batch_shapes())
+        return dict.fromkeys(metrics, 0.0)
 
     def _answers(self, prompts: list[Prompt], first: int) -> Rollouts:
         with self.info.timed('generate'):

@@ -1,17 +1,25 @@
 """Losses as their papers and TRL have them, and packed batches as unpacked ones."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import models, recipes
+from jaxtune import models, objectives, recipes
 from jaxtune.data.examples import ExampleRows, Examples
+from jaxtune.data.loader import Loader
 from jaxtune.data.spans import Encoded
+from jaxtune.errors import UserError
+from jaxtune.evaluator import make_evaluator
 from jaxtune.models import flash
 from jaxtune.models.blockwise import Pattern, Places
 from jaxtune.objectives import dpo, reward, sft
+from jaxtune.parallel import AXES, make_mesh
+from jaxtune.step import gradients, make_eval_step, mean
 
 torch = pytest.importorskip('torch')
 F = torch.nn.functional
@@ -88,7 +96,8 @@ def test_kto_measures_answers_against_mismatched_ones(numbers):
     settings = _settings(dpo__loss='kto', dpo__beta=0.3, dpo__rejected_weight=1.33).dpo
 
     def total(sums):
-        return dpo.losses_of(settings, sums, reference, lengths, weights)[0].sum()
+        kl = jax.lax.stop_gradient((sums - reference)[:5, 2].mean())
+        return dpo.losses_of(settings, sums[:, :2], reference[:, :2], lengths[:, :2], weights, kl)[0].sum()
 
     found, gradient = jax.value_and_grad(total)(jnp.asarray(sums))
     theirs = torch.tensor(sums, requires_grad=True)
@@ -101,6 +110,69 @@ def test_kto_measures_answers_against_mismatched_ones(numbers):
     np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5)
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), rtol=1e-5, atol=1e-6)
     assert float(kl) > 1
+
+
+@pytest.fixture(scope='module')
+def preferences():
+    """A model, KTO's recipe, and eight rows of answers, some of them unpaired."""
+    config = _settings(objective='dpo', dpo__loss='kto', dpo__beta=0.3, data__seq_len=16)
+    rng = np.random.default_rng(3)
+    batch = {name: np.zeros((8, *spec.shape), spec.dtype) for name, spec in dpo.row(config).items()}
+    for side in ('chosen', 'rejected', 'mismatched'):
+        batch[side][:] = rng.integers(0, 64, (8, 16))
+        batch[f'{side}_start'][:], batch[f'{side}_end'][:] = 3, rng.integers(5, 16, 8)
+        batch[f'{side}_weight'][:] = 1
+    batch['chosen_weight'][1] = batch['rejected_weight'][[2, 5]] = 0
+    model = models.build(models.read_config(LLAMA | {'initializer_range': 0.2}))
+    params = jax.jit(model.init)(jax.random.key(0))
+    sides = ('chosen', 'rejected', 'mismatched')
+    sums = np.asarray(dpo.logprobs(model, params, batch, sides)[0])
+    for number, side in enumerate(sides):
+        batch[f'reference_{side}'][:] = sums[:, number] + rng.normal(-2, 4, 8)
+    return config, model, params, batch, sums
+
+
+def test_kto_measures_by_the_whole_batch_however_it_is_cut(preferences):
+    config, model, params, batch, sums = preferences
+    statistics, frozen = objectives.statistics(dpo, config, model), jax.tree.map(lambda _: None, preferences[2])
+    loss = functools.partial(dpo.loss, config, model)
+    kl = max(0.0, (sums[:, 2] - batch['reference_mismatched']).mean())
+    assert kl > 0.5
+    reference = np.stack([batch['reference_chosen'], batch['reference_rejected']], 1)
+    weights = np.stack([batch['chosen_weight'], batch['rejected_weight']], 1)
+    ratios = torch.tensor(sums[:, :2] - reference)
+    wanted = torch.stack([torch.sigmoid(0.3 * (kl - ratios[:, 0])), torch.sigmoid(0.3 * (ratios[:, 1] - kl))], 1)
+    rewards = {name: 0.3 * ratios[weights[:, i] > 0, i].mean() for i, name in enumerate(dpo.SIDES)}
+    found = {}
+    for accumulate in (1, 2, 4):
+        grads, (total, count, metrics) = jax.jit(gradients, static_argnums=(0, 5, 6))(
+            loss, params, frozen, batch, jax.random.key(0), accumulate, statistics
+        )
+        assert count == weights.sum() == 13
+        np.testing.assert_allclose(total, (wanted * torch.tensor(weights)).sum(), rtol=1e-5)
+        for name, reward_ in rewards.items():
+            np.testing.assert_allclose(mean(metrics[f'reward_{name}'], count), reward_, rtol=1e-5)
+        found[accumulate] = grads
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), found[1], found[2])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), found[1], found[4])
+
+    rows = [{name: array[i] for name, array in batch.items()} for i in range(8)]
+    mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    for size in (8, 3):
+        with jax.set_mesh(mesh):
+            evaluator = make_evaluator(config, mesh, rows, jax.jit(make_eval_step(loss)), size, statistics)
+            scores = evaluator.run(params, frozen)
+        assert scores['eval/loss'] == pytest.approx(float(total) / 13, rel=1e-5)
+        assert scores['eval/reward_chosen'] == pytest.approx(float(rewards['chosen']), rel=1e-5)
+
+    # A loss over nothing is no number, and neither is a mean of rejected answers where there are none.
+    alone = [row | {'rejected_weight': np.float32(0)} for row in rows]
+    assert 'eval/reward_rejected' not in dataclasses.replace(evaluator, loader=Loader(alone, 8, shuffle=False)).run(
+        params, frozen
+    )
+    nothing = [row | {'chosen_weight': np.float32(0)} for row in alone]
+    with pytest.raises(UserError, match=r'data.eval: none of its pairs is scored.*expected'):
+        dataclasses.replace(evaluator, loader=Loader(nothing, 8, shuffle=False)).run(params, frozen)
 
 
 @pytest.mark.parametrize(('center', 'smooth'), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.2)])

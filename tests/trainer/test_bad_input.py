@@ -197,6 +197,13 @@ CASES = (
     Case('empty data', 'data.train', 'empty', break_data=_lines()),
     Case('broken line', 'train.jsonl:61', 'JSON', break_data=_broken_line),
     Case('no text field', 'train.jsonl:2', "'text'", break_data=_lines('{"text": "a b c"}', '{"txt": "a"}')),
+    Case(
+        'nothing to predict',
+        'update 1: none of the tokens',
+        'expected records',
+        keys={'data.append_eos': False, 'data.packing': False, 'train.batch_size': 8},
+        break_data=_lines(*['{"text": "a"}'] * 9),
+    ),
     Case('mesh and devices', 'mesh.data=3', '8', keys={'mesh.data': 3}),
     Case('two sizes open', 'mesh', '-1', keys={'mesh.data': -1, 'mesh.fsdp': -1}),
     Case('batch and mesh', 'train.batch_size', 'multiple', keys={'train.batch_size': 12}),

@@ -90,6 +90,16 @@ def test_the_policy_is_the_reference_at_first_and_one_run_is_like_another(corpus
     assert all(metrics(tmp_path / 'cut', name) == metrics(tmp_path / 'whole', name) for name in names)
 
 
+def test_steps_without_a_signal_move_nothing_and_say_so_once(corpus, tmp_path, capsys):
+    keys = rl_recipe(corpus, 'grpo', rl__reward='scores:alike', train__steps=3, data__eval='')
+    keys |= {'optimizer.lr': 0.1, 'rl.kl_coef': 0.05, 'optimizer.weight_decay': 0.1}
+    _, run = go(keys, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, run.reference, run.state['trainable'])
+    assert metrics(tmp_path, 'train/grad_norm') == metrics(tmp_path, 'grpo/kl') == [0.0] * 3
+    assert metrics(tmp_path, 'grpo/groups_alike') == [1.0] * 3
+    assert capsys.readouterr().out.count('are all worth the same') == 1
+
+
 @pytest.mark.parametrize('sizes', [(8, 1, 1, 1), (1, 2, 2, 2)])
 @pytest.mark.parametrize('task', ['grpo', 'ppo'])
 def test_a_mesh_learns_what_one_device_does(corpus, tmp_path, task, sizes):
