@@ -316,7 +316,7 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
         adapters[name] = tuning.attach(init, params, mesh, arrays)
         wholes.append(frozenset(arrays.whole))
     brought = frozenset.intersection(*wholes) if wholes else frozenset()
-    _check_heads(config, model, key, fresh - brought)
+    _check_heads(config, model, folder, key, fresh - brought)
     if adapters:
         params = next(iter(adapters.values()))
     elif config.task in TRAINING:
@@ -336,14 +336,17 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
     return Assembly(model, params, specs, tokenizer, fresh, folder, several, ends, brought)
 
 
-def _check_heads(config: ConfigDict, model: models.Model, key: str, missing: frozenset[str]) -> None:
+def _check_heads(config: ConfigDict, model: models.Model, folder: str, key: str, missing: frozenset[str]) -> None:
     """Says which heads a folder lacks, where they are trained, and refuses to use them where they are not."""
     if not missing:
         return
     names = ', '.join(sorted(model.tensors[path].name for path in missing))
     if config.task != 'train':
+        kind = 'no reward model' if any(path.startswith('score') for path in missing) else 'not whole'
+        if folder_head(folder) != 'lm' and kind == 'not whole':
+            kind = 'a reward model or a classifier'
         raise UserError(
-            f'{key}={config.model.path}: holds no {names}; expected a folder with all of its weights: task=train alone begins with a '
-            'head of random numbers'
+            f'{key}={config.model.path}: is {kind}: holds no {names}; expected a folder with that (task=train alone '
+            'begins with a head of random numbers)'
         )
     console.note(f'{config.model.path} holds no {names}: begins at random, and is trained whole')
