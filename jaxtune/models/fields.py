@@ -13,6 +13,7 @@ from jaxtune.checks import Check, ExpectedError, integer, number, text
 from jaxtune.errors import UserError, reason, shown
 from jaxtune.jsonfile import read_object, texts, token_ids
 from jaxtune.models import hub
+from jaxtune.models.rope import TYPES
 
 Fields = Mapping[str, Any]
 
@@ -92,6 +93,8 @@ def read_fields(source: str | Fields, model_types: Collection[str], check: Calla
     if given.get('quantization_config'):
         raise UserError(f'{where}quantization_config: expected a model that is not quantised')
 
+    _check_rope_type(given, where)
+
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
     config_class = CONFIG_MAPPING[model_type]
@@ -128,6 +131,16 @@ def folder_config(folder: pathlib.Path) -> dict[str, Any]:
     """
     missing = 'no such file; expected a Hugging Face model folder'
     return read_object(folder / 'config.json', {'architectures': texts, 'model_type': text}, missing)
+
+
+def _check_rope_type(given: Fields, where: str) -> None:
+    """Names a rotary type that is not known here, before a config class blames what it makes of it."""
+    for name in ('rope_scaling', 'rope_parameters'):
+        rope = given.get(name)
+        kind = rope.get('rope_type', rope.get('type')) if isinstance(rope, Mapping) else None
+        if kind is not None and kind not in TYPES:
+            hint = " ('su' is an older name of longrope)" if kind == 'su' else ''
+            raise UserError(f'{where}{name}: type={shown(kind)}: expected one of {", ".join(TYPES)}{hint}')
 
 
 def _refuse_unknown(given: Fields, config_class: type) -> None:

@@ -17,6 +17,7 @@ from comparing import (
 from model_cases import CASES
 
 from jaxtune import models
+from jaxtune.errors import UserError
 from jaxtune.models import kv_cache
 from jaxtune.models.decoder_families import decoder_config
 from jaxtune.models.model import leaf_paths
@@ -189,6 +190,14 @@ def test_a_field_that_the_family_does_not_read_changes_nothing(name, stray, tmp_
     found = models.read_config(tmp_path)
     assert decoder_config(found) == decoder_config(models.read_config(case.config))
     assert {field: found[field] for field in stray} == stray  # it goes out as it came
+
+
+def test_an_older_rotary_type_is_named(tmp_path):
+    config = next(case for case in CASES if case.name == 'phi3-long-partial-tied').config
+    rope = config.pop('rope_parameters')
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'rope_scaling': rope | {'rope_type': 'su'}}))
+    with pytest.raises(UserError, match=r"config.json: rope_scaling: type='su': expected one of .*longrope"):
+        models.read_config(tmp_path)
 
 
 def test_flops_of_windows_stop_at_the_window():
