@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtune.checks import MOST
 from jaxtune.errors import UserError
 from jaxtune.parallel.mesh import BATCH_AXES
 
@@ -26,7 +27,8 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, row: Mapping[str, 
       row: an objective's row; each field's first axis is its length.
 
     Raises:
-      UserError: a micro-batch does not divide over `data` and `fsdp`, or the length over `sequence`.
+      UserError: a micro-batch does not divide over `data` and `fsdp`, or the length over `sequence`; or an update has
+        more tokens than XLA's sizes of 64 bits leave room for.
     """
     rows = mesh.shape['data'] * mesh.shape['fsdp']
     if batch_size % accumulate:
@@ -40,6 +42,10 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, row: Mapping[str, 
         if field.shape and field.shape[0] % mesh.shape['sequence']:
             key, size = ('data.target_len' if name.startswith('target') else 'data.seq_len'), mesh.shape['sequence']
             raise UserError(f'{key}={field.shape[0]}: expected a multiple of mesh.sequence={size}')
+        if field.shape and batch_size * field.shape[0] > MOST:
+            raise UserError(
+                f'train.batch_size={batch_size}: expected at most {MOST} tokens an update, in rows of {field.shape[0]}'
+            )
 
 
 def check_rows(mesh: Mesh, key: str, rows: int) -> None:

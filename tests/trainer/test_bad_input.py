@@ -208,6 +208,7 @@ CASES = (
     Case('two sizes open', 'mesh', '-1', keys={'mesh.data': -1, 'mesh.fsdp': -1}),
     Case('batch and mesh', 'train.batch_size', 'multiple', keys={'train.batch_size': 12}),
     Case('batch and micro-batches', 'train.accumulate', 'multiple', keys={'train.accumulate': 3}),
+    Case('too many tokens', 'train.batch_size=1048576', keys={'train.batch_size': 2**20, 'data.seq_len': 2**24}),
     Case('length and mesh', 'data.seq_len', 'mesh.sequence', keys={'mesh.sequence': 8, 'data.seq_len': 60}),
     Case('beyond the positions', 'data.seq_len', '128', keys={'data.seq_len': 256}),
     Case('unknown eval metric', 'eval.metric', 'eval/loss', keys={'eval.metric': 'eval/los', 'eval.every': 2}),
