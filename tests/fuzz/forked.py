@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import pkgutil
 import resource
 import signal
 import sys
@@ -27,16 +28,12 @@ _SETTINGS = {
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
 }
+# What acts when it is imported.
+_STARTING = ('jaxtune.__main__', 'jaxtune.data.prepare.orphans')
 _USED = (
-    'jaxtune.main', 'jaxtune.stages', 'jaxtune.preflight', 'jaxtune.train', 'jaxtune.prepare', 'jaxtune.generate',
-    'jaxtune.evaluate', 'jaxtune.export', 'jaxtune.rl.loop', 'jaxtune.rl.ppo', 'jaxtune.rl.grpo', 'jaxtune.compile',
-    'jaxtune.report', 'jaxtune.scoring', 'jaxtune.data.prepare.phases', 'jaxtune.data.prepare.engines',
-    'jaxtune.data.prepare.workers', 'jaxtune.objectives.sft', 'jaxtune.objectives.dpo', 'jaxtune.objectives.reward',
-    'jaxtune.objectives.classification', 'jaxtune.objectives.seq2seq', 'jaxtune.objectives.span_corruption',
-    'jaxtune.objectives.masked_lm', 'jaxtune.objectives.causal_lm', 'tensorboardX', 'pyarrow.parquet', 'trafilatura',
-    'warcio.archiveiterator', 'datatrove.executor', 'datatrove.pipeline.filters', 'datatrove.pipeline.formatters',
-    'orbax.checkpoint', 'ftfy', 'lxml.html', 'datasets', 'charset_normalizer', 'xxhash',
-    'jax.experimental.multihost_utils',
+    'tensorboardX', 'pyarrow.parquet', 'trafilatura', 'warcio.archiveiterator', 'datatrove.executor',
+    'datatrove.pipeline.filters', 'datatrove.pipeline.formatters', 'orbax.checkpoint', 'ftfy', 'lxml.html', 'datasets',
+    'charset_normalizer', 'xxhash', 'jax.experimental.multihost_utils',
 )  # fmt: skip
 MEMORY = 6 << 30  # of a child: what would fill the machine fails instead
 
@@ -63,9 +60,11 @@ class Ended:
 def preload() -> None:
     """Imports what runs need, without starting JAX's backends, whose threads a fork would lose."""
     os.environ.update(_SETTINGS)
-    for name in _USED:
-        with contextlib.suppress(ImportError):
-            __import__(name)
+    own = [module.name for module in pkgutil.walk_packages([str(PROGRAM)], 'jaxtune.')]
+    for name in (*own, *_USED):
+        if name not in _STARTING:
+            with contextlib.suppress(ImportError):
+                __import__(name)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     for kind in ('llama', 'qwen2', 'gpt2', 'bert', 't5'):
