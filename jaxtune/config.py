@@ -239,6 +239,9 @@ SCHEMA: dict[str, Key | Free] = {
         '13a', one_of('13a', 'zh', 'intl', 'char', 'none'), "words of BLEU's score; zh for Chinese"
     ),
     'rl.reward': Key('', path, 'what scores answers: a reward model (workdir, folder, @STAGE), or module:function'),
+    'rl.reward_timeout': Key(
+        600.0, number(above=0), 'seconds that a reward function may take for the answers of a step'
+    ),
     'rl.rollouts': Key(64, integer(1, high=_WIDE), 'answers sampled a step'),
     'rl.group': Key(8, integer(2, high=_WIDE), 'grpo: answers a prompt'),
     'rl.epochs': Key(4, integer(1, high=_WIDE), 'passes over the answers of a step, in updates of train.batch_size'),

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import sys
 import textwrap
 import time
 import warnings
@@ -13,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
+
+from jaxtune.streams import Output
 
 WIDTH = 80
 # A bar is drawn at most so often, however fast it advances; a line of a log comes at most so often.
@@ -24,7 +25,7 @@ _CHATTY = (
 )  # fmt: skip
 
 _primary = True
-_console = Console(highlight=False, emoji=False)
+_console = Console(file=Output(), highlight=False, emoji=False)
 _shared: '_Shared | None' = None
 
 
@@ -72,7 +73,7 @@ def note(text: str) -> None:
     """Prints one line, never cut; above the bars where some are live. Brackets in it mean nothing."""
     if _primary:
         _console.print(Text(str(text)), soft_wrap=True)
-        _flush()
+        _console.file.flush()
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> None:
@@ -90,7 +91,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> None:
         text = Text(f'{name:<{indent}}', style='dim')
         text.append(f'\n{" " * indent}'.join(lines), style='not dim')
         _console.print(text, soft_wrap=True)
-    _flush()
+    _console.file.flush()
 
 
 def table(rows: Sequence[Sequence[Any]]) -> None:
@@ -107,7 +108,7 @@ def table(rows: Sequence[Sequence[Any]]) -> None:
             for cell, width, to_right in zip(row, widths, right, strict=True)
         )
         _console.print(Text('  '.join(cells).rstrip(), style='' if i else 'dim'), soft_wrap=True)
-    _flush()
+    _console.file.flush()
 
 
 def example(pieces: Iterable[tuple[str, bool]], title: str) -> None:
@@ -120,7 +121,7 @@ def example(pieces: Iterable[tuple[str, bool]], title: str) -> None:
         shown = f'⟦{piece}⟧' if out and not colours else piece
         text.append(shown, style='not dim bold green' if out else 'dim')
     _console.print(text, soft_wrap=True)
-    _flush()
+    _console.file.flush()
 
 
 def clock(seconds: float) -> str:
@@ -128,11 +129,6 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
-
-
-def _flush() -> None:
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
 
 
 class Bar:

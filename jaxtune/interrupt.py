@@ -1,42 +1,132 @@
-"""SIGTERM: a loop that can save notices it between steps; anything else ends at once with status 143."""
+"""SIGTERM and Ctrl-C: a loop that can save notices them between steps; anything else ends at once.
+
+A signal only ever sets a flag, for an exception raised wherever the program happens to be may land in a library's
+callback, which swallows it. A thread of its own sees the flag, also while the main thread is inside a compiler or a
+tokenizer: what is written is whole or not there at all, so that the process may simply end.
+"""
 
 import contextlib
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
-import jax
+_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+_NAMES = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}
+_LEAVE_SECONDS = 10.0  # for what is left to do after the checkpoint is saved
 
-STATUS = 143
-
-_received = False
+_received: signal.Signals | None = None
+_since = 0.0
 _deferred = False
+_pod = False
+_pipe: tuple[int, int] | None = None
 
 
-def _handle(signum, frame):
-    global _received
-    _received = True
-    if not _deferred:
-        sys.exit(STATUS)
+class Interrupted(Exception):  # noqa: N818
+    """Raised by our own code where it waits and finds the flag; the step under way has changed nothing yet."""
+
+
+def _ignore(signum, frame):
+    """The signal's number goes to the pipe, whose thread does the rest."""
 
 
 def install() -> None:
-    """Makes SIGTERM end the program with status 143.
+    """Makes SIGTERM and Ctrl-C end the program with status 143 and 130, or set the flag inside `deferred`.
 
-    Where several processes run together, JAX's preemption service takes the signal from here on.
+    Where several processes run together, JAX's preemption service takes SIGTERM from here on.
     """
-    signal.signal(signal.SIGTERM, _handle)
+    global _pipe
+    if _pipe is None:
+        _pipe = os.pipe()
+        os.set_blocking(_pipe[1], False)
+        threading.Thread(target=_watch, args=(_pipe[0],), name='interrupt', daemon=True).start()
+        os.register_at_fork(after_in_child=_forget)
+    for number in _STATUS:
+        signal.signal(number, _ignore)
+    signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STATUS)
+
+
+def hold() -> None:
+    """Lets signals wait for `install`, also across the start of another program in this process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STATUS)
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """`install` while a command runs; afterwards signals do what they did before."""
+    global _received
+    before = {number: signal.getsignal(number) for number in _STATUS}
+    if _ignore in before.values():
+        yield
+        return
+    _received = None
+    install()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _forget() -> None:
+    """In a forked child, signals are not the parent's."""
+    global _pipe
+    if _pipe is not None and _ignore in map(signal.getsignal, _STATUS):
+        signal.set_wakeup_fd(-1)
+        for number in _STATUS:
+            signal.signal(number, signal.SIG_DFL)
+    _pipe = None
+
+
+def _watch(pipe: int) -> None:
+    while True:
+        for number in os.read(pipe, 64):
+            if number in _STATUS:
+                _receive(signal.Signals(number))
+
+
+def _receive(number: signal.Signals) -> None:
+    global _received, _since
+    again = number is signal.SIGINT and _received is signal.SIGINT
+    if _received is None:
+        _received, _since = number, time.monotonic()
+    if again:
+        _say('jaxtune: interrupted a second time; the same command continues from the last checkpoint')
+        os._exit(_STATUS[number])
+    if not _deferred:
+        _say(f'jaxtune: stopped by {_NAMES[number]}; the same command continues')
+        os._exit(_STATUS[number])
+    if number is signal.SIGINT:
+        _say('jaxtune: Ctrl-C: saving after this update; once more leaves at once')
+        if _pod:  # which agrees on a step by JAX's preemption service
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    """Writes a line past whatever holds the streams' locks, below a bar that may be drawn there."""
+    terminal = os.isatty(2)
+    with contextlib.suppress(OSError):
+        os.write(2, (f'\r\x1b[2K\x1b[?25h{text}\n' if terminal else f'{text}\n').encode())
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, SIGTERM only sets what `received` returns: the loop saves first."""
-    global _deferred
+    """Inside, signals only set what `received` returns: the loop saves first."""
+    global _deferred, _pod
+    import jax
+
+    _pod = jax.process_count() > 1
     _deferred = True
     try:
         yield
     finally:
         _deferred = False
+    if _received is not None and not _pod:
+        sys.exit(status())
 
 
 def received(step: int) -> bool:
@@ -45,8 +135,35 @@ def received(step: int) -> bool:
     All processes of a pod agree on the step, though only one of them may have been told: JAX's preemption service
     settles on one that none has passed yet. Costs no exchange until then.
     """
-    if jax.process_count() > 1:
+    if _pod:
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
-    return _received
+    return _received is not None
+
+
+def waiting() -> float:
+    """Seconds since a signal that this process may answer on its own, 0 without one; for code that waits long."""
+    return time.monotonic() - _since if _received is not None and not _pod else 0.0
+
+
+def status() -> int:
+    """The exit status of a run that was stopped."""
+    return _STATUS[_received or signal.SIGTERM]
+
+
+def name() -> str:
+    """What stopped the run."""
+    return _NAMES[_received or signal.SIGTERM]
+
+
+def leave() -> None:
+    """Ends the program with its status: by the usual way, or if that hangs, without.
+
+    Raises:
+      SystemExit: always.
+    """
+    end = threading.Timer(_LEAVE_SECONDS, os._exit, [status()])
+    end.daemon = True
+    end.start()
+    sys.exit(status())

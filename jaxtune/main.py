@@ -1,14 +1,14 @@
 """The door: `python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--check] [--config.KEY=VALUE ...]`.
 
-Exit status: 0 done · 2 the recipe, the data or the model handed in is wrong · 143 stopped by SIGTERM after saving a
-checkpoint, the same command continues.
+Exit status: 0 done · 2 the recipe, the data or the model handed in is wrong · 130 stopped by Ctrl-C and 143 by SIGTERM,
+training after saving a checkpoint; the same command continues.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 
-from jaxtune import huge_pages
+from jaxtune import huge_pages, interrupt, streams
 from jaxtune.errors import UserError, out_of_memory
 
 # Threads of the tokenizers library are started before data threads fork nothing; without this it warns on every run.
@@ -17,37 +17,37 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns its exit status."""
-    from jaxtune import flags
+    with interrupt.handled():
+        from jaxtune import flags
 
-    try:
-        command = flags.parse(argv)
-        from jaxtune import console, interrupt
-        from jaxtune.parallel import hosts
+        try:
+            command = flags.parse(argv)
+            from jaxtune import console
+            from jaxtune.parallel import hosts
 
-        console.quiet_logs()
-        interrupt.install()
-        with hosts.pod():
-            console.set_primary(hosts.is_primary())
-            from jaxtune import stages
+            console.quiet_logs()
+            with hosts.pod():
+                console.set_primary(hosts.is_primary())
+                from jaxtune import stages
 
-            stages.run(command)
-    except UserError as error:
-        print(f'jaxtune: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2
-    except Exception as error:
-        if not (said := out_of_memory(error)):
-            raise
-        print(f'jaxtune: {said}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('jaxtune: interrupted; the same command continues', file=sys.stderr)
-        return 130
+                stages.run(command)
+        except UserError as error:
+            streams.tell(f'jaxtune: {" ".join(str(error).split())}')
+            return 2
+        except Exception as error:
+            if not (said := out_of_memory(error)):
+                raise
+            streams.tell(f'jaxtune: {said}')
+            return 2
     return 0
 
 
 def cli() -> None:
     """Entry point of the `jaxtune` command."""
+    interrupt.hold()
     huge_pages.begin()
+    interrupt.install()
+    streams.open_all()
     sys.exit(main(sys.argv))
 
 

@@ -20,7 +20,7 @@ from jaxtune.config import SCHEMA, Free
 from jaxtune.errors import UserError, blamed_on, shown
 
 # What may differ when a workdir is continued, since it changes no result.
-MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'data.slurm.')
+MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'data.slurm.', 'rl.reward_timeout')
 
 
 # Groups of keys whose names stages may have: `sft.system` is the key, `sft.train.steps` the stage's.

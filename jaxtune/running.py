@@ -1,8 +1,8 @@
 """What every task that changes weights has in common: resuming, evaluating, saving, stopping, and the end of a run."""
 
+import contextlib
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -106,6 +106,15 @@ class Run:
                 if step < self.steps and not self.memory['stopped']:
                     step = self._loop()
                 self.checkpoints.wait()
+                if interrupt.waiting():
+                    self._leave(step)
+        except interrupt.Interrupted:  # where the state cannot be saved as one that an evaluation has seen
+            console.note(f'stopped by {interrupt.name()}: the same command continues from the last checkpoint')
+            interrupt.leave()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self.checkpoints.close()
+            raise
         finally:
             self.writer.close()
             self.info.write(self.workdir)
@@ -150,7 +159,7 @@ class Run:
         return {name: last or bool(n and step % n == 0) for name, n in every.items()}
 
     def _settle(self, step: int, due: dict[str, bool], stop: bool) -> tuple[bool, bool]:
-        """Evaluates and saves after a step, and leaves if SIGTERM came.
+        """Evaluates and saves after a step, and leaves if it is to stop.
 
         Returns:
           `(ended, paused)`: whether this was the last step, and whether it took time that was no training.
@@ -161,6 +170,8 @@ class Run:
         ended = step == self.steps or self.memory['stopped']
         saves = due['save'] or stop or ended or improved or (due['eval'] and not self.config.checkpoint.every)
         if saves:
+            if not self.workdir.is_dir():
+                raise FileNotFoundError(self.workdir)  # Orbax would make it anew
             with self.info.timed('checkpoint'):
                 self.checkpoints.save(step, self.state, self.memory, scores)
         if stop and not ended:
@@ -190,9 +201,19 @@ class Run:
         return better, metrics
 
     def _leave(self, step: int) -> None:
+        """Ends the program after a step whose state is saved, or is being saved."""
         self.checkpoints.wait()
-        console.note(f'stopped by SIGTERM after update {step}: checkpoint saved, the same command continues')
-        sys.exit(interrupt.STATUS)
+        saved = 'checkpoint saved, the same command continues' if step else 'the same command begins anew'
+        console.note(f'stopped by {interrupt.name()} after update {step}: {saved}')
+        self.info.write(self.workdir)
+        report.write_report(self.workdir)
+        interrupt.leave()
+
+    def _leave_inside(self, step: int) -> None:
+        """Ends the program in the middle of the step after this one, whose state is untouched."""
+        if step and self.checkpoints.newest() != step:
+            self.checkpoints.save(step, self.state, self.memory, {})
+        self._leave(step)
 
     def _finish(self, step: int) -> dict:
         """Exports the model and writes the result and the report."""

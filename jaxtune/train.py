@@ -23,11 +23,11 @@ from jaxtune.weights import tree
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
-    """Trains to the end, or to SIGTERM; returns `result.json`'s content.
+    """Trains to the end, or until it is to stop; returns `result.json`'s content.
 
     Raises:
       UserError: the recipe, the data or the model is wrong, or the loss is no longer finite.
-      SystemExit: status 143 after SIGTERM, with a checkpoint saved.
+      SystemExit: status 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):

@@ -40,11 +40,11 @@ from jaxtune.weights.tree import combine
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
-    """Trains to the end, or to SIGTERM; returns `result.json`'s content.
+    """Trains to the end, or until it is to stop; returns `result.json`'s content.
 
     Raises:
       UserError: the recipe, the prompts, the model or the reward is wrong, or the loss is no longer finite.
-      SystemExit: status 143 after SIGTERM, with a checkpoint saved.
+      SystemExit: status 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
     config = copy.deepcopy(config)
     config.objective = 'causal_lm'  # the model is one that writes
@@ -178,7 +178,10 @@ class Run(running.Run):
         with console.progress(self.steps, self.config.task, 'step', initial=self.start) as bar:
             for done in range(self.start + 1, self.steps + 1):
                 began = time.perf_counter()
-                metrics = self._step(done - 1)
+                try:
+                    metrics = self._step(done - 1)
+                except interrupt.Interrupted:
+                    self._leave_inside(done - 1)
                 self._check(done, metrics)
                 bar.advance(1, reward=f'{metrics["reward"]:.3f}', kl=f'{metrics["kl"]:.3f}')
                 due, stop = self._due(done), interrupt.received(done)

@@ -1,7 +1,7 @@
 """Rewards of answers: a reward model's, or those of a person's own function."""
 
 import copy
-import inspect
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import named
 from jaxtune.assemble import assemble_other, model_folder
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.spans import Encoder
@@ -23,6 +22,7 @@ from jaxtune.models import hub
 from jaxtune.objectives import answer_rows, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
 from jaxtune.prompt_data import Prompt
+from jaxtune.reward_process import RewardProcess
 from jaxtune.sampling import pad_prompts
 
 # `(prompts, completions) -> [rewards]`, float32.
@@ -43,9 +43,9 @@ def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int, *, weights: boo
     Raises:
       UserError: there is no such thing.
     """
-    check(config)
     if _is_function(config.rl.reward):
-        return ByFunction(config.rl.reward)
+        return ByFunction(config.rl.reward, config.rl.reward_timeout)
+    check(config)
     return ByModel(config, mesh, batch_size, weights)
 
 
@@ -61,7 +61,7 @@ def check(config: ConfigDict) -> None:
             "rl.reward='': expected a reward model's workdir or folder, @STAGE, module:function or file.py:function"
         )
     if _is_function(name):
-        named.function('rl.reward', name)
+        ByFunction(name, config.rl.reward_timeout)
     else:
         hub.resolve(model_folder(name, 'rl.reward'), 'rl.reward')
 
@@ -75,14 +75,22 @@ class ByFunction:
 
     A prompt is a text or a list of turns, a reference what the data holds as its answer, or None. It returns as many
     numbers. It gets what it has names for (as TRL's reward functions do, `**kwargs` for the rest), or else two or three
-    of them in this order. On a pod it runs in the first process alone.
+    of them in this order. It runs in a process of its own, on a pod beside the first one alone.
+
+    Args:
+      name: of the function.
+      seconds: that a call may take.
 
     Raises:
-      UserError: there is none; or, when called, it fails or returns something else.
+      UserError: there is none; or, when called, it fails, takes too long or returns something else.
     """
 
-    def __init__(self, name: str):
-        self.name, self.function = f'rl.reward={name}', named.function('rl.reward', name)
+    def __init__(self, name: str, seconds: float):
+        self.name = f'rl.reward={name}'
+        hosts.from_primary(functools.partial(self._open, name, seconds))
+
+    def _open(self, name: str, seconds: float) -> None:
+        self._function = RewardProcess(name, seconds)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         return np.asarray(hosts.from_primary(lambda: self._ask(prompts, completions)), np.float32)
@@ -93,17 +101,11 @@ class ByFunction:
             'completions': list(completions),
             'references': [prompt.reference for prompt in prompts],
         }
-        try:
-            found = [float(value) for value in _call(self.function, given)]
-        except Exception as error:
-            trace = error.__traceback__
-            while trace.tb_next:
-                trace = trace.tb_next
-            where = f'{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}'
-            raise UserError(f'{self.name}: {where}: {type(error).__name__}: {error}') from None
+        found = self._function(given)
         if len(found) != len(completions):
+            count = f'{len(found)}' if len(found) < len(completions) else f'more than {len(completions)}'
             raise UserError(
-                f'{self.name}: returned {len(found)} numbers for {len(completions)} completions; expected one each'
+                f'{self.name}: returned {count} numbers for {len(completions)} completions; expected one each'
             )
         wrong = next((number for number, value in enumerate(found) if not math.isfinite(value)), None)
         if wrong is not None:
@@ -111,18 +113,6 @@ class ByFunction:
                 f'{self.name}: returned {found[wrong]} for {completions[wrong]!r:.60}; expected finite numbers'
             )
         return found
-
-
-def _call(function: Callable, given: dict[str, list]) -> Any:
-    """Calls it with as much of what is given as it takes: by name where it has one of the names, else in order."""
-    parameters = inspect.signature(function).parameters
-    kinds = [parameter.kind for parameter in parameters.values()]
-    if 'completions' in parameters:
-        rest = inspect.Parameter.VAR_KEYWORD in kinds
-        return function(**{name: values for name, values in given.items() if rest or name in parameters})
-    ordered = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    count = 3 if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in ordered for kind in kinds)
-    return function(*list(given.values())[: max(count, 2)])
 
 
 class ByModel:

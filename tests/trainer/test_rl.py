@@ -15,10 +15,11 @@ from jaxtune.models import value
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.prompt_data import Prompt, read_prompts
+from jaxtune.reward_process import call
 from jaxtune.rl.loop import Run
 from jaxtune.rl.packed import Packed
 from jaxtune.rl.policy import read
-from jaxtune.rl.rewards import _call, open_reward
+from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Sampler
 from jaxtune.weights.tree import combine
 
@@ -246,7 +247,7 @@ def test_from_a_reward_model_to_a_policy(corpus, base, judge, tmp_path):
 )
 def test_a_function_gets_what_it_asks_for(function):
     given = {'prompts': ['a'], 'completions': ['b'], 'references': ['x']}
-    assert tuple(_call(function, given)) == (['a'], ['b'], ['x'])
+    assert tuple(call(function, given)) == (['a'], ['b'], ['x'])
 
 
 WRONG = [
