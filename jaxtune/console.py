@@ -54,8 +54,9 @@ def quiet_logs() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    absl_logging.set_stderrthreshold(absl_logging.ERROR)
+    # Orbax logs an error in each thread that meets it, with its traceback, before it raises it.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    absl_logging.set_stderrthreshold(absl_logging.FATAL)
 
 
 def set_primary(primary: bool) -> None:

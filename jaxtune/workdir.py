@@ -24,7 +24,7 @@ SIGNATURE = 'checksums.json'  # in each checkpoint: its files' checksums, and of
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What libraries say that keep no error number: TensorStore and NumPy.
-_FULL_TEXT = re.compile(rf'{os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)}|\d+ requested and \d+ written')
+_FULL_TEXT = re.compile('|'.join(map(os.strerror, sorted(_FULL))) + r'|\d+ requested and \d+ written')
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
