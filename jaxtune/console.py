@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import textwrap
 import time
 import warnings

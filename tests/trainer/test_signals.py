@@ -1,0 +1,71 @@
+"""SIGTERM and Ctrl-C at any moment: training saves first, everything else ends at once, nothing is swallowed."""
+
+import json
+import signal
+import time
+
+import pytest
+from runs import metrics, recipe, start, write_recipe
+from test_resume import updates, wait_for
+
+
+def ended(process, status):
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert 'Traceback' not in errors
+    assert 'Exception ignored' not in errors
+    return output, errors
+
+
+def test_ctrl_c_saves_and_a_second_one_leaves(corpus, tmp_path):
+    keys = recipe(corpus, train__steps=5000, checkpoint__every=0, eval__every=0)
+    path, run = write_recipe(tmp_path / 'recipe.py', keys), tmp_path / 'run'
+    process = start(path, run)
+    wait_for(lambda: updates(run) >= 7, process)
+    process.send_signal(signal.SIGINT)
+    output, errors = ended(process, 130)
+    step = len(metrics(run, 'train/loss'))
+    assert f'stopped by Ctrl-C after update {step}: checkpoint saved, the same command continues' in output
+    assert errors == 'jaxtune: Ctrl-C: saving after this update; once more leaves at once\n'
+    assert 'not finished' in (run / 'report.html').read_text()
+    assert not (run / 'result.json').exists()
+    losses = metrics(run, 'train/loss')
+
+    process = start(path, run)
+    wait_for(lambda: updates(run) >= step + 5, process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)  # two that come as one are one
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    output, _ = ended(process, 130)
+    assert f'continuing from checkpoint {step} of 5000' in output
+    assert metrics(run, 'train/loss')[:step] == losses
+
+
+TASKS = {
+    'evaluate': {'eval.batch_size': 8},
+    'generate': {'data.format': 'prompt', 'generate.max_new_tokens': 16},
+    'compile': {},
+    'prepare': {'data.vocab_size': 400},
+}
+
+
+@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=['TERM', 'INT'])
+def test_what_has_nothing_to_save_ends_at_once(corpus, tmp_path, task, number, status):
+    path, run = write_recipe(tmp_path / 'recipe.py', recipe(corpus) | {'task': task} | TASKS[task]), tmp_path / 'run'
+    process = start(path, run)
+    wait_for((run / 'config.json').exists, process)
+    time.sleep(0.5 * (hash(task) % 3) / 3)
+    process.send_signal(number)
+    began = time.monotonic()
+    _, errors = ended(process, status)
+    assert time.monotonic() - began < 10
+    assert errors.count('\n') == 1
+    assert 'the same command continues' in errors
+    # Nothing that it left keeps the same command from its end.
+    if (task, number) == ('prepare', signal.SIGTERM):
+        ended(start(path, run), 0)
+        assert json.loads((run / 'result.json').read_text())['status'] == 'done'
