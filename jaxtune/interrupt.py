@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from jaxtune import stderr
+
 _STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 _NAMES = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}
 _LEAVE_SECONDS = 10.0  # for what is left to do after the checkpoint is saved
@@ -108,9 +110,10 @@ def _receive(number: signal.Signals) -> None:
 
 def _say(text: str) -> None:
     """Writes a line past whatever holds the streams' locks, below a bar that may be drawn there."""
-    terminal = os.isatty(2)
+    descriptor = stderr.descriptor()
+    terminal = os.isatty(descriptor)
     with contextlib.suppress(OSError):
-        os.write(2, (f'\r\x1b[2K\x1b[?25h{text}\n' if terminal else f'{text}\n').encode())
+        os.write(descriptor, (f'\r\x1b[2K\x1b[?25h{text}\n' if terminal else f'{text}\n').encode())
 
 
 @contextlib.contextmanager

@@ -64,3 +64,8 @@ def _end() -> None:
         if not _Held.failed:
             with contextlib.suppress(OSError), open(2, 'wb', closefd=False) as shown:
                 shutil.copyfileobj(file, shown)
+
+
+def descriptor() -> int:
+    """Where standard error goes, also while it is held back: for a last line before the process ends."""
+    return _Held.stderr if _Held.depth and _Held.stderr >= 0 else 2
