@@ -25,7 +25,8 @@ from jaxtune.data.templates import Template
 from jaxtune.data.tokens import replace_folder
 from jaxtune.errors import UserError
 
-_VERSION = 1  # of how conversations become tokens: another number makes the cache anew
+_VERSION = 2  # of how conversations become tokens: another number makes the cache anew
+_AT_ONCE = 32  # conversations rendered in one request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,7 @@ def prepare(chat: Chat, system: str, shown: tuple[dict, ...]) -> Chat:
 
 
 def encode_all(
-    chats: list[tuple[str, Chat]], encode: Callable[[Chat], Encoded], seq_len: int, title: str
+    chats: list[tuple[str, Chat]], encode: Encoder, seq_len: int, title: str
 ) -> tuple[list[Encoded | None], list[str]]:
     """Encodes conversations, cut to `seq_len` tokens.
 
@@ -214,15 +215,15 @@ def encode_all(
     problems: dict[str, list] = {}
     cut, empty = [], []
     with console.progress(len(chats), title, 'conversation') as bar:
-        for place, chat in chats:
+        some = (chats[low : low + _AT_ONCE] for low in range(0, len(chats), _AT_ONCE))
+        found = itertools.chain.from_iterable(encode.many([chat for _, chat in part]) for part in some)
+        for (place, _), one in zip(chats, found, strict=True):
             bar.advance(1)
-            try:
-                one = encode(chat)
-            except FormatError as error:
-                problems.setdefault(error.kind, [f'{place}: {error}', 0])[1] += 1
+            if isinstance(one, FormatError):
+                problems.setdefault(one.kind, [f'{place}: {one}', 0])[1] += 1
                 continue
-            except UserError as error:
-                raise UserError(f'{place}: {error}') from None
+            if isinstance(one, UserError):
+                raise UserError(f'{place}: {one}')
             if len(one.ids) > seq_len:
                 one = Encoded(one.ids[:seq_len], one.trained[:seq_len])
                 (cut if one.trained[1:].any() else empty).append(place)

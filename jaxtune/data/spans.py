@@ -12,13 +12,13 @@ answer counts.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jaxtune.data import turns
 from jaxtune.data.formats import Chat, FormatError
-from jaxtune.data.templates import Template
+from jaxtune.data.templates import Rendered, Template
 from jaxtune.errors import UserError
 
 Spans = list[tuple[int, int]]
@@ -60,7 +60,27 @@ class Encoder:
           FormatError: the template refuses the conversation, or rewrites earlier turns.
           UserError: the template cannot be trained with.
         """
-        text, spans = self.text(chat)
+        found = next(self.many([chat]))
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def many(self, chats: Sequence[Chat]) -> Iterator[Encoded | FormatError | UserError]:
+        """The tokens of several conversations, rendered at once; the error of `__call__` in the place of its own."""
+        asked = [self._asked(chat) for chat in chats]
+        rendered = self.template.try_all([one for _, some in asked for one in some])
+        if len(chats) > 1 and any(isinstance(one, UserError) for one in rendered):
+            for chat in chats:  # which of them it was
+                yield from self.many([chat])
+            return
+        found = iter(rendered)
+        for answers, some in asked:
+            try:
+                yield self._encode(*self._text(answers, some, list(itertools.islice(found, len(some)))))
+            except (FormatError, UserError) as error:
+                yield error
+
+    def _encode(self, text: str, spans: Spans) -> Encoded:
         ids, covers = tokenise(self.tokenizer, text, [edge for span in spans for edge in span])
         trained = np.zeros(len(ids), bool)
         for start, end in spans:
@@ -80,13 +100,26 @@ class Encoder:
 
     def text(self, chat: Chat) -> tuple[str, Spans]:
         """The text and its trained spans, in characters."""
+        answers, asked = self._asked(chat)
+        return self._text(answers, asked, self.template.try_all(asked))
+
+    def _asked(self, chat: Chat) -> tuple[list[int], list[tuple[Chat, bool]]]:
+        """The turns that are trained, and what is to be rendered to find their spans."""
         answers = [i for i, turn in enumerate(chat.turns) if turn['role'] == 'assistant' and i >= self.skip]
         chat = chat.before(answers[-1] + 1)
         if self.template.marks:
-            return self._marked(chat, answers)
+            first = answers[-1] if self.last else answers[0] if self.skip else 0
+            return answers, [(chat, False), *([(chat.before(first), False)] if first else [])]
         answers = answers[-1:] if self.last else answers
-        asked = [(chat.before(number + after), not after) for number in answers for after in (0, 1)]
-        texts = [text for text, _ in self.template.render_all(asked)]
+        return answers, [(chat.before(number + after), not after) for number in answers for after in (0, 1)]
+
+    def _text(self, answers: list[int], asked: list[tuple[Chat, bool]], rendered: list) -> tuple[str, Spans]:
+        for one in rendered:
+            if isinstance(one, Exception):
+                raise one
+        if self.template.marks:
+            return self._marked(asked[0][0], answers, *rendered)
+        chat, texts = asked[-1][0], [text for text, _ in rendered]
         firsts = [0, *(number + 1 for number in answers)]
         turns.check(
             self.template, [turns.Rendered(*asked[i], texts[i], firsts[i // 2]) for i in range(1, len(asked), 2)]
@@ -102,11 +135,12 @@ class Encoder:
             text = after[:end]
         return self._finish(text, spans, ended)
 
-    def _marked(self, chat: Chat, answers: list[int]) -> tuple[str, Spans]:
-        """The spans that the template marks, an answer may have several; and the end of each turn, marked or not."""
-        first = answers[-1] if self.last else answers[0] if self.skip else 0
-        asked = [(chat, False), *([(chat.before(first), False)] if first else [])]
-        (text, spans), *earlier = self.template.render_all(asked)
+    def _marked(self, chat: Chat, answers: list[int], whole: Rendered, *earlier: Rendered) -> tuple[str, Spans]:
+        """The spans that the template marks, an answer may have several; and the end of each turn, marked or not.
+
+        Those of the `earlier` part, which is not trained, are left out.
+        """
+        text, spans = whole
         turns.check(self.template, [turns.Rendered(chat, False, text)])
         count = sum(turn['role'] == 'assistant' for turn in chat.turns)
         if len(spans) < count:
