@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from jaxtune.assemble import model_folder
 from jaxtune.config import REWARDED, TRAINING
-from jaxtune.data.records import check_path
+from jaxtune.data.records import check_path, check_tables
 from jaxtune.data.templates import check_wanted
 from jaxtune.models import hub
 from jaxtune.recipes import config_get
@@ -20,6 +20,8 @@ def check(config: ConfigDict) -> None:
     for key in ('data.train', 'data.eval') if config.task in TRAINING else ('data.eval',):
         if _is_given(path := config_get(config, key)):
             check_path(path, key)
+            if config.task in TRAINING and config.data.format == 'auto':
+                check_tables(path, key)
     check_wanted(config.data.template)
     if config.task == 'train' and config.objective == 'dpo' and _is_given(config.dpo.reference):
         hub.resolve(model_folder(config.dpo.reference, 'dpo.reference'), 'dpo.reference')

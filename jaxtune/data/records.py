@@ -191,6 +191,22 @@ def check_path(path: str, key: str) -> None:
         _files(path, f'{key}={path}')
 
 
+def check_tables(path: str, key: str) -> None:
+    """Refuses tables (`.csv`, `.tsv`): every cell is a text, so that no guess at what the columns are is a safe one.
+
+    Raises:
+      UserError: names the key and the file.
+    """
+    tables = (
+        [] if path == 'python-stdlib' else [file for file in find_files(path, key) or () if _suffix(file) in _TABLES]
+    )
+    if tables:
+        raise UserError(
+            f'{key}={path}: {tables[0].name} is a table; expected data.format to say what its columns are: text '
+            '(data.text_key names the column), pair, alpaca, prompt or preference'
+        )
+
+
 def _files(path: str, name: str) -> list[pathlib.Path] | None:
     """The files that a path, folder or glob means; None if it may be a dataset's id."""
     start = pathlib.Path(path).expanduser()

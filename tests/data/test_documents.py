@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from jaxtune.data import datasets_hub, stdlib
 from jaxtune.data.documents import open_documents
+from jaxtune.data.records import check_tables
 from jaxtune.errors import UserError
 
 
@@ -164,6 +165,9 @@ def test_lines_and_tables_by_any_of_their_names(tmp_path, capsys):
     (tmp_path / 'a.tsv').write_text('text\tid\na, b\t1\n')
     assert read(tmp_path / 'a.csv') == ['a, b\nc', 'é']
     assert read(tmp_path / 'a.tsv') == ['a, b']
+    with pytest.raises(UserError, match=r'^data\.train=.*a\.csv is a table; expected data\.format to say'):
+        check_tables(str(tmp_path), 'data.train')
+    check_tables(str(tmp_path / 'a.jl'), 'data.train')
     (tmp_path / 'b.csv').write_text('text\n' + 'x' * 200_000 + '\n')
     assert len(read(tmp_path / 'b.csv')[0]) == 200_000
     (tmp_path / 'a.weird').write_text('one text')
