@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxtune import ours
+from jaxtune import console, ours
 from jaxtune.errors import UserError
 from jaxtune.recipes import MAY_CHANGE, defaults, differing, flatten
 
@@ -243,18 +243,29 @@ def working(workdir: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (workdir / ours.MARK).exists():
-            raise UserError(f'--workdir={workdir}: was removed while the run was going') from None
-        with contextlib.suppress(OSError):
-            ours.sweep(workdir)
-            if isinstance(error, UserError) and not ours.results(workdir):
-                # Refused before anything was made: the corrected recipe may go on here.
-                (workdir / ours.RECIPE).unlink(missing_ok=True)
+        if console.is_primary():  # others may see another disk, and must not tidy up while it writes
+            _check_there(workdir)
+            _tidy(workdir, refused=isinstance(error, UserError))
         if isinstance(error, IsADirectoryError | NotADirectoryError) and _inside(error.filename, workdir):
             raise UserError(f'{error.filename}: expected a file of the run; {error.strerror.lower()}') from None
         if room := no_room(error):
             raise UserError(f'--workdir={workdir}: {room}; expected free space; the same command continues') from None
         raise
+    if console.is_primary():
+        _check_there(workdir)
+
+
+def _check_there(workdir: pathlib.Path) -> None:
+    if not (workdir / ours.MARK).exists():
+        raise UserError(f'--workdir={workdir}: was removed while the run was going') from None
+
+
+def _tidy(workdir: pathlib.Path, refused: bool) -> None:
+    """After a run that failed: nothing half-written stays, and a corrected recipe may begin where nothing was made."""
+    with contextlib.suppress(OSError):
+        ours.sweep(workdir)
+        if refused and not ours.results(workdir):
+            (workdir / ours.RECIPE).unlink(missing_ok=True)
 
 
 def no_room(error: BaseException | None) -> str:

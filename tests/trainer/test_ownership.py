@@ -1,7 +1,9 @@
 """Whose a workdir is: a folder of somebody else's is left alone, a second process is refused, nothing is mixed up."""
 
+import errno
 import fcntl
 import json
+import os
 import shutil
 
 import pytest
@@ -245,3 +247,50 @@ def test_the_result_comes_last_and_a_missing_report_is_made_again(write, corpus,
     assert 'already done' in capsys.readouterr().out
     assert (run / REPORT).read_text() == page
     assert (run / 'result.json').read_bytes() == result
+
+
+def run_in(run, act):
+    """Runs `act` as a task's run in a workdir."""
+    with ours.locked(run), workdir.working(run):
+        act()
+
+
+@pytest.mark.parametrize('fails', [True, False])
+def test_a_workdir_that_is_removed_under_a_run_is_said(tmp_path, fails):
+    run = tmp_path / 'run'
+
+    def act():
+        shutil.rmtree(run)
+        if fails:
+            workdir.write_result(run, 'train', 1, {})
+        run.mkdir()  # as libraries do, without a word
+
+    with pytest.raises(UserError, match='was removed while the run was going'):
+        run_in(run, act)
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'file'),
+        ValueError('RESOURCE_EXHAUSTED: Error writing "x" in OCDBT database: No space left on device'),
+        OSError('1024 requested and 0 written'),
+        ExceptionGroup('several', [RuntimeError('a'), OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))]),
+    ],
+)
+def test_a_full_disk_is_one_line_whoever_says_so(tmp_path, error):
+    run = tmp_path / 'run'
+
+    def act():
+        (run / '.report.html.abcdefgh').touch()
+        raise RuntimeError('saving failed') from error
+
+    with pytest.raises(UserError, match='expected free space; the same command continues'):
+        run_in(run, act)
+    assert sorted(tree(run)) == [ours.MARK]
+
+    def fail():
+        raise RuntimeError('another') from KeyError('x')
+
+    with pytest.raises(RuntimeError, match='another'):
+        run_in(run, fail)
