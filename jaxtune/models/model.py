@@ -224,13 +224,13 @@ class Model:
         tokens: jax.Array,
         positions: jax.Array,
         running: jax.Array,
-        row_tokens: Callable[[jax.Array, int], jax.Array],
+        row_tokens: Callable[[jax.Array, int], jax.Array] | None = None,
     ) -> tuple[jax.Array, kv_cache.Cache]:
         """Reads one token more a row: `tokens`, `positions`, `running` (False: not this row) `[batch]`.
 
         Args:
           row_tokens: `(row, count) -> [count]` int32, the first tokens of a row, this one among them: where it crosses
-            the model's `border`, all before it are read again.
+            the model's `border`, all before it are read again. A model without one needs none.
 
         Returns:
           `(hidden, cache)`: the state `[batch, d_model]` that predicts the next token, and the cache with this one.
