@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from runs import metrics, recipe, start, write_recipe
+from runs import SENTENCE, metrics, recipe, start, write_recipe
 from test_resume import updates, wait_for
 
 
@@ -56,7 +56,12 @@ TASKS = {
 @pytest.mark.parametrize('task', TASKS)
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=['TERM', 'INT'])
 def test_what_has_nothing_to_save_ends_at_once(corpus, tmp_path, task, number, status):
-    path, run = write_recipe(tmp_path / 'recipe.py', recipe(corpus) | {'task': task} | TASKS[task]), tmp_path / 'run'
+    keys, run = recipe(corpus) | {'task': task} | TASKS[task], tmp_path / 'run'
+    if task == 'prepare':  # so much that it is not done before it is told to stop
+        keys['data.train'] = str(tmp_path / 'many.jsonl')
+        lines = (json.dumps({'text': f'{SENTENCE} {number} ' * 8}) + '\n' for number in range(20000))
+        (tmp_path / 'many.jsonl').write_text(''.join(lines))
+    path = write_recipe(tmp_path / 'recipe.py', keys)
     process = start(path, run)
     wait_for((run / 'config.json').exists, process)
     time.sleep(random.uniform(0, 0.3))
