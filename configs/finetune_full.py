@@ -8,8 +8,8 @@ pretrained weights are easily spoilt; a head that the folder lacks learns at `op
 `--config.model.compute_dtype=bfloat16`, and `--config.mesh.fsdp=-1 --config.mesh.data=1` to divide the weights.
 
 What a weight costs, beside activations: 16 bytes (itself, its gradient and AdamW's two moments, all float32). With
-`model.param_dtype=bfloat16` 12, or 14 with `train.accumulate` above 1, which adds gradients up in float32: updates are
-then rounded stochastically, so that small ones count on average; norms, biases and moments stay float32. From scratch,
+`model.param_dtype=bfloat16` 12 to 14, the more where `train.accumulate` adds gradients up in float32: updates are then
+rounded stochastically, so that small ones count on average; norms, biases and moments stay float32. From scratch,
 300 updates of the quickstart's model ended within 1 % of float32's held-out loss. `optimizer.name=adamw8bit` takes 6
 bytes off either; `optimizer.offload=True` keeps the moments in the host's memory, and waits for them.
 """
