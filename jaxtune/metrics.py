@@ -52,7 +52,7 @@ class MetricsWriter:
     """Appends metrics to a workdir.
 
     Args:
-      workdir: made if it is not there.
+      workdir: a folder that is there.
       resume_step: lines of later steps, and a torn last line, are cut off first, so that a killed and resumed run has
         each step once; None starts an empty file.
       wandb: send them to Weights & Biases too.

@@ -102,6 +102,7 @@ def test_the_export_carries_the_labels_and_is_scored_and_exported_again(corpus, 
 
     own = {'model.path': str(tmp_path / 'run'), 'data.seq_len': 64}
     scored = {**own, 'task': 'evaluate', 'objective': 'classification', 'data.eval': keys['data.eval']}
+    (tmp_path / 'scored').mkdir()
     again = evaluate.run(full_config(scored), tmp_path / 'scored', command(tmp_path, full_config(scored)))
     for name in ('eval/loss', 'eval/accuracy', 'eval/tokens'):
         assert again['metrics'][name] == pytest.approx(trained['metrics'][name], rel=1e-5)

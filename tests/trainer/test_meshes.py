@@ -123,6 +123,7 @@ def test_early_stopping_exports_the_best(corpus, tmp_path):
     config = full_config(
         {'task': 'evaluate', 'model.path': str(tmp_path), 'data.eval': keys['data.eval'], 'data.seq_len': 64}
     )
+    (tmp_path / 'again').mkdir()
     again = evaluate.run(config, tmp_path / 'again', _command(tmp_path, config))
     assert again['metrics']['eval/loss'] == pytest.approx(min(losses), rel=1e-5)
 
