@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 from runs import MODELS, write_recipe
 
@@ -24,7 +25,9 @@ def base(tmp_path_factory):
     tokenizer.chat_template = '{% for m in messages %}{{ m.content }}<end>{% endfor %}'
     fields = MODELS['sft'] | {'vocab_size': 320, 'eos_token_id': OLD_END, 'pad_token_id': 256}
     model = models.build(models.read_config(fields), param_dtype='bfloat16')
-    hf.save(folder, model, jax.jit(model.init)(jax.random.key(0)), add_files=tokenizer.save_pretrained)
+    params = jax.jit(model.init)(jax.random.key(0))
+    dtypes = dict.fromkeys(model.tensors, np.dtype('bfloat16'))
+    hf.save(folder, model, params, add_files=tokenizer.save_pretrained, dtypes=dtypes)
     (folder / 'special_tokens_map.json').write_text(json.dumps({'eos_token': '<old>', 'pad_token': '<old>'}))
     (folder / 'chat_template.json').write_text(json.dumps({'chat_template': 'OLD'}))
     (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': [OLD_END, 0], 'top_p': 0.5}))

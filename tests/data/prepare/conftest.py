@@ -11,7 +11,7 @@ from jaxtune.flags import Command
 for _package in ('datatrove', 'ftfy', 'trafilatura', 'warcio'):
     pytest.importorskip(_package, reason="needs the extra [data]: pip install 'jaxtune[data]'")
 
-TIMED = ('run.json', 'report.html', 'config.json')  # they say when, how long, and with how many workers
+TIMED = ('.jaxtune', 'run.json', 'report.html', 'config.json')  # they say when, how long, and with how many workers
 
 
 @pytest.fixture
