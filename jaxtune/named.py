@@ -4,12 +4,13 @@ import contextlib
 import difflib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from jaxtune import paths
 from jaxtune.errors import UserError, blamed_on, shown
@@ -50,16 +51,29 @@ def _from_file(key: str, name: str, where: str) -> ModuleType:
     module_name = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}'
     if module_name in sys.modules:
         return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
+    module, execute = of_file(module_name, str(path))
     sys.modules[module_name] = module
     try:
         with _first_on_path(str(path.parent)), blamed_on(f'{key}={name}: the module fails', str(path)):
-            spec.loader.exec_module(module)
+            execute()
     except BaseException:
         del sys.modules[module_name]
         raise
     return module
+
+
+class _Source(importlib.machinery.SourceFileLoader):
+    """Reads the file itself: byte code kept beside it looks new after a change within the same second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def of_file(name: str, path: str) -> tuple[ModuleType, Callable[[], None]]:
+    """The module of a Python file, still empty, and what runs the file in it. Nothing is written beside the file."""
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, path))
+    module = importlib.util.module_from_spec(spec)
+    return module, lambda: spec.loader.exec_module(module)
 
 
 def _by_name(key: str, name: str, where: str) -> ModuleType:

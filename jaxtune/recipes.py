@@ -5,7 +5,6 @@ refuses unknown keys and impossible values before anything else is loaded.
 """
 
 import copy
-import importlib.util
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from jaxtune.aliases import nearest
 from jaxtune.checks import ExpectedError, plain
 from jaxtune.config import SCHEMA, Free
 from jaxtune.errors import UserError, blamed_on, shown
+from jaxtune.named import of_file
 
 # What may differ when a workdir is continued, since it changes no result.
 MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'data.slurm.', 'rl.reward_timeout')
@@ -125,12 +125,11 @@ def read_recipe(path: str) -> ConfigDict:
     """
     if not paths.local(path, '--config').is_file():
         raise UserError(f'--config={shown(path)}: no such file; expected a recipe such as configs/quickstart.py')
-    spec = importlib.util.spec_from_file_location('recipe', path)
-    if spec is None:
+    if pathlib.Path(path).suffix != '.py':
         raise UserError(f'--config={path}: expected a Python file with get_config()')
-    module = importlib.util.module_from_spec(spec)
+    module, execute = of_file('recipe', path)
     with blamed_on('the recipe fails', path):
-        spec.loader.exec_module(module)
+        execute()
     if not hasattr(module, 'get_config'):
         raise UserError(f'{path}: expected a function get_config()')
     with blamed_on('get_config() fails', path):

@@ -303,3 +303,13 @@ def _write_held(number: int) -> None:
 def test_a_local_path():
     assert paths.local('~', 'k') == pathlib.Path.home()
     assert paths.local('a/b', 'k') == pathlib.Path('a/b')
+
+
+def test_a_recipe_that_changed_within_a_second_is_read_anew(tmp_path):
+    recipe = tmp_path / 'recipe.py'
+    text = 'from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({"seed": 1})\n'
+    for number in (1, 2, 3):
+        recipe.write_text(text.replace('1', str(number)))
+        os.utime(recipe, (1, 1))
+        assert recipes.read_recipe(str(recipe)).seed == number
+    assert [path.name for path in tmp_path.iterdir()] == ['recipe.py']
