@@ -40,6 +40,7 @@ _ODD: tuple[Any, ...] = (
     {'role': 'user'}, [[['x']]], '<|im_end|>', '<eos>', '<pad>',
 )  # fmt: skip
 _SCALARS = (b'1', b'"x"', b'null', b'true', b'[]', b'{}', b'[[]]', b'[1,2]', b'-', b'1e999')
+_DEEP = '\x01deep\x01'  # stands for a list in a list in a list …, which `dumps` writes
 _DEPTH = 20_000
 
 
@@ -84,23 +85,16 @@ def json_value(rng: random.Random, value: Any, times: int = 1) -> tuple[Any, str
         elif how == 'grow' and isinstance(node, dict):
             node[rng.choice(('x', '', 'text', 'role', '\ud800', 'auto_map', 'a' * 300))] = rng.choice(_ODD)
         elif how == 'nest':
-            node[last] = _Deep()
+            node[last] = _DEEP
         else:
             node[last] = copy.deepcopy(rng.choice(_ODD))
         said.append(f'{how} {"/".join(map(str, place))[:60]}')
     return value, '; '.join(said)
 
 
-class _Deep(str):
-    """Stands for a list in a list in a list …, which `dumps` writes."""
-
-    def __new__(cls):
-        return super().__new__(cls, '\x01deep\x01')
-
-
 def dumps(value: Any) -> str:
     """JSON text; NaN and infinities as Python writes them, surrogates as escapes."""
-    return json.dumps(value).replace('"\\u0001deep\\u0001"', '[' * _DEPTH + ']' * _DEPTH)
+    return json.dumps(value).replace(json.dumps(_DEEP), '[' * _DEPTH + ']' * _DEPTH)
 
 
 def raw(rng: random.Random, data: bytes) -> tuple[bytes, str]:
