@@ -54,7 +54,15 @@ def get_config() -> ConfigDict:
     pretrain.data = ConfigDict({'train': '@prepare', 'eval': '@prepare', 'seq_len': 32})
     pretrain.train = ConfigDict({'steps': 1500, 'batch_size': 64})
     pretrain.optimizer = ConfigDict(
-        {'name': 'muon', 'lr': 2e-3, 'b2': 0.98, 'weight_decay': 0.01, 'warmup_steps': 100, 'schedule': 'linear'}
+        {
+            'name': 'muon',
+            'lr': 2e-3,
+            'b1': 0.9,
+            'b2': 0.98,
+            'weight_decay': 0.01,
+            'warmup_steps': 100,
+            'schedule': 'linear',
+        }
     )
     pretrain.eval = ConfigDict({'every': 500, 'metric': 'eval/accuracy', 'batches': 64})
     return config

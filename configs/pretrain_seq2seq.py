@@ -43,7 +43,15 @@ def get_config() -> ConfigDict:
     pretrain.data = ConfigDict({'train': '@prepare', 'eval': '@prepare', 'seq_len': 48})
     pretrain.train = ConfigDict({'steps': 1200, 'batch_size': 64})
     pretrain.optimizer = ConfigDict(
-        {'name': 'muon', 'lr': 2e-3, 'b2': 0.98, 'weight_decay': 0.1, 'warmup_steps': 60, 'schedule': 'cosine'}
+        {
+            'name': 'muon',
+            'lr': 2e-3,
+            'b1': 0.9,
+            'b2': 0.98,
+            'weight_decay': 0.1,
+            'warmup_steps': 60,
+            'schedule': 'cosine',
+        }
     )
     pretrain.eval = ConfigDict({'every': 300, 'batches': 20})
     return config

@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.pretrain.data = ConfigDict({'train': '@prepare', 'eval': '@prepare', 'seq_len': 256})
     config.pretrain.train = ConfigDict({'steps': 120, 'batch_size': 16})
     config.pretrain.optimizer = ConfigDict(
-        {'name': 'muon', 'lr': 4e-3, 'weight_decay': 0.1, 'warmup_steps': 15, 'schedule': 'cosine'}
+        {'name': 'muon', 'lr': 4e-3, 'b1': 0.9, 'weight_decay': 0.1, 'warmup_steps': 15, 'schedule': 'cosine'}
     )
     config.pretrain.eval = ConfigDict({'every': 60})
 
