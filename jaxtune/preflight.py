@@ -152,7 +152,7 @@ def _rows(config: ConfigDict, parts: assemble.Assembly, cache: pathlib.Path, spl
 
 def _trace(config: ConfigDict, mesh: Mesh, parts: assemble.Assembly, objective=None) -> None:
     """Traces an update: shapes that do not go together fail here. Nothing is compiled."""
-    trainable, frozen = tuning.partition(config, parts.params, parts.fresh)
+    trainable, frozen = tuning.partition(config, parts.params, parts.whole)
     program = make_program(config, mesh, parts.model, trainable, max(1, config.train.steps), parts.fresh, objective)
     accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
     jax.eval_shape(program.train_step(accumulate), program.shapes, frozen, program.batch_shapes())

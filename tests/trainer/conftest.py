@@ -25,3 +25,21 @@ def corpus(tmp_path_factory) -> pathlib.Path:
             lines.append(json.dumps(record))
         (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
     return folder
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory) -> pathlib.Path:
+    """A small model folder with a byte tokenizer."""
+    import jax
+
+    from jaxtune import models
+    from jaxtune.data import tokenizer as tokenizers
+    from jaxtune.models import hf
+
+    folder = tmp_path_factory.mktemp('model') / 'small'
+    fields = {'model_type': 'llama', 'vocab_size': 320, 'hidden_size': 32, 'intermediate_size': 64}
+    fields |= {'num_hidden_layers': 2, 'num_attention_heads': 4, 'max_position_embeddings': 128}
+    built = models.build(models.read_config(fields))
+    hf.save(folder, built, jax.jit(built.init)(jax.random.key(0)))
+    tokenizers.load('bytes').save_pretrained(str(folder))
+    return folder

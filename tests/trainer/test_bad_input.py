@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import pickle
 import shutil
 
@@ -10,24 +9,7 @@ import numpy as np
 import pytest
 from runs import recipe, write_recipe
 
-from jaxtune import main, models
-from jaxtune.data import tokenizer as tokenizers
-
-
-@pytest.fixture(scope='module')
-def model(tmp_path_factory) -> pathlib.Path:
-    """A small model folder with a byte tokenizer."""
-    import jax
-
-    from jaxtune.models import hf
-
-    folder = tmp_path_factory.mktemp('model') / 'small'
-    fields = {'model_type': 'llama', 'vocab_size': 320, 'hidden_size': 32, 'intermediate_size': 64}
-    fields |= {'num_hidden_layers': 2, 'num_attention_heads': 4, 'max_position_embeddings': 128}
-    built = models.build(models.read_config(fields))
-    hf.save(folder, built, jax.jit(built.init)(jax.random.key(0)))
-    tokenizers.load('bytes').save_pretrained(str(folder))
-    return folder
+from jaxtune import main
 
 
 class Case:

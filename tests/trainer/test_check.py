@@ -11,7 +11,6 @@ from runs import OBJECTIVES, recipe, write_recipe
 
 from jaxtune import main, models
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.models import hf
 from jaxtune.models.model import leaf_paths
 from jaxtune.models.safetensors import write_file
 
@@ -22,20 +21,6 @@ def check(folder, keys, *flags):
     status = main.main(['jaxtune', '--config', str(path), '--workdir', str(folder / 'run'), '--check', *flags])
     assert not (folder / 'run').exists()
     return status
-
-
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    """A small model folder with a byte tokenizer."""
-    import jax
-
-    folder = tmp_path_factory.mktemp('model') / 'small'
-    fields = {'model_type': 'llama', 'vocab_size': 320, 'hidden_size': 32, 'intermediate_size': 64}
-    fields |= {'num_hidden_layers': 2, 'num_attention_heads': 4, 'max_position_embeddings': 128}
-    built = models.build(models.read_config(fields))
-    hf.save(folder, built, jax.jit(built.init)(jax.random.key(0)))
-    tokenizers.load('bytes').save_pretrained(str(folder))
-    return folder
 
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
