@@ -4,7 +4,6 @@ Of weights only the headers are read, so that a large model takes no more memory
 """
 
 import contextlib
-import copy
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from jaxtune import (
     workdir,
 )  # fmt: skip
 from jaxtune.completer import Completer
+from jaxtune.config import REWARDED
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.inputs import marks
 from jaxtune.data.prepare import plain
@@ -113,11 +113,7 @@ def _without_stages(config: ConfigDict) -> list[str]:
 
 def _as_run(config: ConfigDict) -> ConfigDict:
     """The recipe as its task reads it."""
-    if config.task not in ('ppo', 'grpo'):
-        return config
-    config = copy.deepcopy(config)
-    config.objective = 'causal_lm'
-    return config
+    return loop.as_policy(config) if config.task in REWARDED else config
 
 
 def _described(parts: assemble.Assembly) -> list[str]:

@@ -39,6 +39,13 @@ from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
 
 
+def as_policy(config: ConfigDict) -> ConfigDict:
+    """A copy of the recipe whose objective says that the model is one that writes."""
+    config = copy.deepcopy(config)
+    config.objective = 'causal_lm'
+    return config
+
+
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """Trains to the end, or until it is to stop; returns `result.json`'s content.
 
@@ -46,8 +53,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
       UserError: the recipe, the prompts, the model or the reward is wrong, or the loss is no longer finite.
       SystemExit: status 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
-    config = copy.deepcopy(config)
-    config.objective = 'causal_lm'  # the model is one that writes
+    config = as_policy(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         return Run(config, workdir, mesh, command).to_the_end()
