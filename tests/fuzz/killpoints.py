@@ -29,6 +29,14 @@ _TRIES = 8  # kills of one run before it is left to end
 # What a run leaves that must be the same, beside its metrics; the rest says when it ran, and how long.
 _KEPT = ('export/*', 'adapter/*', 'train/*', 'eval/*', 'tokenizer/*', '*.jsonl', 'manifest.json', 'stats.json')
 _TIMES = ('second', 'bytes', 'mfu', 'time/')
+# What of a report tells its time or place; all the rest of it must be the same.
+_TIMELY = tuple(re.compile(pattern, re.DOTALL) for pattern in (
+    r'<title>.*?</title>', r'<h1>.*?</h1>', r'<p class="eyebrow">.*?</p>',
+    r'<div class="tile"><dt>(?:Time|Tokens a second)</dt>.*?</div>',
+    r'<figure[^>]*><figcaption><b>[^<]*(?: second|utilisation|memory|Time)[^<]*</b>.*?</figure>',
+    r'<div class="stack".*?</ul>', r'<tr>(?:(?!</tr>).)*(?:second|bytes|mfu|time/)(?:(?!</tr>).)*</tr>',
+    r'<dt>(?:Started|Ended)</dt><dd>.*?</dd>', r'<dd>[^<]*FLOPs a second[^<]*</dd>',
+))  # fmt: skip
 
 
 def recipe(made: Made, task: str, updates: int) -> dict:
@@ -51,7 +59,7 @@ def recipe(made: Made, task: str, updates: int) -> dict:
 
 
 def left(run: pathlib.Path) -> dict[str, str]:
-    """What a run left: file -> a hash of its bytes; of the metrics what tells no time, of the report its headings."""
+    """What a run left: file -> a hash of its bytes; of the metrics and the report what tells no time."""
     found = {}
     for file in sorted({file for pattern in _KEPT for file in run.glob(pattern)}):
         if file.is_file() and file.name != 'metrics.jsonl':
@@ -63,12 +71,16 @@ def left(run: pathlib.Path) -> dict[str, str]:
             rows = [{key: row[key] for key in row if not any(part in key for part in _TIMES)} for row in rows]
             found[name] = _hash(json.dumps(rows, sort_keys=True).encode())
     report = run / 'report.html'
-    headings = (
-        re.findall(r'<h[2-4].*?</h[2-4]>', report.read_text('utf-8'), re.DOTALL) if report.is_file() else ['none']
-    )
-    found['report.html'] = _hash(re.sub(r'[\d.,]+', '#', '\n'.join(headings)).encode())
+    found['report.html'] = _hash(_timeless(report, run).encode()) if report.is_file() else 'none'
     half = [file.name for file in run.glob('.*') if file.name != '.jaxtune']
     return found | ({'half-written': ', '.join(half)} if half else {})
+
+
+def _timeless(report: pathlib.Path, run: pathlib.Path) -> str:
+    text = re.sub(r'>\s+<', '><', report.read_text('utf-8')).replace(str(run), 'RUN')
+    for pattern in _TIMELY:
+        text = pattern.sub('', text)
+    return text
 
 
 def _hash(data: bytes) -> str:
