@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-from jaxtune import huge_pages
+from jaxtune.common import huge_pages
 
 CONFIG = {
     'model_type': 'llama',

@@ -10,11 +10,12 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import companions, console, methods, models, objectives, paths, peft, recipes, rl, tuning
+from jaxtune import companions, methods, models, objectives, peft, recipes, rl, tuning
+from jaxtune.common import console, paths
+from jaxtune.common.hub import TOKENIZER_FILES
 from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
-from jaxtune.hubnames import TOKENIZER_FILES
 from jaxtune.methods import lora
 from jaxtune.models import hf, hub, value
 from jaxtune.models.fields import folder_config

@@ -184,7 +184,7 @@ def _config(values):
 
 def main(argv: Sequence[str]) -> int:
     """Runs the conversation; returns the exit status."""
-    from jaxtune import console
+    from jaxtune.common import console
 
     console.quiet_logs()
     try:

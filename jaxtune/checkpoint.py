@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.parallel import hosts
 from jaxtune.workdir import SIGNATURE, read_json, write_json

@@ -4,12 +4,12 @@ import pathlib
 import shutil
 from typing import Any
 
+from jaxtune.common.hub import TOKENIZER_FILES
+from jaxtune.common.jsonfile import read_object
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
-from jaxtune.hubnames import TOKENIZER_FILES
-from jaxtune.jsonfile import read_object
 from jaxtune.models import Model, hub
 from jaxtune.workdir import read_json, write_json
 

@@ -13,8 +13,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, objectives, report, runinfo
+from jaxtune import objectives, report, runinfo
 from jaxtune.assemble import open_model, open_tokenizer
+from jaxtune.common import console
+from jaxtune.common.formatting import amount, duration, size
 from jaxtune.fitting import available_bytes, try_compile
 from jaxtune.models import Model
 from jaxtune.models.attention import chosen
@@ -23,7 +25,6 @@ from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
 from jaxtune.program import Program, abstract_params, make_program
-from jaxtune.units import amount, duration, size
 from jaxtune.workdir import write_json
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')

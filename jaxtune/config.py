@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jaxtune.checks import (
+from jaxtune.common.checks import (
     Check,
     axis_size,
     boolean,

@@ -9,8 +9,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, objectives, present, report, runinfo
+from jaxtune import objectives, present, report, runinfo
 from jaxtune.assemble import Assembly, assemble
+from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes

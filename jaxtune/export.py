@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import companions, console, evaluate, methods, peft, recipes, tuning
+from jaxtune import companions, evaluate, methods, peft, recipes, tuning
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
+from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
 from jaxtune.models import hf, value

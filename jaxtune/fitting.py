@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import psutil
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.errors import UserError
 
 

@@ -13,9 +13,10 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from jaxtune import paths, recipes
+from jaxtune import recipes
 from jaxtune.aliases import nearest
-from jaxtune.checks import ExpectedError
+from jaxtune.common import paths
+from jaxtune.common.checks import ExpectedError
 from jaxtune.config import SCHEMA, Free, Key
 from jaxtune.errors import UserError, reason, shown
 from jaxtune.workdir import done

@@ -11,8 +11,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, present, report, runinfo
+from jaxtune import present, report, runinfo
 from jaxtune.assemble import Assembly, assemble
+from jaxtune.common import console
 from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
 from jaxtune.metrics import peak_memory_bytes

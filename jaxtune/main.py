@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxtune import huge_pages, interrupt, streams
+from jaxtune.common import huge_pages, preemption, streams
 from jaxtune.errors import UserError, out_of_memory
 
 # Threads of the tokenizers library are started before data threads fork nothing; without this it warns on every run.
@@ -17,12 +17,12 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns its exit status."""
-    with interrupt.handled():
+    with preemption.handled():
         from jaxtune import flags
 
         try:
             command = flags.parse(argv)
-            from jaxtune import console
+            from jaxtune.common import console
             from jaxtune.parallel import hosts
 
             console.quiet_logs()
@@ -44,9 +44,9 @@ def main(argv: Sequence[str]) -> int:
 
 def cli() -> None:
     """Entry point of the `jaxtune` command."""
-    interrupt.hold()
+    preemption.hold()
     huge_pages.begin()
-    interrupt.install()
+    preemption.install()
     streams.open_all()
     sys.exit(main(sys.argv))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.workdir import write_text
 

@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxtune import paths, peft_fields, peft_tied
+from jaxtune import peft_fields, peft_tied
+from jaxtune.common import paths
+from jaxtune.common.jsonfile import read_object
 from jaxtune.errors import UserError, parsing, shown
-from jaxtune.jsonfile import read_object
 from jaxtune.methods import lora, targets
 from jaxtune.models.hf import not_finite, replace_folder
 from jaxtune.models.model import Model, leaf_paths

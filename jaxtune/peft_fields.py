@@ -4,9 +4,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune import checks
+from jaxtune.common import checks
+from jaxtune.common.jsonfile import numbers_by_name
 from jaxtune.errors import UserError, shown
-from jaxtune.jsonfile import numbers_by_name
 
 # What fields must be where they are there and not null, and those that there must be.
 FIELDS = {

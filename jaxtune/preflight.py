@@ -27,6 +27,7 @@ from jaxtune import (
     witness,
     workdir,
 )  # fmt: skip
+from jaxtune.common.formatting import amount
 from jaxtune.completer import Completer
 from jaxtune.config import REWARDED
 from jaxtune.data import tokenizer as tokenizers
@@ -40,7 +41,6 @@ from jaxtune.program import make_program
 from jaxtune.prompt_data import read_prompts
 from jaxtune.rl import loop
 from jaxtune.rl.rewards import open_reward
-from jaxtune.units import amount
 from jaxtune.weights import tree
 
 

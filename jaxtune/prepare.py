@@ -8,14 +8,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxtune import console, hardware, recipes, report
+from jaxtune import hardware, recipes, report
+from jaxtune.common import console
+from jaxtune.common.formatting import size
 from jaxtune.data.cache import once
 from jaxtune.data.prepare import plain, sources
 from jaxtune.data.prepare import plan as plans
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 from jaxtune.runinfo import RunInfo
-from jaxtune.units import size
 from jaxtune.workdir import read_json, write_json
 
 

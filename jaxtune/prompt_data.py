@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxtune import console
 from jaxtune.assemble import Assembly
+from jaxtune.common import console
 from jaxtune.data import formats
 from jaxtune.data.examples import demonstrations, open_data, open_template, prepare
 from jaxtune.data.prepare import HELD_OUT

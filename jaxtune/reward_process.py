@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from jaxtune import interrupt, named
+from jaxtune.common import imports, preemption
 from jaxtune.errors import UserError, reason
 
 _START = 'import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxtune import reward_process as r; r.serve()'
@@ -70,8 +70,8 @@ class RewardProcess:
     def _answer(self) -> Any:
         deadline = time.monotonic() + self.seconds
         while not self._connection.poll(_POLL_SECONDS):
-            if interrupt.waiting() > _GRACE_SECONDS:
-                raise interrupt.Interrupted
+            if preemption.waiting() > _GRACE_SECONDS:
+                raise preemption.Interrupted
             if time.monotonic() > deadline:
                 _end(self._child)
                 raise UserError(
@@ -83,8 +83,8 @@ class RewardProcess:
         except (EOFError, OSError):
             status = self._child.wait()
             time.sleep(_POLL_SECONDS)  # who ends it may have told this process to stop, too
-            if interrupt.waiting():
-                raise interrupt.Interrupted from None
+            if preemption.waiting():
+                raise preemption.Interrupted from None
             how = f'by {signal.Signals(-status).name}' if status < 0 else f'with status {status}'
             raise UserError(f'{self.name}: its process ended {how}; expected it to return numbers') from None
         if problem:
@@ -105,7 +105,7 @@ def serve() -> None:
     sys.argv[1:] = []
     connection = Connection(descriptor)
     try:
-        function = named.function('rl.reward', name)
+        function = imports.function('rl.reward', name)
     except UserError as error:
         connection.send((str(error), None))
         return

@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jaxtune import console, hardware, objectives
+from jaxtune import hardware, objectives
+from jaxtune.common import console
+from jaxtune.common.formatting import amount, duration, size
 from jaxtune.parallel import copied_bytes
-from jaxtune.units import amount, duration, size
 from jaxtune.weights import tree
 from jaxtune.workdir import read_json, write_json
 

@@ -10,9 +10,10 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, export, interrupt, report, tuning
+from jaxtune import export, report, tuning
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
+from jaxtune.common import console, preemption
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
 from jaxtune.fitting import compile_step
@@ -102,15 +103,15 @@ class Run:
         if not step:
             self._begin()
         try:
-            with interrupt.deferred():
+            with preemption.deferred():
                 if step < self.steps and not self.memory['stopped']:
                     step = self._loop()
                 self.checkpoints.wait()
-                if interrupt.waiting():
+                if preemption.waiting():
                     self._leave(step)
-        except interrupt.Interrupted:  # where the state cannot be saved as one that an evaluation has seen
-            console.note(f'stopped by {interrupt.name()}: the same command continues from the last checkpoint')
-            interrupt.leave()
+        except preemption.Interrupted:  # where the state cannot be saved as one that an evaluation has seen
+            console.note(f'stopped by {preemption.name()}: the same command continues from the last checkpoint')
+            preemption.leave()
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 self.checkpoints.close()
@@ -204,10 +205,10 @@ class Run:
         """Ends the program after a step whose state is saved, or is being saved."""
         self.checkpoints.wait()
         saved = 'checkpoint saved, the same command continues' if step else 'the same command begins anew'
-        console.note(f'stopped by {interrupt.name()} after update {step}: {saved}')
+        console.note(f'stopped by {preemption.name()} after update {step}: {saved}')
         self.info.write(self.workdir)
         report.write_report(self.workdir)
-        interrupt.leave()
+        preemption.leave()
 
     def _leave_inside(self, step: int) -> None:
         """Ends the program in the middle of the step after this one, whose state is untouched."""

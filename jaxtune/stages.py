@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from jaxtune import console, ours, recipes, report, workdir
+from jaxtune import ours, recipes, report, workdir
+from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.flags import Command
 from jaxtune.parallel import hosts

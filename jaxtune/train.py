@@ -11,8 +11,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console, interrupt, objectives, present, runinfo, running, witness
+from jaxtune import objectives, present, runinfo, running, witness
 from jaxtune.assemble import assemble
+from jaxtune.common import console, preemption
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
@@ -117,7 +118,7 @@ class Run(running.Run):
                 if pending:  # read one update late, so that the devices never wait for the host
                     watch.see(*pending)
                 pending = (done, metrics)
-                due, stop = self._due(done), interrupt.received(done)
+                due, stop = self._due(done), preemption.received(done)
                 if any(due.values()) or stop:
                     watch.see(*pending)
                     pending = None

@@ -7,8 +7,8 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import console
 from jaxtune.assemble import Assembly
+from jaxtune.common import console
 from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
 from jaxtune.prompt_data import read_prompts

@@ -14,7 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxtune import console, ours
+from jaxtune import ours
+from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.recipes import MAY_CHANGE, defaults, differing, flatten
 

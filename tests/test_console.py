@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from jaxtune import console
+from jaxtune.common import console
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import threading
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import flags, jsonfile, named, paths, peft, recipes, stderr
+from jaxtune import flags, peft, recipes
 from jaxtune.aliases import nearest
-from jaxtune.checks import integer
+from jaxtune.common import imports, jsonfile, paths, stderr
+from jaxtune.common.checks import integer
 from jaxtune.config import SCHEMA
 from jaxtune.errors import UserError, out_of_memory, shown
 
@@ -144,11 +145,13 @@ def test_the_key_that_is_meant(given, meant):
 def test_a_function_of_a_file_and_of_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / 'helper.py').write_text('VALUE = 3\n')
     (tmp_path / 'my_rewards.py').write_text('import helper\ndef f():\n    return helper.VALUE\nnumber = 1\n')
-    assert named.function('rl.reward', f'{tmp_path}/my_rewards.py:f')() == 3
+    assert imports.function('rl.reward', f'{tmp_path}/my_rewards.py:f')() == 3
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    assert named.function('rl.reward', 'my_rewards:f')() == 3
-    assert named.function('rl.reward', 'my_rewards.py:f') is named.function('rl.reward', f'{tmp_path}/my_rewards.py:f')
+    assert imports.function('rl.reward', 'my_rewards:f')() == 3
+    assert imports.function('rl.reward', 'my_rewards.py:f') is imports.function(
+        'rl.reward', f'{tmp_path}/my_rewards.py:f'
+    )
     assert sys.path == before
     for name, words in (
         ('my_rewards.py:g', r"has no 'g'"),
@@ -160,7 +163,7 @@ def test_a_function_of_a_file_and_of_the_current_folder(tmp_path, monkeypatch):
         ('os:', 'module:function'),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            named.function('rl.reward', name)
+            imports.function('rl.reward', name)
         assert str(caught.value).startswith((f'rl.reward={name}', f'rl.reward={name!r}'))
 
 
@@ -180,7 +183,7 @@ def test_a_module_that_fails_when_it_is_imported(tmp_path, monkeypatch, body, li
     monkeypatch.chdir(tmp_path)
     for name in ('fails_at_once.py:f', 'fails_at_once:f'):
         with pytest.raises(UserError, match=rf'fails_at_once\.py:{line}: rl\.reward={name}: '):
-            named.function('rl.reward', name)
+            imports.function('rl.reward', name)
 
 
 def test_modules_of_the_current_folder_are_not_the_libraries(tmp_path):

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import interrupt, models, recipes
+from jaxtune import models, recipes
+from jaxtune.common import preemption
 from jaxtune.parallel import hosts, make_mesh, match_rules, place, shardings
 from jaxtune.program import make_program
 
@@ -66,17 +67,17 @@ def updates(mesh):
 
 def worker() -> None:
     """One of the processes: prints the first losses, then trains until SIGTERM reaches any of them."""
-    interrupt.install()
+    preemption.install()
     hosts.initialize()
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
     assert hosts.is_primary() == (jax.process_index() == 0)
-    with interrupt.deferred():
+    with preemption.deferred():
         for done, loss in updates(make_mesh({'data': 2, 'fsdp': 2, 'tensor': 1, 'sequence': 1})):
             if done <= STEPS:
                 print(f'loss {loss!r}', flush=True)
-            if interrupt.received(done):
+            if preemption.received(done):
                 print(f'stopped {done}', flush=True)
-                sys.exit(interrupt.STATUS)
+                sys.exit(preemption.STATUS)
 
 
 @pytest.fixture(scope='module')
@@ -137,7 +138,7 @@ def test_losses_of_two_processes_equal_those_of_one(outcomes):
 
 def test_sigterm_to_one_process_stops_all_at_one_step(outcomes):
     statuses, lines = outcomes
-    assert statuses == [interrupt.STATUS] * 2, '\n'.join(lines[0] + lines[1])
+    assert statuses == [preemption.STATUS] * 2, '\n'.join(lines[0] + lines[1])
     stopped = [[line for line in printed if line.startswith('stopped')] for printed in lines]
     assert len(stopped[0]) == 1
     assert stopped[0] == stopped[1]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxtune import huge_pages
+from jaxtune.common import huge_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='huge pages of Linux')
 

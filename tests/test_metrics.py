@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxtune import console, hardware, recipes
+from jaxtune import hardware, recipes
+from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.metrics import MetricsWriter, peak_memory_bytes
 from jaxtune.runinfo import RunInfo, command_line

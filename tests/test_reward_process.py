@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from jaxtune import interrupt, reward_process
+from jaxtune import reward_process
+from jaxtune.common import preemption
 from jaxtune.errors import UserError
 from jaxtune.reward_process import RewardProcess
 
@@ -106,9 +107,9 @@ def test_it_has_a_time_limit_even_inside_a_regular_expression(opened):
 
 def test_it_holds_up_no_signal(opened, monkeypatch):
     function = opened('backtracks')
-    monkeypatch.setattr(interrupt, '_received', interrupt.signal.SIGTERM)
-    monkeypatch.setattr(interrupt, '_since', time.monotonic() - 60)
-    with pytest.raises(interrupt.Interrupted):
+    monkeypatch.setattr(preemption, '_received', preemption.signal.SIGTERM)
+    monkeypatch.setattr(preemption, '_since', time.monotonic() - 60)
+    with pytest.raises(preemption.Interrupted):
         function(GIVEN)
 
 

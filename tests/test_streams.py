@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxtune.streams import Output
+from jaxtune.common.streams import Output
 
 PROGRAM = """
 import sys

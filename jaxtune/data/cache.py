@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.documents import Documents, open_documents
 from jaxtune.data.tokens import Tokens, TokenWriter

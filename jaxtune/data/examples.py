@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.data import formats, lessons, templates
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.cache import once

@@ -5,7 +5,7 @@ import os
 import pathlib
 import stat
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.errors import UserError
 
 

@@ -9,11 +9,11 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jaxtune import paths
+from jaxtune.common import paths
+from jaxtune.common.hub import is_dataset_id
 from jaxtune.data import datasets_hub, stdlib
 from jaxtune.data.files import is_regular, note_once, walk
 from jaxtune.errors import UserError
-from jaxtune.hubnames import is_dataset_id
 
 TEXT_SUFFIXES = ('.txt', '.md', '.rst')
 _LINES = ('.jsonl', '.ndjson', '.jsonlines', '.jl')

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtune import paths
+from jaxtune.common import paths
 from jaxtune.data import sandbox
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.errors import UserError

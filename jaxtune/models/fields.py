@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from jaxtune.checks import Check, ExpectedError, integer, number, text
+from jaxtune.common.checks import Check, ExpectedError, integer, number, text
+from jaxtune.common.jsonfile import read_object, texts, token_ids
 from jaxtune.errors import UserError, reason, shown
-from jaxtune.jsonfile import read_object, texts, token_ids
 from jaxtune.models import hub
 from jaxtune.models.rope import TYPES
 

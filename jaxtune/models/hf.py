@@ -21,9 +21,9 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune import console, paths
+from jaxtune.common import console, paths
+from jaxtune.common.jsonfile import read_object
 from jaxtune.errors import UserError, shown
-from jaxtune.jsonfile import read_object
 from jaxtune.models import hub
 from jaxtune.models.fields import config_json
 from jaxtune.models.model import Model, Params, Tensor, leaf_paths

@@ -4,11 +4,11 @@ import functools
 import pathlib
 from collections.abc import Sequence
 
-from jaxtune import paths
-from jaxtune.checks import text
+from jaxtune.common import paths
+from jaxtune.common.checks import text
+from jaxtune.common.hub import TOKENIZER_FILES, is_id
+from jaxtune.common.jsonfile import read_object, token_ids
 from jaxtune.errors import UserError, reason, shown
-from jaxtune.hubnames import TOKENIZER_FILES, is_id
-from jaxtune.jsonfile import read_object, token_ids
 
 # Files that travel with a model: tokenizer, chat template, generation settings.
 COMPANIONS = (

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.data.loader import Loader
 from jaxtune.objectives import preferences
 from jaxtune.objectives.cross_entropy import token_logprobs

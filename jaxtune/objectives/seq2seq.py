@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.data import Tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.cache import once

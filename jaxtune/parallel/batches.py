@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.checks import MOST
+from jaxtune.common.checks import MOST
 from jaxtune.errors import UserError
 from jaxtune.parallel.mesh import BATCH_AXES
 

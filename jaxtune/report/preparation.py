@@ -4,8 +4,8 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtune.common.formatting import amount, size
 from jaxtune.report.source import Source
-from jaxtune.units import amount, size
 
 _MOST_BROKEN, _MOST_LANGUAGES = 20, 12
 _ABOUT = {

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxtune.common.formatting import amount, duration, size
 from jaxtune.report.charts import Series, chart, smooth
 from jaxtune.report.source import Source
-from jaxtune.units import amount, duration, size
 
 _SHOWN_SAMPLES, _MOST_SAMPLES, _MOST_CHARS = 6, 40, 2000
 

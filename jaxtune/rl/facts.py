@@ -3,8 +3,8 @@
 from typing import Any
 
 from jaxtune import rl
+from jaxtune.common.formatting import amount
 from jaxtune.runinfo import RunInfo
-from jaxtune.units import amount
 
 
 class Facts(RunInfo):

@@ -19,8 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import console, interrupt, present, rl, running
+from jaxtune import present, rl, running
 from jaxtune.assemble import Assembly, assemble, folder_head
+from jaxtune.common import console, preemption
 from jaxtune.completer import sample_record
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
@@ -186,11 +187,11 @@ class Run(running.Run):
                 began = time.perf_counter()
                 try:
                     metrics = self._step(done - 1)
-                except interrupt.Interrupted:
+                except preemption.Interrupted:
                     self._leave_inside(done - 1)
                 self._check(done, metrics)
                 bar.advance(1, reward=f'{metrics["reward"]:.3f}', kl=f'{metrics["kl"]:.3f}')
-                due, stop = self._due(done), interrupt.received(done)
+                due, stop = self._due(done), preemption.received(done)
                 if due['log']:
                     self._log(done, metrics, time.perf_counter() - began)
                 ended, _ = self._settle(done, due, stop)

@@ -36,7 +36,7 @@ def _passing(key: str) -> tuple[Source, ...]:
     """The odd values that a key's own check lets pass: what is wrong with them must be found later."""
     import ml_collections
 
-    from jaxtune.checks import ExpectedError
+    from jaxtune.common.checks import ExpectedError
     from jaxtune.config import SCHEMA
 
     check, found = getattr(SCHEMA.get(key), 'check', None), []

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.data.prepare.phases import Phase
 from jaxtune.errors import UserError
 

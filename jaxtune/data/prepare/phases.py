@@ -24,7 +24,7 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from jaxtune import console
+from jaxtune.common import console
 from jaxtune.data.prepare import build, decide, minhash, readers, repeats, shards, words
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.process import Processor

@@ -10,7 +10,7 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping
 
-from jaxtune import named
+from jaxtune.common import imports
 from jaxtune.data.prepare import gopher, words
 from jaxtune.errors import UserError, blamed_on
 
@@ -165,7 +165,7 @@ def custom(name: str) -> Callable[[str, Mapping], object]:
     Raises:
       UserError: there is none.
     """
-    return named.function('data.steps.filter.custom', name)
+    return imports.function('data.steps.filter.custom', name)
 
 
 def by_person(text: str, metadata: Mapping, name: str) -> str:

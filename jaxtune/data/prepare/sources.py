@@ -6,12 +6,12 @@ import pathlib
 import re
 from typing import Any
 
+from jaxtune.common.hub import is_dataset_id
 from jaxtune.data import datasets_hub, stdlib
 from jaxtune.data.files import is_regular, note_once, walk
 from jaxtune.data.prepare import sourcecode
 from jaxtune.data.prepare.plan import Source
 from jaxtune.errors import UserError
-from jaxtune.hubnames import is_dataset_id
 
 COMPRESSED = ('.gz', '.bz2', '.zst', '.xz')
 _FORMATS = {

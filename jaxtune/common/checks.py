@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtune import paths
+from jaxtune.common import paths
 
 MOST = 2**31 - 1  # of what is counted: an int32 of an array holds it
 

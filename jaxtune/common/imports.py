@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, ModuleType
 
-from jaxtune import paths
+from jaxtune.common import paths
 from jaxtune.errors import UserError, blamed_on, shown
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
-from jaxtune.streams import Output
+from jaxtune.common.streams import Output
 
 WIDTH = 80
 # A bar is drawn at most so often, however fast it advances; a line of a log comes at most so often.

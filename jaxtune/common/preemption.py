@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from jaxtune import stderr
+from jaxtune.common import stderr
 
 _STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 _NAMES = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.checks import Check, ExpectedError
+from jaxtune.common.checks import Check, ExpectedError
 from jaxtune.errors import UserError, reason, shown
 
 

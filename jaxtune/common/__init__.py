@@ -1,0 +1,1 @@
+"""What knows neither arrays nor recipes: the console, files, errors, names that people give."""
