@@ -14,7 +14,7 @@ from jaxtune.assemble import Assembly, assemble
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
-from jaxtune.metrics import MetricsWriter, peak_memory_bytes
+from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
 from jaxtune.step import make_eval_step

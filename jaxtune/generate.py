@@ -16,7 +16,7 @@ from jaxtune.assemble import Assembly, assemble
 from jaxtune.common import console
 from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
-from jaxtune.metrics import peak_memory_bytes
+from jaxtune.metrics.writer import peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_rows
 from jaxtune.prompt_data import Prompt, read_prompts

@@ -17,7 +17,7 @@ from jaxtune.common import console, preemption
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
 from jaxtune.fitting import compile_step
-from jaxtune.metrics import MetricsWriter, peak_memory_bytes
+from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.program import Program, make_program
 from jaxtune.runinfo import RunInfo
 from jaxtune.step import State

@@ -8,7 +8,7 @@ import jax
 
 from jaxtune.errors import UserError
 from jaxtune.evaluator import NOTHING
-from jaxtune.metrics import peak_memory_bytes
+from jaxtune.metrics.writer import peak_memory_bytes
 
 if TYPE_CHECKING:
     from jaxtune.train import Run

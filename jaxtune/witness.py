@@ -11,8 +11,8 @@ from jaxtune.assemble import Assembly
 from jaxtune.common import console
 from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
+from jaxtune.metrics.samples import add_samples
 from jaxtune.prompt_data import read_prompts
-from jaxtune.samples import add_samples
 
 # Objectives whose models write, and how many tokens of a text they go on from (0 = the whole prompt).
 _PROMPT_TOKENS = {'causal_lm': 32, 'sft': 0, 'seq2seq': 0}

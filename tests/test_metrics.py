@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from jaxtune import hardware, recipes
 from jaxtune.common import console
 from jaxtune.errors import UserError
-from jaxtune.metrics import MetricsWriter, peak_memory_bytes
+from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.runinfo import RunInfo, command_line
 
 

@@ -1,6 +1,6 @@
 """`samples.jsonl` through kills, resumes, and whatever a model writes."""
 
-from jaxtune.samples import NAME, add_samples, read_samples
+from jaxtune.metrics.samples import NAME, add_samples, read_samples
 
 # What ends a line for Python's `splitlines`, but for no reader of JSON lines.
 ODD = 'one\u2028two\x85three\x0bfour\x1cfive\nsix'

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.config import REWARDED, SCHEMA, Free
-from jaxtune.metrics import read_metrics
-from jaxtune.samples import read_samples
+from jaxtune.metrics.samples import read_samples
+from jaxtune.metrics.writer import read_metrics
 from jaxtune.workdir import read_json
 
 Points = list[tuple[float, float]]

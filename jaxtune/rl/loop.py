@@ -25,7 +25,8 @@ from jaxtune.common import console, preemption
 from jaxtune.completer import sample_record
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
-from jaxtune.metrics import peak_memory_bytes
+from jaxtune.metrics.samples import add_samples
+from jaxtune.metrics.writer import peak_memory_bytes
 from jaxtune.models import value
 from jaxtune.parallel import compiler_options, make_mesh, place_all
 from jaxtune.parallel.batches import check_batch, check_rows
@@ -35,7 +36,6 @@ from jaxtune.rl.packed import Packed
 from jaxtune.rl.policy import Found, read
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Rollouts, Sampler
-from jaxtune.samples import add_samples
 from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
 

@@ -7,9 +7,9 @@ import pytest
 from runs import full_config, metrics, recipe, train
 
 from jaxtune.assemble import assemble
+from jaxtune.metrics.samples import read_samples
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.prompt_data import Prompt, read_prompts
-from jaxtune.samples import read_samples
 
 CONVERSATION = {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
 
