@@ -17,10 +17,10 @@ from jaxtune import objectives, report, runinfo
 from jaxtune.assemble import open_model, open_tokenizer
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
-from jaxtune.fitting import available_bytes, try_compile
 from jaxtune.models import Model
 from jaxtune.models.attention import chosen
 from jaxtune.parallel import copied_bytes, make_mesh
+from jaxtune.parallel.aot import available_bytes, try_compile
 from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes

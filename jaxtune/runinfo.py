@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from jaxtune import hardware, objectives
+from jaxtune import objectives
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
-from jaxtune.parallel import copied_bytes
+from jaxtune.parallel import copied_bytes, hardware
 from jaxtune.weights import tree
 from jaxtune.workdir import read_json, write_json
 

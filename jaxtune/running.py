@@ -16,8 +16,8 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.common import console, preemption
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
-from jaxtune.fitting import compile_step
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
+from jaxtune.parallel.aot import compile_step
 from jaxtune.program import Program, make_program
 from jaxtune.runinfo import RunInfo
 from jaxtune.step import State

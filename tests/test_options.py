@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtune.parallel import compiler_options, options
+from jaxtune.parallel import compiler_options
+from jaxtune.parallel import compiler_options as options
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The device mesh: its axes, how parameters and batches lie on it, and how many hosts become one program."""
 
 from jaxtune.parallel.batches import batch_sharding, place, place_all
+from jaxtune.parallel.compiler_options import compiler_options
 from jaxtune.parallel.mesh import (
     AXES,
     BATCH_AXES,
@@ -12,7 +13,6 @@ from jaxtune.parallel.mesh import (
     one_device,
     platform,
 )
-from jaxtune.parallel.options import compiler_options
 from jaxtune.parallel.rules import RULES, copied_bytes, match_rules, shardings, state_specs
 
 __all__ = [
