@@ -15,9 +15,10 @@ def seconds(layers: int) -> float:
     import jax
     from train_step import CONFIG
 
-    from jaxtune import models, recipes
+    from jaxtune import models
     from jaxtune.parallel import make_mesh
     from jaxtune.program import abstract_params, make_program, with_shardings
+    from jaxtune.recipe import recipes
 
     config = recipes.defaults()
     recipes.lay_over(config, {'train.batch_size': 8, 'data.seq_len': 512})

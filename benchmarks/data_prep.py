@@ -104,9 +104,9 @@ def tokenise(texts: list[str]) -> None:
     """The tokenise phase with two workers beside `tokenizers`' own batch encode on two threads."""
     import numpy as np
 
-    from jaxtune import recipes
     from jaxtune.data.prepare import plan as plans
     from jaxtune.data.prepare import shards
+    from jaxtune.recipe import recipes
 
     tokenizer = tokenizers.train_bpe(texts, 8192)
     texts = texts * max(1, int(8e6 / sum(map(len, texts))))

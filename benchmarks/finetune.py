@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from recipe_runs import run_recipe
 
-from jaxtune import objectives, recipes
+from jaxtune import objectives
 from jaxtune.assemble import assemble
 from jaxtune.data.loader import Loader
 from jaxtune.models import hf
 from jaxtune.parallel import make_mesh
+from jaxtune.recipe import recipes
 from jaxtune.scoring import scores
 
 CURVE = 50

@@ -39,9 +39,10 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     import jax
     import numpy as np
 
-    from jaxtune import models, recipes, tuning
+    from jaxtune import models, tuning
     from jaxtune.parallel import make_mesh, place
     from jaxtune.program import make_program
+    from jaxtune.recipe import recipes
 
     config = recipes.defaults()
     changes = {'method.name': method, 'train.batch_size': batch_size, 'train.accumulate': accumulate}

@@ -165,7 +165,7 @@ def _typed() -> Iterator[str]:
 
 
 def _config(values):
-    from jaxtune import recipes
+    from jaxtune.recipe import recipes
 
     config = recipes.defaults()
     names = {

@@ -13,7 +13,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.parallel import hosts
-from jaxtune.workdir import SIGNATURE, read_json, write_json
+from jaxtune.recipe.workdir import SIGNATURE, read_json, write_json
 
 _UNSIGNED = (SIGNATURE, '_CHECKPOINT_METADATA')  # the latter gets the time of the commit after it
 _READERS = 8  # threads that compute checksums

@@ -11,7 +11,7 @@ from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.models import Model, hub
-from jaxtune.workdir import read_json, write_json
+from jaxtune.recipe.workdir import read_json, write_json
 
 GENERATION = 'generation_config.json'
 _SPECIAL = ('bos_token_id', 'eos_token_id', 'pad_token_id')

@@ -25,7 +25,7 @@ from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
 from jaxtune.program import Program, abstract_params, make_program
-from jaxtune.workdir import write_json
+from jaxtune.recipe.workdir import write_json
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import companions, evaluate, methods, peft, recipes, tuning
+from jaxtune import companions, evaluate, methods, peft, tuning
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.common import console
@@ -20,8 +20,9 @@ from jaxtune.models import hf, value
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
 from jaxtune.program import make_program
+from jaxtune.recipe import recipes
+from jaxtune.recipe.workdir import read_json, write_result
 from jaxtune.weights import LoRA, materialise, tree
-from jaxtune.workdir import read_json, write_result
 
 
 def check(config: ConfigDict, mesh: Mesh) -> None:

@@ -17,11 +17,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from jaxtune import recipes
 from jaxtune.assemble import assemble
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.parallel import make_mesh, place_all
+from jaxtune.recipe import recipes
 from jaxtune.sampling import Sampling, pad_prompts, sample
 
 _MULTIPLE = 64  # lengths are padded to it, so that few shapes are compiled

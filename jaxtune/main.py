@@ -18,7 +18,7 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns its exit status."""
     with preemption.handled():
-        from jaxtune import flags
+        from jaxtune.recipe import flags
 
         try:
             command = flags.parse(argv)

@@ -12,21 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import (
-    assemble,
-    compile,
-    evaluate,
-    export,
-    generate,
-    objectives,
-    ours,
-    prepare,
-    recipes,
-    train,
-    tuning,
-    witness,
-    workdir,
-)  # fmt: skip
+from jaxtune import assemble, compile, evaluate, export, generate, objectives, prepare, train, tuning, witness
 from jaxtune.common.formatting import amount
 from jaxtune.completer import Completer
 from jaxtune.config import REWARDED
@@ -35,10 +21,11 @@ from jaxtune.data.inputs import marks
 from jaxtune.data.prepare import plain
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
-from jaxtune.flags import Command
 from jaxtune.parallel import make_mesh
 from jaxtune.program import make_program
 from jaxtune.prompt_data import read_prompts
+from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
+from jaxtune.recipe.flags import Command
 from jaxtune.rl import loop
 from jaxtune.rl.rewards import open_reward
 from jaxtune.weights import tree
@@ -79,8 +66,8 @@ def _named(stage: str) -> Iterator[None]:
 def _check_folder(command: Command, name: str, config: ConfigDict) -> None:
     """Refuses a workdir that the run would be refused in."""
     folder = command.workdir / name
-    ours.check_owned(command.workdir)
-    ours.check_owned(folder)
+    ownership.check_owned(command.workdir)
+    ownership.check_owned(folder)
     if folder.is_dir():
         inputs = {other: workdir.mark(command.workdir / other) for other in recipes.references(config)}
         workdir.check_workdir(folder, config, command.overwrite, inputs, marks(config))

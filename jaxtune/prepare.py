@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxtune import recipes, report
+from jaxtune import report
 from jaxtune.common import console
 from jaxtune.common.formatting import size
 from jaxtune.data.cache import once
@@ -17,8 +17,9 @@ from jaxtune.data.prepare import plan as plans
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 from jaxtune.parallel import hardware
+from jaxtune.recipe import recipes
+from jaxtune.recipe.workdir import read_json, write_json
 from jaxtune.runinfo import RunInfo
-from jaxtune.workdir import read_json, write_json
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:

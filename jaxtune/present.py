@@ -7,7 +7,7 @@ from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data.records import check_path, check_tables
 from jaxtune.data.templates import check_wanted
 from jaxtune.models import hub
-from jaxtune.recipes import config_get
+from jaxtune.recipe.recipes import config_get
 from jaxtune.rl import rewards
 
 

@@ -13,8 +13,8 @@ from jaxtune import objectives
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.parallel import copied_bytes, hardware
+from jaxtune.recipe.workdir import read_json, write_json
 from jaxtune.weights import tree
-from jaxtune.workdir import read_json, write_json
 
 NAME = 'run.json'
 

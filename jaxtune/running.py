@@ -19,10 +19,10 @@ from jaxtune.evaluator import rises
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel.aot import compile_step
 from jaxtune.program import Program, make_program
+from jaxtune.recipe.workdir import stored_signature
 from jaxtune.runinfo import RunInfo
 from jaxtune.step import State
 from jaxtune.weights import tree
-from jaxtune.workdir import stored_signature
 
 
 class Run:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from jaxtune import ours, recipes, report, workdir
+from jaxtune import report
 from jaxtune.common import console
 from jaxtune.errors import UserError
-from jaxtune.flags import Command
 from jaxtune.parallel import hosts
+from jaxtune.recipe import ownership, recipes, workdir
+from jaxtune.recipe.flags import Command
 
 # Each task is `run(config, workdir, command) -> metrics of result.json`, in the module named here.
 TASKS = {
@@ -65,7 +66,7 @@ def _run_stages(command: Command, held: contextlib.ExitStack) -> None:
 
 
 def _open_root(command: Command, held: contextlib.ExitStack) -> None:
-    held.enter_context(ours.locked(command.workdir))
+    held.enter_context(ownership.locked(command.workdir))
     workdir.open_root(command.workdir, command.overwrite)
 
 
@@ -73,7 +74,7 @@ def _open(command: Command, folder: pathlib.Path, config: ConfigDict, held: cont
     """Locks and opens a task's folder; returns its result where it is done."""
     from jaxtune.data.inputs import marks  # slow to import
 
-    held.enter_context(ours.locked(folder))
+    held.enter_context(ownership.locked(folder))
     inputs = {other: workdir.mark(command.workdir / other) for other in recipes.references(config)}
     result = workdir.open_workdir(folder, config, command.overwrite, inputs, marks(config))
     if result is not None and config.task != 'export' and not (folder / report.NAME).is_file():

@@ -10,12 +10,13 @@ import threading
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import flags, peft, recipes
-from jaxtune.aliases import nearest
+from jaxtune import peft
 from jaxtune.common import imports, jsonfile, paths, stderr
 from jaxtune.common.checks import integer
 from jaxtune.config import SCHEMA
 from jaxtune.errors import UserError, out_of_memory, shown
+from jaxtune.recipe import flags, recipes
+from jaxtune.recipe.aliases import nearest
 
 PATHS = (
     'model.path', 'tokenizer.path', 'method.path', 'data.train', 'data.eval', 'data.template', 'sft.demonstrations',

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import models, recipes
+from jaxtune import models
 from jaxtune.common import preemption
 from jaxtune.parallel import hosts, make_mesh, match_rules, place, shardings
 from jaxtune.program import make_program
+from jaxtune.recipe import recipes
 
 # tests/trainer/test_pod.py runs the whole command on two hosts.
 pytestmark = pytest.mark.exhaustive

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxtune import recipes
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import hardware
+from jaxtune.recipe import recipes
 from jaxtune.runinfo import RunInfo, command_line
 
 

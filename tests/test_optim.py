@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtune import recipes
 from jaxtune.models.model import leaf_paths
 from jaxtune.optim import betas, clip_factor, make_optimizer, schedule
+from jaxtune.recipe import recipes
 
 bitsandbytes = pytest.importorskip('bitsandbytes')
 torch = pytest.importorskip('torch')

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from jaxtune import recipes
 from jaxtune.common import console
+from jaxtune.recipe import recipes
 from jaxtune.report import charts, write_report
 
 VOID = {'meta', 'link', 'br', 'img', 'input', 'hr'}

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune import models, recipes, step
+from jaxtune import models, step
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.optim import make_optimizer, schedule
 from jaxtune.parallel import make_mesh
+from jaxtune.recipe import recipes
 from jaxtune.rounding import apply_updates, to_bfloat16
 from jaxtune.weights import lookup
 

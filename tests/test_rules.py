@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from jaxtune import recipes
 from jaxtune.errors import UserError
 from jaxtune.optim import make_optimizer
 from jaxtune.parallel import make_mesh, match_rules, place, shardings, state_specs
 from jaxtune.parallel.mesh import mesh_shape
 from jaxtune.parallel.rules import path_name
+from jaxtune.recipe import recipes
 from jaxtune.weights import Codec, LoRA, tree
 
 

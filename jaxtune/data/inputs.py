@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from jaxtune.data.cache import prepared_tokens
 from jaxtune.data.records import find_files
 from jaxtune.errors import UserError
-from jaxtune.recipes import config_get
+from jaxtune.recipe.recipes import config_get
 
 _KEYS = ('data.train', 'data.eval', 'sft.demonstrations')
 _BUDGET = (

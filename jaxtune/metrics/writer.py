@@ -14,7 +14,7 @@ import jax
 
 from jaxtune.common import console
 from jaxtune.errors import UserError
-from jaxtune.workdir import write_text
+from jaxtune.recipe.workdir import write_text
 
 NAME = 'metrics.jsonl'
 

@@ -10,10 +10,10 @@ from typing import Any
 from jaxtune.common import console
 from jaxtune.common.formatting import duration
 from jaxtune.config import TRAINING
+from jaxtune.recipe.workdir import make_result, read_json, write_result, write_text
 from jaxtune.report import sections
 from jaxtune.report.preparation import preparation
 from jaxtune.report.source import Source, read
-from jaxtune.workdir import make_result, read_json, write_result, write_text
 
 __all__ = ['finish', 'write_report']
 

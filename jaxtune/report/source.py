@@ -8,7 +8,7 @@ from typing import Any
 from jaxtune.config import REWARDED, SCHEMA, Free
 from jaxtune.metrics.samples import read_samples
 from jaxtune.metrics.writer import read_metrics
-from jaxtune.workdir import read_json
+from jaxtune.recipe.workdir import read_json
 
 Points = list[tuple[float, float]]
 

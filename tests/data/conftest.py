@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from jaxtune import recipes
 from jaxtune.data.tokens import Tokens
+from jaxtune.recipe import recipes
 
 # A deadline measures the machine, not the code.
 settings.register_profile('jaxtune', deadline=None)

@@ -3,13 +3,13 @@ import json
 import pytest
 
 from jaxtune import prepare
-from jaxtune import workdir as workdirs
 from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.documents import open_documents
 from jaxtune.data.prepare import plain
 from jaxtune.errors import UserError
-from jaxtune.flags import Command
+from jaxtune.recipe import workdir as workdirs
+from jaxtune.recipe.flags import Command
 
 TIMED = ('run.json', 'report.html')  # they say when, and how long it took
 TEXTS = [f'document {i}: ' + 'some words and more ' * (i % 5 + 1) for i in range(60)]

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import methods, models, objectives, recipes, tuning
+from jaxtune import methods, models, objectives, tuning
 from jaxtune.export import merged
 from jaxtune.methods import targets
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.parallel import make_mesh, match_rules, place, shardings
 from jaxtune.program import make_program
+from jaxtune.recipe import recipes
 from jaxtune.weights import evaluating, is_weight, tree
 
 _TOKENS = {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0, 'vocab_size': 96}

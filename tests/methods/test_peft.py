@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import models, objectives, peft, recipes, tuning
+from jaxtune import models, objectives, peft, tuning
 from jaxtune.export import merged
 from jaxtune.methods import lora
 from jaxtune.models import hf
 from jaxtune.optim import make_optimizer, schedule
 from jaxtune.parallel import make_mesh, match_rules, shardings
+from jaxtune.recipe import recipes
 from jaxtune.step import init_state, make_train_step
 from jaxtune.weights import LoRA, tree
 

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import assemble, export, methods, peft, recipes
+from jaxtune import assemble, export, methods, peft
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.models import hf
 from jaxtune.parallel import AXES, make_mesh
+from jaxtune.recipe import recipes
 from jaxtune.weights import LoRA, tree
 
 torch = pytest.importorskip('torch')

@@ -14,8 +14,8 @@ from runs import SENTENCE, full_config, metrics, recipe, train
 
 from jaxtune import evaluate, export, generate
 from jaxtune.errors import UserError
-from jaxtune.flags import Command
 from jaxtune.models.safetensors import read_header
+from jaxtune.recipe.flags import Command
 
 METHODS = {
     'lora': {'method.rank': 4, 'method.dropout': 0.1, 'method.lr_ratio': 4.0},

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from jaxtune import models, recipes
+from jaxtune import models
 from jaxtune.models import hf, value
 from jaxtune.models.model import Head
+from jaxtune.recipe import recipes
 from jaxtune.rl import grpo, policy, ppo
 from jaxtune.rl.packed import Packed
 from jaxtune.rl.rollouts import Rollouts

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from jaxtune import objectives, recipes
+from jaxtune import objectives
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
+from jaxtune.recipe import recipes
 
 USER, ASSISTANT = {'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}
 GOOD = {'messages': [USER, ASSISTANT]}
@@ -328,7 +329,7 @@ def test_lessons_of_the_interpreters_library(tmp_path):
 
 
 def test_stages_may_be_called_as_their_objectives(tmp_path):
-    from jaxtune import flags
+    from jaxtune.recipe import flags
 
     recipe = tmp_path / 'recipe.py'
     recipe.write_text(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import models, objectives, recipes
+from jaxtune import models, objectives
 from jaxtune.data.examples import ExampleRows, Examples
 from jaxtune.data.loader import Loader
 from jaxtune.data.spans import Encoded
@@ -19,6 +19,7 @@ from jaxtune.models import flash
 from jaxtune.models.blockwise import Pattern, Places
 from jaxtune.objectives import dpo, reward, sft
 from jaxtune.parallel import AXES, make_mesh
+from jaxtune.recipe import recipes
 from jaxtune.step import gradients, make_eval_step, mean
 
 torch = pytest.importorskip('torch')

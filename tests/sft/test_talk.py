@@ -9,11 +9,12 @@ import sys
 import jax
 import pytest
 
-from jaxtune import chat, methods, models, peft, recipes
+from jaxtune import chat, methods, models, peft
 from jaxtune.assemble import assemble
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.models import hf
+from jaxtune.recipe import recipes
 from jaxtune.weights import tree
 
 
@@ -86,7 +87,7 @@ def test_the_command_refuses_what_is_no_model(tmp_path):
 
 def test_generate_answers_conversations_of_every_format(folder, tmp_path):
     from jaxtune import generate
-    from jaxtune.flags import Command
+    from jaxtune.recipe.flags import Command
 
     asked = {'role': 'user', 'content': 'Hi'}
     records = [

@@ -7,10 +7,10 @@ import jax
 from child import Child
 from ml_collections import ConfigDict
 
-from jaxtune import recipes
-from jaxtune.flags import Command
 from jaxtune.models.safetensors import read_header
 from jaxtune.parallel import AXES, make_mesh
+from jaxtune.recipe import recipes
+from jaxtune.recipe.flags import Command
 from jaxtune.train import Run
 
 SENTENCE = 'the quick brown fox jumps over a lazy dog while seven grey geese fly home to their warm nest'

@@ -7,9 +7,9 @@ import shutil
 import pytest
 from runs import exported, recipe, train
 
-from jaxtune import workdir
 from jaxtune.checkpoint import check
 from jaxtune.errors import UserError
+from jaxtune.recipe import workdir
 
 
 def flip(path: pathlib.Path, rng: random.Random) -> None:

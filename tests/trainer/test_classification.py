@@ -11,8 +11,8 @@ from jaxtune.assemble import open_model
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
-from jaxtune.flags import Command
 from jaxtune.objectives.classification import Labels
+from jaxtune.recipe.flags import Command
 
 BYTES = tokenizers.load('bytes')
 STEPS, LR = 20, 2e-3

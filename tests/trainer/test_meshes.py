@@ -129,6 +129,6 @@ def test_early_stopping_exports_the_best(corpus, tmp_path):
 
 
 def _command(workdir, config):
-    from jaxtune.flags import Command
+    from jaxtune.recipe.flags import Command
 
     return Command('recipe.py', workdir, False, {'': config}, ('jaxtune',))

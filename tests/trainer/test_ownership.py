@@ -9,8 +9,9 @@ import shutil
 import pytest
 from runs import full_config, recipe
 
-from jaxtune import main, ours, workdir
+from jaxtune import main
 from jaxtune.errors import UserError
+from jaxtune.recipe import ownership, workdir
 from jaxtune.report import NAME as REPORT
 
 TASKS = ('prepare', 'train', 'ppo', 'grpo', 'evaluate', 'generate', 'export', 'compile')
@@ -80,7 +81,7 @@ def test_a_folder_of_something_else_is_refused_and_untouched(write, tmp_path, ca
 def test_a_second_process_is_refused_in_every_task(write, tmp_path, capsys, task):
     folder = tmp_path / 'run'
     folder.mkdir()
-    with open(folder / ours.MARK, 'w') as held:
+    with open(folder / ownership.MARK, 'w') as held:
         held.write('process 7 on elsewhere')
         held.flush()
         fcntl.flock(held, fcntl.LOCK_EX)  # as a lock of another open file, it keeps this process out too
@@ -88,7 +89,7 @@ def test_a_second_process_is_refused_in_every_task(write, tmp_path, capsys, task
     error = capsys.readouterr().err
     assert error.count('\n') == 1
     assert 'in use by another run (process 7 on elsewhere)' in error
-    assert sorted(tree(folder)) == [ours.MARK]
+    assert sorted(tree(folder)) == [ownership.MARK]
 
 
 def test_stages_keep_a_second_process_out_of_the_folder_that_holds_them(tmp_path, capsys):
@@ -98,7 +99,7 @@ def test_stages_keep_a_second_process_out_of_the_folder_that_holds_them(tmp_path
         "    return ConfigDict({'stages': ('one',), 'one': {'task': 'prepare'}})\n"
     )
     words = ['jaxtune', '--config', str(path), '--workdir', str(tmp_path / 'run')]
-    with ours.locked(tmp_path / 'run'):
+    with ownership.locked(tmp_path / 'run'):
         assert main.main(words) == 2
         assert 'in use by another run' in capsys.readouterr().err
     # A run without stages is not emptied for one that has some.
@@ -112,7 +113,7 @@ def opened(corpus, tmp_path):
     """Opens `tmp_path/run` for a recipe with changes; and the recipe without."""
 
     def opened(overwrite=False, inputs=None, **changes):
-        with ours.locked(tmp_path / 'run'):
+        with ownership.locked(tmp_path / 'run'):
             return workdir.open_workdir(tmp_path / 'run', full_config(recipe(corpus, **changes)), overwrite, inputs)
 
     return opened
@@ -150,7 +151,7 @@ def test_overwriting_leaves_what_a_person_put_there(opened, tmp_path):
     opened(overwrite=True, seed=1)
     left = {name: content for name, content in tree(run).items() if content is not None}
     assert left.pop('config.json')
-    assert left.pop(ours.MARK)
+    assert left.pop(ownership.MARK)
     assert left == {name: text.encode() for name, text in mine.items()}
     assert tree(elsewhere) == before
 
@@ -160,8 +161,8 @@ def test_checkpoints_go_first_and_the_recipe_last(opened, tmp_path, monkeypatch)
     for name in ('checkpoints', 'export', 'result.json', 'metrics.jsonl'):
         (tmp_path / 'run' / name).touch()
     order = []
-    monkeypatch.setattr(ours, '_remove', lambda path: order.append(path.name))
-    ours.empty(tmp_path / 'run')
+    monkeypatch.setattr(ownership, '_remove', lambda path: order.append(path.name))
+    ownership.empty(tmp_path / 'run')
     assert (order[0], order[-1]) == ('checkpoints', 'config.json')
 
 
@@ -179,7 +180,7 @@ def test_checkpoints_of_another_recipe_are_never_gone_on_from(opened, tmp_path):
     with pytest.raises(UserError, match=r'train.steps \(20 in checkpoints/7, 5 here\)'):
         opened(train__steps=5)
     assert opened(train__steps=25, mesh__fsdp=2, log__every=3) is None
-    assert ours.steps(run) == [7]
+    assert ownership.steps(run) == [7]
     # A recipe lies there, and checkpoints of another one were put beside it.
     saved(run, 9, own | {'recipe': 'another'})
     with pytest.raises(UserError, match=r'checkpoints/9 \(saved by another recipe\)'):
@@ -192,7 +193,7 @@ def test_checkpoints_of_another_recipe_are_never_gone_on_from(opened, tmp_path):
     with pytest.raises(UserError, match=r'checkpoints/7 \(of a recipe that is not there any more\)'):
         opened(train__steps=25)
     opened(overwrite=True, train__steps=25)
-    assert ours.steps(run) == []
+    assert ownership.steps(run) == []
 
 
 def test_where_nothing_was_made_another_recipe_may_begin(opened, write, tmp_path, capsys):
@@ -202,7 +203,7 @@ def test_where_nothing_was_made_another_recipe_may_begin(opened, write, tmp_path
     (run / 'metrics.jsonl').touch()
     assert opened(seed=1) is None
     assert json.loads((run / 'config.json').read_text())['seed'] == 1
-    assert sorted(tree(run)) == [ours.MARK, 'cache', 'config.json']
+    assert sorted(tree(run)) == [ownership.MARK, 'cache', 'config.json']
     # Refused by the command, corrected, and run again.
     shutil.rmtree(run)
     for word in ('chat_trian', 'chat_train'):
@@ -251,7 +252,7 @@ def test_the_result_comes_last_and_a_missing_report_is_made_again(write, corpus,
 
 def run_in(run, act):
     """Runs `act` as a task's run in a workdir."""
-    with ours.locked(run), workdir.working(run):
+    with ownership.locked(run), workdir.working(run):
         act()
 
 
@@ -287,7 +288,7 @@ def test_a_full_disk_is_one_line_whoever_says_so(tmp_path, error):
 
     with pytest.raises(UserError, match='expected free space; the same command continues'):
         run_in(run, act)
-    assert sorted(tree(run)) == [ours.MARK]
+    assert sorted(tree(run)) == [ownership.MARK]
 
     def fail():
         raise RuntimeError('another') from KeyError('x')

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from jaxtune import prepare
-from jaxtune import workdir as workdirs
-from jaxtune.flags import Command
+from jaxtune.recipe import workdir as workdirs
+from jaxtune.recipe.flags import Command
 
 for _package in ('datatrove', 'ftfy', 'trafilatura', 'warcio'):
     pytest.importorskip(_package, reason="needs the extra [data]: pip install 'jaxtune[data]'")

@@ -145,7 +145,7 @@ def test_instructions_from_documentation(prepared, tmp_path, monkeypatch):
 
 
 def test_references_to_stages_inside_sources(recipe, tmp_path):
-    from jaxtune import recipes
+    from jaxtune.recipe import recipes
 
     config = recipe({'data.sources': {'a': '@first', 'b': {'path': '@second', 'weight': 2.0}, 'c': 'x.txt'}})
     assert recipes.references(config) == {'first', 'second'}
@@ -166,7 +166,7 @@ def test_a_source_that_is_not_there(recipe, tmp_path, monkeypatch):
 
 def test_sources_on_the_command_line(tmp_path):
     """An empty path leaves a source out; a path becomes that of a source with fields."""
-    from jaxtune import flags
+    from jaxtune.recipe import flags
 
     (tmp_path / 'recipe.py').write_text(
         'from ml_collections import ConfigDict\n\n\ndef get_config():\n    config = ConfigDict()\n'

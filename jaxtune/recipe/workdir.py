@@ -14,10 +14,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxtune import ours
 from jaxtune.common import console
 from jaxtune.errors import UserError
-from jaxtune.recipes import MAY_CHANGE, defaults, differing, flatten
+from jaxtune.recipe import ownership
+from jaxtune.recipe.recipes import MAY_CHANGE, defaults, differing, flatten
 
 INPUTS = 'inputs.json'
 DATA = 'data.json'
@@ -97,13 +97,13 @@ def signature(recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str,
 
 def stored_signature(workdir: pathlib.Path) -> dict[str, Any]:
     """The signature of the recipe in a workdir, {} where there is none."""
-    recipe = read_json(workdir / ours.RECIPE)
+    recipe = read_json(workdir / ownership.RECIPE)
     return {} if recipe is None else signature(recipe, read_json(workdir / INPUTS) or {})
 
 
 def _others(workdir: pathlib.Path, own: Mapping[str, Any], known: bool) -> Iterator[str]:
     """The checkpoints of another recipe; where no recipe is `known`, those that do not tell theirs too."""
-    for step in ours.steps(workdir):
+    for step in ownership.steps(workdir):
         name = f'checkpoints/{step}'
         try:
             found = read_json(workdir / name / SIGNATURE)
@@ -122,10 +122,10 @@ def _differences(
     workdir: pathlib.Path, config: ConfigDict, recipe: dict, inputs: dict[str, str], data: Mapping[str, str]
 ) -> list[str]:
     """What in a workdir is not of this recipe."""
-    stored = read_json(workdir / ours.RECIPE)
+    stored = read_json(workdir / ownership.RECIPE)
     others = list(_others(workdir, signature(recipe, inputs), stored is not None))
     if stored is None:
-        made = [name for name in ours.results(workdir) if not name.startswith('checkpoints/')]
+        made = [name for name in ownership.results(workdir) if not name.startswith('checkpoints/')]
         return [f'{name} (of a recipe that is not there any more)' for name in made] + others
     before = read_json(workdir / INPUTS) or {}
     anew = [f'the result of stage {name}, made anew since' for name in before if before[name] != inputs.get(name)]
@@ -163,7 +163,7 @@ def check_workdir(
         names = _differences(workdir, config, json.loads(config.to_json()), dict(inputs or {}), data or {})
     except UserError as error:  # a damaged file
         names = [str(error)]
-    if names and not overwrite and ours.begun(workdir):
+    if names and not overwrite and ownership.begun(workdir):
         raise UserError(
             f'{workdir}: holds a run of another recipe; what differs: {"; ".join(names)}. Expected the same '
             'recipe, another --workdir, or --overwrite'
@@ -197,10 +197,10 @@ def open_workdir(
     """
     inputs, recipe = dict(inputs or {}), json.loads(config.to_json())
     try:
-        ours.sweep(workdir)
+        ownership.sweep(workdir)
         if check_workdir(workdir, config, overwrite, inputs, data):
-            ours.empty(workdir, keep=() if overwrite else (ours.CACHE,))
-        stored = read_json(workdir / ours.RECIPE)
+            ownership.empty(workdir, keep=() if overwrite else (ownership.CACHE,))
+        stored = read_json(workdir / ownership.RECIPE)
         result = done(workdir) if stored and stored['train'] == recipe['train'] else None
         if result is None:  # that of a shorter run must not pass for this one's
             (workdir / 'result.json').unlink(missing_ok=True)
@@ -208,7 +208,7 @@ def open_workdir(
             write_json(workdir / INPUTS, inputs)
         if data and dict(data) != read_json(workdir / DATA):
             write_json(workdir / DATA, dict(data))
-        write_json(workdir / ours.RECIPE, recipe)
+        write_json(workdir / ownership.RECIPE, recipe)
     except OSError as error:
         raise UserError(f'--workdir={workdir}: cannot write there: {error.strerror}') from None
     return result
@@ -220,14 +220,14 @@ def open_root(workdir: pathlib.Path, overwrite: bool) -> None:
     Raises:
       UserError: it holds a run of a recipe without stages.
     """
-    if not (workdir / ours.RECIPE).exists():
+    if not (workdir / ownership.RECIPE).exists():
         return
     if not overwrite:
         raise UserError(
             f'{workdir}: holds a run of a recipe without stages; expected the same recipe, another --workdir, or '
             '--overwrite'
         )
-    ours.empty(workdir)
+    ownership.empty(workdir)
 
 
 def _inside(name: Any, folder: pathlib.Path) -> bool:
@@ -257,16 +257,16 @@ def working(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _check_there(workdir: pathlib.Path) -> None:
-    if not (workdir / ours.MARK).exists():
+    if not (workdir / ownership.MARK).exists():
         raise UserError(f'--workdir={workdir}: was removed while the run was going') from None
 
 
 def _tidy(workdir: pathlib.Path, refused: bool) -> None:
     """After a run that failed: nothing half-written stays, and a corrected recipe may begin where nothing was made."""
     with contextlib.suppress(OSError):
-        ours.sweep(workdir)
-        if refused and not ours.results(workdir):
-            (workdir / ours.RECIPE).unlink(missing_ok=True)
+        ownership.sweep(workdir)
+        if refused and not ownership.results(workdir):
+            (workdir / ownership.RECIPE).unlink(missing_ok=True)
 
 
 def no_room(error: BaseException | None) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxtune.aliases import nearest
 from jaxtune.common import paths
 from jaxtune.common.checks import ExpectedError, plain
 from jaxtune.common.imports import of_file
 from jaxtune.config import SCHEMA, Free
 from jaxtune.errors import UserError, blamed_on, shown
+from jaxtune.recipe.aliases import nearest
 
 # What may differ when a workdir is continued, since it changes no result.
 MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'data.slurm.', 'rl.reward_timeout')

@@ -13,13 +13,13 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from jaxtune import recipes
-from jaxtune.aliases import nearest
 from jaxtune.common import paths
 from jaxtune.common.checks import ExpectedError
 from jaxtune.config import SCHEMA, Free, Key
 from jaxtune.errors import UserError, reason, shown
-from jaxtune.workdir import done
+from jaxtune.recipe import recipes
+from jaxtune.recipe.aliases import nearest
+from jaxtune.recipe.workdir import done
 
 USAGE = (
     'python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--overwrite] [--check] [--config.KEY=VALUE ...]'

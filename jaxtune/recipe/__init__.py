@@ -1,0 +1,1 @@
+"""Recipes: the checks of their keys, the command line, the workdir."""
