@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import methods, objectives, tuning
 from jaxtune.models import Model
-from jaxtune.optim import make_optimizer, schedule
+from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.step import State, init_state, make_eval_step, make_train_step

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.optim import Schedule, clip_factor
+from jaxtune.optim.optimizers import Schedule, clip_factor
+from jaxtune.optim.stochastic_rounding import apply_updates
 from jaxtune.parallel import BATCH_AXES
-from jaxtune.rounding import apply_updates
 from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxtune.models.model import leaf_paths
-from jaxtune.optim import betas, clip_factor, make_optimizer, schedule
+from jaxtune.optim.optimizers import betas, clip_factor, make_optimizer, schedule
 from jaxtune.recipe import recipes
 
 bitsandbytes = pytest.importorskip('bitsandbytes')

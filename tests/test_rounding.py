@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune import models, step
 from jaxtune.objectives.cross_entropy import cross_entropy
-from jaxtune.optim import make_optimizer, schedule
+from jaxtune.optim.optimizers import make_optimizer, schedule
+from jaxtune.optim.stochastic_rounding import apply_updates, to_bfloat16
 from jaxtune.parallel import make_mesh
 from jaxtune.recipe import recipes
-from jaxtune.rounding import apply_updates, to_bfloat16
 from jaxtune.weights import lookup
 
 NUMBER = jnp.uint32(12345)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
-from jaxtune.optim import make_optimizer
+from jaxtune.optim.optimizers import make_optimizer
 from jaxtune.parallel import make_mesh, match_rules, place, shardings, state_specs
 from jaxtune.parallel.mesh import mesh_shape
 from jaxtune.parallel.rules import path_name

@@ -9,7 +9,7 @@ import pytest
 from test_methods import Objective, batch_of, build, one_device, settings, tuned
 
 from jaxtune import models, objectives, tuning
-from jaxtune.optim8bit import encode, wide
+from jaxtune.optim.adam8bit import encode, wide
 from jaxtune.parallel import place
 from jaxtune.program import make_program
 from jaxtune.weights import tree

@@ -11,7 +11,7 @@ from jaxtune import models, objectives, peft, tuning
 from jaxtune.export import merged
 from jaxtune.methods import lora
 from jaxtune.models import hf
-from jaxtune.optim import make_optimizer, schedule
+from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import make_mesh, match_rules, shardings
 from jaxtune.recipe import recipes
 from jaxtune.step import init_state, make_train_step

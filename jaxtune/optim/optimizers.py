@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxtune.errors import UserError
-from jaxtune.optim8bit import scale_by_adam_8bit
+from jaxtune.optim.adam8bit import scale_by_adam_8bit
 from jaxtune.parallel.rules import path_name
 from jaxtune.weights.tree import layer_dims
 

@@ -1,0 +1,1 @@
+"""Optimizers, schedules and their state in eight bits."""
