@@ -25,7 +25,18 @@ from datatrove.data import Document
 
 from jaxtune.data import stdlib
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.prepare import clean, decide, decontaminate, gopher, language, minhash, repeats, rules, web, words
+from jaxtune.data.prepare import (
+    assign_splits,
+    clean,
+    decontaminate,
+    gopher,
+    language,
+    minhash,
+    rules,
+    substring_dedup,
+    web,
+    words,
+)
 
 
 def speed(step, texts: list[str], repeats: int = 2) -> float:
@@ -87,9 +98,9 @@ def steps(texts: list[str], pages: list[str]) -> None:
         mine = dict(rules.rules('web', 'en'))[name]
         show(name, speed(lambda text, mine=mine: mine(text, {}), few), speed(theirs(plain), few, 1))
     show('code', speed(lambda text: rules.code(text, {}), texts))
-    show('exact', speed(decide.digest, texts))
-    show('paragraphs', speed(decide.paragraph_hashes, texts))
-    show('substrings', speed(lambda text: repeats.windows(text, 50), texts))
+    show('exact', speed(assign_splits.digest, texts))
+    show('paragraphs', speed(assign_splits.paragraph_hashes, texts))
+    show('substrings', speed(lambda text: substring_dedup.windows(text, 50), texts))
     with tempfile.TemporaryDirectory() as folder:
         # As many hashes as ours; its xxhash does not know xxhash 4, which wants bytes.
         config = MinhashConfig(num_buckets=32, hashes_per_bucket=8, hash_config=HashConfig(hash_fc='sha1'))

@@ -18,7 +18,17 @@ import tempfile
 
 import numpy as np
 
-from jaxtune.data.prepare import clean, decide, decontaminate, minhash, phases, repeats, rules, web, words
+from jaxtune.data.prepare import (
+    assign_splits,
+    clean,
+    decontaminate,
+    minhash,
+    phases,
+    rules,
+    substring_dedup,
+    web,
+    words,
+)
 
 
 def near_duplicates(texts: list[str], similarity: float = 0.8, hashes: int = 256) -> set[tuple[int, int]]:
@@ -188,8 +198,11 @@ def planted_flaws() -> dict:
 def _exact() -> dict:
     """Copies with other white space, and texts that differ in one letter."""
     texts = [' '.join(prose(100, i)) for i in range(200)]
-    same = sum(decide.digest(text).tolist() == decide.digest(f'\n{text}'.replace(' ', '  ')).tolist() for text in texts)
-    other = sum(decide.digest(text).tolist() == decide.digest(f'{text[:-1]}x').tolist() for text in texts)
+    same = sum(
+        assign_splits.digest(text).tolist() == assign_splits.digest(f'\n{text}'.replace(' ', '  ')).tolist()
+        for text in texts
+    )
+    other = sum(assign_splits.digest(text).tolist() == assign_splits.digest(f'{text[:-1]}x').tolist() for text in texts)
     return {'recall': same / 200, 'precision': same / max(1, same + other)}
 
 
@@ -204,13 +217,13 @@ def _quoted(length: int = 50) -> dict:
         if count >= length:
             long[number + 1] = ' '.join(source[60 : 60 + count])
     with tempfile.TemporaryDirectory() as folder:
-        work, windows = pathlib.Path(folder), repeats.Windows(length)
+        work, windows = pathlib.Path(folder), substring_dedup.Windows(length)
         for number, text in enumerate(texts):
             windows.add(text, number)
         phases.save_array(work / 'windows' / '00000.npy', windows.merged())
-        for task in range(repeats.SUBSTRING_TASKS):
-            repeats.substrings(work, 1, task)
-        cutter = repeats.Substrings(work, length)
+        for task in range(substring_dedup.SUBSTRING_TASKS):
+            substring_dedup.substrings(work, 1, task)
+        cutter = substring_dedup.Substrings(work, length)
         left = [cutter.cut(text, number) for number, text in enumerate(texts)]
     gone = sum(left[number] == texts[number].replace(f'{run} ', '') for number, run in long.items())
     wrong = sum(left[number] != texts[number] for number in range(400) if number not in long)

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxtune.common import console
-from jaxtune.data import formats, lessons, templates
+from jaxtune.data import formats, stdlib_instructions, templates
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.cache import once
 from jaxtune.data.formats import Chat, FormatError
@@ -143,7 +143,7 @@ class Source:
 def open_data(path: str, key: str, suits: tuple[str, ...]) -> Records:
     """The records of a recipe's key; `python-stdlib` stands for lessons made of it."""
     if path == 'python-stdlib':
-        return lessons.open_lessons(key, 'preference' in suits)
+        return stdlib_instructions.open_lessons(key, 'preference' in suits)
     return open_records(path, key)
 
 

@@ -316,7 +316,7 @@ def test_a_system_prompt_and_demonstrations_come_first_and_are_never_trained(tmp
 def test_lessons_of_the_interpreters_library(tmp_path):
     config = recipes.defaults()
     recipes.lay_over(config, {'objective': 'reward', 'data.train': 'python-stdlib', 'data.eval': 'python-stdlib'})
-    from jaxtune.data.lessons import open_lessons
+    from jaxtune.data.stdlib_instructions import open_lessons
 
     held_out = list(open_lessons('data.eval', pairs=True))
     assert len(held_out) > 100

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtune.data.prepare import HELD_OUT
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.shards import Stored
-from jaxtune.data.prepare.tally import total
+from jaxtune.data.prepare.stats import total
 
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 21, 4096
 _GZIP_LIMIT = 64 << 20

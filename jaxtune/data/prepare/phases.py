@@ -25,11 +25,11 @@ from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from jaxtune.common import console
-from jaxtune.data.prepare import build, decide, minhash, readers, repeats, shards, words
+from jaxtune.data.prepare import assign_splits, build, minhash, readers, shards, substring_dedup, words
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.process import Processor
 from jaxtune.data.prepare.sources import Unit
-from jaxtune.data.prepare.tally import Tally, total
+from jaxtune.data.prepare.stats import Tally, total
 from jaxtune.errors import UserError
 
 logger.disable('datatrove')  # an exception says what is wrong; a page of log beside it does not help
@@ -118,15 +118,15 @@ class _Index:
         self.groups, self.paragraphs, self.lines = [], [], []
 
     def add(self, document: shards.Stored) -> None:
-        self.digests.append(decide.digest(document.text))
+        self.digests.append(assign_splits.digest(document.text))
         group = document.metadata.get('group')
-        self.groups.append(decide.digest(group)[0] if group else self.digests[-1][0])
+        self.groups.append(assign_splits.digest(group)[0] if group else self.digests[-1][0])
         self.bytes.append(len(document.text.encode()))
         self.sources.append(document.source)
         if self.near:
             self.signatures.append(minhash.signature(words.word_hashes(document.text), self.ngram, self.hashes))
-        if self.plan.steps['dedup.paragraphs'] and document.kind not in repeats.WHOLE:
-            hashes, _ = decide.paragraph_hashes(document.text)
+        if self.plan.steps['dedup.paragraphs'] and document.kind not in substring_dedup.WHOLE:
+            hashes, _ = assign_splits.paragraph_hashes(document.text)
             hashes = hashes[hashes > 0]
             self.paragraphs.append(hashes)
             self.lines.append(len(hashes))
@@ -155,10 +155,10 @@ class Bands(Phase):
 
     @property
     def count(self) -> int:
-        return decide.BAND_TASKS
+        return assign_splits.BAND_TASKS
 
     def do(self, rank: int) -> None:
-        found = decide.edges(decide.Corpus(self.folder, self.tasks), self.plan, rank)
+        found = assign_splits.edges(assign_splits.Corpus(self.folder, self.tasks), self.plan, rank)
         save_array(self.folder / 'edges' / f'{rank:05d}.npy', found)
 
 
@@ -167,12 +167,12 @@ class Decide(Phase):
 
     def do(self, rank: int) -> None:
         check_broken(self.folder, self.tasks, self.plan)
-        corpus = decide.Corpus(self.folder, self.tasks)
+        corpus = assign_splits.Corpus(self.folder, self.tasks)
         pairs = np.zeros((0, 2), np.int64)
         if self.plan.steps['dedup.near']:
-            parts = [np.load(self.folder / 'edges' / f'{i:05d}.npy') for i in range(decide.BAND_TASKS)]
+            parts = [np.load(self.folder / 'edges' / f'{i:05d}.npy') for i in range(assign_splits.BAND_TASKS)]
             pairs = np.concatenate(parts)
-        fates = decide.decide(corpus, self.plan, pairs)
+        fates = assign_splits.decide(corpus, self.plan, pairs)
         for task in range(self.tasks):
             part = slice(corpus.starts[task], corpus.starts[task + 1])
             shards.save(
@@ -181,7 +181,7 @@ class Decide(Phase):
                 **{name: values[part] for name, values in fates.items()},
             )
         if most := self.plan.steps['dedup.paragraphs']:
-            repeats.paragraphs(self.folder, corpus, fates['state'], most)
+            substring_dedup.paragraphs(self.folder, corpus, fates['state'], most)
 
 
 def check_broken(folder: pathlib.Path, tasks: int, plan: Plan) -> None:
@@ -232,9 +232,9 @@ class Remaining:
         self.fates = shards.load(self.folder / 'fates' / f'{rank:05d}.npz')
         self.cutters = []
         if self.plan.steps['dedup.paragraphs']:
-            self.cutters.append(repeats.Paragraphs(self.folder))
+            self.cutters.append(substring_dedup.Paragraphs(self.folder))
         if substrings and (length := self.plan.steps['dedup.substring']):
-            self.cutters.append(repeats.Substrings(self.folder, length))
+            self.cutters.append(substring_dedup.Substrings(self.folder, length))
 
     def __iter__(self) -> Iterator[Remains]:
         states, sides, copies = (self.fates[name].tolist() for name in ('state', 'side', 'copies'))
@@ -252,7 +252,7 @@ class Remaining:
                 continue
             if near:
                 tally.passed('near-duplicates', size, size)
-            text = document.text if document.kind in repeats.WHOLE else self._cut(document, number + i)
+            text = document.text if document.kind in substring_dedup.WHOLE else self._cut(document, number + i)
             if text is None:
                 continue
             size = len(text.encode())
@@ -284,9 +284,9 @@ class Windows(Phase):
         return self.tasks
 
     def do(self, rank: int) -> None:
-        found = repeats.Windows(self.plan.steps['dedup.substring'])
+        found = substring_dedup.Windows(self.plan.steps['dedup.substring'])
         for each in Remaining(self, rank, substrings=False):
-            if each.document.kind not in repeats.WHOLE:
+            if each.document.kind not in substring_dedup.WHOLE:
                 found.add(each.text, each.number)
         save_array(self.folder / 'windows' / f'{rank:05d}.npy', found.merged())
 
@@ -296,10 +296,10 @@ class Substrings(Phase):
 
     @property
     def count(self) -> int:
-        return repeats.SUBSTRING_TASKS
+        return substring_dedup.SUBSTRING_TASKS
 
     def do(self, rank: int) -> None:
-        repeats.substrings(self.folder, self.tasks, rank)
+        substring_dedup.substrings(self.folder, self.tasks, rank)
 
 
 class Vocabulary(Phase):
@@ -329,7 +329,9 @@ class Vocabulary(Phase):
         del indexes
         for rank in range(self.tasks):
             for each in Remaining(self, rank):
-                if each.side == decide.TRAIN and (share >= 1 or decide.digest(each.text)[1] / 2.0**64 < share):
+                if each.side == assign_splits.TRAIN and (
+                    share >= 1 or assign_splits.digest(each.text)[1] / 2.0**64 < share
+                ):
                     yield each.text
 
 
@@ -345,7 +347,7 @@ class Tokenise(Phase):
         made = collections.Counter()
         with build.Part(self.folder, rank, self.plan) as part:
             for each in Remaining(self, rank, tally):
-                part.add(each.document, each.text, each.side == decide.TRAIN, each.copies)
+                part.add(each.document, each.text, each.side == assign_splits.TRAIN, each.copies)
                 made[self.plan.sources[each.document.source].label] += each.copies
         state = {**tally.state(), 'copies': dict(made), 'tokens': part.tokens}
         write_text(self.folder / 'tally' / f'tokenise-{rank:05d}.json', json.dumps(state))

@@ -9,7 +9,7 @@ from jaxtune.data.prepare import clean, decontaminate, language, rules, web, wor
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.readers import Document
 from jaxtune.data.prepare.rules import Dropped
-from jaxtune.data.prepare.tally import Tally
+from jaxtune.data.prepare.stats import Tally
 
 
 class Processor:

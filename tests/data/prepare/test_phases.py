@@ -116,7 +116,7 @@ def test_what_is_made(corpus, prepared, recipe, tmp_path):
 
 
 def phases_order():
-    from jaxtune.data.prepare.tally import ORDER
+    from jaxtune.data.prepare.stats import ORDER
 
     return ORDER
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.data.prepare import phases, repeats, words
+from jaxtune.data.prepare import phases, substring_dedup, words
 
 LENGTH = 4
 _WORD = st.sampled_from(['a', 'B', 'über', '中', 'İ', 'x1'])
@@ -29,13 +29,13 @@ def cut(documents, tasks, work):
     """What is left of each document, found in so many tasks."""
     numbers = np.array_split(np.arange(len(documents)), tasks)
     for rank, part in enumerate(numbers):
-        found = repeats.Windows(LENGTH)
+        found = substring_dedup.Windows(LENGTH)
         for number in part.tolist():
             found.add(documents[number], number)
         phases.save_array(work / 'windows' / f'{rank:05d}.npy', found.merged())
-    for task in range(repeats.SUBSTRING_TASKS):
-        repeats.substrings(work, tasks, task)
-    cutter = repeats.Substrings(work, LENGTH)
+    for task in range(substring_dedup.SUBSTRING_TASKS):
+        substring_dedup.substrings(work, tasks, task)
+    cutter = substring_dedup.Substrings(work, LENGTH)
     return [cutter.cut(text, number) for number, text in enumerate(documents)]
 
 

@@ -10,7 +10,18 @@ from datatrove.pipeline import filters
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtune.data.prepare import clean, decide, decontaminate, gopher, language, minhash, rules, sourcecode, web, words
+from jaxtune.data.prepare import (
+    assign_splits,
+    clean,
+    decontaminate,
+    gopher,
+    language,
+    minhash,
+    rules,
+    sourcecode,
+    web,
+    words,
+)
 from jaxtune.data.prepare import plan as plans
 from jaxtune.errors import UserError
 
@@ -245,12 +256,12 @@ def test_both_sides_get_a_document():
         def __len__(self):
             return len(self.digests)
 
-        originals = decide.Corpus.originals
+        originals = assign_splits.Corpus.originals
 
     plan = plans.Plan((plans.Source('a', 'x', weight=2.5),), {}, 'text', '', {'eval_fraction': 1e-9})
     digests = [[i << 60, i << 59] for i in range(1, 9)]
-    fates = decide.decide(Corpus(digests), plan, np.zeros((0, 2), np.int64))
-    assert fates['side'].tolist() == [decide.EVAL] + [decide.TRAIN] * 7
+    fates = assign_splits.decide(Corpus(digests), plan, np.zeros((0, 2), np.int64))
+    assert fates['side'].tolist() == [assign_splits.EVAL] + [assign_splits.TRAIN] * 7
     assert fates['copies'].tolist() == [1] + [3 if i << 59 < 1 << 63 else 2 for i in range(2, 9)]
     with pytest.raises(UserError, match='1 documents are left of 1'):
-        decide.decide(Corpus(digests[:1]), plan, np.zeros((0, 2), np.int64))
+        assign_splits.decide(Corpus(digests[:1]), plan, np.zeros((0, 2), np.int64))

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from jaxtune.data.prepare import shards, words
-from jaxtune.data.prepare.decide import Corpus, paragraph_hashes
+from jaxtune.data.prepare.assign_splits import Corpus, paragraph_hashes
 
 WHOLE = ('code', 'records')  # kinds of documents that nothing is cut from
 SUBSTRING_TASKS = 8  # the hashes are looked through by so many tasks
