@@ -17,7 +17,7 @@ from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.methods import lora
-from jaxtune.models import hf, hub, value
+from jaxtune.models import hf, hub, value_head
 from jaxtune.models.fields import folder_config
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
@@ -331,8 +331,8 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
                 raise UserError('method.init=loftq: expected model.path, a model whose weights were quantised')
             params = lora.make_up(params, hf.kernels(folder, model)) if weights else params
     if config.task in REWARDED and rl.get(config.task).VALUE:
-        params = tuning.attach(lambda params: value.with_value(params, model), params, mesh)
-        fresh |= value.PATHS
+        params = tuning.attach(lambda params: value_head.with_value(params, model), params, mesh)
+        fresh |= value_head.PATHS
     several = adapters if len(adapters) > 1 else {}
     ends = companions.end_ids(tokenizer, model, folder)
     return Assembly(model, params, specs, tokenizer, fresh, folder, several, ends, brought)

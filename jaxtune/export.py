@@ -16,7 +16,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
-from jaxtune.models import hf, value
+from jaxtune.models import hf, value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
 from jaxtune.program import make_program
@@ -152,7 +152,7 @@ def merged(params, where: str):
             f'{where}: bottleneck adapters, prompts and prefixes cannot be merged into a model; expected LoRA, or '
             'task=generate or evaluate with the adapter itself'
         )
-    return methods.get('lora').merge(value.policy(params))
+    return methods.get('lora').merge(value_head.policy(params))
 
 
 def stored_recipe(source: pathlib.Path) -> ConfigDict:

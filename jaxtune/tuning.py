@@ -10,14 +10,14 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from jaxtune import methods
-from jaxtune.models import value
+from jaxtune.models import value_head
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.weights import Codec, tree
 
 # Heads that are trained whole with every method: they belong to the task, not to the pretrained model.
-_TASK_HEADS = ('classifier', 'score', value.NAME)
+_TASK_HEADS = ('classifier', 'score', value_head.NAME)
 
 
 def codecs(config: ConfigDict, model: Model, fresh: frozenset[str] = frozenset()) -> dict[str, Codec]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.models.apart import apart
+from jaxtune.models.no_fuse import apart
 from jaxtune.models.rope import Angles, rotate
 
 # What the backward pass reads; a remat policy that saves these never runs the forward pass of attention twice.

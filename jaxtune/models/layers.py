@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models.apart import apart
+from jaxtune.models.no_fuse import apart
 from jaxtune.parallel import constrain
 from jaxtune.weights import Weight, dot, lookup
 

@@ -27,7 +27,7 @@ from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.metrics.samples import add_samples
 from jaxtune.metrics.writer import peak_memory_bytes
-from jaxtune.models import value
+from jaxtune.models import value_head
 from jaxtune.parallel import compiler_options, make_mesh, place_all
 from jaxtune.parallel.batches import check_batch, check_rows
 from jaxtune.prompt_data import Prompt, read_prompts
@@ -100,7 +100,7 @@ def check_policy(config: ConfigDict, parts: Assembly) -> None:
     """
     if parts.folder and folder_head(parts.folder) != 'lm':
         raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a policy')
-    head = jax.eval_shape(parts.model.head, value.policy(parts.params))
+    head = jax.eval_shape(parts.model.head, value_head.policy(parts.params))
     if config.generate.temperature != 1.0 and head.softcap:
         raise UserError(
             f'generate.temperature={config.generate.temperature}: expected 1 for a model that caps its logits'
@@ -225,7 +225,9 @@ class Run(running.Run):
                     self.state, new = update(self.state, self.frozen, batch)
                     waiting.append(new)
             waiting = waiting or [self._still]
-            sums = jax.tree.map(lambda *values: float(np.mean([np.float64(value) for value in values])), *waiting)
+            sums = jax.tree.map(
+                lambda *values: float(np.mean([np.float64(value_head) for value_head in values])), *waiting
+            )
             sums.pop('count')
         return {
             **sums,
@@ -331,4 +333,4 @@ class Run(running.Run):
         }
 
     def _model(self, trainable: Any) -> Any:
-        return value.policy(super()._model(trainable))
+        return value_head.policy(super()._model(trainable))

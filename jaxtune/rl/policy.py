@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxtune.models import Model, value
+from jaxtune.models import Model, value_head
 from jaxtune.models.model import Head
 from jaxtune.objectives.cross_entropy import token_logprobs
 
@@ -55,10 +55,10 @@ def read(
     """
     inputs = {name: batch[name] for name in ('tokens', 'positions', 'segments')}
     weights = batch['weights']
-    hidden = model.apply(value.policy(params), inputs, rng=rng).hidden
+    hidden = model.apply(value_head.policy(params), inputs, rng=rng).hidden
     head = tempered(model.head(params), config.generate.temperature)
     found = token_logprobs(hidden, head, jnp.roll(batch['tokens'], -1, axis=1)) * weights
-    values = value.values(params, hidden) * weights if value.NAME in params else jnp.zeros_like(weights)
+    values = value_head.values(params, hidden) * weights if value_head.NAME in params else jnp.zeros_like(weights)
     return found, values
 
 

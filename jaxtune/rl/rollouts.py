@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxtune.assemble import Assembly
 from jaxtune.completer import decode_continuation, end_of_answer
-from jaxtune.models import value
+from jaxtune.models import value_head
 from jaxtune.parallel import compiler_options, place_all
 from jaxtune.prompt_data import Prompt
 from jaxtune.sampling import Completions, from_config, pad_prompts, sample
@@ -61,7 +61,7 @@ class Sampler:
         root = jax.random.key(config.seed)
 
         def run(trainable, frozen, batch):
-            params = evaluating(value.policy(combine(trainable, frozen)))
+            params = evaluating(value_head.policy(combine(trainable, frozen)))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch['number'])
             return sample(parts.model, sampling, params, batch['prompts'], batch['lengths'], keys)
 

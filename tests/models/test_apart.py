@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.models.apart import apart
+from jaxtune.models.no_fuse import apart
 from jaxtune.parallel import make_mesh
 
 

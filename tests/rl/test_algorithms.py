@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from jaxtune import models
-from jaxtune.models import hf, value
+from jaxtune.models import hf, value_head
 from jaxtune.models.model import Head
 from jaxtune.recipe import recipes
 from jaxtune.rl import grpo, policy, ppo
@@ -138,7 +138,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp('rl') / 'model'
     hf.save(folder, model, params)
     head = {'kernel': jax.random.normal(jax.random.key(1), (32, 1)) * 0.2, 'bias': jnp.full(1, 0.1)}
-    return model, params | {value.NAME: head}, AutoModelForCausalLM.from_pretrained(folder)
+    return model, params | {value_head.NAME: head}, AutoModelForCausalLM.from_pretrained(folder)
 
 
 def make_batch(seed: int = 5, packing: bool = True):
@@ -194,7 +194,7 @@ def test_loss_and_gradients_are_pytorchs(both, task, temperature, packing):
 
     loss, gradients = jax.jit(jax.value_and_grad(mean))(params)
     torch_model.zero_grad()
-    head = {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in params[value.NAME].items()}
+    head = {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in params[value_head.NAME].items()}
     expected = theirs(task, recipe, torch_model, head, made, numbers)
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-4)
@@ -210,9 +210,9 @@ def test_loss_and_gradients_are_pytorchs(both, task, temperature, packing):
         np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=name)
     if task == 'ppo':
         for name, want in head.items():
-            np.testing.assert_allclose(gradients[value.NAME][name], want.grad, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(gradients[value_head.NAME][name], want.grad, rtol=1e-4, atol=1e-6)
     else:
-        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients[value.NAME]))
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients[value_head.NAME]))
 
 
 @pytest.mark.parametrize('task', ['ppo', 'grpo'])
@@ -251,9 +251,9 @@ def test_a_tempered_head_divides_the_logits():
 
 def test_a_new_value_head_says_nothing(both):
     model, params, _ = both
-    fresh = value.with_value(value.policy(params), model)
-    assert set(fresh) - set(value.policy(fresh)) == {value.NAME}
-    assert not np.asarray(value.values(fresh, jnp.ones((2, 3, 32)))).any()
+    fresh = value_head.with_value(value_head.policy(params), model)
+    assert set(fresh) - set(value_head.policy(fresh)) == {value_head.NAME}
+    assert not np.asarray(value_head.values(fresh, jnp.ones((2, 3, 32)))).any()
 
 
 @settings(max_examples=40, deadline=None)

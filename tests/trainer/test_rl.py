@@ -10,7 +10,7 @@ from runs import exported, full_config, metrics, recipe, train
 from jaxtune import main
 from jaxtune.assemble import assemble
 from jaxtune.export import from_checkpoint
-from jaxtune.models import value
+from jaxtune.models import value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.prompt_data import Prompt, read_prompts
@@ -159,7 +159,7 @@ def test_added_methods_leave_the_base_alone(corpus, base, tmp_path, task, method
     _, run = go(keys, tmp_path)
     after = leaf_paths(combine(run.state['trainable'], run.frozen))
     assert metrics(tmp_path, f'{task}/kl')[0] == 0.0
-    assert (value.NAME in run.state['trainable']) == (task == 'ppo')
+    assert (value_head.NAME in run.state['trainable']) == (task == 'ppo')
     assert after.keys() == before.keys()
     frozen = leaf_paths(run.frozen)
     kept = {path for path in frozen if jax.tree.leaves(frozen[path])}
