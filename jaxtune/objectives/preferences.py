@@ -13,7 +13,7 @@ from jaxtune.data.examples import Examples, Source, encode_all, pieces
 from jaxtune.data.packing import Row
 from jaxtune.data.spans import Encoded
 from jaxtune.errors import UserError
-from jaxtune.objectives import answer_rows
+from jaxtune.objectives import completion_mask
 
 SIDES = ('chosen', 'rejected')
 _NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, bool))
@@ -153,7 +153,7 @@ def stacked(batch: dict[str, jax.Array], sides: tuple[str, ...]) -> dict[str, ja
         values = jnp.stack([batch[side + suffix] for side in sides], axis=1)
         return values.reshape(-1, *values.shape[2:])
 
-    return answer_rows.inputs(stack(''), stack('_start'), stack('_end'))
+    return completion_mask.inputs(stack(''), stack('_start'), stack('_end'))
 
 
 def preview(rows: Pairs, tokenizer) -> list[tuple[str, bool]]:

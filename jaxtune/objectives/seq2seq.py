@@ -16,16 +16,16 @@ from jaxtune.data.packing import Bins, Row
 from jaxtune.data.records import Records, field, open_records
 from jaxtune.data.tokens import TokenWriter
 from jaxtune.errors import UserError
-from jaxtune.objectives import shifted
-from jaxtune.objectives.answers import score, summarise
-from jaxtune.objectives.shifted import KINDS
+from jaxtune.objectives import seq2seq_batch
+from jaxtune.objectives.exact_match import score, summarise
+from jaxtune.objectives.seq2seq_batch import KINDS
 
 __all__ = ['KINDS', 'Pairs', 'dataset', 'loss', 'row', 'summarise']
 
 
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds: a source of `data.seq_len` places, a target of `data.target_len`."""
-    return shifted.make_row(config.data.seq_len, config.data.target_len or config.data.seq_len)
+    return seq2seq_batch.make_row(config.data.seq_len, config.data.target_len or config.data.seq_len)
 
 
 def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> 'Pairs':
@@ -73,7 +73,7 @@ def _tokenise(records: Records, folder: pathlib.Path, tokenizer, config: ConfigD
 
 def loss(config, model, params, batch, rng):
     """Summed negative log-likelihood of the targets in nats, their number, and sums for `summarise`."""
-    hidden, targets, weights = shifted.decode(model, params, batch, rng)
+    hidden, targets, weights = seq2seq_batch.decode(model, params, batch, rng)
     nll, sums = score(hidden, model.head(params), targets, weights, batch['target_segments'], rng)
     return nll, weights.sum(), sums
 
@@ -90,14 +90,18 @@ class Pairs:
         sources, targets = np.diff(source.offsets), np.diff(target.offsets)
         self.cut_sources = int((sources > seq_len).sum())
         self.cut_targets = int((targets > target_len).sum())
-        sizes = shifted.pair_sizes(np.minimum(sources, seq_len), np.minimum(targets, target_len), seq_len, target_len)
+        sizes = seq2seq_batch.pair_sizes(
+            np.minimum(sources, seq_len), np.minimum(targets, target_len), seq_len, target_len
+        )
         self.bins = Bins(sizes, seq_len, packing)
 
     def __len__(self) -> int:
         return len(self.bins)
 
     def __getitem__(self, index: int) -> Row:
-        return shifted.fill_row((self._pair(number) for number in self.bins[index]), self.seq_len, self.target_len)
+        return seq2seq_batch.fill_row(
+            (self._pair(number) for number in self.bins[index]), self.seq_len, self.target_len
+        )
 
     def _pair(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         source = self.source.document(int(number))[: self.seq_len].copy()

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from jaxtune.data import formats
 from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all, pieces
-from jaxtune.objectives.answers import score, summarise
 from jaxtune.objectives.causal_lm import KINDS, row
+from jaxtune.objectives.exact_match import score, summarise
 
 __all__ = ['KINDS', 'dataset', 'loss', 'preview', 'row', 'summarise']
 

@@ -23,9 +23,9 @@ from jaxtune.data.denoising import MODES, Denoiser, denoisers
 from jaxtune.data.packing import Bins, Row, cut_documents
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
-from jaxtune.objectives import shifted
+from jaxtune.objectives import seq2seq_batch
 from jaxtune.objectives.cross_entropy import cross_entropy
-from jaxtune.objectives.shifted import KINDS
+from jaxtune.objectives.seq2seq_batch import KINDS
 
 __all__ = ['KINDS', 'dataset', 'loss', 'row', 'spare_tokens']
 
@@ -49,12 +49,12 @@ class Plan:
         """How much of a row chunks of 0 to `raw` tokens take at most, whichever denoiser cuts them."""
         lengths = [[denoiser.lengths(size) for denoiser in self.denoisers] for size in range(self.raw + 1)]
         longest = np.asarray(lengths).max(axis=1)
-        return shifted.pair_sizes(longest[:, 0], longest[:, 1], self.seq_len, self.target_len)
+        return seq2seq_batch.pair_sizes(longest[:, 0], longest[:, 1], self.seq_len, self.target_len)
 
 
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds."""
-    return shifted.make_row(config.data.seq_len, Plan(config).target_len)
+    return seq2seq_batch.make_row(config.data.seq_len, Plan(config).target_len)
 
 
 def spare_tokens(config: ConfigDict, tokenizer) -> int:
@@ -131,13 +131,13 @@ def _cut(
         denoiser: Denoiser = plan.denoisers[rng.integers(len(plan.denoisers))]
         return denoiser.cut(tokens, rng, sentinels, eos)
 
-    return shifted.fill_row(map(pair, chunks), plan.seq_len, plan.target_len)
+    return seq2seq_batch.fill_row(map(pair, chunks), plan.seq_len, plan.target_len)
 
 
 def loss(config, model, params, batch, rng):
     """Summed negative log-likelihood of the targets (sentinels and EOS too), their number, and the accuracy's sum."""
     vocab_size = model.config.vocab_size
     name_ids = lambda ids: jnp.where(ids < 0, vocab_size + ids, ids)  # noqa: E731
-    hidden, targets, weights = shifted.decode(model, params, batch, rng, name_ids)
+    hidden, targets, weights = seq2seq_batch.decode(model, params, batch, rng, name_ids)
     nll, correct = cross_entropy(hidden, model.head(params), targets, weights)
     return nll, weights.sum(), {'accuracy': correct}

@@ -19,7 +19,7 @@ from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.models import hub
-from jaxtune.objectives import answer_rows, reward
+from jaxtune.objectives import completion_mask, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
 from jaxtune.prompt_data import Prompt
 from jaxtune.reward_process import RewardProcess
@@ -137,7 +137,7 @@ class ByModel:
         self._encoders: dict[bool, Encoder] = {}  # for prompts that are texts, and for conversations
 
         def score(params, batch):
-            inputs = answer_rows.inputs(batch['tokens'], batch['end'], batch['end'])
+            inputs = completion_mask.inputs(batch['tokens'], batch['end'], batch['end'])
             return reward.rewards(self.model, params, inputs)
 
         whole = NamedSharding(mesh, P())

@@ -11,7 +11,7 @@ from jaxtune.data import Loader
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.models import hf
-from jaxtune.objectives import seq2seq, shifted, span_corruption
+from jaxtune.objectives import seq2seq, seq2seq_batch, span_corruption
 
 BYTES = tokenizers.load('bytes')
 EOS = BYTES.eos_token_id
@@ -121,7 +121,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_their_own(corpus, tm
     params = jax.jit(model.init)(jax.random.key(0))
     row = next(row for row in module.dataset(config, 'eval', BYTES, tmp_path) if row['segments'].max() > 1)
     alone = [
-        shifted.fill_row([pair], len(row['tokens']), len(row['targets']))
+        seq2seq_batch.fill_row([pair], len(row['tokens']), len(row['targets']))
         for pair in ([np.asarray(side) for side in part] for part in parts(row))
     ]
 
