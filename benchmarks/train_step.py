@@ -39,7 +39,8 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     import jax
     import numpy as np
 
-    from jaxtune import models, tuning
+    from jaxtune import models
+    from jaxtune.methods import apply
     from jaxtune.parallel import make_mesh, place
     from jaxtune.program import make_program
     from jaxtune.recipe import recipes
@@ -52,10 +53,10 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = models.build(models.read_config(CONFIG), remat=config.model.remat)
-        codecs = tuning.codecs(config, model)
-        params = jax.jit(lambda key: tuning.encoded(model.init(key), codecs))(jax.random.key(0))
-        params = tuning.attach(lambda params: tuning.begin(config, model, params, frozenset()), params, mesh)
-        trainable, frozen = tuning.partition(config, params, frozenset())
+        codecs = apply.codecs(config, model)
+        params = jax.jit(lambda key: apply.encoded(model.init(key), codecs))(jax.random.key(0))
+        params = apply.attach(lambda params: apply.begin(config, model, params, frozenset()), params, mesh)
+        trainable, frozen = apply.partition(config, params, frozenset())
         del params
         program = make_program(config, mesh, model, trainable, steps)
         state = program.init_state(trainable)

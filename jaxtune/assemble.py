@@ -10,13 +10,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import companions, methods, models, objectives, peft, rl, tuning
+from jaxtune import companions, methods, models, objectives, rl
 from jaxtune.common import console, paths
 from jaxtune.common.hub import TOKENIZER_FILES
 from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
-from jaxtune.methods import lora
+from jaxtune.methods import apply, lora, peft
 from jaxtune.models import hf, hub, value_head
 from jaxtune.models.fields import folder_config
 from jaxtune.parallel import match_rules, shardings
@@ -300,8 +300,8 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
     if folder and (parted or (weights and hf.has_own_head(folder, model))):
         model, folder = open_model(config, tokenizer, own_head=True)
     fresh = frozenset(hf.fresh_paths(folder, model)) if folder else frozenset()
-    codecs = tuning.codecs(config, model, fresh)
-    shapes = jax.eval_shape(lambda params: tuning.encoded(params, codecs), model.shapes)
+    codecs = apply.codecs(config, model, fresh)
+    shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), model.shapes)
     specs = match_rules(shapes, mesh)
     placed = shardings(specs, mesh)
     rng = jax.random.key(config.seed)
@@ -311,11 +311,11 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
         params, _ = hf.load(folder, model, placed, rng=rng, codecs=codecs)
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
-        params = jax.jit(lambda key: tuning.encoded(model.init(key), codecs), out_shardings=placed)(rng)
+        params = jax.jit(lambda key: apply.encoded(model.init(key), codecs), out_shardings=placed)(rng)
     adapters, wholes = {}, []
     for name, adapter in chosen.items():
         init, arrays = peft.reader(adapter, model)
-        adapters[name] = tuning.attach(init, params, mesh, arrays)
+        adapters[name] = apply.attach(init, params, mesh, arrays)
         wholes.append(frozenset(arrays.whole))
     brought = frozenset.intersection(*wholes) if wholes else frozenset()
     _check_heads(config, model, folder, key, fresh - brought)
@@ -325,13 +325,13 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
         config = copy.deepcopy(config)
         if config.method.init_text:
             config.method.init_ids = tokenizer(config.method.init_text, add_special_tokens=False).input_ids
-        params = tuning.attach(lambda params: tuning.begin(config, model, params, fresh), params, mesh)
+        params = apply.attach(lambda params: apply.begin(config, model, params, fresh), params, mesh)
         if config.method.init == 'loftq':
             if not folder:
                 raise UserError('method.init=loftq: expected model.path, a model whose weights were quantised')
             params = lora.make_up(params, hf.kernels(folder, model)) if weights else params
     if config.task in REWARDED and rl.get(config.task).VALUE:
-        params = tuning.attach(lambda params: value_head.with_value(params, model), params, mesh)
+        params = apply.attach(lambda params: value_head.with_value(params, model), params, mesh)
         fresh |= value_head.PATHS
     several = adapters if len(adapters) > 1 else {}
     ends = companions.end_ids(tokenizer, model, folder)

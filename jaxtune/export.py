@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import companions, evaluate, methods, peft, tuning
+from jaxtune import companions, evaluate, methods
 from jaxtune.assemble import Assembly, assemble
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
+from jaxtune.methods import apply, peft
 from jaxtune.models import hf, value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
@@ -78,7 +79,7 @@ def _requantised(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: A
     evaluator = evaluate.open_evaluator(config, workdir, mesh, parts)
     before = evaluate.score(evaluator, parts.params)['eval/loss']
     codecs = methods.get('qlora').codecs(parts.model, config.method)
-    rounded = jax.jit(lambda params: methods.get('qlora').merge(tuning.encoded(params, codecs)))(parts.params)
+    rounded = jax.jit(lambda params: methods.get('qlora').merge(apply.encoded(params, codecs)))(parts.params)
     after = evaluate.score(evaluator, rounded)['eval/loss']
     console.note(f'held-out loss {before:.4f} merged, {after:.4f} rounded to NF4 again ({after - before:+.4f})')
     return rounded, {'export/loss_merged': before, 'export/loss_requantised': after}
@@ -118,7 +119,7 @@ def save_tuned(workdir: pathlib.Path, config: ConfigDict, parts: Assembly, param
         if not folder:
             base = str(workdir / 'base')
             save(workdir / 'base', model, _plain_base(params, model), parts.tokenizer, '')
-        whole = tuning.whole_paths(params, method, parts.whole)
+        whole = apply.whole_paths(params, method, parts.whole)
         save_adapter(workdir / 'adapter', params, model, config.method, base, whole)
         if console.is_primary():
             parts.tokenizer.save_pretrained(str(workdir / 'adapter'))  # whose template the adapter answers to
@@ -182,7 +183,7 @@ def from_checkpoint(source: pathlib.Path, mesh: Mesh) -> tuple[Assembly, int]:
     if checkpoints.newest() is None:
         raise UserError(f'model.path={source}: the run has saved no checkpoint yet')
     parts = assemble(recipe, mesh)
-    trainable, frozen = tuning.partition(recipe, parts.params, parts.whole)
+    trainable, frozen = apply.partition(recipe, parts.params, parts.whole)
     program = make_program(recipe, mesh, parts.model, trainable, max(1, recipe.train.steps), parts.fresh)
     step, state, _ = checkpoints.restore_newest(program.shapes, program.placed)
     checkpoints.close()

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import assemble, compile, evaluate, export, generate, objectives, prepare, train, tuning, witness
+from jaxtune import assemble, compile, evaluate, export, generate, objectives, prepare, train, witness
 from jaxtune.common.formatting import amount
 from jaxtune.completer import Completer
 from jaxtune.config import REWARDED
@@ -21,6 +21,7 @@ from jaxtune.data.inputs import marks
 from jaxtune.data.prepare import plain
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
+from jaxtune.methods import apply
 from jaxtune.parallel import make_mesh
 from jaxtune.program import make_program
 from jaxtune.prompt_data import read_prompts
@@ -135,7 +136,7 @@ def _rows(config: ConfigDict, parts: assemble.Assembly, cache: pathlib.Path, spl
 
 def _trace(config: ConfigDict, mesh: Mesh, parts: assemble.Assembly, objective=None) -> None:
     """Traces an update: shapes that do not go together fail here. Nothing is compiled."""
-    trainable, frozen = tuning.partition(config, parts.params, parts.whole)
+    trainable, frozen = apply.partition(config, parts.params, parts.whole)
     program = make_program(config, mesh, parts.model, trainable, max(1, config.train.steps), parts.fresh, objective)
     accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
     jax.eval_shape(program.train_step(accumulate), program.shapes, frozen, program.batch_shapes())

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import methods, objectives, tuning
+from jaxtune import methods, objectives
+from jaxtune.methods import apply
 from jaxtune.models import Model
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
@@ -139,8 +140,8 @@ def make_program(
 
 def abstract_params(config: ConfigDict, mesh: Mesh, model: Model) -> tuple[Any, Any]:
     """`(trainable, frozen)` of a recipe as `jax.ShapeDtypeStruct`s with their shardings."""
-    codecs = tuning.codecs(config, model)
+    codecs = apply.codecs(config, model)
     params = jax.eval_shape(
-        lambda params: tuning.begin(config, model, tuning.encoded(params, codecs), frozenset()), model.shapes
+        lambda params: apply.begin(config, model, apply.encoded(params, codecs), frozenset()), model.shapes
     )
-    return tuning.partition(config, with_shardings(params, shardings(match_rules(params, mesh), mesh)), frozenset())
+    return apply.partition(config, with_shardings(params, shardings(match_rules(params, mesh), mesh)), frozenset())

@@ -10,12 +10,13 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import export, report, tuning
+from jaxtune import export, report
 from jaxtune.assemble import Assembly
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.common import console, preemption
 from jaxtune.errors import UserError
 from jaxtune.evaluator import rises
+from jaxtune.methods import apply
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel.aot import compile_step
 from jaxtune.program import Program, make_program
@@ -81,7 +82,7 @@ class Run:
           objective: what is learnt, where not `config.objective`.
         """
         config, mesh = self.config, self.mesh
-        trainable, self.frozen = tuning.partition(config, parts.params, parts.whole)
+        trainable, self.frozen = apply.partition(config, parts.params, parts.whole)
         self.program = make_program(config, mesh, parts.model, trainable, updates, parts.fresh, objective)
         self.state = self.program.init_state(trainable)
         # The state alone owns the trained weights from here on: it is donated to each update.

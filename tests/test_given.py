@@ -10,11 +10,11 @@ import threading
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import peft
 from jaxtune.common import imports, jsonfile, paths, stderr
 from jaxtune.common.checks import integer
 from jaxtune.config import SCHEMA
 from jaxtune.errors import UserError, out_of_memory, shown
+from jaxtune.methods import peft
 from jaxtune.recipe import flags, recipes
 from jaxtune.recipe.aliases import nearest
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_methods import Objective, batch_of, build, one_device, settings, tuned
 
-from jaxtune import models, objectives, tuning
+from jaxtune import models, objectives
+from jaxtune.methods import apply
 from jaxtune.optim.adam8bit import encode, wide
 from jaxtune.parallel import place
 from jaxtune.program import make_program
@@ -26,7 +27,7 @@ def any_objective(monkeypatch):
 def program_of(config, model, params):
     mesh = one_device()
     _, params = tuned(config, model, params, mesh)
-    trainable, frozen = tuning.partition(config, params, frozenset())
+    trainable, frozen = apply.partition(config, params, frozenset())
     return make_program(config, mesh, model, trainable, 300), trainable, frozen
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import methods, models, objectives, tuning
+from jaxtune import methods, models, objectives
 from jaxtune.export import merged
+from jaxtune.methods import apply as tuning
 from jaxtune.methods import targets
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.parallel import make_mesh, match_rules, place, shardings

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import models, objectives, peft, tuning
+from jaxtune import models, objectives
 from jaxtune.export import merged
-from jaxtune.methods import lora
+from jaxtune.methods import apply, lora, peft
 from jaxtune.models import hf
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import make_mesh, match_rules, shardings
@@ -46,15 +46,15 @@ def base(folder, method='lora'):
     config = recipes.defaults()
     recipes.lay_over(config, {'method.name': method})
     model = models.build(models.read_config(str(folder)))
-    codecs = tuning.codecs(config, model)
-    shapes = jax.eval_shape(lambda params: tuning.encoded(params, codecs), model.shapes)
+    codecs = apply.codecs(config, model)
+    shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), model.shapes)
     placed = shardings(match_rules(shapes, mesh()), mesh())
     return config, model, hf.load(folder, model, placed, codecs=codecs)[0]
 
 
 def read(folder, model, params):
     init, arrays = peft.reader(str(folder), model)
-    return tuning.attach(init, params, mesh(), arrays)
+    return apply.attach(init, params, mesh(), arrays)
 
 
 def logits(model, params):
@@ -65,7 +65,7 @@ def train(config, model, params):
     """Losses of AdamW's updates, and the trained tree."""
     recipes.lay_over(config, {'optimizer.lr': LR, 'optimizer.schedule': 'constant', 'optimizer.weight_decay': 0.0})
     optimizer = make_optimizer(config.optimizer, STEPS)
-    trainable, frozen = tuning.partition(config, params, frozenset())
+    trainable, frozen = apply.partition(config, params, frozenset())
     objective = objectives.get('causal_lm')
     step = make_train_step(
         lambda params, batch, rng: objective.loss(config, model, params, batch, rng),
@@ -141,9 +141,9 @@ def test_lora_goes_there_and_back_and_trains_alike(variant, llama, tmp_path):
 def test_lora_made_here_loads_there(changes, llama, tmp_path):
     config, model, params = base(llama)
     recipes.lay_over(config, {'method.rank': 3, **changes})
-    params = tuning.attach(lambda params: tuning.begin(config, model, params, frozenset()), params, mesh())
+    params = apply.attach(lambda params: apply.begin(config, model, params, frozenset()), params, mesh())
     key = iter(jax.random.split(jax.random.key(0), 99))
-    trainable, frozen = tuning.partition(config, params, frozenset())
+    trainable, frozen = apply.partition(config, params, frozenset())
     moved = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(next(key), leaf.shape), trainable)
     params = tree.combine(moved, frozen)
     peft.save_lora(tmp_path / 'ours', params, model, config.method, str(llama))
@@ -185,7 +185,7 @@ def test_loftq_makes_up_for_quantisation(llama):
     config, model, params = base(llama, 'qlora')
     exact = logits(model, hf.load(llama, model)[0])
     recipes.lay_over(config, {'method.rank': 16, 'method.init': 'loftq', 'method.layers': '0:2'})
-    tuned = tuning.attach(lambda params: tuning.begin(config, model, params, frozenset()), params, mesh())
+    tuned = apply.attach(lambda params: apply.begin(config, model, params, frozenset()), params, mesh())
     plain = np.abs(logits(model, tuned) - exact).mean()
     made_up = np.abs(logits(model, lora.make_up(tuned, hf.kernels(llama, model))) - exact).mean()
     assert made_up < 0.9 * plain

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import assemble, export, methods, peft
+from jaxtune import assemble, export, methods
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
+from jaxtune.methods import peft
 from jaxtune.models import hf
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.recipe import recipes

@@ -9,10 +9,11 @@ import sys
 import jax
 import pytest
 
-from jaxtune import chat, methods, models, peft
+from jaxtune import chat, methods, models
 from jaxtune.assemble import assemble
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
+from jaxtune.methods import peft
 from jaxtune.models import hf
 from jaxtune.recipe import recipes
 from jaxtune.weights import tree
