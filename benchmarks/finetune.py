@@ -16,10 +16,10 @@ import numpy as np
 from recipe_runs import run_recipe
 
 from jaxtune import objectives
-from jaxtune.assemble import assemble
 from jaxtune.data.loader import Loader
 from jaxtune.models import hf
 from jaxtune.parallel import make_mesh
+from jaxtune.pretrained.load import assemble
 from jaxtune.recipe import recipes
 from jaxtune.scoring import scores
 

@@ -39,10 +39,10 @@ class Chat:
     def __init__(self, config):
         import jax
 
-        from jaxtune.assemble import assemble
         from jaxtune.data import templates
         from jaxtune.data.spans import Encoder, end_of_turn
         from jaxtune.parallel import make_mesh
+        from jaxtune.pretrained.load import assemble
         from jaxtune.sampling import Stream, from_config
 
         if not config.model.path:

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import objectives, report, runinfo
-from jaxtune.assemble import open_model, open_tokenizer
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.models import Model
@@ -24,6 +23,7 @@ from jaxtune.parallel.aot import available_bytes, try_compile
 from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
+from jaxtune.pretrained.load import open_model, open_tokenizer
 from jaxtune.program import Program, abstract_params, make_program
 from jaxtune.recipe.workdir import write_json
 

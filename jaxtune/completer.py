@@ -9,11 +9,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune.assemble import Assembly
 from jaxtune.beam import beam_search
 from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.parallel import place_all
+from jaxtune.pretrained.load import Assembly
 from jaxtune.prompt_data import Prompt
 from jaxtune.sampling import from_config, pad_prompts, sample
 from jaxtune.scoring import exact

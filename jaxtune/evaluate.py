@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import objectives, present, report, runinfo
-from jaxtune.assemble import Assembly, assemble
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
+from jaxtune.pretrained.load import Assembly, assemble
 from jaxtune.step import make_eval_step
 
 

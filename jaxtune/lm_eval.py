@@ -17,10 +17,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from jaxtune.assemble import assemble
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.parallel import make_mesh, place_all
+from jaxtune.pretrained.load import assemble
 from jaxtune.recipe import recipes
 from jaxtune.sampling import Sampling, pad_prompts, sample
 

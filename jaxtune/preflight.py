@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import assemble, compile, evaluate, export, generate, objectives, prepare, train, witness
+from jaxtune import compile, evaluate, export, generate, objectives, prepare, train, witness
 from jaxtune.common.formatting import amount
 from jaxtune.completer import Completer
 from jaxtune.config import REWARDED
@@ -23,6 +23,7 @@ from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
 from jaxtune.methods import apply
 from jaxtune.parallel import make_mesh
+from jaxtune.pretrained import load
 from jaxtune.program import make_program
 from jaxtune.prompt_data import read_prompts
 from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
@@ -90,7 +91,7 @@ def _without_stages(config: ConfigDict) -> list[str]:
     given = {key: recipes.config_get(config, key) for key in recipes.REFERENCES}
     given = {key: value for key, value in given.items() if value and not value.startswith('@')}
     if 'tokenizer.path' in given:
-        tokenizers.load(assemble.tokenizer_folder(config))
+        tokenizers.load(load.tokenizer_folder(config))
     for key in ('data.train', 'data.eval', 'sft.demonstrations'):
         if given.get(key, 'python-stdlib') != 'python-stdlib':
             next(iter(open_records(given[key], key)), None)
@@ -104,7 +105,7 @@ def _as_run(config: ConfigDict) -> ConfigDict:
     return loop.as_policy(config) if config.task in REWARDED else config
 
 
-def _described(parts: assemble.Assembly) -> list[str]:
+def _described(parts: load.Assembly) -> list[str]:
     family = parts.model.hf_config.get('model_type', parts.model.kind)
     found = [f'a {family} of {amount(tree.count(parts.params)).strip()} parameters', f'{len(parts.tokenizer)} tokens']
     return [*found, *(f'adapter {name}' for name in parts.adapters)]
@@ -114,7 +115,7 @@ def _train(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     mesh = make_mesh(config.mesh)
     train.check(config, mesh)
     with jax.set_mesh(mesh):
-        parts = assemble.assemble(config, mesh, weights=False)
+        parts = load.assemble(config, mesh, weights=False)
         rows = _rows(config, parts, cache, ('train', 'eval'))
         if witness.wanted(config):
             witness.Witness(config, cache, mesh, parts)
@@ -124,7 +125,7 @@ def _train(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     return [*_described(parts), *rows]
 
 
-def _rows(config: ConfigDict, parts: assemble.Assembly, cache: pathlib.Path, splits: tuple[str, ...]) -> list[str]:
+def _rows(config: ConfigDict, parts: load.Assembly, cache: pathlib.Path, splits: tuple[str, ...]) -> list[str]:
     objective = objectives.get(config.objective)
     found = []
     for split in splits:
@@ -134,7 +135,7 @@ def _rows(config: ConfigDict, parts: assemble.Assembly, cache: pathlib.Path, spl
     return found
 
 
-def _trace(config: ConfigDict, mesh: Mesh, parts: assemble.Assembly, objective=None) -> None:
+def _trace(config: ConfigDict, mesh: Mesh, parts: load.Assembly, objective=None) -> None:
     """Traces an update: shapes that do not go together fail here. Nothing is compiled."""
     trainable, frozen = apply.partition(config, parts.params, parts.whole)
     program = make_program(config, mesh, parts.model, trainable, max(1, config.train.steps), parts.fresh, objective)
@@ -146,7 +147,7 @@ def _learn_from_rewards(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     mesh, config = make_mesh(config.mesh), _as_run(config)
     loop.check(config, mesh)
     with jax.set_mesh(mesh):
-        parts = assemble.assemble(config, mesh, weights=False)
+        parts = load.assemble(config, mesh, weights=False)
         loop.check_policy(config, parts)
         open_reward(config, mesh, config.generate.batch_size, weights=False)
         prompts, held_out = loop.all_prompts(config, parts)
@@ -159,7 +160,7 @@ def _evaluate(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     mesh = make_mesh(config.mesh)
     evaluate.check(config, mesh)
     with jax.set_mesh(mesh):
-        parts = assemble.assemble(config, mesh, weights=False)
+        parts = load.assemble(config, mesh, weights=False)
         return [*_described(parts), *_rows(config, parts, cache, ('eval',))]
 
 
@@ -167,7 +168,7 @@ def _generate(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     mesh = make_mesh(config.mesh)
     generate.check(config, mesh)
     with jax.set_mesh(mesh):
-        parts = assemble.assemble(config, mesh, weights=False)
+        parts = load.assemble(config, mesh, weights=False)
         generate.check_writes(config, parts)
         prompts = read_prompts(config, parts)
         Completer(config, mesh, parts, config.generate.batch_size)
@@ -180,9 +181,9 @@ def _export(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     with jax.set_mesh(mesh):
         source = pathlib.Path(config.model.path)
         if export.unfinished(source):
-            parts = assemble.assemble(export.stored_recipe(source), mesh, weights=False)
+            parts = load.assemble(export.stored_recipe(source), mesh, weights=False)
         else:
-            parts = assemble.assemble(config, mesh, weights=False)
+            parts = load.assemble(config, mesh, weights=False)
         jax.eval_shape(lambda params: export.merged(params, f'model.path={source}'), parts.params)
         return [*_described(parts), *(_rows(config, parts, cache, ('eval',)) if config.export.requantise else [])]
 

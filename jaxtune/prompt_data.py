@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxtune.assemble import Assembly
 from jaxtune.common import console
 from jaxtune.data import formats
 from jaxtune.data.examples import demonstrations, open_data, open_template, prepare
@@ -14,6 +13,7 @@ from jaxtune.data.prepare import HELD_OUT
 from jaxtune.data.records import Records, field, open_records
 from jaxtune.data.spans import Encoder
 from jaxtune.errors import UserError
+from jaxtune.pretrained.load import Assembly
 
 
 class Prompt(NamedTuple):

@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import objectives, present, runinfo, running, witness
-from jaxtune.assemble import assemble
 from jaxtune.common import console, preemption
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.evaluator import Evaluator, make_evaluator
 from jaxtune.parallel import make_mesh, place
 from jaxtune.parallel.batches import check_batch
+from jaxtune.pretrained.load import assemble
 from jaxtune.watch import Watch
 from jaxtune.weights import tree
 

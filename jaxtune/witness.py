@@ -7,11 +7,11 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune.assemble import Assembly
 from jaxtune.common import console
 from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
 from jaxtune.metrics.samples import add_samples
+from jaxtune.pretrained.load import Assembly
 from jaxtune.prompt_data import read_prompts
 
 # Objectives whose models write, and how many tokens of a text they go on from (0 = the whole prompt).

@@ -89,7 +89,7 @@ def _save(path: pathlib.Path, values: np.ndarray) -> None:
 
 def load_reference(config: ConfigDict, mesh, *, weights: bool = True):
     """Model and parameters of `dpo.reference`, an adapter's own base with it; without weights, its shapes."""
-    from jaxtune.assemble import assemble_other
+    from jaxtune.pretrained.load import assemble_other
 
     parts = assemble_other(config, mesh, 'dpo.reference', weights=weights)
     return parts.model, parts.params

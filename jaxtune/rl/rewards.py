@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune.assemble import assemble_other, model_folder
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
@@ -21,6 +20,7 @@ from jaxtune.errors import UserError
 from jaxtune.models import hub
 from jaxtune.objectives import completion_mask, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
+from jaxtune.pretrained.load import assemble_other, model_folder
 from jaxtune.prompt_data import Prompt
 from jaxtune.reward_process import RewardProcess
 from jaxtune.sampling import pad_prompts

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import assemble, export, methods
+from jaxtune import export, methods
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.methods import peft
 from jaxtune.models import hf
 from jaxtune.parallel import AXES, make_mesh
+from jaxtune.pretrained import load
 from jaxtune.recipe import recipes
 from jaxtune.weights import LoRA, tree
 
@@ -82,7 +83,7 @@ def opened(folder, kind, adapter='', **changes):
     keys = {'task': 'evaluate', 'model.path': str(folder), 'method.path': str(adapter), 'objective': objective}
     keys |= {'data.seq_len': 16, **{name.replace('__', '.'): value for name, value in changes.items()}}
     recipes.lay_over(config, keys)
-    return config, assemble.assemble(config, mesh())
+    return config, load.assemble(config, mesh())
 
 
 def batch(kind):

@@ -124,8 +124,8 @@ def test_a_prompt_is_there_when_it_writes(trained, corpus, tmp_path):
     # The same greedy tokens without a cache.
     import jax.numpy as jnp
 
-    from jaxtune.assemble import assemble
     from jaxtune.parallel import make_mesh
+    from jaxtune.pretrained.load import assemble
 
     config = full_config({'task': 'generate', **keys})
     parts = assemble(config, make_mesh(config.mesh))

@@ -10,11 +10,11 @@ import jax
 import pytest
 
 from jaxtune import chat, methods, models
-from jaxtune.assemble import assemble
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.methods import peft
 from jaxtune.models import hf
+from jaxtune.pretrained.load import assemble
 from jaxtune.recipe import recipes
 from jaxtune.weights import tree
 

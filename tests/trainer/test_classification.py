@@ -7,11 +7,11 @@ import pytest
 from runs import full_config, metrics, recipe, train
 
 from jaxtune import evaluate, export, objectives
-from jaxtune.assemble import open_model
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.objectives.classification import Labels
+from jaxtune.pretrained.load import open_model
 from jaxtune.recipe.flags import Command
 
 BYTES = tokenizers.load('bytes')

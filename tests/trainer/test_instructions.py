@@ -9,10 +9,10 @@ import pytest
 from runs import full_config, metrics, recipe, train
 
 from jaxtune import objectives
-from jaxtune.assemble import open_model
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.loader import Loader
 from jaxtune.models import hf
+from jaxtune.pretrained.load import open_model
 
 BYTES = tokenizers.load('bytes')
 STEPS = 30
@@ -157,8 +157,8 @@ def test_a_reward_model_scores_the_same_in_transformers(pairs, tmp_path):
     assert theirs.config.num_labels == 1
     keys = {'task': 'evaluate', 'objective': 'reward', 'model.path': str(tmp_path), 'data.seq_len': 64}
     config = full_config(keys | {'data.eval': str(pairs / 'eval.jsonl')})
-    from jaxtune.assemble import assemble
     from jaxtune.parallel import make_mesh
+    from jaxtune.pretrained.load import assemble
 
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -186,9 +186,9 @@ def test_answers_before_training_and_after_are_kept(corpus, tmp_path, objective,
     assert ('reference' in lines[0]) == (objective != 'causal_lm')
     # What is written last is what the exported model writes.
     config = full_config({'task': 'generate', 'generate.temperature': 0.0, 'generate.max_new_tokens': 4})
-    from jaxtune.assemble import assemble
     from jaxtune.completer import Completer
     from jaxtune.parallel import AXES, make_mesh
+    from jaxtune.pretrained.load import assemble
     from jaxtune.prompt_data import Prompt
 
     config.model.path = str(tmp_path / 'run')

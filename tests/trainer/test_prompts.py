@@ -6,9 +6,9 @@ import jax
 import pytest
 from runs import full_config, metrics, recipe, train
 
-from jaxtune.assemble import assemble
 from jaxtune.metrics.samples import read_samples
 from jaxtune.parallel import AXES, make_mesh
+from jaxtune.pretrained.load import assemble
 from jaxtune.prompt_data import Prompt, read_prompts
 
 CONVERSATION = {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}

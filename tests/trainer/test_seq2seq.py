@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from runs import full_config, metrics, recipe, train
 
-from jaxtune.assemble import open_model
 from jaxtune.data import Loader
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.models import hf
 from jaxtune.objectives import seq2seq, seq2seq_batch, span_corruption
+from jaxtune.pretrained.load import open_model
 
 BYTES = tokenizers.load('bytes')
 EOS = BYTES.eos_token_id

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import companions, methods, models, objectives, rl
+from jaxtune import methods, models, objectives, rl
 from jaxtune.common import console, paths
 from jaxtune.common.hub import TOKENIZER_FILES
 from jaxtune.config import REWARDED, TRAINING
@@ -21,6 +21,7 @@ from jaxtune.models import hf, hub, value_head
 from jaxtune.models.fields import folder_config
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
+from jaxtune.pretrained import companions
 from jaxtune.recipe import recipes
 
 _NO_MODEL = "model.path='': expected a model folder, or model.config with model_type to start from scratch"

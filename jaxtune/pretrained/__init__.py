@@ -1,0 +1,1 @@
+"""A folder of Hugging Face's format -> model, parameters, tokenizer, and back."""
