@@ -17,11 +17,11 @@ from recipe_runs import run_recipe
 
 from jaxtune import objectives
 from jaxtune.data.loader import Loader
+from jaxtune.generation.text_metrics import scores
 from jaxtune.models import hf
 from jaxtune.parallel import make_mesh
 from jaxtune.pretrained.load import assemble
 from jaxtune.recipe import recipes
-from jaxtune.scoring import scores
 
 CURVE = 50
 LR, WARMUP, DECAY, CLIP = 1e-3, 30, 0.01, 1.0

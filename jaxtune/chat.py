@@ -41,9 +41,9 @@ class Chat:
 
         from jaxtune.data import templates
         from jaxtune.data.spans import Encoder, end_of_turn
+        from jaxtune.generation.sampling import Stream, from_config
         from jaxtune.parallel import make_mesh
         from jaxtune.pretrained.load import assemble
-        from jaxtune.sampling import Stream, from_config
 
         if not config.model.path:
             raise UserError("--model='': expected a model folder, a hub id or a workdir")
@@ -74,7 +74,7 @@ class Chat:
         """
         import jax
 
-        from jaxtune.completer import decode_continuation
+        from jaxtune.generation.generator import decode_continuation
 
         self.turns.append({'role': 'user', 'content': text})
         prompt = self._prompt()

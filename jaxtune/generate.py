@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 
 from jaxtune import present, report, runinfo
 from jaxtune.common import console
-from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
+from jaxtune.generation.generator import Completer, sample_record
+from jaxtune.generation.prompts import Prompt, read_prompts
+from jaxtune.generation.text_metrics import scores
 from jaxtune.metrics.writer import peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_rows
 from jaxtune.pretrained.load import Assembly, assemble
-from jaxtune.prompt_data import Prompt, read_prompts
-from jaxtune.scoring import scores
 
 SHOWN = 2  # completions printed at the end
 

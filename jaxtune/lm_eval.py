@@ -19,10 +19,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from jaxtune.common import console
 from jaxtune.errors import UserError
+from jaxtune.generation.sampling import Sampling, pad_prompts, sample
 from jaxtune.parallel import make_mesh, place_all
 from jaxtune.pretrained.load import assemble
 from jaxtune.recipe import recipes
-from jaxtune.sampling import Sampling, pad_prompts, sample
 
 _MULTIPLE = 64  # lengths are padded to it, so that few shapes are compiled
 _LONGEST = 2048  # of a model that has no limit of its own

@@ -14,18 +14,18 @@ from ml_collections import ConfigDict
 
 from jaxtune import compile, evaluate, export, generate, objectives, prepare, train, witness
 from jaxtune.common.formatting import amount
-from jaxtune.completer import Completer
 from jaxtune.config import REWARDED
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.inputs import marks
 from jaxtune.data.prepare import plain
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
+from jaxtune.generation.generator import Completer
+from jaxtune.generation.prompts import read_prompts
 from jaxtune.methods import apply
 from jaxtune.parallel import make_mesh
 from jaxtune.pretrained import load
 from jaxtune.program import make_program
-from jaxtune.prompt_data import read_prompts
 from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
 from jaxtune.recipe.flags import Command
 from jaxtune.rl import loop

@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune.common import console
-from jaxtune.completer import Completer, sample_record
 from jaxtune.errors import UserError
+from jaxtune.generation.generator import Completer, sample_record
+from jaxtune.generation.prompts import read_prompts
 from jaxtune.metrics.samples import add_samples
 from jaxtune.pretrained.load import Assembly
-from jaxtune.prompt_data import read_prompts
 
 # Objectives whose models write, and how many tokens of a text they go on from (0 = the whole prompt).
 _PROMPT_TOKENS = {'causal_lm': 32, 'sft': 0, 'seq2seq': 0}

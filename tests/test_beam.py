@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jaxtune import models
-from jaxtune.beam import beam_search
+from jaxtune.generation.beam import beam_search
+from jaxtune.generation.sampling import Sampling, pad_prompts, sample
 from jaxtune.models import hf
 from jaxtune.objectives.cross_entropy import token_logprobs
-from jaxtune.sampling import Sampling, pad_prompts, sample
 
 EOS, PAD, LIMIT = 1, 0, 14
 FIELDS = {

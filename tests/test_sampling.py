@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from jaxtune import models
+from jaxtune.generation.sampling import Sampling, draw, filter_logits, pad_prompts, sample
 from jaxtune.objectives.cross_entropy import token_logprobs
-from jaxtune.sampling import Sampling, draw, filter_logits, pad_prompts, sample
 
 FIELDS = {
     'model_type': 'llama',

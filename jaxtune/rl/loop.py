@@ -21,16 +21,16 @@ from ml_collections import ConfigDict
 
 from jaxtune import present, rl, running
 from jaxtune.common import console, preemption
-from jaxtune.completer import sample_record
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
+from jaxtune.generation.generator import sample_record
+from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.metrics.samples import add_samples
 from jaxtune.metrics.writer import peak_memory_bytes
 from jaxtune.models import value_head
 from jaxtune.parallel import compiler_options, make_mesh, place_all
 from jaxtune.parallel.batches import check_batch, check_rows
 from jaxtune.pretrained.load import Assembly, assemble, folder_head
-from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.rl.facts import Facts
 from jaxtune.rl.packed import Packed
 from jaxtune.rl.policy import Found, read

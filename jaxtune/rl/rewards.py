@@ -17,13 +17,13 @@ from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
+from jaxtune.generation.prompts import Prompt
+from jaxtune.generation.sampling import pad_prompts
 from jaxtune.models import hub
 from jaxtune.objectives import completion_mask, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
 from jaxtune.pretrained.load import assemble_other, model_folder
-from jaxtune.prompt_data import Prompt
 from jaxtune.reward_process import RewardProcess
-from jaxtune.sampling import pad_prompts
 
 # `(prompts, completions) -> [rewards]`, float32.
 Reward = Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]

@@ -10,12 +10,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune.completer import decode_continuation, end_of_answer
+from jaxtune.generation.generator import decode_continuation, end_of_answer
+from jaxtune.generation.prompts import Prompt
+from jaxtune.generation.sampling import Completions, from_config, pad_prompts, sample
 from jaxtune.models import value_head
 from jaxtune.parallel import compiler_options, place_all
 from jaxtune.pretrained.load import Assembly
-from jaxtune.prompt_data import Prompt
-from jaxtune.sampling import Completions, from_config, pad_prompts, sample
 from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
 

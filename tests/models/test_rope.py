@@ -7,9 +7,9 @@ from comparing import assert_close, compute_logits, open_model, torch_logits
 from model_cases import CASES, reference
 
 from jaxtune import models
-from jaxtune.beam import beam_search
+from jaxtune.generation.beam import beam_search
+from jaxtune.generation.sampling import Sampling, Stream, pad_prompts, sample
 from jaxtune.models.rope import make_rope
-from jaxtune.sampling import Sampling, Stream, pad_prompts, sample
 
 BORDER = 16
 LONG = next(case for case in CASES if case.name == 'phi3-long-partial-tied')

@@ -186,10 +186,10 @@ def test_answers_before_training_and_after_are_kept(corpus, tmp_path, objective,
     assert ('reference' in lines[0]) == (objective != 'causal_lm')
     # What is written last is what the exported model writes.
     config = full_config({'task': 'generate', 'generate.temperature': 0.0, 'generate.max_new_tokens': 4})
-    from jaxtune.completer import Completer
+    from jaxtune.generation.generator import Completer
+    from jaxtune.generation.prompts import Prompt
     from jaxtune.parallel import AXES, make_mesh
     from jaxtune.pretrained.load import assemble
-    from jaxtune.prompt_data import Prompt
 
     config.model.path = str(tmp_path / 'run')
     mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])

@@ -6,10 +6,10 @@ import jax
 import pytest
 from runs import full_config, metrics, recipe, train
 
+from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.metrics.samples import read_samples
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.pretrained.load import assemble
-from jaxtune.prompt_data import Prompt, read_prompts
 
 CONVERSATION = {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
 

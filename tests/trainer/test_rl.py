@@ -9,11 +9,11 @@ from runs import exported, full_config, metrics, recipe, train
 
 from jaxtune import main
 from jaxtune.export import from_checkpoint
+from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.models import value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.pretrained.load import assemble
-from jaxtune.prompt_data import Prompt, read_prompts
 from jaxtune.recipe.flags import Command
 from jaxtune.reward_process import call
 from jaxtune.rl.loop import Run

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune.generation.sampling import Completions, Sampling, join_row
 from jaxtune.models import Model, kv_cache
-from jaxtune.sampling import Completions, Sampling, join_row
 
 _NONE = -1e9  # the score of a hypothesis that is none
 

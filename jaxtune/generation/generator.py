@@ -9,14 +9,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune.beam import beam_search
 from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
+from jaxtune.generation.beam import beam_search
+from jaxtune.generation.prompts import Prompt
+from jaxtune.generation.sampling import from_config, pad_prompts, sample
+from jaxtune.generation.text_metrics import exact
 from jaxtune.parallel import place_all
 from jaxtune.pretrained.load import Assembly
-from jaxtune.prompt_data import Prompt
-from jaxtune.sampling import from_config, pad_prompts, sample
-from jaxtune.scoring import exact
 
 
 class Completer:

@@ -1,0 +1,1 @@
+"""Answers to prompts: sampling, beam search, and metrics of texts."""
