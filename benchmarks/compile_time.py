@@ -17,8 +17,8 @@ def seconds(layers: int) -> float:
 
     from jaxtune import models
     from jaxtune.parallel import make_mesh
-    from jaxtune.program import abstract_params, make_program, with_shardings
     from jaxtune.recipe import recipes
+    from jaxtune.training.program import abstract_params, make_program, with_shardings
 
     config = recipes.defaults()
     recipes.lay_over(config, {'train.batch_size': 8, 'data.seq_len': 512})

@@ -42,8 +42,8 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     from jaxtune import models
     from jaxtune.methods import apply
     from jaxtune.parallel import make_mesh, place
-    from jaxtune.program import make_program
     from jaxtune.recipe import recipes
+    from jaxtune.training.program import make_program
 
     config = recipes.defaults()
     changes = {'method.name': method, 'train.batch_size': batch_size, 'train.accumulate': accumulate}

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import objectives, report, runinfo
+from jaxtune import objectives, report
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.models import Model
@@ -24,8 +24,9 @@ from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
 from jaxtune.pretrained.load import open_model, open_tokenizer
-from jaxtune.program import Program, abstract_params, make_program
 from jaxtune.recipe.workdir import write_json
+from jaxtune.training import run_info
+from jaxtune.training.program import Program, abstract_params, make_program
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
@@ -68,7 +69,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     mesh = target_mesh(config)
     limit = usable_bytes(name) if name else int(0.92 * available_bytes())
     check(config, mesh)
-    info = runinfo.RunInfo(command, config, mesh)
+    info = run_info.RunInfo(command, config, mesh)
     model, trainable, frozen, program = open_program(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         opt_state = with_shardings(program.shapes['opt_state'], program.placed['opt_state'])
@@ -90,7 +91,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
         'temp_bytes': attempt.temp_bytes,
         'seconds_to_compile': round(attempt.seconds, 2),
         # XLA's own count has the body of the scan over layers once.
-        'flops_per_step': runinfo.flops_per_token(config, model) * info.tokens_per_step,
+        'flops_per_step': run_info.flops_per_token(config, model) * info.tokens_per_step,
     }
     if not console.is_primary():
         return {'task': 'compile', 'status': 'done', 'step': 0, 'metrics': metrics}

@@ -9,15 +9,16 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import objectives, present, report, runinfo
+from jaxtune import objectives, present, report
 from jaxtune.common import console
 from jaxtune.errors import UserError
-from jaxtune.evaluator import Evaluator, make_evaluator
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
 from jaxtune.pretrained.load import Assembly, assemble
-from jaxtune.step import make_eval_step
+from jaxtune.training import run_info
+from jaxtune.training.evaluator import Evaluator, make_evaluator
+from jaxtune.training.step import make_eval_step
 
 
 def check(config: ConfigDict, mesh: Mesh) -> None:
@@ -64,7 +65,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """
     mesh = make_mesh(config.mesh)
     check(config, mesh)
-    info = runinfo.RunInfo(command, config, mesh)
+    info = run_info.RunInfo(command, config, mesh)
     with jax.set_mesh(mesh):
         with info.timed('load'):
             parts = assemble(config, mesh)

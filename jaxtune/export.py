@@ -11,19 +11,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import evaluate, methods
-from jaxtune.checkpoint import Checkpoints
 from jaxtune.common import console
 from jaxtune.errors import UserError
-from jaxtune.evaluator import rises
 from jaxtune.methods import apply, peft
 from jaxtune.models import hf, value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh
 from jaxtune.pretrained import companions
 from jaxtune.pretrained.load import Assembly, assemble
-from jaxtune.program import make_program
 from jaxtune.recipe import recipes
 from jaxtune.recipe.workdir import read_json, write_result
+from jaxtune.training.checkpoint import Checkpoints
+from jaxtune.training.evaluator import rises
+from jaxtune.training.program import make_program
 from jaxtune.weights import LoRA, materialise, tree
 
 

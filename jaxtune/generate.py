@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import present, report, runinfo
+from jaxtune import present, report
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.generation.generator import Completer, sample_record
@@ -21,6 +21,7 @@ from jaxtune.metrics.writer import peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_rows
 from jaxtune.pretrained.load import Assembly, assemble
+from jaxtune.training import run_info
 
 SHOWN = 2  # completions printed at the end
 
@@ -52,7 +53,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
       UserError: the recipe, the prompts or the model is wrong.
     """
     mesh = make_mesh(config.mesh)
-    info = runinfo.RunInfo(command, config, mesh)
+    info = run_info.RunInfo(command, config, mesh)
     check(config, mesh)
     with jax.set_mesh(mesh):
         with info.timed('load'):
@@ -103,7 +104,7 @@ def _complete(
     complete: Completer,
     parts: Assembly,
     prompts: list[Prompt],
-    info: runinfo.RunInfo,
+    info: run_info.RunInfo,
 ) -> int:
     """Samples batch by batch, appending to the partial file; returns the number of tokens sampled."""
     size = complete.batch_size

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import compile, evaluate, export, generate, objectives, prepare, train, witness
+from jaxtune import compile, evaluate, export, generate, objectives, prepare, train
 from jaxtune.common.formatting import amount
 from jaxtune.config import REWARDED
 from jaxtune.data import tokenizer as tokenizers
@@ -25,11 +25,12 @@ from jaxtune.generation.prompts import read_prompts
 from jaxtune.methods import apply
 from jaxtune.parallel import make_mesh
 from jaxtune.pretrained import load
-from jaxtune.program import make_program
 from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
 from jaxtune.recipe.flags import Command
 from jaxtune.rl import loop
 from jaxtune.rl.rewards import open_reward
+from jaxtune.training import sample_callback
+from jaxtune.training.program import make_program
 from jaxtune.weights import tree
 
 
@@ -117,8 +118,8 @@ def _train(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     with jax.set_mesh(mesh):
         parts = load.assemble(config, mesh, weights=False)
         rows = _rows(config, parts, cache, ('train', 'eval'))
-        if witness.wanted(config):
-            witness.Witness(config, cache, mesh, parts)
+        if sample_callback.wanted(config):
+            sample_callback.Witness(config, cache, mesh, parts)
         if config.objective == 'dpo' and config.dpo.reference:
             objectives.get('dpo').load_reference(config, mesh, weights=False)
         _trace(config, mesh, parts)

@@ -19,7 +19,7 @@ from jaxtune.errors import UserError
 from jaxtune.parallel import hardware
 from jaxtune.recipe import recipes
 from jaxtune.recipe.workdir import read_json, write_json
-from jaxtune.runinfo import RunInfo
+from jaxtune.training.run_info import RunInfo
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:

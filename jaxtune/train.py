@@ -11,15 +11,16 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import objectives, present, runinfo, running, witness
+from jaxtune import objectives, present
 from jaxtune.common import console, preemption
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
-from jaxtune.evaluator import Evaluator, make_evaluator
 from jaxtune.parallel import make_mesh, place
 from jaxtune.parallel.batches import check_batch
 from jaxtune.pretrained.load import assemble
-from jaxtune.watch import Watch
+from jaxtune.training import run_info, sample_callback, trainer
+from jaxtune.training.evaluator import Evaluator, make_evaluator
+from jaxtune.training.logger import Watch
 from jaxtune.weights import tree
 
 
@@ -44,18 +45,18 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     """
     accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
     check_batch(mesh, config.train.batch_size, accumulate, objectives.get(config.objective).row(config))
-    witness.check(config)
+    sample_callback.check(config)
     if not config.data.train:
         raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
     present.check(config)
 
 
-class Run(running.Run):
+class Run(trainer.Run):
     """One training run over a loader's batches."""
 
     def __init__(self, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, command):
         super().__init__(config, workdir, mesh, command, config.eval.metric)
-        self.info = runinfo.RunInfo(command, config, mesh)
+        self.info = run_info.RunInfo(command, config, mesh)
         self.objective = objectives.get(config.objective)
         check(config, mesh)
         with self.info.timed('load'):
@@ -74,7 +75,9 @@ class Run(running.Run):
         self.gzip_bits_per_byte: float | None = None  # of the held-out documents, to compare with
         self.evaluator = self._evaluator()
         del self._complete  # and with it the weights of the start
-        self.witness = witness.Witness(config, workdir, mesh, self.parts) if witness.wanted(config) else None
+        self.witness = (
+            sample_callback.Witness(config, workdir, mesh, self.parts) if sample_callback.wanted(config) else None
+        )
         self._open_checkpoints()
 
     def _evaluator(self) -> Evaluator | None:

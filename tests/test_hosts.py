@@ -14,8 +14,8 @@ import pytest
 from jaxtune import models
 from jaxtune.common import preemption
 from jaxtune.parallel import hosts, make_mesh, match_rules, place, shardings
-from jaxtune.program import make_program
 from jaxtune.recipe import recipes
+from jaxtune.training.program import make_program
 
 # tests/trainer/test_pod.py runs the whole command on two hosts.
 pytestmark = pytest.mark.exhaustive

@@ -16,7 +16,7 @@ from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import hardware
 from jaxtune.recipe import recipes
-from jaxtune.runinfo import RunInfo, command_line
+from jaxtune.training.run_info import RunInfo, command_line
 
 
 def lines(workdir):

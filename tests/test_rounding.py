@@ -10,12 +10,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune import models, step
+from jaxtune import models
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.optim.stochastic_rounding import apply_updates, to_bfloat16
 from jaxtune.parallel import make_mesh
 from jaxtune.recipe import recipes
+from jaxtune.training import step
 from jaxtune.weights import lookup
 
 NUMBER = jnp.uint32(12345)

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxtune import rl
 from jaxtune.common.formatting import amount
-from jaxtune.runinfo import RunInfo
+from jaxtune.training.run_info import RunInfo
 
 
 class Facts(RunInfo):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import present, rl, running
+from jaxtune import present, rl
 from jaxtune.common import console, preemption
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
@@ -36,6 +36,7 @@ from jaxtune.rl.packed import Packed
 from jaxtune.rl.policy import Found, read
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Rollouts, Sampler
+from jaxtune.training import trainer
 from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
 
@@ -132,7 +133,7 @@ class _Numbers:
         return {'number': np.asarray(index, np.int32)}
 
 
-class Run(running.Run):
+class Run(trainer.Run):
     """One run of an algorithm of `rl`."""
 
     warned = False  # that a step had nothing to learn from

@@ -12,7 +12,7 @@ from jaxtune import models, objectives
 from jaxtune.methods import apply
 from jaxtune.optim.adam8bit import encode, wide
 from jaxtune.parallel import place
-from jaxtune.program import make_program
+from jaxtune.training.program import make_program
 from jaxtune.weights import tree
 
 # For a step that runs hundreds of times: the suite compiles quickly what mostly runs once.

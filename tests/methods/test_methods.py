@@ -14,8 +14,8 @@ from jaxtune.methods import apply as tuning
 from jaxtune.methods import targets
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.parallel import make_mesh, match_rules, place, shardings
-from jaxtune.program import make_program
 from jaxtune.recipe import recipes
+from jaxtune.training.program import make_program
 from jaxtune.weights import evaluating, is_weight, tree
 
 _TOKENS = {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0, 'vocab_size': 96}

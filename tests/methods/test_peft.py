@@ -14,7 +14,7 @@ from jaxtune.models import hf
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import make_mesh, match_rules, shardings
 from jaxtune.recipe import recipes
-from jaxtune.step import init_state, make_train_step
+from jaxtune.training.step import init_state, make_train_step
 from jaxtune.weights import LoRA, tree
 
 torch = pytest.importorskip('torch')

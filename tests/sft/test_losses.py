@@ -14,13 +14,13 @@ from jaxtune.data.examples import ExampleRows, Examples
 from jaxtune.data.loader import Loader
 from jaxtune.data.spans import Encoded
 from jaxtune.errors import UserError
-from jaxtune.evaluator import make_evaluator
 from jaxtune.models import flash
 from jaxtune.models.blockwise import Pattern, Places
 from jaxtune.objectives import dpo, reward, sft
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.recipe import recipes
-from jaxtune.step import gradients, make_eval_step, mean
+from jaxtune.training.evaluator import make_evaluator
+from jaxtune.training.step import gradients, make_eval_step, mean
 
 torch = pytest.importorskip('torch')
 F = torch.nn.functional

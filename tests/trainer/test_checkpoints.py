@@ -7,9 +7,9 @@ import shutil
 import pytest
 from runs import exported, recipe, train
 
-from jaxtune.checkpoint import check
 from jaxtune.errors import UserError
 from jaxtune.recipe import workdir
+from jaxtune.training.checkpoint import check
 
 
 def flip(path: pathlib.Path, rng: random.Random) -> None:

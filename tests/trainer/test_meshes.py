@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import OBJECTIVES, exported, full_config, metrics, recipe, train
 
-from jaxtune import program
+from jaxtune.training import program
 
 MESHES = {'data': (8, 1, 1, 1), 'fsdp': (1, 8, 1, 1), 'all': (2, 2, 2, 1), 'sequence': (2, 1, 2, 2)}
 

@@ -16,7 +16,7 @@ from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.parallel import compiler_options, place
 from jaxtune.parallel.batches import check_rows
-from jaxtune.step import make_statistics
+from jaxtune.training.step import make_statistics
 
 # What has to be in data for a loss to be one.
 NOTHING = (

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 
 from jaxtune.errors import UserError
-from jaxtune.evaluator import NOTHING
 from jaxtune.metrics.writer import peak_memory_bytes
+from jaxtune.training.evaluator import NOTHING
 
 if TYPE_CHECKING:
     from jaxtune.train import Run

@@ -11,18 +11,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import export, report
-from jaxtune.checkpoint import Checkpoints
 from jaxtune.common import console, preemption
 from jaxtune.errors import UserError
-from jaxtune.evaluator import rises
 from jaxtune.methods import apply
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel.aot import compile_step
 from jaxtune.pretrained.load import Assembly
-from jaxtune.program import Program, make_program
 from jaxtune.recipe.workdir import stored_signature
-from jaxtune.runinfo import RunInfo
-from jaxtune.step import State
+from jaxtune.training.checkpoint import Checkpoints
+from jaxtune.training.evaluator import rises
+from jaxtune.training.program import Program, make_program
+from jaxtune.training.run_info import RunInfo
+from jaxtune.training.step import State
 from jaxtune.weights import tree
 
 

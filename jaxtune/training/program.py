@@ -22,7 +22,7 @@ from jaxtune.models import Model
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
 from jaxtune.parallel.rules import with_shardings
-from jaxtune.step import State, init_state, make_eval_step, make_train_step
+from jaxtune.training.step import State, init_state, make_eval_step, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
