@@ -27,7 +27,7 @@ from jaxtune.parallel import make_mesh
 from jaxtune.pretrained import load
 from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
 from jaxtune.recipe.flags import Command
-from jaxtune.rl import loop
+from jaxtune.rl import trainer
 from jaxtune.rl.rewards import open_reward
 from jaxtune.training import sample_callback
 from jaxtune.training.program import make_program
@@ -88,7 +88,7 @@ def _without_stages(config: ConfigDict) -> list[str]:
     module = {'train': train, 'evaluate': evaluate, 'generate': generate, 'export': export, 'compile': compile}
     config = _as_run(config)
     mesh = compile.target_mesh(config) if config.task == 'compile' else make_mesh(config.mesh)
-    module.get(config.task, loop).check(config, mesh)
+    module.get(config.task, trainer).check(config, mesh)
     given = {key: recipes.config_get(config, key) for key in recipes.REFERENCES}
     given = {key: value for key, value in given.items() if value and not value.startswith('@')}
     if 'tokenizer.path' in given:
@@ -103,7 +103,7 @@ def _without_stages(config: ConfigDict) -> list[str]:
 
 def _as_run(config: ConfigDict) -> ConfigDict:
     """The recipe as its task reads it."""
-    return loop.as_policy(config) if config.task in REWARDED else config
+    return trainer.as_policy(config) if config.task in REWARDED else config
 
 
 def _described(parts: load.Assembly) -> list[str]:
@@ -146,13 +146,13 @@ def _trace(config: ConfigDict, mesh: Mesh, parts: load.Assembly, objective=None)
 
 def _learn_from_rewards(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     mesh, config = make_mesh(config.mesh), _as_run(config)
-    loop.check(config, mesh)
+    trainer.check(config, mesh)
     with jax.set_mesh(mesh):
         parts = load.assemble(config, mesh, weights=False)
-        loop.check_policy(config, parts)
+        trainer.check_policy(config, parts)
         open_reward(config, mesh, config.generate.batch_size, weights=False)
-        prompts, held_out = loop.all_prompts(config, parts)
-        _trace(config, mesh, parts, loop.rl.get(config.task))
+        prompts, held_out = trainer.all_prompts(config, parts)
+        _trace(config, mesh, parts, trainer.rl.get(config.task))
     found = [f'{len(prompts):,} prompts of data.train', f'rl.reward={config.rl.reward}']
     return [*_described(parts), *found, *([f'{len(held_out):,} of data.eval'] if held_out else [])]
 

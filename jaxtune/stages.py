@@ -19,8 +19,8 @@ from jaxtune.recipe.flags import Command
 TASKS = {
     'prepare': 'jaxtune.prepare',
     'train': 'jaxtune.train',
-    'ppo': 'jaxtune.rl.loop',
-    'grpo': 'jaxtune.rl.loop',
+    'ppo': 'jaxtune.rl.trainer',
+    'grpo': 'jaxtune.rl.trainer',
     'evaluate': 'jaxtune.evaluate',
     'generate': 'jaxtune.generate',
     'export': 'jaxtune.export',

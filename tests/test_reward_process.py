@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from jaxtune import reward_process
 from jaxtune.common import preemption
 from jaxtune.errors import UserError
-from jaxtune.reward_process import RewardProcess
+from jaxtune.rl import reward_process
+from jaxtune.rl.reward_process import RewardProcess
 
 GIVEN = {'prompts': ['a', 'b'], 'completions': ['ee', 'e'], 'references': [None, 'x']}
 

@@ -23,7 +23,7 @@ from jaxtune.models import hub
 from jaxtune.objectives import completion_mask, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
 from jaxtune.pretrained.load import assemble_other, model_folder
-from jaxtune.reward_process import RewardProcess
+from jaxtune.rl.reward_process import RewardProcess
 
 # `(prompts, completions) -> [rewards]`, float32.
 Reward = Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]

@@ -14,7 +14,7 @@ from jaxtune.models import hf, value_head
 from jaxtune.models.model import Head
 from jaxtune.recipe import recipes
 from jaxtune.rl import grpo, policy, ppo
-from jaxtune.rl.packed import Packed
+from jaxtune.rl.packing import Packed
 from jaxtune.rl.rollouts import Rollouts
 
 torch = pytest.importorskip('torch')

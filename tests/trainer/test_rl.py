@@ -15,12 +15,12 @@ from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.pretrained.load import assemble
 from jaxtune.recipe.flags import Command
-from jaxtune.reward_process import call
-from jaxtune.rl.loop import Run
-from jaxtune.rl.packed import Packed
+from jaxtune.rl.packing import Packed
 from jaxtune.rl.policy import read
+from jaxtune.rl.reward_process import call
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Sampler
+from jaxtune.rl.trainer import Run
 from jaxtune.weights.tree import combine
 
 NEW = 12

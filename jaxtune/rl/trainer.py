@@ -31,11 +31,11 @@ from jaxtune.models import value_head
 from jaxtune.parallel import compiler_options, make_mesh, place_all
 from jaxtune.parallel.batches import check_batch, check_rows
 from jaxtune.pretrained.load import Assembly, assemble, folder_head
-from jaxtune.rl.facts import Facts
-from jaxtune.rl.packed import Packed
+from jaxtune.rl.packing import Packed
 from jaxtune.rl.policy import Found, read
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Rollouts, Sampler
+from jaxtune.rl.run_info import Facts
 from jaxtune.training import trainer
 from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine
