@@ -28,9 +28,9 @@ def main(argv: Sequence[str]) -> int:
             console.quiet_logs()
             with hosts.pod():
                 console.set_primary(hosts.is_primary())
-                from jaxtune import stages
+                from jaxtune.tasks import pipeline
 
-                stages.run(command)
+                pipeline.run(command)
         except UserError as error:
             streams.tell(f'jaxtune: {" ".join(str(error).split())}')
             return 2

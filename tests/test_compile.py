@@ -7,11 +7,11 @@ import types
 import jax
 import pytest
 
-from jaxtune import compile as compile_task
 from jaxtune.errors import UserError
 from jaxtune.parallel.aot import refused_bytes
 from jaxtune.parallel.topology import CARDS, TPU_GIB, target_config, topology_devices, usable_bytes
 from jaxtune.recipe import recipes
+from jaxtune.tasks import compile as compile_task
 
 KEYS = {'fits', 'peak_bytes_per_device', 'argument_bytes', 'temp_bytes', 'seconds_to_compile', 'flops_per_step'}
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune import present, rl
+from jaxtune import rl
 from jaxtune.common import console, preemption
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
@@ -36,6 +36,7 @@ from jaxtune.rl.policy import Found, read
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Rollouts, Sampler
 from jaxtune.rl.run_info import Facts
+from jaxtune.tasks import present
 from jaxtune.training import trainer
 from jaxtune.weights import evaluating
 from jaxtune.weights.tree import combine

@@ -11,7 +11,7 @@ from jaxtune.metrics.writer import peak_memory_bytes
 from jaxtune.training.evaluator import NOTHING
 
 if TYPE_CHECKING:
-    from jaxtune.train import Run
+    from jaxtune.tasks.train import Run
 
 
 class Watch:

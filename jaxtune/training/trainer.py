@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import export, report
+from jaxtune import report
 from jaxtune.common import console, preemption
 from jaxtune.errors import UserError
 from jaxtune.methods import apply
@@ -18,6 +18,7 @@ from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel.aot import compile_step
 from jaxtune.pretrained.load import Assembly
 from jaxtune.recipe.workdir import stored_signature
+from jaxtune.tasks import export
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.evaluator import rises
 from jaxtune.training.program import Program, make_program

@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from jaxtune import prepare
 from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.documents import open_documents
@@ -10,6 +9,7 @@ from jaxtune.data.prepare import plain
 from jaxtune.errors import UserError
 from jaxtune.recipe import workdir as workdirs
 from jaxtune.recipe.flags import Command
+from jaxtune.tasks import prepare
 
 TIMED = ('run.json', 'report.html')  # they say when, and how long it took
 TEXTS = [f'document {i}: ' + 'some words and more ' * (i % 5 + 1) for i in range(60)]

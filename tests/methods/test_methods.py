@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from jaxtune import methods, models, objectives
-from jaxtune.export import merged
 from jaxtune.methods import apply as tuning
 from jaxtune.methods import targets
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.parallel import make_mesh, match_rules, place, shardings
 from jaxtune.recipe import recipes
+from jaxtune.tasks.export import merged
 from jaxtune.training.program import make_program
 from jaxtune.weights import evaluating, is_weight, tree
 

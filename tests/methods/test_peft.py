@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxtune import models, objectives
-from jaxtune.export import merged
 from jaxtune.methods import apply, lora, peft
 from jaxtune.models import hf
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import make_mesh, match_rules, shardings
 from jaxtune.recipe import recipes
+from jaxtune.tasks.export import merged
 from jaxtune.training.step import init_state, make_train_step
 from jaxtune.weights import LoRA, tree
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import export, methods
+from jaxtune import methods
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.methods import peft
@@ -14,6 +14,7 @@ from jaxtune.models import hf
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.pretrained import load
 from jaxtune.recipe import recipes
+from jaxtune.tasks import export
 from jaxtune.weights import LoRA, tree
 
 torch = pytest.importorskip('torch')

@@ -12,10 +12,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'trainer'))
 
 from runs import SENTENCE, full_config, metrics, recipe, train
 
-from jaxtune import evaluate, export, generate
 from jaxtune.errors import UserError
 from jaxtune.models.safetensors import read_header
 from jaxtune.recipe.flags import Command
+from jaxtune.tasks import evaluate, export, generate
 
 METHODS = {
     'lora': {'method.rank': 4, 'method.dropout': 0.1, 'method.lr_ratio': 4.0},

@@ -87,8 +87,8 @@ def test_the_command_refuses_what_is_no_model(tmp_path):
 
 
 def test_generate_answers_conversations_of_every_format(folder, tmp_path):
-    from jaxtune import generate
     from jaxtune.recipe.flags import Command
+    from jaxtune.tasks import generate
 
     asked = {'role': 'user', 'content': 'Hi'}
     records = [

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 # Forked from a server without threads or devices, never from pytest's own process.
 _SERVER = multiprocessing.get_context('forkserver')
-_SERVER.set_forkserver_preload(['jaxtune.train', 'child'])
+_SERVER.set_forkserver_preload(['jaxtune.tasks.train', 'child'])
 
 
 def _run(

@@ -11,7 +11,7 @@ from jaxtune.models.safetensors import read_header
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.recipe import recipes
 from jaxtune.recipe.flags import Command
-from jaxtune.train import Run
+from jaxtune.tasks.train import Run
 
 SENTENCE = 'the quick brown fox jumps over a lazy dog while seven grey geese fly home to their warm nest'
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from runs import full_config, metrics, recipe, train
 
-from jaxtune import evaluate, export, objectives
+from jaxtune import objectives
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.objectives.classification import Labels
 from jaxtune.pretrained.load import open_model
 from jaxtune.recipe.flags import Command
+from jaxtune.tasks import evaluate, export
 
 BYTES = tokenizers.load('bytes')
 STEPS, LR = 20, 2e-3

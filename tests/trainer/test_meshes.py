@@ -118,7 +118,7 @@ def test_early_stopping_exports_the_best(corpus, tmp_path):
     assert result['step'] == 2 * len(losses)
     assert min(losses) not in losses[-3:]
     # Scored again from the export alone, the model is the best one, not the last.
-    from jaxtune import evaluate
+    from jaxtune.tasks import evaluate
 
     config = full_config(
         {'task': 'evaluate', 'model.path': str(tmp_path), 'data.eval': keys['data.eval'], 'data.seq_len': 64}

@@ -8,7 +8,6 @@ import pytest
 from runs import exported, full_config, metrics, recipe, train
 
 from jaxtune import main
-from jaxtune.export import from_checkpoint
 from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.models import value_head
 from jaxtune.models.model import leaf_paths
@@ -21,6 +20,7 @@ from jaxtune.rl.reward_process import call
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Sampler
 from jaxtune.rl.trainer import Run
+from jaxtune.tasks.export import from_checkpoint
 from jaxtune.weights.tree import combine
 
 NEW = 12

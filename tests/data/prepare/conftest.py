@@ -4,9 +4,9 @@ import hashlib
 
 import pytest
 
-from jaxtune import prepare
 from jaxtune.recipe import workdir as workdirs
 from jaxtune.recipe.flags import Command
+from jaxtune.tasks import prepare
 
 for _package in ('datatrove', 'ftfy', 'trafilatura', 'warcio'):
     pytest.importorskip(_package, reason="needs the extra [data]: pip install 'jaxtune[data]'")

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import compile, evaluate, export, generate, objectives, prepare, train
+from jaxtune import objectives
 from jaxtune.common.formatting import amount
 from jaxtune.config import REWARDED
 from jaxtune.data import tokenizer as tokenizers
@@ -29,6 +29,7 @@ from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
 from jaxtune.recipe.flags import Command
 from jaxtune.rl import trainer
 from jaxtune.rl.rewards import open_reward
+from jaxtune.tasks import compile, evaluate, export, generate, prepare, train
 from jaxtune.training import sample_callback
 from jaxtune.training.program import make_program
 from jaxtune.weights import tree

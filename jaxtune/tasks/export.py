@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import evaluate, methods
+from jaxtune import methods
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.methods import apply, peft
@@ -21,6 +21,7 @@ from jaxtune.pretrained import companions
 from jaxtune.pretrained.load import Assembly, assemble
 from jaxtune.recipe import recipes
 from jaxtune.recipe.workdir import read_json, write_result
+from jaxtune.tasks import evaluate
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.evaluator import rises
 from jaxtune.training.program import make_program

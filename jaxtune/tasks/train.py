@@ -11,13 +11,14 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import objectives, present
+from jaxtune import objectives
 from jaxtune.common import console, preemption
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.parallel import make_mesh, place
 from jaxtune.parallel.batches import check_batch
 from jaxtune.pretrained.load import assemble
+from jaxtune.tasks import present
 from jaxtune.training import run_info, sample_callback, trainer
 from jaxtune.training.evaluator import Evaluator, make_evaluator
 from jaxtune.training.logger import Watch

@@ -17,14 +17,14 @@ from jaxtune.recipe.flags import Command
 
 # Each task is `run(config, workdir, command) -> metrics of result.json`, in the module named here.
 TASKS = {
-    'prepare': 'jaxtune.prepare',
-    'train': 'jaxtune.train',
+    'prepare': 'jaxtune.tasks.prepare',
+    'train': 'jaxtune.tasks.train',
     'ppo': 'jaxtune.rl.trainer',
     'grpo': 'jaxtune.rl.trainer',
-    'evaluate': 'jaxtune.evaluate',
-    'generate': 'jaxtune.generate',
-    'export': 'jaxtune.export',
-    'compile': 'jaxtune.compile',
+    'evaluate': 'jaxtune.tasks.evaluate',
+    'generate': 'jaxtune.tasks.generate',
+    'export': 'jaxtune.tasks.export',
+    'compile': 'jaxtune.tasks.compile',
 }
 
 
@@ -35,7 +35,7 @@ def run(command: Command) -> None:
             prefix = f'{name}.' if name else ''
             raise UserError(f'{prefix}task={command.configs[name].task!r}: expected one of {", ".join(TASKS)}')
     if command.check:
-        from jaxtune import preflight
+        from jaxtune.tasks import preflight
 
         console.note(preflight.check(command))
         return

@@ -9,13 +9,14 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import objectives, present, report
+from jaxtune import objectives, report
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
 from jaxtune.pretrained.load import Assembly, assemble
+from jaxtune.tasks import present
 from jaxtune.training import run_info
 from jaxtune.training.evaluator import Evaluator, make_evaluator
 from jaxtune.training.step import make_eval_step

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxtune import present, report
+from jaxtune import report
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.generation.generator import Completer, sample_record
@@ -21,6 +21,7 @@ from jaxtune.metrics.writer import peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_rows
 from jaxtune.pretrained.load import Assembly, assemble
+from jaxtune.tasks import present
 from jaxtune.training import run_info
 
 SHOWN = 2  # completions printed at the end

@@ -1,0 +1,1 @@
+"""One file a task: recipe in, result out."""
