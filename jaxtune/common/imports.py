@@ -1,4 +1,4 @@
-"""A person's own function, by its name in a recipe."""
+"""Functions and plug-ins of people's own, by their names in a recipe."""
 
 import contextlib
 import difflib
@@ -11,13 +11,26 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, ModuleType
+from typing import Any
 
 from jaxtune.common import paths
 from jaxtune.errors import UserError, blamed_on, shown
 
 
 def function(key: str, name: str) -> Callable:
-    """The function that `module:function` or `file.py:function` names.
+    """The function that `module:function` or `file.py:function` names; see `named`.
+
+    Raises:
+      UserError: there is none, or its module fails when it is imported.
+    """
+    found = named(key, name)
+    if not callable(found):
+        raise UserError(f'{key}={name}: expected a function, found {type(found).__name__}')
+    return found
+
+
+def named(key: str, name: str) -> Any:
+    """What `module:name` or `file.py:name` names.
 
     A module is looked for in the current folder first, as Python's own `-m` would.
 
@@ -37,8 +50,6 @@ def function(key: str, name: str) -> Callable:
         near = difflib.get_close_matches(attribute, [own for own in vars(module) if not own.startswith('_')], 1)
         hint = f' (nearest: {near[0]})' if near else ''
         raise UserError(f'{key}={name}: expected module:function; {where} has no {attribute!r}{hint}')
-    if not callable(found):
-        raise UserError(f'{key}={name}: expected a function, found {type(found).__name__}')
     return found
 
 
