@@ -52,6 +52,7 @@ SCHEMA: dict[str, Key | Free] = {
     'seed': Key(0, integer(0, high=2**32 - 1), 'seed of initialisation, data order and sampling'),
     'model.path': Key('', path, 'a Hugging Face folder, a hub id, a jaxtune workdir, @STAGE; empty = from scratch'),
     'model.config': Free('from scratch: Hugging Face config fields, model_type among them'),
+    'model.family': Key('', text, 'module:NAME of your own Family, for a model_type that is not shipped'),
     'model.param_dtype': Key(
         'float32', _dtype, 'what weights are kept in; norms, biases and optimizer state stay float32'
     ),

@@ -1,36 +1,138 @@
 """Model families. Outside this room a model is `apply(params, batch) -> outputs`; Flax lives only in here."""
 
-import difflib
+import dataclasses
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxtune.common.registry import Registry
 from jaxtune.errors import UserError
-from jaxtune.models import decoder_families, encdec_families, encoder_families
-from jaxtune.models.fields import read_fields
+from jaxtune.models.fields import Fields, read_fields, refuse_model_type
 from jaxtune.models.model import Head, Model, Outputs
 
-__all__ = ['KINDS', 'Head', 'Model', 'Outputs', 'build', 'read_config']
+__all__ = ['FAMILIES', 'KINDS', 'Family', 'Head', 'Model', 'Outputs', 'build', 'families', 'read_config']
 
-# Hugging Face's model_type -> the module of this package that builds it.
-KINDS: dict[str, str] = dict.fromkeys(decoder_families.FAMILIES, 'decoder')
-KINDS |= dict.fromkeys(encdec_families.FAMILIES, 'encdec')
-KINDS |= dict.fromkeys(encoder_families.FAMILIES, 'encoder')
+KINDS = ('decoder', 'encoder', 'encdec')
+
+_HEAD_CLASSES = {
+    'classification': 'ForSequenceClassification',
+    'reward': 'ForSequenceClassification',
+    'token_classification': 'ForTokenClassification',
+}
 
 
-def read_config(source: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face config fields, with the defaults of `transformers`' config classes filled in.
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How the models of one `model_type` are read, built and written.
+
+    Attributes:
+      model_type: what a folder's `config.json` says.
+      kind: the module of this package that builds it: `decoder`, `encoder` or `encdec`.
+      config: config fields -> the kind's normalised config (`DecoderConfig`, `EncoderConfig`, `EncDecConfig`); raises
+        `fields.FieldError` where a value is impossible.
+      architecture: the class of the language model in `transformers`, or what `config.json` is to say in its place.
+      modules: module of the parameter tree -> module in a folder, `{}` standing for the layer's number; or a function
+        of the normalised config that returns them. An encoder's `sequence_classifier` makes the logits of a row.
+      base_prefix: what the tensor names of a folder of the model without its head leave out.
+      transposed: kernels are stored `[out, in]` (`torch.nn.Linear`), not `[in, out]` (GPT-2's `Conv1D`).
+      ignored: regular expressions of tensors in a folder that are no parameters.
+      fields: every config field with its default, where `transformers` has no config class for the model type; None
+        reads fields and defaults from that class.
+    """
+
+    model_type: str
+    kind: str
+    config: Callable[[Fields], Any]
+    architecture: str
+    modules: Mapping[str, str] | Callable[[Any], Mapping[str, str]]
+    base_prefix: str = 'model.'
+    transposed: bool = True
+    ignored: tuple[str, ...] = ()
+    fields: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f'kind={self.kind!r}: expected one of {", ".join(KINDS)}')
+
+    def head_class(self, head: str) -> str:
+        """The class in `transformers` of the model with a head, as `build` names heads."""
+        if head == 'lm':
+            return self.architecture
+        base = re.sub('(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration)$', '', self.architecture)
+        return base + _HEAD_CLASSES[head]
+
+    def module_names(self, config: Any) -> Mapping[str, str]:
+        """Module of the parameter tree -> module in a folder, of a model with this normalised config."""
+        return self.modules(config) if callable(self.modules) else self.modules
+
+
+_DECODERS, _ENCODERS, _ENCDECS = (f'jaxtune.models.{kind}_families' for kind in KINDS)
+
+# Hugging Face's model_type -> the family.
+FAMILIES = Registry(
+    'model.family',
+    Family,
+    {
+        'llama': f'{_DECODERS}:LLAMA',
+        'mistral': f'{_DECODERS}:MISTRAL',
+        'qwen2': f'{_DECODERS}:QWEN2',
+        'qwen3': f'{_DECODERS}:QWEN3',
+        'gemma2': f'{_DECODERS}:GEMMA2',
+        'phi3': f'{_DECODERS}:PHI3',
+        'olmo2': f'{_DECODERS}:OLMO2',
+        'gpt2': f'{_DECODERS}:GPT2',
+        't5': f'{_ENCDECS}:T5',
+        'mt5': f'{_ENCDECS}:MT5',
+        'umt5': f'{_ENCDECS}:UMT5',
+        'bert': f'{_ENCODERS}:BERT',
+        'roberta': f'{_ENCODERS}:ROBERTA',
+        'distilbert': f'{_ENCODERS}:DISTILBERT',
+        'modernbert': f'{_ENCODERS}:MODERNBERT',
+    },
+)
+
+
+def families(own: str = '') -> dict[str, Family]:
+    """Every family by its `model_type`.
 
     Args:
-      source: a folder or hub id with `config.json`, or fields such as a recipe's `model.config`.
+      own: a recipe's `model.family`: `module:NAME` of one that is not shipped; '' = none.
+
+    Raises:
+      UserError: there is no such family; names `model.family`.
+    """
+    known = {name: FAMILIES.get(name) for name in FAMILIES.names}
+    if own:
+        family = FAMILIES.get(own)
+        known[family.model_type] = family
+    return known
+
+
+def read_config(source: str | Mapping[str, Any], family: str = '') -> dict[str, Any]:
+    """Hugging Face config fields, with the defaults of the family's config class filled in.
+
+    Args:
+      source: a folder or hub id with `config.json`, or fields such as a recipe's `model.config`, which need no
+        `model_type` where a family is named.
+      family: a recipe's `model.family`, as for `families`.
 
     Raises:
       UserError: no such folder, an unknown `model_type` or key, or an impossible value; names
         `model.config.KEY` or the file's key.
     """
-    return read_fields(source, tuple(KINDS), lambda fields: _module(fields).check(fields))
+    if family and isinstance(source, Mapping):
+        model_type = FAMILIES.get(family).model_type
+        source = {'model_type': model_type, **source}
+        if source['model_type'] != model_type:
+            raise UserError(
+                f'model.config.model_type={source["model_type"]!r}: expected {model_type!r}, that of '
+                f'model.family={family}'
+            )
+    return read_fields(source, families(family), lambda family, fields: _module(family).check(fields, family))
 
 
 def build(
@@ -43,6 +145,7 @@ def build(
     head: str = 'lm',
     labels: int = 0,
     own_head: bool = False,
+    family: str = '',
 ) -> Model:
     """The model of config fields as `read_config` gives them.
 
@@ -57,29 +160,28 @@ def build(
       labels: classes that a classifier tells apart.
       own_head: the projection to the vocabulary is a parameter of its own, whatever the fields say; from a folder that
         lacks it, it begins as the embedding.
+      family: a recipe's `model.family`, as for `families`.
 
     Raises:
       UserError: the family has no such head; names the key `objective`.
     """
+    known = families(family)
+    model_type = fields.get('model_type')
+    chosen = known.get(model_type) if isinstance(model_type, str) else None
+    if chosen is None:
+        raise refuse_model_type('model.config.', model_type, known)
     dtypes = {'param_dtype': jnp.dtype(param_dtype), 'compute_dtype': jnp.dtype(compute_dtype)}
-    module, added = _module(fields), {'own_head': own_head}
+    added: dict[str, Any] = {'own_head': own_head}
     if head != 'lm':
         kind = 'decoder' if head == 'reward' else 'encoder'
-        if KINDS[fields['model_type']] != kind:
+        if chosen.kind != kind:
             raise UserError(
-                f'objective: model_type={fields["model_type"]!r} has no {head} head in this version; expected one of '
-                + ', '.join(name for name, its_kind in KINDS.items() if its_kind == kind)
+                f'objective: model_type={model_type!r} has no {head} head in this version; expected one of '
+                + ', '.join(name for name, each in known.items() if each.kind == kind)
             )
         added |= {'head': head} if kind == 'decoder' else {'head': head, 'labels': labels}
-    return module.build(fields, **dtypes, remat=remat, attention=attention, **added)
+    return _module(chosen).build(fields, chosen, **dtypes, remat=remat, attention=attention, **added)
 
 
-def _module(fields: Mapping[str, Any]):
-    kind = KINDS.get(fields.get('model_type'))
-    if kind is None:
-        near = difflib.get_close_matches(str(fields.get('model_type')), KINDS, 1)
-        raise UserError(
-            f'model.config.model_type={fields.get("model_type")!r}: expected one of {", ".join(KINDS)}'
-            + (f' (nearest: {near[0]})' if near else '')
-        )
-    return importlib.import_module(f'jaxtune.models.{kind}')
+def _module(family: Family) -> ModuleType:
+    return importlib.import_module(f'jaxtune.models.{family.kind}')

@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models import kv_cache
+from jaxtune.models import Family, kv_cache
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
-from jaxtune.models.decoder_families import FAMILIES, HEADS_IGNORED, DecoderConfig, decoder_config
+from jaxtune.models.decoder_families import IGNORED, DecoderConfig, decoder_config
 from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
@@ -282,12 +282,11 @@ def _flops(config: DecoderConfig, head: str, shapes: Any, length: int) -> float:
     return 6.0 * products + 12.0 * config.num_heads * config.head_dim * keys
 
 
-def _tensors(model_type: str, shapes: Any) -> dict[str, Tensor]:
-    family = FAMILIES[model_type]
-    tensors = {}
+def _tensors(family: Family, config: DecoderConfig, shapes: Any) -> dict[str, Tensor]:
+    modules, tensors = family.module_names(config), {}
     for path in leaf_paths(shapes):
         module, leaf = path.rsplit('/', 1)
-        name = f'{family.modules.get(module, module)}.{"bias" if leaf == "bias" else "weight"}'
+        name = f'{modules.get(module, module)}.{"bias" if leaf == "bias" else "weight"}'
         tensors[path] = Tensor(name, leaf == 'kernel' and (family.transposed or module in ('lm_head', 'score')))
     return tensors
 
@@ -302,13 +301,14 @@ def _tied(tensors: dict[str, Tensor], tie: Tie | None, own_head: bool) -> dict[s
     return tensors
 
 
-def check(fields: Mapping[str, Any]) -> None:
+def check(fields: Mapping[str, Any], family: Family) -> None:
     """Raises `FieldError` if a field's value is impossible here."""
-    decoder_config(fields)
+    decoder_config(fields, family)
 
 
 def build(
     fields: Mapping[str, Any],
+    family: Family,
     *,
     param_dtype: jnp.dtype,
     compute_dtype: jnp.dtype,
@@ -321,6 +321,7 @@ def build(
 
     Args:
       fields: the config fields.
+      family: that of their `model_type`.
       param_dtype, compute_dtype, remat, attention: as for `models.build`.
       head: `lm`, or `reward`: one number a token, which `transformers`' sequence classifiers give for the last one.
       own_head: as for `models.build`.
@@ -331,7 +332,7 @@ def build(
     own_head = own_head and head == 'lm'
     if own_head:
         fields = {**fields, 'tie_word_embeddings': False}
-    config, family = decoder_config(fields), FAMILIES[fields['model_type']]
+    config = decoder_config(fields, family)
     tie = Tie('embed_tokens/embedding', 'lm_head/kernel', 'lm_head.weight') if config.tied and head == 'lm' else None
     module = Decoder(config, param_dtype, compute_dtype, attention, remat, head)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
@@ -339,7 +340,7 @@ def build(
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(
         hf_config=dict(fields),
-        architecture=family.architecture if head == 'lm' else family.classifier,
+        architecture=family.head_class(head),
         kind='decoder',
         config=config,
         param_dtype=param_dtype,
@@ -350,9 +351,9 @@ def build(
         make_head=functools.partial(_head, config, head),
         make_cache=functools.partial(_cache, config, compute_dtype),
         count_flops=functools.partial(_flops, config, head, shapes),
-        tensors=_tied(_tensors(fields['model_type'], shapes), tie, own_head),
+        tensors=_tied(_tensors(family, config, shapes), tie, own_head),
         base_prefix=family.base_prefix,
-        ignored=(*family.ignored, *HEADS_IGNORED),
+        ignored=(*family.ignored, *IGNORED),
         heads=('lm_head', 'score'),
         tie=tie,
     )

@@ -1,12 +1,12 @@
 """The decoder families: Hugging Face's config fields to `DecoderConfig`, and where parameters lie in their folders.
 
-A new family is a function and a line in `FAMILIES`.
+A new family is a function and a `Family` here, and a line in `models.FAMILIES`.
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from typing import Any
 
+from jaxtune.models import Family
 from jaxtune.models.fields import FieldError, Fields
 from jaxtune.models.layers import ACTIVATIONS
 from jaxtune.models.rope import Rope, make_rope
@@ -66,34 +66,8 @@ class DecoderConfig:
     cutoff: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How a family's folders are read.
-
-    Attributes:
-      config: fields -> `DecoderConfig`; raises `FieldError`.
-      architecture: the class in `transformers`.
-      modules: canonical module -> Hugging Face module, `{}` standing for the layer's number.
-      base_prefix: what a folder of the model without its head leaves out.
-      transposed: kernels are stored `[out, in]` (`torch.nn.Linear`), not `[in, out]` (GPT-2's `Conv1D`).
-      ignored: regular expressions of tensors that are no parameters.
-    """
-
-    config: Callable[[Fields], DecoderConfig]
-    architecture: str
-    modules: Mapping[str, str]
-    base_prefix: str = 'model.'
-    transposed: bool = True
-    ignored: tuple[str, ...] = (r'rotary_emb\.inv_freq$',)
-
-    @property
-    def classifier(self) -> str:
-        """The class in `transformers` that makes labels of a row."""
-        return re.sub('(ForCausalLM|LMHeadModel)$', 'ForSequenceClassification', self.architecture)
-
-
-# Heads that a folder may hold and a run may not want.
-HEADS_IGNORED = (r'^(lm_head|score)\.',)
+# Heads that a folder may hold and a run may not want, and buffers of older versions.
+IGNORED = (r'^(lm_head|score)\.', r'rotary_emb\.inv_freq$')
 
 
 def _rope_of(fields: Fields, rotary_dim: int) -> Rope:
@@ -113,7 +87,7 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
     return tuple(window if kind == 'sliding_attention' else None for kind in kinds)
 
 
-def _llama_like(fields: Fields, **differences) -> DecoderConfig:
+def llama_like(fields: Fields, **differences: Any) -> DecoderConfig:
     """What most families share. A field that `transformers` reads in some of them only is theirs to name: a folder may
     hold any, and where the family's own class does not know it, it means nothing."""
     heads = fields['num_attention_heads']
@@ -146,29 +120,29 @@ def _attention_bias(fields: Fields) -> dict[str, bool]:
 
 def llama(fields: Fields) -> DecoderConfig:
     """Llama 2, 3 and 3.1 (arXiv:2307.09288, arXiv:2407.21783)."""
-    return _llama_like(fields, mlp_bias=bool(fields['mlp_bias']), **_attention_bias(fields))
+    return llama_like(fields, mlp_bias=bool(fields['mlp_bias']), **_attention_bias(fields))
 
 
 def mistral(fields: Fields) -> DecoderConfig:
     """Mistral 7B (arXiv:2310.06825): Llama with a sliding window."""
-    return _llama_like(fields, windows=_windows({**fields, 'layer_types': None}))
+    return llama_like(fields, windows=_windows({**fields, 'layer_types': None}))
 
 
 def qwen2(fields: Fields) -> DecoderConfig:
     """Qwen 2 and 2.5 (arXiv:2407.10671): biases on queries, keys and values."""
-    return _llama_like(fields, windows=_windows(fields), qkv_bias=True)
+    return llama_like(fields, windows=_windows(fields), qkv_bias=True)
 
 
 def qwen3(fields: Fields) -> DecoderConfig:
     """Qwen 3 (arXiv:2505.09388): queries and keys are normed head by head."""
-    return _llama_like(fields, windows=_windows(fields), qk_norm='head', **_attention_bias(fields))
+    return llama_like(fields, windows=_windows(fields), qk_norm='head', **_attention_bias(fields))
 
 
 def gemma2(fields: Fields) -> DecoderConfig:
     """Gemma 2 (arXiv:2408.00118)."""
     if fields.get('use_bidirectional_attention'):
         raise FieldError('use_bidirectional_attention', 'expected False: this model is trained as a decoder')
-    return _llama_like(
+    return llama_like(
         {**fields, 'hidden_act': fields['hidden_activation']},
         windows=_windows(fields),
         norm_offset=1.0,
@@ -190,7 +164,7 @@ def phi3(fields: Fields) -> DecoderConfig:
     """Phi 3 and 4 (arXiv:2404.14219): fused kernels; some turn only part of a head."""
     head_dim = fields.get('head_dim') or fields['hidden_size'] // fields['num_attention_heads']
     rotary_dim = int(head_dim * fields['rope_parameters'].get('partial_rotary_factor', 1.0))
-    return _llama_like(
+    return llama_like(
         fields,
         windows=_windows(fields),
         rope=_rope_of(fields, rotary_dim),
@@ -202,7 +176,7 @@ def phi3(fields: Fields) -> DecoderConfig:
 def olmo2(fields: Fields) -> DecoderConfig:
     """OLMo 2 (arXiv:2501.00656): norms after the layers instead of before, queries and keys normed over all heads."""
     names = (None, 'post_attention_layernorm', None, 'post_feedforward_layernorm')
-    return _llama_like(fields, norm_names=names, qk_norm='all', **_attention_bias(fields))
+    return llama_like(fields, norm_names=names, qk_norm='all', **_attention_bias(fields))
 
 
 def gpt2(fields: Fields) -> DecoderConfig:
@@ -237,7 +211,7 @@ def gpt2(fields: Fields) -> DecoderConfig:
     )
 
 
-_LLAMA_MODULES = {'embed_tokens': 'model.embed_tokens', 'norm': 'model.norm', 'lm_head': 'lm_head'} | {
+LLAMA_MODULES = {'embed_tokens': 'model.embed_tokens', 'norm': 'model.norm', 'lm_head': 'lm_head'} | {
     f'layers/{part}/{name}': f'model.layers.{{}}.{part}.{name}'
     for part, names in {
         'self_attn': ('q_proj', 'k_proj', 'v_proj', 'qkv_proj', 'o_proj', 'q_norm', 'k_norm'),
@@ -267,26 +241,26 @@ _GPT2_MODULES = {
     'lm_head': 'lm_head',
 }
 
-FAMILIES: dict[str, Family] = {
-    'llama': Family(llama, 'LlamaForCausalLM', _LLAMA_MODULES),
-    'mistral': Family(mistral, 'MistralForCausalLM', _LLAMA_MODULES),
-    'qwen2': Family(qwen2, 'Qwen2ForCausalLM', _LLAMA_MODULES),
-    'qwen3': Family(qwen3, 'Qwen3ForCausalLM', _LLAMA_MODULES),
-    'gemma2': Family(gemma2, 'Gemma2ForCausalLM', _LLAMA_MODULES),
-    'phi3': Family(phi3, 'Phi3ForCausalLM', _LLAMA_MODULES),
-    'olmo2': Family(olmo2, 'Olmo2ForCausalLM', _LLAMA_MODULES),
-    'gpt2': Family(
-        gpt2,
-        'GPT2LMHeadModel',
-        _GPT2_MODULES,
-        base_prefix='transformer.',
-        transposed=False,
-        ignored=(r'\.attn\.(bias|masked_bias)$',),
-    ),
-}
+LLAMA = Family('llama', 'decoder', llama, 'LlamaForCausalLM', LLAMA_MODULES)
+MISTRAL = Family('mistral', 'decoder', mistral, 'MistralForCausalLM', LLAMA_MODULES)
+QWEN2 = Family('qwen2', 'decoder', qwen2, 'Qwen2ForCausalLM', LLAMA_MODULES)
+QWEN3 = Family('qwen3', 'decoder', qwen3, 'Qwen3ForCausalLM', LLAMA_MODULES)
+GEMMA2 = Family('gemma2', 'decoder', gemma2, 'Gemma2ForCausalLM', LLAMA_MODULES)
+PHI3 = Family('phi3', 'decoder', phi3, 'Phi3ForCausalLM', LLAMA_MODULES)
+OLMO2 = Family('olmo2', 'decoder', olmo2, 'Olmo2ForCausalLM', LLAMA_MODULES)
+GPT2 = Family(
+    'gpt2',
+    'decoder',
+    gpt2,
+    'GPT2LMHeadModel',
+    _GPT2_MODULES,
+    base_prefix='transformer.',
+    transposed=False,
+    ignored=(r'\.attn\.(bias|masked_bias)$',),
+)
 
 
-def decoder_config(fields: Fields) -> DecoderConfig:
+def decoder_config(fields: Fields, family: Family) -> DecoderConfig:
     """The normalised config of Hugging Face fields.
 
     Raises:
@@ -295,7 +269,7 @@ def decoder_config(fields: Fields) -> DecoderConfig:
     for width, heads in (('hidden_size', 'num_attention_heads'), ('n_embd', 'n_head')):
         if width in fields and fields[width] < fields[heads]:
             raise FieldError(heads, f'expected at most {width}={fields[width]}')
-    config = FAMILIES[fields['model_type']].config(fields)
+    config = family.config(fields)
     if config.num_heads % config.num_kv_heads:
         raise FieldError('num_key_value_heads', f'expected a divisor of num_attention_heads={config.num_heads}')
     if config.activation not in ACTIVATIONS:

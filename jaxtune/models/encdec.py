@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
-from jaxtune.models import kv_cache
+from jaxtune.models import Family, kv_cache
 from jaxtune.models.attention import record, unrecorded, visible_softmax
-from jaxtune.models.encdec_families import FAMILIES, EncDecConfig, encdec_config, modules
+from jaxtune.models.encdec_families import EncDecConfig, encdec_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import prefix_of, prepend, put_before, without_prompt
@@ -335,24 +335,27 @@ def _flops(config: EncDecConfig, shapes: Any, length: int, target_length: int | 
     return source_flops + target_flops * targets / length
 
 
-def _tensors(config: EncDecConfig, shapes: Any) -> dict[str, Tensor]:
-    names, tensors = modules(config), {}
+def _tensors(family: Family, config: EncDecConfig, shapes: Any) -> dict[str, Tensor]:
+    names, tensors = family.module_names(config), {}
     # Tied tensors are stored under one of their names; a head that a folder lacks is tied, as in `transformers`.
     stacks = ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight')
     others = {'shared': (*stacks, *(('lm_head.weight',) if config.tied else ())), 'lm_head': ('shared.weight', *stacks)}
     for path in leaf_paths(shapes):
         module, leaf = path.rsplit('/', 1)
-        tensors[path] = Tensor(f'{names[module]}.weight', leaf == 'kernel', others=others.get(module, ()))
+        tensors[path] = Tensor(
+            f'{names[module]}.weight', leaf == 'kernel' and family.transposed, others=others.get(module, ())
+        )
     return tensors
 
 
-def check(fields: Mapping[str, Any]) -> None:
+def check(fields: Mapping[str, Any], family: Family) -> None:
     """Raises `FieldError` if a field's value is impossible here."""
-    encdec_config(fields)
+    encdec_config(fields, family)
 
 
 def build(
     fields: Mapping[str, Any],
+    family: Family,
     *,
     param_dtype: jnp.dtype,
     compute_dtype: jnp.dtype,
@@ -360,7 +363,7 @@ def build(
     attention: str,
     own_head: bool = False,
 ) -> Model:
-    """The model of Hugging Face's config fields; arguments as for `models.build`.
+    """The model of Hugging Face's config fields and their family; arguments as for `models.build`.
 
     Raises:
       FieldError: a field's value is impossible here.
@@ -371,7 +374,7 @@ def build(
             f'model.attention=flash: {fields["model_type"]} adds a learned bias to its scores, which no kernel here '
             'does; expected model.attention=auto or xla'
         )
-    config = encdec_config(fields)
+    config = encdec_config(fields, family)
     if own_head:
         config = dataclasses.replace(config, tied=False)
     module = EncDec(config, param_dtype, compute_dtype, remat)
@@ -380,7 +383,7 @@ def build(
     return Model(
         # Which `transformers` takes as whether logits are scaled; a head is its own where a folder's differs.
         hf_config={**fields, 'tie_word_embeddings': config.logit_scale != 1.0},
-        architecture=FAMILIES[fields['model_type']].architecture,
+        architecture=family.architecture,
         kind='encdec',
         config=config,
         param_dtype=param_dtype,
@@ -391,8 +394,10 @@ def build(
         make_head=functools.partial(_head, config),
         make_cache=functools.partial(_cache, config, compute_dtype),
         count_flops=functools.partial(_flops, config, shapes),
-        tensors=_tensors(config, shapes),
+        tensors=_tensors(family, config, shapes),
+        base_prefix=family.base_prefix,
         ignored=(
+            *family.ignored,
             r'^((encoder|decoder)\.embed_tokens|lm_head)\.weight$',
             r'EncDecAttention\.relative_attention_bias\.weight$',
         ),

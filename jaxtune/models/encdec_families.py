@@ -1,11 +1,11 @@
 """The encoder-decoder families: Hugging Face's config fields to `EncDecConfig`, and where parameters lie in folders.
 
-A new family is a function and a line in `FAMILIES`.
+A new family is a function and a `Family` here, and a line in `models.FAMILIES`.
 """
 
 import dataclasses
-from collections.abc import Callable
 
+from jaxtune.models import Family
 from jaxtune.models.fields import FieldError, Fields
 from jaxtune.models.layers import ACTIVATIONS
 
@@ -45,19 +45,6 @@ class EncDecConfig:
     initializer_factor: float
     start_id: int
     max_positions: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How a family's folders are read.
-
-    Attributes:
-      config: fields -> `EncDecConfig`; raises `FieldError`.
-      architecture: the class in `transformers`.
-    """
-
-    config: Callable[[Fields], EncDecConfig]
-    architecture: str
 
 
 def _t5_like(fields: Fields, *, tied: bool, scaled: bool, bias_per_layer: bool = False) -> EncDecConfig:
@@ -108,32 +95,6 @@ def umt5(fields: Fields) -> EncDecConfig:
     return _t5_like(fields, tied=scaled, scaled=scaled, bias_per_layer=True)
 
 
-FAMILIES: dict[str, Family] = {
-    't5': Family(t5, 'T5ForConditionalGeneration'),
-    'mt5': Family(mt5, 'MT5ForConditionalGeneration'),
-    'umt5': Family(umt5, 'UMT5ForConditionalGeneration'),
-}
-
-
-def encdec_config(fields: Fields) -> EncDecConfig:
-    """The normalised config of Hugging Face fields.
-
-    Raises:
-      FieldError: a field's value is impossible here.
-    """
-    config = FAMILIES[fields['model_type']].config(fields)
-    if config.activation not in ACTIVATIONS:
-        known = ', '.join(ACTIVATIONS)
-        raise FieldError('feed_forward_proj', f'expected ACTIVATION or gated-ACTIVATION, with one of {known}')
-    if config.num_layers < 1 or config.num_decoder_layers < 1:
-        raise FieldError('num_layers', 'expected at least 1')
-    if config.buckets < 4 or config.buckets % 4:
-        raise FieldError('relative_attention_num_buckets', 'expected a multiple of 4')
-    if config.max_distance <= config.buckets // 2:
-        raise FieldError('relative_attention_max_distance', f'expected more than {config.buckets // 2}')
-    return config
-
-
 def modules(config: EncDecConfig) -> dict[str, str]:
     """Module of the parameter tree -> Hugging Face module, `{}` standing for the layer's number."""
     names = {'shared': 'shared', 'lm_head': 'lm_head'}
@@ -155,3 +116,27 @@ def modules(config: EncDecConfig) -> dict[str, str]:
             for ours, kernel in kernels.items():
                 names[f'{stack}/layers/{part}/{ours}'] = f'{place}.{theirs}.{kernel}'
     return names
+
+
+T5 = Family('t5', 'encdec', t5, 'T5ForConditionalGeneration', modules)
+MT5 = Family('mt5', 'encdec', mt5, 'MT5ForConditionalGeneration', modules)
+UMT5 = Family('umt5', 'encdec', umt5, 'UMT5ForConditionalGeneration', modules)
+
+
+def encdec_config(fields: Fields, family: Family) -> EncDecConfig:
+    """The normalised config of Hugging Face fields.
+
+    Raises:
+      FieldError: a field's value is impossible here.
+    """
+    config = family.config(fields)
+    if config.activation not in ACTIVATIONS:
+        known = ', '.join(ACTIVATIONS)
+        raise FieldError('feed_forward_proj', f'expected ACTIVATION or gated-ACTIVATION, with one of {known}')
+    if config.num_layers < 1 or config.num_decoder_layers < 1:
+        raise FieldError('num_layers', 'expected at least 1')
+    if config.buckets < 4 or config.buckets % 4:
+        raise FieldError('relative_attention_num_buckets', 'expected a multiple of 4')
+    if config.max_distance <= config.buckets // 2:
+        raise FieldError('relative_attention_max_distance', f'expected more than {config.buckets // 2}')
+    return config

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
+from jaxtune.models import Family
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
-from jaxtune.models.encoder_families import FAMILIES, HEADS, IGNORED, EncoderConfig, encoder_config
+from jaxtune.models.encoder_families import HEADS, IGNORED, EncoderConfig, encoder_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
@@ -265,16 +266,26 @@ def _flops(config: EncoderConfig, head: str, shapes: Any, length: int) -> float:
     return 6.0 * products + 12.0 * config.num_heads * config.head_dim * keys
 
 
+def _module(family: Family, config: EncoderConfig, canonical: str, head: str) -> str:
+    """The module in a folder of a canonical one."""
+    names = family.module_names(config)
+    if canonical == 'classifier':
+        return names.get('sequence_classifier', 'classifier') if head == 'classification' else 'classifier'
+    # The layer that stands outside the stack (see `Encoder`) is layer 0.
+    if canonical.startswith('first_layer/'):
+        return names[canonical.replace('first_layer/', 'layers/', 1)].format(0)
+    return names[canonical]
+
+
 def _tensors(
-    model_type: str, config: EncoderConfig, head: str, shapes: Any, tie: Tie | None, own_head: bool
+    family: Family, config: EncoderConfig, head: str, shapes: Any, tie: Tie | None, own_head: bool
 ) -> dict[str, Tensor]:
-    family = FAMILIES[model_type]
     tensors = {}
     for path in leaf_paths(shapes):
         module, leaf = path.rsplit('/', 1)
         if module == 'lm_head' and not config.tied:
             module = 'lm_head/decoder'
-        name = f'{family.module(module, head)}.{"bias" if leaf == "bias" else "weight"}'
+        name = f'{_module(family, config, module, head)}.{"bias" if leaf == "bias" else "weight"}'
         first = int(config.pre_norm and path.startswith('layers/'))
         others: tuple[str, ...] = ()
         if 'LayerNorm' in name:  # as TensorFlow named them
@@ -282,20 +293,21 @@ def _tensors(
         elif tie and path == tie.table:  # a folder may store what is tied under either name
             others = (tie.name,)
         elif own_head and path == 'lm_head/decoder/kernel':
-            others = (f'{family.module("embed_tokens", head)}.weight',)
+            others = (f'{_module(family, config, "embed_tokens", head)}.weight',)
         elif path == 'lm_head/bias':
-            others = tuple(f'{family.module(part, head)}.bias' for part in ('lm_head', 'lm_head/decoder'))
-        tensors[path] = Tensor(name, leaf == 'kernel', first, others)
+            others = tuple(f'{_module(family, config, part, head)}.bias' for part in ('lm_head', 'lm_head/decoder'))
+        tensors[path] = Tensor(name, leaf == 'kernel' and family.transposed, first, others)
     return tensors
 
 
-def check(fields: Mapping[str, Any]) -> None:
+def check(fields: Mapping[str, Any], family: Family) -> None:
     """Raises `FieldError` if a field's value is impossible here."""
-    encoder_config(fields)
+    encoder_config(fields, family)
 
 
 def build(
     fields: Mapping[str, Any],
+    family: Family,
     *,
     param_dtype: jnp.dtype,
     compute_dtype: jnp.dtype,
@@ -309,6 +321,7 @@ def build(
 
     Args:
       fields: the config fields.
+      family: that of their `model_type`.
       param_dtype, compute_dtype, remat, attention: as for `models.build`.
       head: `lm`, `classification` (of rows) or `token_classification`.
       labels: number of classes.
@@ -322,8 +335,8 @@ def build(
     own_head = own_head and head == 'lm'
     if own_head:
         fields = {**fields, 'tie_word_embeddings': False}
-    config, model_type = encoder_config(fields), fields['model_type']
-    name = f'{FAMILIES[model_type].module("lm_head/decoder", head)}.weight'
+    config = encoder_config(fields, family)
+    name = f'{_module(family, config, "lm_head/decoder", head)}.weight'
     tie = Tie('embed_tokens/embedding', 'lm_head/decoder/kernel', name) if config.tied and head == 'lm' else None
     module = Encoder(config, param_dtype, compute_dtype, attention, remat, head, labels)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
@@ -331,7 +344,7 @@ def build(
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(
         hf_config=dict(fields),
-        architecture=FAMILIES[model_type].architecture(head),
+        architecture=family.head_class(head),
         kind='encoder',
         config=config,
         param_dtype=param_dtype,
@@ -340,11 +353,11 @@ def build(
         init=init,
         forward=functools.partial(_forward, module),
         make_head=functools.partial(_head, config, head),
-        make_cache=functools.partial(_no_cache, model_type),
+        make_cache=functools.partial(_no_cache, family.model_type),
         count_flops=functools.partial(_flops, config, head, shapes),
-        tensors=_tensors(model_type, config, head, shapes, tie, own_head),
-        base_prefix=FAMILIES[model_type].base_prefix,
-        ignored=IGNORED,
+        tensors=_tensors(family, config, head, shapes, tie, own_head),
+        base_prefix=family.base_prefix,
+        ignored=(*family.ignored, *IGNORED),
         heads=('lm_head', 'pooler', 'classifier'),
         tie=tie,
     )

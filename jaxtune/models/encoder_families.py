@@ -1,11 +1,12 @@
 """The encoder families: Hugging Face's config fields to `EncoderConfig`, and where parameters lie in their folders.
 
-A new family is a function and a line in `FAMILIES`.
+A new family is a function and a `Family` here, and a line in `models.FAMILIES`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from typing import Any
 
+from jaxtune.models import Family
 from jaxtune.models.fields import FieldError, Fields
 from jaxtune.models.layers import ACTIVATIONS
 from jaxtune.models.rope import Rope, make_rope
@@ -74,39 +75,6 @@ class EncoderConfig:
     residual_init_scale: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How a family's folders are read.
-
-    Attributes:
-      config: fields -> `EncoderConfig`; raises `FieldError`.
-      name: what the classes in `transformers` begin with.
-      modules: canonical module -> Hugging Face module, `{}` standing for the layer's number.
-      base_prefix: what a folder of the model without its head leaves out.
-      classifier: the module that makes a sequence's logits.
-    """
-
-    config: Callable[[Fields], EncoderConfig]
-    name: str
-    modules: Mapping[str, str]
-    base_prefix: str
-    classifier: str = 'classifier'
-
-    def architecture(self, head: str) -> str:
-        """The class in `transformers` that has the head."""
-        kind = {'lm': 'MaskedLM', 'classification': 'SequenceClassification'}.get(head, 'TokenClassification')
-        return f'{self.name}For{kind}'
-
-    def module(self, canonical: str, head: str) -> str:
-        """The Hugging Face module of a canonical one."""
-        if canonical == 'classifier':
-            return self.classifier if head == 'classification' else 'classifier'
-        # The layer that stands apart (see `encoder.Encoder`) is layer 0.
-        if canonical.startswith('first_layer/'):
-            return self.modules[canonical.replace('first_layer/', 'layers/', 1)].format(0)
-        return self.modules[canonical]
-
-
 # Heads that a folder may hold and a run may not want, and buffers of older versions.
 IGNORED = (
     r'^(cls|lm_head|classifier|pre_classifier|vocab_transform|vocab_layer_norm|vocab_projector|head|decoder)\.',
@@ -116,7 +84,7 @@ IGNORED = (
 )
 
 
-def _bert_like(fields: Fields, **differences) -> EncoderConfig:
+def _bert_like(fields: Fields, **differences: Any) -> EncoderConfig:
     for name in ('is_decoder', 'add_cross_attention'):
         if fields.get(name):
             raise FieldError(name, 'expected False: this model is trained as an encoder')
@@ -250,6 +218,7 @@ _ROBERTA_MODULES = _bert_modules('roberta') | {
     'lm_head': 'lm_head',
     'lm_head/decoder': 'lm_head.decoder',
     'pooler/dense': 'classifier.dense',
+    'sequence_classifier': 'classifier.out_proj',
 }
 
 _DISTILBERT_MODULES = {
@@ -289,21 +258,18 @@ _MODERNBERT_MODULES = {
     'pooler/norm': 'head.norm',
 }
 
-FAMILIES: dict[str, Family] = {
-    'bert': Family(bert, 'Bert', _BERT_MODULES, 'bert.'),
-    'roberta': Family(roberta, 'Roberta', _ROBERTA_MODULES, 'roberta.', classifier='classifier.out_proj'),
-    'distilbert': Family(distilbert, 'DistilBert', _DISTILBERT_MODULES, 'distilbert.'),
-    'modernbert': Family(modernbert, 'ModernBert', _MODERNBERT_MODULES, 'model.'),
-}
+BERT = Family('bert', 'encoder', bert, 'BertForMaskedLM', _BERT_MODULES, 'bert.')
+ROBERTA = Family('roberta', 'encoder', roberta, 'RobertaForMaskedLM', _ROBERTA_MODULES, 'roberta.')
+DISTILBERT = Family('distilbert', 'encoder', distilbert, 'DistilBertForMaskedLM', _DISTILBERT_MODULES, 'distilbert.')
+MODERNBERT = Family('modernbert', 'encoder', modernbert, 'ModernBertForMaskedLM', _MODERNBERT_MODULES)
 
 
-def encoder_config(fields: Fields) -> EncoderConfig:
+def encoder_config(fields: Fields, family: Family) -> EncoderConfig:
     """The normalised config of Hugging Face fields.
 
     Raises:
       FieldError: a field's value is impossible here.
     """
-    family = FAMILIES[fields['model_type']]
     config = family.config(fields)
     if config.d_model % config.num_heads:
         name = 'num_attention_heads' if 'num_attention_heads' in fields else 'n_heads'

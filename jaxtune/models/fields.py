@@ -3,17 +3,21 @@
 import copy
 import dataclasses
 import difflib
+import functools
 import json
 import pathlib
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxtune.common.checks import Check, ExpectedError, integer, number, text
+from jaxtune.common.checks import Check, ExpectedError, boolean, integer, number, text
 from jaxtune.common.jsonfile import read_object, texts, token_ids
 from jaxtune.errors import UserError, reason, shown
 from jaxtune.models import hub
 from jaxtune.models.rope import TYPES
+
+if TYPE_CHECKING:
+    from jaxtune.models import Family
 
 Fields = Mapping[str, Any]
 
@@ -61,6 +65,10 @@ _CHECKS: dict[str, Check] = {
 }
 
 
+# What a field of a family's own must be, by the type of its default.
+_CHECK_OF_TYPE: dict[type, Check] = {bool: boolean, int: integer(), float: number(), str: text}
+
+
 class FieldError(ValueError):
     """A config field is impossible: its name, and what was expected."""
 
@@ -69,12 +77,24 @@ class FieldError(ValueError):
         self.name, self.expected = name, expected
 
 
-def read_fields(source: str | Fields, model_types: Collection[str], check: Callable[[Fields], Any]) -> dict[str, Any]:
+def refuse_model_type(where: str, model_type: Any, known: Collection[str]) -> UserError:
+    """What to say of a `model_type` that no family has."""
+    near = difflib.get_close_matches(str(model_type), known, 1)
+    hint = f' (nearest: {near[0]})' if near else ''
+    return UserError(
+        f'{where}model_type={shown(model_type)}: expected one of {", ".join(known)}{hint}, or model.family=module:NAME '
+        'of your own family'
+    )
+
+
+def read_fields(
+    source: str | Fields, families: 'Mapping[str, Family]', check: 'Callable[[Family, Fields], Any]'
+) -> dict[str, Any]:
     """All config fields of a folder, a hub id, or of a recipe's `model.config`.
 
     Args:
       source: where from.
-      model_types: the known ones.
+      families: the known ones, by `model_type`.
       check: raises `FieldError` for values that the model cannot have.
 
     Raises:
@@ -86,36 +106,23 @@ def read_fields(source: str | Fields, model_types: Collection[str], check: Calla
         path = hub.resolve(str(source)) / 'config.json'
         given, where = folder_config(path.parent), f'{path}: '
     model_type = given.get('model_type')
-    if model_type not in model_types:
-        near = difflib.get_close_matches(str(model_type), model_types, 1)
-        hint = f' (nearest: {near[0]})' if near else ''
-        raise UserError(f'{where}model_type={shown(model_type)}: expected one of {", ".join(model_types)}{hint}')
+    family = families.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise refuse_model_type(where, model_type, families)
     if given.get('quantization_config'):
         raise UserError(f'{where}quantization_config: expected a model that is not quantised')
 
     _check_rope_type(given, where)
 
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
-
-    config_class = CONFIG_MAPPING[model_type]
-    if isinstance(source, Mapping):
-        _refuse_unknown(given, config_class)
-    values = {name: _plain(value) for name, value in given.items() if name != 'model_type' and name not in _DROPPED}
-    try:
-        fields = config_class(**values).to_dict()
-    except Exception as error:  # each config class raises what it likes
-        said, words = reason(error), str(error)
-        found = re.search(r"field '(\w+)'", words)
-        key = found[1] if found else next((name for name in values if re.search(rf'\b{re.escape(name)}\b', words)), '')
-        name = f'{where}{key}={shown(values[key])}' if key in values else where.rstrip('.: ')
-        raise UserError(f'{name}: {said}') from None
+    read = _read_by_class if family.fields is None else functools.partial(_read_by_defaults, family.fields)
+    fields = read(given, where, isinstance(source, Mapping))
     for name in (*_DROPPED, *(name for name in ('id2label', 'label2id') if name not in given)):
         fields.pop(name, None)
     try:
         for name, expects in _CHECKS.items():
             if fields.get(name) is not None:
                 expects(fields[name])
-        check(fields)
+        check(family, fields)
     except ExpectedError as error:
         raise UserError(f'{where}{name}={shown(fields[name])}: expected {error}') from None
     except FieldError as error:
@@ -143,10 +150,52 @@ def _check_rope_type(given: Fields, where: str) -> None:
             raise UserError(f'{where}{name}: type={shown(kind)}: expected one of {", ".join(TYPES)}{hint}')
 
 
-def _refuse_unknown(given: Fields, config_class: type) -> None:
+def _read_by_class(given: Fields, where: str, strict: bool) -> dict[str, Any]:
+    """All fields by the config class that `transformers` has for the model type; `strict` refuses others."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
+
+    model_type = given['model_type']
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f'model.family: transformers knows no model_type={model_type}; expected a Family with `fields`')
+    config_class = CONFIG_MAPPING[model_type]
+    if strict:
+        names = {field.name for field in dataclasses.fields(config_class)}
+        _refuse_unknown(given, names | {*config_class.attribute_map, *_LEGACY})
+    values = _values(given)
+    try:
+        return config_class(**values).to_dict()
+    except Exception as error:  # each config class raises what it likes
+        said, words = reason(error), str(error)
+        found = re.search(r"field '(\w+)'", words)
+        key = found[1] if found else next((name for name in values if re.search(rf'\b{re.escape(name)}\b', words)), '')
+        name = f'{where}{key}={shown(values[key])}' if key in values else where.rstrip('.: ')
+        raise UserError(f'{name}: {said}') from None
+
+
+def _read_by_defaults(defaults: Fields, given: Fields, where: str, strict: bool) -> dict[str, Any]:
+    """All fields by a family's own defaults, whose types are those of the fields; `strict` refuses others."""
+    if strict:
+        _refuse_unknown(given, set(defaults))
+    values = _values(given)
+    for name, value in values.items():
+        expects = _CHECK_OF_TYPE.get(type(defaults.get(name)))
+        try:
+            if expects is not None and value is not None:
+                values[name] = expects(value)
+        except ExpectedError as error:
+            raise UserError(f'{where}{name}={shown(value)}: expected {error}') from None
+    common = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+    return {**common, 'tie_word_embeddings': False, **_plain(defaults), **values, 'model_type': given['model_type']}
+
+
+def _values(given: Fields) -> dict[str, Any]:
+    """What describes the model, in the types of JSON."""
+    return {name: _plain(value) for name, value in given.items() if name != 'model_type' and name not in _DROPPED}
+
+
+def _refuse_unknown(given: Fields, names: set[str]) -> None:
     """A recipe's misspelt key would otherwise leave the default in place without a word."""
-    known = {field.name for field in dataclasses.fields(config_class)}
-    known |= {*config_class.attribute_map, *_LEGACY, *_COMMON, 'model_type'}
+    known = names | {*_COMMON, 'model_type'}
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

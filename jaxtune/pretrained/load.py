@@ -134,7 +134,7 @@ def open_tokenizer(config: ConfigDict, key: str = 'model.path'):
     if config.model.path:
         folder = hub.resolve(model_folder(config.model.path, key), key)
         hub.check_companions(folder)
-        models.read_config(str(folder))
+        models.read_config(str(folder), config.model.family)
     return tokenizers.load(tokenizer_folder(config), 'tokenizer.path' if config.tokenizer.path else key)
 
 
@@ -164,7 +164,7 @@ def open_model(config: ConfigDict, tokenizer, own_head: bool = False) -> tuple[m
     settings = config.model
     if settings.path:
         folder = model_folder(settings.path)
-        fields = models.read_config(folder)
+        fields = models.read_config(folder, settings.family)
     else:
         folder, own = '', settings.config.to_dict()
         if not own:
@@ -176,9 +176,9 @@ def open_model(config: ConfigDict, tokenizer, own_head: bool = False) -> tuple[m
             )
             for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
                 own.setdefault(name, getattr(tokenizer, name))
-            if models.KINDS.get(own.get('model_type')) == 'encdec':
+            if _kinds(config).get(str(own.get('model_type'))) == 'encdec':
                 own.setdefault('decoder_start_token_id', tokenizer.pad_token_id)  # as T5's own begin
-        fields = models.read_config(own)
+        fields = models.read_config(own, settings.family)
     if tokenizer is not None:
         tokenizers.check_vocab(tokenizer, fields['vocab_size'])
         spare = _spare_tokens(config, tokenizer)
@@ -198,6 +198,7 @@ def open_model(config: ConfigDict, tokenizer, own_head: bool = False) -> tuple[m
         remat=settings.remat,
         attention=settings.attention,
         own_head=own_head,
+        family=settings.family,
         **head,
     )
     limit, prompted = model.config.max_positions, config.method.name == 'prompt'
@@ -214,6 +215,11 @@ def open_model(config: ConfigDict, tokenizer, own_head: bool = False) -> tuple[m
             'tokens; expected False, or a shorter data.seq_len'
         )
     return model, folder
+
+
+def _kinds(config: ConfigDict) -> dict[str, str]:
+    """The kind of every known `model_type`, that of the recipe's `model.family` among them."""
+    return {name: family.kind for name, family in models.families(config.model.family).items()}
 
 
 def _spare_tokens(config: ConfigDict, tokenizer) -> int:
@@ -234,10 +240,11 @@ def _head(config: ConfigDict, fields: dict[str, Any], folder: str) -> tuple[dict
     """
     if _reads_rows(config):
         objective = objectives.get(config.objective)
-        kind = models.KINDS[fields['model_type']]
+        known = _kinds(config)
+        kind = known[fields['model_type']]
         kinds = getattr(objective, 'KINDS', (kind,))
         if kind not in kinds:
-            fitting = [name for name, its_kind in models.KINDS.items() if its_kind in kinds]
+            fitting = [name for name, its_kind in known.items() if its_kind in kinds]
             raise UserError(
                 f'objective={config.objective}: does not suit model_type={fields["model_type"]!r}; expected one of '
                 + ', '.join(fitting)
@@ -247,7 +254,7 @@ def _head(config: ConfigDict, fields: dict[str, Any], folder: str) -> tuple[dict
             fields = fields | objective.label_fields(config)
     else:
         head = folder_head(folder) if folder else 'lm'
-        if head == 'classification' and models.KINDS[fields['model_type']] == 'decoder':
+        if head == 'classification' and _kinds(config)[fields['model_type']] == 'decoder':
             head = 'reward'
     return ({} if head == 'lm' else {'head': head, 'labels': len(fields.get('id2label') or (0, 1))}), fields
 
