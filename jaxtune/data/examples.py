@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxtune.common import console
+from jaxtune.common.io import replace_folder
 from jaxtune.data import formats, stdlib_instructions, templates
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.cache import once
@@ -22,7 +23,6 @@ from jaxtune.data.packing import Row, pack
 from jaxtune.data.records import Records, open_records
 from jaxtune.data.spans import Encoded, Encoder
 from jaxtune.data.templates import Template
-from jaxtune.data.tokens import replace_folder
 from jaxtune.errors import UserError
 
 _VERSION = 2  # of how conversations become tokens: another number makes the cache anew

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.common.io import replace_folder
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 
@@ -236,16 +237,3 @@ def write_meta(
 def dtype_of(vocab_size: int) -> type:
     """The smallest type that holds every id."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def replace_folder(new: pathlib.Path, folder: pathlib.Path) -> None:
-    """Moves a folder to its place, instead of one that is there."""
-    try:
-        os.rename(new, folder)
-    except OSError:
-        # A rename cannot replace a folder that holds something.
-        old = folder.with_name(f'.{folder.name}.old')
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-        os.rename(new, folder)
-        shutil.rmtree(old, ignore_errors=True)

@@ -19,10 +19,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxtune.common import paths
+from jaxtune.common.io import replace_folder
 from jaxtune.common.jsonfile import read_object
 from jaxtune.errors import UserError, parsing, shown
 from jaxtune.methods import lora, peft_fields, peft_tied, targets
-from jaxtune.models.hf import not_finite, replace_folder
+from jaxtune.models.hf import not_finite
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.models.safetensors import Entry, read_header, write_file
 from jaxtune.weights import LoRA

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from jaxtune.recipe.workdir import write_text
+from jaxtune.common.io import write_text
 
 NAME = 'samples.jsonl'
 

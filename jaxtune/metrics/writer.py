@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from jaxtune.common import console
+from jaxtune.common.io import write_text
 from jaxtune.errors import UserError
-from jaxtune.recipe.workdir import write_text
 
 NAME = 'metrics.jsonl'
 

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.common import console, paths
+from jaxtune.common.io import replace_folder
 from jaxtune.common.jsonfile import read_object
 from jaxtune.errors import UserError, shown
 from jaxtune.models import hub
@@ -433,13 +434,3 @@ def _write_configs(folder: pathlib.Path, model: Model, dtype: str) -> None:
     names = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id')
     values = {name: model.hf_config[name] for name in names if model.hf_config.get(name) is not None}
     (folder / 'generation_config.json').write_text(json.dumps(values, indent=2) + '\n', 'utf-8')
-
-
-def replace_folder(new: pathlib.Path, path: pathlib.Path) -> None:
-    """Puts a folder in the place of another, or of none, in one step."""
-    old = path.with_name(f'.{path.name}.old')
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from jaxtune.common import console
+from jaxtune.common import console, io
 from jaxtune.data.loader import Loader
 from jaxtune.objectives import preferences
 from jaxtune.objectives.cross_entropy import token_logprobs
@@ -81,10 +81,8 @@ def complete(config: ConfigDict, rows: Pairs, model, params, mesh, cache: pathli
 
 def _save(path: pathlib.Path, values: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}')
-    with open(partial, 'wb') as file:
+    with io.atomic_file(path, sync=False) as file:
         np.save(file, values, allow_pickle=False)
-    partial.replace(path)
 
 
 def load_reference(config: ConfigDict, mesh, *, weights: bool = True):

@@ -8,13 +8,13 @@ import math
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxtune.common import console
+from jaxtune.common.io import read_json, write_json
 from jaxtune.errors import UserError
 from jaxtune.recipe import ownership
 from jaxtune.recipe.recipes import MAY_CHANGE, defaults, differing, flatten
@@ -26,42 +26,6 @@ SIGNATURE = 'checksums.json'  # in each checkpoint: its files' checksums, and of
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What libraries say that keep no error number: TensorStore and NumPy.
 _FULL_TEXT = re.compile('|'.join(map(os.strerror, sorted(_FULL))) + r'|\d+ requested and \d+ written')
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all, into a folder that is there."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'w', encoding='utf-8') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file, or None where there is none.
-
-    Raises:
-      UserError: the file is not JSON, or cannot be read.
-    """
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}') from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: expected JSON: {error}') from None
 
 
 def done(workdir: pathlib.Path) -> dict | None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from jaxtune.common import console
 from jaxtune.common.formatting import duration
+from jaxtune.common.io import read_json, write_text
 from jaxtune.config import TRAINING
-from jaxtune.recipe.workdir import make_result, read_json, write_result, write_text
+from jaxtune.recipe.workdir import make_result, write_result
 from jaxtune.report import sections
 from jaxtune.report.preparation import preparation
 from jaxtune.report.source import Source, read

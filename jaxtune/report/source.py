@@ -5,10 +5,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtune.common.io import read_json
 from jaxtune.config import REWARDED, SCHEMA, Free
 from jaxtune.metrics.samples import read_samples
 from jaxtune.metrics.writer import read_metrics
-from jaxtune.recipe.workdir import read_json
 
 Points = list[tuple[float, float]]
 

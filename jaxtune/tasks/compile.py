@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxtune import objectives, report
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
+from jaxtune.common.io import write_json
 from jaxtune.models import Model
 from jaxtune.models.attention import chosen
 from jaxtune.parallel import copied_bytes, make_mesh
@@ -24,7 +25,6 @@ from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
 from jaxtune.pretrained.load import open_model, open_tokenizer
-from jaxtune.recipe.workdir import write_json
 from jaxtune.training import run_info
 from jaxtune.training.program import Program, abstract_params, make_program
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxtune import methods
 from jaxtune.common import console
+from jaxtune.common.io import read_json
 from jaxtune.errors import UserError
 from jaxtune.methods import apply, peft
 from jaxtune.models import hf, value_head
@@ -20,7 +21,7 @@ from jaxtune.parallel import make_mesh
 from jaxtune.pretrained import companions
 from jaxtune.pretrained.load import Assembly, assemble
 from jaxtune.recipe import recipes
-from jaxtune.recipe.workdir import read_json, write_result
+from jaxtune.recipe.workdir import write_result
 from jaxtune.tasks import evaluate
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.evaluator import rises

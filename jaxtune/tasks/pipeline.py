@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from jaxtune import report
-from jaxtune.common import console
+from jaxtune.common import console, io
 from jaxtune.errors import UserError
 from jaxtune.parallel import hosts
 from jaxtune.recipe import ownership, recipes, workdir
@@ -89,4 +89,4 @@ def _finish_root(folder: pathlib.Path, results: Mapping[str, dict]) -> None:
     result = {'task': 'stages', 'status': 'done', 'step': results[last]['step'], 'metrics': metrics}
     result['stages'] = list(results)
     report.write_report(folder, result)
-    workdir.write_json(folder / 'result.json', result)
+    io.write_json(folder / 'result.json', result)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jaxtune import report
 from jaxtune.common import console
 from jaxtune.common.formatting import size
+from jaxtune.common.io import read_json, write_json
 from jaxtune.data.cache import once
 from jaxtune.data.prepare import plain, sources
 from jaxtune.data.prepare import plan as plans
@@ -18,7 +19,6 @@ from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 from jaxtune.parallel import hardware
 from jaxtune.recipe import recipes
-from jaxtune.recipe.workdir import read_json, write_json
 from jaxtune.training.run_info import RunInfo
 
 

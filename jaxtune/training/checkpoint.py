@@ -11,9 +11,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxtune.common import console
+from jaxtune.common.io import read_json, write_json
 from jaxtune.errors import UserError
 from jaxtune.parallel import hosts
-from jaxtune.recipe.workdir import SIGNATURE, read_json, write_json
+from jaxtune.recipe.workdir import SIGNATURE
 
 _UNSIGNED = (SIGNATURE, '_CHECKPOINT_METADATA')  # the latter gets the time of the commit after it
 _READERS = 8  # threads that compute checksums

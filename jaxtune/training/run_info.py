@@ -12,8 +12,8 @@ from typing import Any
 from jaxtune import objectives
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
+from jaxtune.common.io import read_json, write_json
 from jaxtune.parallel import copied_bytes, hardware
-from jaxtune.recipe.workdir import read_json, write_json
 from jaxtune.weights import tree
 
 NAME = 'run.json'

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.common import io
 from jaxtune.data.prepare import HELD_OUT
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.shards import Stored
@@ -119,7 +120,6 @@ def assemble(work: pathlib.Path, workdir: pathlib.Path, plan: Plan, tasks: int) 
             _join(work, tasks, f'{side}.jsonl', workdir / name)
     else:
         from jaxtune.data import tokenizer as tokenizers
-        from jaxtune.data.tokens import replace_folder
 
         _copy_folder(work / 'tokenizer', workdir / 'tokenizer')
         tokenizer = tokenizers.load(str(workdir / 'tokenizer'))
@@ -129,15 +129,17 @@ def assemble(work: pathlib.Path, workdir: pathlib.Path, plan: Plan, tasks: int) 
             folder.mkdir()
             meta = _tokens(work, tasks, side, folder, tokenizer, plan)
             if meta['documents']:
-                replace_folder(folder, workdir / side)
+                io.replace_folder(folder, workdir / side)
             else:
                 shutil.rmtree(folder)
             stats[side] = {name: meta[name] for name in ('documents', 'tokens', 'text_bytes', 'gzip_bits_per_byte')}
         stats['vocab_size'] = tokenizers.vocab_size(tokenizer)
         _join(work, tasks, 'eval.jsonl', workdir / HELD_OUT)
-    _write(workdir / SET_ASIDE, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in stats['broken']))
-    _write(workdir / STATS, json.dumps(stats, indent=1, ensure_ascii=False) + '\n')
-    _write(workdir / MANIFEST, json.dumps(manifest(workdir, plan, stats), indent=1, ensure_ascii=False) + '\n')
+    rows = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in stats['broken'])
+    io.write_text(workdir / SET_ASIDE, rows, sync=False)
+    io.write_text(workdir / STATS, json.dumps(stats, indent=1, ensure_ascii=False) + '\n', sync=False)
+    contents = json.dumps(manifest(workdir, plan, stats), indent=1, ensure_ascii=False) + '\n'
+    io.write_text(workdir / MANIFEST, contents, sync=False)
 
 
 def statistics(work: pathlib.Path, plan: Plan, tasks: int) -> dict[str, Any]:
@@ -219,24 +221,20 @@ def _gzip(work: pathlib.Path, tasks: int, text_bytes: int) -> float | None:
 
 
 def _join(work: pathlib.Path, tasks: int, name: str, target: pathlib.Path) -> None:
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}')
-    with temporary.open('wb') as file:
-        for rank in range(tasks):
-            with (work / 'parts' / f'{rank:05d}' / name).open('rb') as part:
+    parts = [work / 'parts' / f'{rank:05d}' / name for rank in range(tasks)]
+    if not any(part.stat().st_size for part in parts):
+        return
+    with io.atomic_file(target, sync=False) as file:
+        for path in parts:
+            with path.open('rb') as part:
                 shutil.copyfileobj(part, file, 1 << 20)
-    if temporary.stat().st_size:
-        os.replace(temporary, target)
-    else:
-        temporary.unlink()
 
 
 def _copy_folder(source: pathlib.Path, target: pathlib.Path) -> None:
-    from jaxtune.data.tokens import replace_folder
-
     temporary = target.with_name(f'.{target.name}.new')
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
-    replace_folder(temporary, target)
+    io.replace_folder(temporary, target)
 
 
 def manifest(workdir: pathlib.Path, plan: Plan, stats: dict[str, Any]) -> dict[str, Any]:
@@ -271,9 +269,3 @@ def _version(name: str) -> str:
 def _sha256(path: pathlib.Path) -> str:
     with path.open('rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)

@@ -24,7 +24,7 @@ import numpy as np
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from jaxtune.common import console
+from jaxtune.common import console, io
 from jaxtune.data.prepare import assign_splits, build, minhash, readers, shards, substring_dedup, words
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.process import Processor
@@ -319,9 +319,7 @@ class Vocabulary(Phase):
         temporary = self.folder / f'.tokenizer.{os.uname().nodename}.{os.getpid()}'
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save_pretrained(str(temporary))
-        from jaxtune.data.tokens import replace_folder
-
-        replace_folder(temporary, target)
+        io.replace_folder(temporary, target)
 
     def _texts(self) -> Iterator[str]:
         indexes = [shards.load(self.folder / 'index' / f'{rank:05d}.npz') for rank in range(self.tasks)]
@@ -376,15 +374,11 @@ def phases(work: pathlib.Path, plan: Plan, tasks: int) -> list[Phase]:
 def save_array(path: pathlib.Path, values: np.ndarray) -> None:
     """Writes an array whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
-    with temporary.open('wb') as file:
+    with io.atomic_file(path, sync=False) as file:
         np.save(file, values, allow_pickle=False)
-    os.replace(temporary, path)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+    io.write_text(path, text, sync=False)

@@ -17,10 +17,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxtune.common import console
+from jaxtune.common.io import replace_folder
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.documents import Documents, open_documents
 from jaxtune.data.prepare import HELD_OUT
-from jaxtune.data.tokens import TokenWriter, replace_folder
+from jaxtune.data.tokens import TokenWriter
 from jaxtune.errors import UserError
 
 DROPPED, TRAIN, EVAL = 0, 1, 2

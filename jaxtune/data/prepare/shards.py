@@ -1,13 +1,15 @@
 """What lies between the phases: documents of one task in a compressed file, with an index of what they are like."""
 
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+from jaxtune.common import io
 
 # What becomes of a document.
 KEPT, EXACT, NEAR = 0, 1, 2
@@ -41,8 +43,9 @@ class Writer:
 
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
-        self._file = pyarrow.CompressedOutputStream(pyarrow.OSFile(str(self._temporary), 'wb'), 'zstd')
+        self._place = contextlib.ExitStack()
+        file = pyarrow.PythonFile(self._place.enter_context(io.atomic_file(path, sync=False)), 'w')
+        self._file = pyarrow.CompressedOutputStream(file, 'zstd')
 
     def add(self, document: Stored) -> None:
         row = [document.source, document.id, document.text, document.kind, document.metadata, document.record]
@@ -50,7 +53,7 @@ class Writer:
 
     def close(self) -> None:
         self._file.close()
-        os.replace(self._temporary, self.path)
+        self._place.close()
 
 
 def read(path: pathlib.Path) -> Iterator[Stored]:
@@ -74,10 +77,8 @@ def _lines(stream) -> Iterator[bytes]:
 def save(path: pathlib.Path, **arrays: np.ndarray) -> None:
     """Writes arrays whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.uname().nodename}.{os.getpid()}')
-    with temporary.open('wb') as file:
+    with io.atomic_file(path, sync=False) as file:
         np.savez(file, **arrays)
-    os.replace(temporary, path)
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -148,7 +148,7 @@ def test_killed(corpus, prepared, tmp_path):
     prepared('whole', recipe_of(corpus))
     (tmp_path / 'recipe.py').write_text(
         'from ml_collections import ConfigDict\n'
-        'from jaxtune import recipes\n'
+        'from jaxtune.recipe import recipes\n'
         'from jaxtune.data.prepare import sources\n'
         'sources._TASK, sources._CUT = 30_000, 20_000\n'
         'def get_config():\n'
