@@ -21,7 +21,7 @@ def seconds(layers: int) -> float:
     from jaxtune.training.program import abstract_params, make_program, with_shardings
 
     config = recipes.defaults()
-    recipes.lay_over(config, {'train.batch_size': 8, 'data.seq_len': 512})
+    recipes.apply_overrides(config, {'train.batch_size': 8, 'data.seq_len': 512})
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = models.build(models.read_config(CONFIG | {'num_hidden_layers': layers}), remat=config.model.remat)

@@ -127,7 +127,7 @@ def tokenise(texts: list[str]) -> None:
         work = pathlib.Path(name) / 'work'
         tokenizer.save_pretrained(str(work / 'tokenizer'))
         config = recipes.defaults()
-        recipes.lay_over(config, {'data.train': 'x'})
+        recipes.apply_overrides(config, {'data.train': 'x'})
         plan = plans.make(config)
         for rank in range(count):
             writer = shards.Writer(work / 'documents' / f'{rank:05d}.jsonl.zst')

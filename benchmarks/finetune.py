@@ -114,7 +114,7 @@ def compare(args, seed: int, workdir: pathlib.Path) -> dict:
     keys |= {'eval.every': 0, 'eval.patience': 0, 'log.every': 1}
     keys |= {name: json.loads(value) if value[:1].isdigit() else value for name, value in args.set}
     config = recipes.defaults()
-    recipes.lay_over(config, {'task': 'train', 'model.path': args.model} | keys)
+    recipes.apply_overrides(config, {'task': 'train', 'model.path': args.model} | keys)
     start(config, workdir / 'start')
 
     model_class = transformers.AutoModelForSequenceClassification if classes else transformers.AutoModelForSeq2SeqLM

@@ -47,7 +47,7 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
 
     config = recipes.defaults()
     changes = {'method.name': method, 'train.batch_size': batch_size, 'train.accumulate': accumulate}
-    recipes.lay_over(
+    recipes.apply_overrides(
         config, {**changes, 'data.seq_len': length, 'optimizer.schedule': 'constant', 'optimizer.lr': 1e-4}
     )
     mesh = make_mesh(config.mesh)

@@ -178,7 +178,7 @@ def _config(values):
     names |= {name: f'generate.{name}' for name in ('temperature', 'top_p', 'top_k', 'max_new_tokens')}
     keys = {key: getattr(values, name) for name, key in names.items()}
     keys |= {'task': 'generate', 'model.param_dtype': values.dtype, 'model.compute_dtype': values.dtype}
-    recipes.lay_over(config, keys)
+    recipes.apply_overrides(config, keys)
     return config
 
 

@@ -67,7 +67,7 @@ class JaxtuneLM(TemplateLM):
             'model.param_dtype': dtype,
             'model.compute_dtype': dtype,
         }
-        recipes.lay_over(config, keys | {'mesh.fsdp': fsdp, 'mesh.tensor': tensor, **(recipe or {})})
+        recipes.apply_overrides(config, keys | {'mesh.fsdp': fsdp, 'mesh.tensor': tensor, **(recipe or {})})
         self.mesh = make_mesh(config.mesh)
         with jax.set_mesh(self.mesh):
             parts = assemble(config, self.mesh)

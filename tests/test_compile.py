@@ -36,7 +36,7 @@ def recipe(**changes):
     }  # fmt: skip
     fields |= changes.pop('fields', {})
     settings = {'task': 'compile', 'model.config': fields, 'data.seq_len': 128, 'train.batch_size': 8}
-    recipes.lay_over(config, settings | {name.replace('__', '.'): value for name, value in changes.items()})
+    recipes.apply_overrides(config, settings | {name.replace('__', '.'): value for name, value in changes.items()})
     return config
 
 

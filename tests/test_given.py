@@ -36,9 +36,9 @@ def recipe(tmp_path) -> pathlib.Path:
 def test_paths_that_no_system_call_takes(key):
     for value in ('~no_such_user_here/x', 'x' * 5000, 'a\0b', '\udcff', 'a/' * 3000):
         with pytest.raises(UserError, match=rf'^{key}=') as caught:
-            recipes.lay_over(recipes.defaults(), {key: value})
+            recipes.apply_overrides(recipes.defaults(), {key: value})
         assert len(str(caught.value)) < 500
-    recipes.lay_over(recipes.defaults(), {key: '~/not/there'})
+    recipes.apply_overrides(recipes.defaults(), {key: '~/not/there'})
 
 
 @pytest.mark.parametrize('source', ['~no_such_user_here/x', {'path': 'x' * 5000}, {'path': 'a\0b', 'weight': 1}])
@@ -80,7 +80,7 @@ def test_paths_of_sources_that_no_system_call_takes(recipe, source):
 )
 def test_values_without_sense_are_named(key, value):
     with pytest.raises(UserError, match=rf'^{key}=') as caught:
-        recipes.lay_over(recipes.defaults(), {key: value})
+        recipes.apply_overrides(recipes.defaults(), {key: value})
     assert len(str(caught.value)) < 500
     assert 'expected' in str(caught.value)
 
@@ -91,7 +91,7 @@ def test_every_number_has_an_upper_bound():
         if type(getattr(key, 'default', None)) is int:
             for value in (10**5000, '9' * 5000):
                 with pytest.raises(UserError, match=rf'^{path}='):
-                    recipes.lay_over(recipes.defaults(), {path: value})
+                    recipes.apply_overrides(recipes.defaults(), {path: value})
     assert integer(0, high=7)('+7') == 7
 
 

@@ -43,7 +43,7 @@ def updates(mesh):
     """Runs updates on a mesh for ever; yields `(how many, loss)`."""
     config = recipes.defaults()
     optimizer = {'optimizer.name': 'sgd', 'optimizer.lr': 1e-2, 'optimizer.schedule': 'constant'}
-    recipes.lay_over(config, {'data.seq_len': LENGTH, 'train.batch_size': ROWS} | optimizer)
+    recipes.apply_overrides(config, {'data.seq_len': LENGTH, 'train.batch_size': ROWS} | optimizer)
     model = models.build(models.read_config(FIELDS))
     with jax.set_mesh(mesh):
         placed = shardings(match_rules(model.shapes, mesh), mesh)

@@ -117,7 +117,7 @@ def test_peak_memory_of_this_process():
 
 def make_info(**keys):
     config = recipes.defaults()
-    recipes.lay_over(config, {name.replace('__', '.'): value for name, value in keys.items()})
+    recipes.apply_overrides(config, {name.replace('__', '.'): value for name, value in keys.items()})
     argv = ('/x/jaxtune/main.py', '--config', 'configs/a b.py', '--config.train.steps=3')
     return RunInfo(SimpleNamespace(argv=argv, recipe='configs/a b.py'), config)
 

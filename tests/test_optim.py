@@ -17,7 +17,7 @@ transformers = pytest.importorskip('transformers')
 
 def settings(**changes):
     config = recipes.defaults()
-    recipes.lay_over(config, {f'optimizer.{name}': value for name, value in changes.items()})
+    recipes.apply_overrides(config, {f'optimizer.{name}': value for name, value in changes.items()})
     return config.optimizer
 
 

@@ -1,11 +1,14 @@
 """Compiler options: given where they are known, left out where they would be an error."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxtune.parallel import compiler_options
-from jaxtune.parallel import compiler_options as options
+
+options = importlib.import_module('jaxtune.parallel.compiler_options')  # the package has a function of that name
 
 
 @pytest.fixture

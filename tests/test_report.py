@@ -48,7 +48,7 @@ class Page(html.parser.HTMLParser):
 
 def recipe(task='train', **keys):
     config = recipes.defaults()
-    recipes.lay_over(config, {'task': task, **{name.replace('__', '.'): value for name, value in keys.items()}})
+    recipes.apply_overrides(config, {'task': task, **{name.replace('__', '.'): value for name, value in keys.items()}})
     return json.loads(config.to_json())
 
 

@@ -1,4 +1,4 @@
-"""Which data a run reads: marks of its files, so that a run goes on with the data that it began with, or not at all."""
+"""Fingerprints of the data that a run reads, so that it continues with the data that it began with or not at all."""
 
 import hashlib
 import pathlib
@@ -17,8 +17,8 @@ _BUDGET = (
 _PIECES = 16
 
 
-def marks(config: ConfigDict) -> dict[str, str]:
-    """A mark of each file that a recipe's data keys name, which changes with its content: `{'KEY: FILE': mark}`.
+def fingerprints(config: ConfigDict) -> dict[str, str]:
+    """A fingerprint of the content of each file that a recipe's data keys name: `{'KEY: FILE': fingerprint}`.
 
     Nothing for what another stage makes, for datasets of the hub, and for what is not there: reading it says so.
     """
@@ -31,13 +31,13 @@ def marks(config: ConfigDict) -> dict[str, str]:
             folder = prepared_tokens(path, key) if key != 'sft.demonstrations' else None
             files = sorted(folder.iterdir()) if folder else find_files(path, key) or []
             share = max(1 << 16, _BUDGET // max(1, len(files)))
-            found |= {f'{key}: {file}': _mark(file, share) for file in files}
+            found |= {f'{key}: {file}': _fingerprint(file, share) for file in files}
         except (UserError, OSError):
             continue
     return found
 
 
-def _mark(file: pathlib.Path, share: int) -> str:
+def _fingerprint(file: pathlib.Path, share: int) -> str:
     size = file.stat().st_size
     digest = hashlib.sha256()
     with open(file, 'rb') as stream:

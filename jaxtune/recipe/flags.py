@@ -15,7 +15,7 @@ from ml_collections.config_flags import config_flags
 
 from jaxtune.common import paths
 from jaxtune.common.checks import ExpectedError
-from jaxtune.config import SCHEMA, Free, Key
+from jaxtune.config import SCHEMA, Key, OpenSubtree
 from jaxtune.errors import UserError, reason, shown
 from jaxtune.recipe import recipes
 from jaxtune.recipe.aliases import nearest
@@ -97,7 +97,7 @@ def _set_sources(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
 
 def _free(path: str) -> bool:
     kinds = SCHEMA.items()
-    return any(isinstance(kind, Free) and path.startswith(f'{key}.') for key, kind in kinds)
+    return any(isinstance(kind, OpenSubtree) and path.startswith(f'{key}.') for key, kind in kinds)
 
 
 def _refuse_left_out(named: Sequence[str], all_stages: Sequence[str], stages: Sequence[str]) -> None:
@@ -112,10 +112,10 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
     """Every key that may be given as a flag, with a value of its type."""
     values = recipes.defaults()
     common = {name: value for name, value in recipe.items() if name != 'stages' and name not in stages}
-    recipes.lay_over(values, recipes.flatten(common))
+    recipes.apply_overrides(values, recipes.flatten(common))
     for stage in stages:
         own = recipes.defaults()
-        recipes.lay_over(own, recipes.flatten(recipe[stage]), f'{stage}.')
+        recipes.apply_overrides(own, recipes.flatten(recipe[stage]), f'{stage}.')
         for name, value in values.get(stage, {}).items():  # a group of keys of the same name
             own[name] = value
         values[stage] = own

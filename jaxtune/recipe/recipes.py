@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_dict
 from jaxtune.common import paths
 from jaxtune.common.checks import ExpectedError, plain
 from jaxtune.common.imports import of_file
-from jaxtune.config import SCHEMA, Free
+from jaxtune.config import SCHEMA, Key, OpenSubtree
 from jaxtune.errors import UserError, blamed_on, shown
 from jaxtune.recipe.aliases import nearest
 
@@ -49,7 +49,7 @@ def defaults() -> ConfigDict:
         node = config
         for parent in parents:
             node = child(node, parent)
-        node[last] = ConfigDict(type_safe=False) if isinstance(key, Free) else copy.deepcopy(key.default)
+        node[last] = ConfigDict(type_safe=False) if isinstance(key, OpenSubtree) else copy.deepcopy(key.default)
     return config
 
 
@@ -58,7 +58,7 @@ def flatten(config: Mapping, prefix: str = '') -> dict[str, Any]:
     flat = {}
     for name, value in config.items():
         path = f'{prefix}{name}'
-        if isinstance(SCHEMA.get(path), Free):
+        if isinstance(SCHEMA.get(path), OpenSubtree):
             flat[path] = value.to_dict() if isinstance(value, ConfigDict) else value
         elif isinstance(value, Mapping | ConfigDict):
             if path not in SCHEMA and not any(key.startswith(path + '.') for key in SCHEMA):
@@ -69,7 +69,7 @@ def flatten(config: Mapping, prefix: str = '') -> dict[str, Any]:
     return flat
 
 
-def lay_over(config: ConfigDict, changes: Mapping[str, Any], prefix: str = '') -> None:
+def apply_overrides(config: ConfigDict, changes: Mapping[str, Any], prefix: str = '') -> None:
     """Sets flat `{'train.steps': 10}` changes in place, checking names and values.
 
     Args:
@@ -81,28 +81,29 @@ def lay_over(config: ConfigDict, changes: Mapping[str, Any], prefix: str = '') -
       UserError: an unknown key or an impossible value.
     """
     for path, value in changes.items():
-        free = next((key for key, kind in SCHEMA.items() if isinstance(kind, Free) and path.startswith(key)), None)
-        if free is None or (path != free and not path.startswith(free + '.')):
-            if path not in SCHEMA:
-                raise _unknown(path, prefix)
-            try:
-                value = SCHEMA[path].check(value)
-            except ExpectedError as error:
-                raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
-        else:
-            if path == free and not isinstance(value, Mapping):
-                raise UserError(f'{prefix}{path}={shown(value)}: expected a ConfigDict of {SCHEMA[free].comment}')
-            try:
-                value = plain(value)
-            except ExpectedError as error:
-                raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
-            if path == free:
-                value = ConfigDict({**config_get(config, path).to_dict(), **value}, type_safe=False)
+        subtree = _open_subtree(path)
+        key = SCHEMA.get(subtree or path)
+        if key is None:
+            raise _unknown(path, prefix)
+        if path == subtree and not isinstance(value, Mapping):
+            raise UserError(f'{prefix}{path}={shown(value)}: expected a ConfigDict of {key.comment}')
+        try:
+            value = key.check(value) if isinstance(key, Key) else plain(value)
+        except ExpectedError as error:
+            raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
+        if path == subtree:
+            value = ConfigDict({**config_get(config, path).to_dict(), **value}, type_safe=False)
         *parents, last = path.split('.')
         node = config
         for parent in parents:
             node = child(node, parent)
         node[last] = value
+
+
+def _open_subtree(path: str) -> str:
+    """The open subtree that a path names or lies in; '' for other keys."""
+    subtrees = (name for name, key in SCHEMA.items() if isinstance(key, OpenSubtree))
+    return next((name for name in subtrees if path == name or path.startswith(f'{name}.')), '')
 
 
 def placeholder() -> config_dict.FieldReference:
@@ -186,16 +187,16 @@ def resolve(
     for stage in stages or ('',):
         prefix = f'{stage}.' if stage else ''
         config = defaults()
-        lay_over(config, flatten(common))
+        apply_overrides(config, flatten(common))
         if stage:
             own = recipe[stage]
-            lay_over(config, flatten(own), prefix)
+            apply_overrides(config, flatten(own), prefix)
         ours = {path: value for path, value in overrides.items() if not of_stage(path, stages)}
-        lay_over(config, ours)
+        apply_overrides(config, ours)
         known.update(ours)
         if stage:
             ours = {path: value for path, value in overrides.items() if of_stage(path, (stage,))}
-            lay_over(config, {path[len(prefix) :]: value for path, value in ours.items()}, prefix)
+            apply_overrides(config, {path[len(prefix) :]: value for path, value in ours.items()}, prefix)
             known.update(ours)
         _check_sources(config, prefix)
         _check_references(config, (*done, *configs), prefix)
@@ -268,7 +269,7 @@ def differing(old: Mapping, new: ConfigDict) -> list[str]:
     before, after = flatten(old), flatten(new)
     # A key added by a newer version held its default before.
     for path, key in SCHEMA.items():
-        before.setdefault(path, {} if isinstance(key, Free) else key.default)
+        before.setdefault(path, {} if isinstance(key, OpenSubtree) else key.default)
     names = []
     for path, value in after.items():
         was = before[path]

@@ -34,8 +34,8 @@ def done(workdir: pathlib.Path) -> dict | None:
     return result if isinstance(result, dict) and result.get('status') == 'done' else None
 
 
-def mark(workdir: pathlib.Path) -> str:
-    """What tells one result of a stage from another: a hash of its `result.json`."""
+def result_fingerprint(workdir: pathlib.Path) -> str:
+    """The SHA-256 of a stage's `result.json`, '' where there is none: it tells one result from another."""
     try:
         return hashlib.sha256((workdir / 'result.json').read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -83,10 +83,14 @@ def _others(workdir: pathlib.Path, own: Mapping[str, Any], known: bool) -> Itera
 
 
 def _differences(
-    workdir: pathlib.Path, config: ConfigDict, recipe: dict, inputs: dict[str, str], data: Mapping[str, str]
+    workdir: pathlib.Path,
+    stored: Mapping[str, Any] | None,
+    config: ConfigDict,
+    recipe: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    data: Mapping[str, str],
 ) -> list[str]:
-    """What in a workdir is not of this recipe."""
-    stored = read_json(workdir / ownership.RECIPE)
+    """What in a workdir, whose recipe is `stored`, is not of this recipe; `recipe` is `config` as JSON has it."""
     others = list(_others(workdir, signature(recipe, inputs), stored is not None))
     if stored is None:
         made = [name for name in ownership.results(workdir) if not name.startswith('checkpoints/')]
@@ -100,9 +104,9 @@ def _differences(
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The files whose marks differ between two runs of a recipe; those of a key that has none now are left out."""
+    """The files that changed between two runs of a recipe; those of a key that has none now are left out."""
     there = {name.partition(': ')[0] for name in now}
-    before = {name: mark for name, mark in before.items() if name.partition(': ')[0] in there}
+    before = {name: value for name, value in before.items() if name.partition(': ')[0] in there}
     said = []
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
@@ -123,8 +127,22 @@ def check_workdir(
     Raises:
       UserError: the workdir holds another recipe's run, and it is not to be overwritten.
     """
+    return _checked(workdir, config, json.loads(config.to_json()), overwrite, inputs or {}, data or {})[1]
+
+
+def _checked(
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    recipe: Mapping[str, Any],
+    overwrite: bool,
+    inputs: Mapping[str, str],
+    data: Mapping[str, str],
+) -> tuple[Mapping[str, Any] | None, list[str]]:
+    """The recipe in a workdir, and what there is not of this one; see `check_workdir`."""
+    stored = None
     try:
-        names = _differences(workdir, config, json.loads(config.to_json()), dict(inputs or {}), data or {})
+        stored = read_json(workdir / ownership.RECIPE)
+        names = _differences(workdir, stored, config, recipe, inputs, data)
     except UserError as error:  # a damaged file
         names = [str(error)]
     if names and not overwrite and ownership.begun(workdir):
@@ -132,7 +150,7 @@ def check_workdir(
             f'{workdir}: holds a run of another recipe; what differs: {"; ".join(names)}. Expected the same '
             'recipe, another --workdir, or --overwrite'
         )
-    return names
+    return stored, names
 
 
 def open_workdir(
@@ -150,8 +168,8 @@ def open_workdir(
       workdir: is there.
       config: the full recipe.
       overwrite: a workdir of another recipe, or of other inputs, is emptied instead of refused.
-      inputs: earlier stage whose output is read -> a mark of its result (`mark`).
-      data: marks of the files that are read (`jaxtune.data.inputs.marks`).
+      inputs: earlier stage whose output is read -> the fingerprint of its result (`result_fingerprint`).
+      data: fingerprints of the files that are read (`jaxtune.data.inputs.fingerprints`).
 
     Returns:
       `result.json` of the finished run with this very recipe, or None if there is work to do.
@@ -162,9 +180,10 @@ def open_workdir(
     inputs, recipe = dict(inputs or {}), json.loads(config.to_json())
     try:
         ownership.sweep(workdir)
-        if check_workdir(workdir, config, overwrite, inputs, data):
+        stored, differences = _checked(workdir, config, recipe, overwrite, inputs, data or {})
+        if differences:
             ownership.empty(workdir, keep=() if overwrite else (ownership.CACHE,))
-        stored = read_json(workdir / ownership.RECIPE)
+            stored = None
         result = done(workdir) if stored and stored['train'] == recipe['train'] else None
         if result is None:  # that of a shorter run must not pass for this one's
             (workdir / 'result.json').unlink(missing_ok=True)

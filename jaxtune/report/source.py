@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.common.io import read_json
-from jaxtune.config import REWARDED, SCHEMA, Free
+from jaxtune.config import REWARDED, SCHEMA, OpenSubtree
 from jaxtune.metrics.samples import read_samples
 from jaxtune.metrics.writer import read_metrics
 
@@ -82,7 +82,7 @@ class Source:
         """`(key, value, default)` of every key; the fields of a free subtree are keys of their own without default."""
         rows = []
         for path, key in SCHEMA.items():
-            if isinstance(key, Free):
+            if isinstance(key, OpenSubtree):
                 rows += [(name, value, None) for name, value in _flat(self.key(path, {}), path)]
                 continue
             value = self.key(path, key.default)

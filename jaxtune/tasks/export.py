@@ -169,7 +169,7 @@ def stored_recipe(source: pathlib.Path) -> ConfigDict:
     if stored is None:
         raise UserError(f'model.path={source}: expected a jaxtune workdir with config.json')
     recipe = recipes.defaults()
-    recipes.lay_over(recipe, recipes.flatten(ConfigDict(stored, type_safe=False)))
+    recipes.apply_overrides(recipe, recipes.flatten(ConfigDict(stored, type_safe=False)))
     return recipes.point_to_stages(recipe, source.parent)
 
 

@@ -72,11 +72,11 @@ def _open_root(command: Command, held: contextlib.ExitStack) -> None:
 
 def _open(command: Command, folder: pathlib.Path, config: ConfigDict, held: contextlib.ExitStack) -> dict | None:
     """Locks and opens a task's folder; returns its result where it is done."""
-    from jaxtune.data.inputs import marks  # slow to import
+    from jaxtune.data.inputs import fingerprints  # slow to import
 
     held.enter_context(ownership.locked(folder))
-    inputs = {other: workdir.mark(command.workdir / other) for other in recipes.references(config)}
-    result = workdir.open_workdir(folder, config, command.overwrite, inputs, marks(config))
+    inputs = {other: workdir.result_fingerprint(command.workdir / other) for other in recipes.references(config)}
+    result = workdir.open_workdir(folder, config, command.overwrite, inputs, fingerprints(config))
     if result is not None and config.task != 'export' and not (folder / report.NAME).is_file():
         report.write_report(folder, result)
     return result

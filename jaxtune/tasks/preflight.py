@@ -16,7 +16,7 @@ from jaxtune import objectives
 from jaxtune.common.formatting import amount
 from jaxtune.config import REWARDED
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.inputs import marks
+from jaxtune.data.inputs import fingerprints
 from jaxtune.data.prepare import plain
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
@@ -73,8 +73,8 @@ def _check_folder(command: Command, name: str, config: ConfigDict) -> None:
     ownership.check_owned(command.workdir)
     ownership.check_owned(folder)
     if folder.is_dir():
-        inputs = {other: workdir.mark(command.workdir / other) for other in recipes.references(config)}
-        workdir.check_workdir(folder, config, command.overwrite, inputs, marks(config))
+        inputs = {other: workdir.result_fingerprint(command.workdir / other) for other in recipes.references(config)}
+        workdir.check_workdir(folder, config, command.overwrite, inputs, fingerprints(config))
 
 
 def _done(folder: pathlib.Path) -> bool:

@@ -9,9 +9,8 @@ from jaxtune.errors import UserError
 def test_atomic_file(tmp_path):
     path = tmp_path / 'a.txt'
     io.write_text(path, 'é\n')
-    with pytest.raises(KeyError), io.atomic_file(path, sync=False) as file:
-        file.write(b'half')
-        raise KeyError
+    with pytest.raises(TypeError), io.atomic_file(path, sync=False) as file:
+        file.writelines([b'half', 'no bytes'])
     assert path.read_text(encoding='utf-8') == 'é\n'
     assert [entry.name for entry in tmp_path.iterdir()] == ['a.txt']
     with pytest.raises(FileNotFoundError):

@@ -24,7 +24,7 @@ def recipe():
 
     def make(changes):
         config = recipes.defaults()
-        recipes.lay_over(config, changes)
+        recipes.apply_overrides(config, changes)
         return config
 
     return make

@@ -53,13 +53,13 @@ def _passing(key: str) -> tuple[Source, ...]:
 
 def recipe(made: Made, rng: Rng, folder: Path) -> Case:
     """One to three keys of a good recipe get an odd value, in the file or on the command line."""
-    from jaxtune.config import SCHEMA, Free
+    from jaxtune.config import SCHEMA, OpenSubtree
 
     name = rng.choice(TASKS)
     keys, flags, said = made.task(name), [], []
     for _ in range(rng.choice((1, 1, 2, 3))):
         key = rng.choice(list(SCHEMA))
-        if isinstance(SCHEMA[key], Free) and rng.random() < 0.8:
+        if isinstance(SCHEMA[key], OpenSubtree) and rng.random() < 0.8:
             key = f'{key}.{rng.choice(_INNER[key])}'
         elif rng.random() < 0.06:
             key = rng.choice((key + 'x', key.split('.')[0], 'x.' + key, key + '.x', '__class__', 'stages'))

@@ -53,7 +53,7 @@ MORE = {
 def settings(**changes):
     config = recipes.defaults()
     common = {'method.name': 'lora', 'method.rank': 4, 'optimizer.lr': 2e-3, 'train.batch_size': 8, 'data.seq_len': 16}
-    recipes.lay_over(config, common | changes)
+    recipes.apply_overrides(config, common | changes)
     return config
 
 

@@ -44,7 +44,7 @@ def mesh():
 def base(folder, method='lora'):
     """The model, and its parameters as a method stores them."""
     config = recipes.defaults()
-    recipes.lay_over(config, {'method.name': method})
+    recipes.apply_overrides(config, {'method.name': method})
     model = models.build(models.read_config(str(folder)))
     codecs = apply.codecs(config, model)
     shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), model.shapes)
@@ -63,7 +63,9 @@ def logits(model, params):
 
 def train(config, model, params):
     """Losses of AdamW's updates, and the trained tree."""
-    recipes.lay_over(config, {'optimizer.lr': LR, 'optimizer.schedule': 'constant', 'optimizer.weight_decay': 0.0})
+    recipes.apply_overrides(
+        config, {'optimizer.lr': LR, 'optimizer.schedule': 'constant', 'optimizer.weight_decay': 0.0}
+    )
     optimizer = make_optimizer(config.optimizer, STEPS)
     trainable, frozen = apply.partition(config, params, frozenset())
     objective = objectives.get('causal_lm')
@@ -129,7 +131,7 @@ def test_lora_goes_there_and_back_and_trains_alike(variant, llama, tmp_path):
     assert expected[-1] < expected[0] - 0.1
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
-    recipes.lay_over(config, {'method.rslora': settings.get('use_rslora', False)})
+    recipes.apply_overrides(config, {'method.rslora': settings.get('use_rslora', False)})
     peft.save_lora(tmp_path / 'ours', params, model, config.method, str(llama))
     again = theirs.PeftModel.from_pretrained(torch_base(llama), tmp_path / 'ours')
     ours = logits(model, params)
@@ -140,7 +142,7 @@ def test_lora_goes_there_and_back_and_trains_alike(variant, llama, tmp_path):
 @pytest.mark.parametrize('changes', [{'method.init': 'pissa'}, {'method.targets': 'q_proj', 'method.layers': '1:'}])
 def test_lora_made_here_loads_there(changes, llama, tmp_path):
     config, model, params = base(llama)
-    recipes.lay_over(config, {'method.rank': 3, **changes})
+    recipes.apply_overrides(config, {'method.rank': 3, **changes})
     params = apply.attach(lambda params: apply.begin(config, model, params, frozenset()), params, mesh())
     key = iter(jax.random.split(jax.random.key(0), 99))
     trainable, frozen = apply.partition(config, params, frozenset())
@@ -184,7 +186,7 @@ def test_loftq_makes_up_for_quantisation(llama):
     """It begins nearer to the model before quantisation than plain QLoRA, on the very same quantised base."""
     config, model, params = base(llama, 'qlora')
     exact = logits(model, hf.load(llama, model)[0])
-    recipes.lay_over(config, {'method.rank': 16, 'method.init': 'loftq', 'method.layers': '0:2'})
+    recipes.apply_overrides(config, {'method.rank': 16, 'method.init': 'loftq', 'method.layers': '0:2'})
     tuned = apply.attach(lambda params: apply.begin(config, model, params, frozenset()), params, mesh())
     plain = np.abs(logits(model, tuned) - exact).mean()
     made_up = np.abs(logits(model, lora.make_up(tuned, hf.kernels(llama, model))) - exact).mean()

@@ -83,7 +83,7 @@ def opened(folder, kind, adapter='', **changes):
     objective = {'bert': 'masked_lm', 't5': 'seq2seq'}.get(kind, 'causal_lm')
     keys = {'task': 'evaluate', 'model.path': str(folder), 'method.path': str(adapter), 'objective': objective}
     keys |= {'data.seq_len': 16, **{name.replace('__', '.'): value for name, value in changes.items()}}
-    recipes.lay_over(config, keys)
+    recipes.apply_overrides(config, keys)
     return config, load.assemble(config, mesh())
 
 

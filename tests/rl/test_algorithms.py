@@ -34,7 +34,9 @@ ROWS, LENGTH, WIDTH = 8, 24, 10
 
 def config(**changes) -> ConfigDict:
     found = recipes.defaults()
-    recipes.lay_over(found, {'data.seq_len': LENGTH, **{key.replace('__', '.'): x for key, x in changes.items()}})
+    recipes.apply_overrides(
+        found, {'data.seq_len': LENGTH, **{key.replace('__', '.'): x for key, x in changes.items()}}
+    )
     return found
 
 

@@ -22,7 +22,7 @@ def rows(tmp_path, records, objective='sft', **changes):
     file.write_text('\n'.join(map(json.dumps, records)) + '\n')
     config = recipes.defaults()
     keys = {'objective': objective, 'data.train': str(file), 'data.seq_len': 96}
-    recipes.lay_over(config, keys | {name.replace('__', '.'): value for name, value in changes.items()})
+    recipes.apply_overrides(config, keys | {name.replace('__', '.'): value for name, value in changes.items()})
     return objectives.get(objective).dataset(config, 'train', tokenizers.load('bytes'), tmp_path / 'cache')
 
 
@@ -315,7 +315,9 @@ def test_a_system_prompt_and_demonstrations_come_first_and_are_never_trained(tmp
 
 def test_lessons_of_the_interpreters_library(tmp_path):
     config = recipes.defaults()
-    recipes.lay_over(config, {'objective': 'reward', 'data.train': 'python-stdlib', 'data.eval': 'python-stdlib'})
+    recipes.apply_overrides(
+        config, {'objective': 'reward', 'data.train': 'python-stdlib', 'data.eval': 'python-stdlib'}
+    )
     from jaxtune.data.stdlib_instructions import open_lessons
 
     held_out = list(open_lessons('data.eval', pairs=True))

@@ -39,7 +39,7 @@ LLAMA = {
 
 def _settings(**changes) -> ConfigDict:
     config = recipes.defaults()
-    recipes.lay_over(config, {name.replace('__', '.'): value for name, value in changes.items()})
+    recipes.apply_overrides(config, {name.replace('__', '.'): value for name, value in changes.items()})
     return config
 
 

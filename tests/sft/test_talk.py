@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 def _config(folder, **changes):
     config = recipes.defaults()
     keys = {'task': 'generate', 'model.path': str(folder), 'generate.max_new_tokens': 24, 'generate.temperature': 0.0}
-    recipes.lay_over(config, keys | {name.replace('__', '.'): value for name, value in changes.items()})
+    recipes.apply_overrides(config, keys | {name.replace('__', '.'): value for name, value in changes.items()})
     return config
 
 

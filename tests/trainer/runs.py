@@ -82,7 +82,7 @@ def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dic
 
 def full_config(keys: dict) -> ConfigDict:
     config = recipes.defaults()
-    recipes.lay_over(config, keys)
+    recipes.apply_overrides(config, keys)
     return config
 
 
