@@ -8,10 +8,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from jaxtune.common import paths, stderr
+from jaxtune.common import hub, paths, stderr
 from jaxtune.common.hub import TOKENIZER_FILES, is_id
 from jaxtune.errors import UserError, parsing
-from jaxtune.models import hub
 
 PAD, EOS, MASK = '<pad>', '<eos>', '<mask>'
 

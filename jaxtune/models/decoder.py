@@ -16,10 +16,9 @@ from jaxtune.models import Family, kv_cache
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.decoder_families import IGNORED, DecoderConfig, decoder_config
-from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck
+from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, rematerialised
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
-from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
 from jaxtune.weights import materialise
 

@@ -23,10 +23,9 @@ from jaxtune.errors import UserError
 from jaxtune.models import Family, kv_cache
 from jaxtune.models.attention import record, unrecorded, visible_softmax
 from jaxtune.models.encdec_families import EncDecConfig, encdec_config
-from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
+from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter, rematerialised
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import prefix_of, prepend, put_before, without_prompt
-from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
 from jaxtune.weights import materialise
 

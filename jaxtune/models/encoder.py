@@ -17,10 +17,9 @@ from jaxtune.models import Family
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import attention, unrecorded
 from jaxtune.models.encoder_families import HEADS, IGNORED, EncoderConfig, encoder_config
-from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter
+from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter, rematerialised
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
-from jaxtune.models.remat import rematerialised
 from jaxtune.parallel import constrain
 from jaxtune.weights import materialise
 

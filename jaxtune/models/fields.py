@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from jaxtune.common import hub
 from jaxtune.common.checks import Check, ExpectedError, boolean, integer, number, text
 from jaxtune.common.jsonfile import read_object, texts, token_ids
 from jaxtune.errors import UserError, reason, shown
-from jaxtune.models import hub
 from jaxtune.models.rope import TYPES
 
 if TYPE_CHECKING:

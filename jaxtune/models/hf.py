@@ -21,11 +21,10 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.common import console, paths
+from jaxtune.common import console, hub, paths
 from jaxtune.common.io import replace_folder
 from jaxtune.common.jsonfile import read_object
 from jaxtune.errors import UserError, shown
-from jaxtune.models import hub
 from jaxtune.models.fields import config_json
 from jaxtune.models.model import Model, Params, Tensor, leaf_paths
 from jaxtune.models.safetensors import Entry, read_header, write_file

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxtune.common import hub
 from jaxtune.data.packing import Row
 from jaxtune.data.records import field, open_records
 from jaxtune.errors import UserError
-from jaxtune.models import hub
 from jaxtune.objectives.cross_entropy import cross_entropy
 
 KINDS = ('encoder',)

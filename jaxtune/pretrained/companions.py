@@ -4,6 +4,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from jaxtune.common import hub
 from jaxtune.common.hub import TOKENIZER_FILES
 from jaxtune.common.io import read_json, write_json
 from jaxtune.common.jsonfile import read_object
@@ -11,7 +12,7 @@ from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.spans import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
-from jaxtune.models import Model, hub
+from jaxtune.models import Model
 
 GENERATION = 'generation_config.json'
 _SPECIAL = ('bos_token_id', 'eos_token_id', 'pad_token_id')

@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune import methods, models, objectives, rl
-from jaxtune.common import console, paths
+from jaxtune.common import console, hub, paths
 from jaxtune.common.hub import TOKENIZER_FILES
 from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.methods import apply, lora, peft
-from jaxtune.models import hf, hub, value_head
+from jaxtune.models import hf, value_head
 from jaxtune.models.fields import folder_config
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings

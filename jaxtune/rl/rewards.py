@@ -13,13 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from jaxtune.common import hub
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.generation.prompts import Prompt
 from jaxtune.generation.sampling import pad_prompts
-from jaxtune.models import hub
 from jaxtune.objectives import completion_mask, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
 from jaxtune.pretrained.load import assemble_other, model_folder

@@ -2,10 +2,10 @@
 
 from ml_collections import ConfigDict
 
+from jaxtune.common import hub
 from jaxtune.config import REWARDED, TRAINING
 from jaxtune.data.records import check_path, check_tables
 from jaxtune.data.templates import check_wanted
-from jaxtune.models import hub
 from jaxtune.pretrained.load import model_folder
 from jaxtune.recipe.recipes import config_get
 from jaxtune.rl import rewards
