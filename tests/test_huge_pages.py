@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='huge pages of L
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
-from jaxtune import huge_pages
+from jaxtune.common import huge_pages
 huge_pages._SETTING = Path(sys.argv[1])
 huge_pages.begin()
 born_with = [entry for entry in open('/proc/self/environ').read().split('\\0') if entry.startswith('GLIBC_TUNABLES=')]

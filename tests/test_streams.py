@@ -10,10 +10,10 @@ from jaxtune.common.streams import Output
 
 PROGRAM = """
 import sys
-from jaxtune import streams
+from jaxtune.common import streams
 streams.open_all()
 file = open(sys.argv[1], 'w')
-from jaxtune import console
+from jaxtune.common import console
 for _ in range(3000):
     console.note('a line ▸ that is printed')
 file.write(f'{file.fileno()} done')
