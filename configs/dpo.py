@@ -3,9 +3,9 @@
     python -m jaxtune.main --config configs/dpo.py \
         --config.model.path=MODEL_FOLDER_OR_WORKDIR --config.data.train=train.jsonl --config.data.eval=eval.jsonl
 
-Records are those of `configs/reward_model.py`. `--config.dpo.loss=ipo` and its kin choose the loss, `dpo.beta` how dear
-it is to leave the reference, which is the model handed in, or `dpo.reference`. Its log-probabilities are computed once,
-before training; the first loss is ln 2. KTO also reads single answers with a `label`.
+Records are those of `configs/reward_model.py`. `dpo.loss` chooses the loss (`ipo`, `hinge`, …), `dpo.beta` the strength
+of the KL penalty to the reference, which is the model handed in, or `dpo.reference`. Its log-probabilities are computed
+once, before training; the first loss is ln 2. KTO also reads single answers with a `label`.
 
 The rate suits small models; take 5e-7 to 5e-6 for published ones, and on an accelerator add
 `--config.model.compute_dtype=bfloat16`.

@@ -2,9 +2,10 @@
 
 import ast
 import difflib
+import importlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxtune.common import paths
@@ -20,11 +21,39 @@ Check = Callable[[Any], Any]
 
 
 def one_of(*names: str) -> Check:
-    def check(value):
+    """One of these texts."""
+
+    def check(value: Any) -> str:
         if not isinstance(value, str) or value not in names:
-            near = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else ()
-            raise ExpectedError(f'one of {", ".join(names)}' + (f' (nearest: {near[0]})' if near else ''))
+            raise ExpectedError(f'one of {", ".join(names)}{_nearest(value, names)}')
         return value
+
+    return check
+
+
+def _nearest(value: Any, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else ()
+    return f' (nearest: {near[0]})' if near else ''
+
+
+def plugin(*choices: str) -> Check:
+    """A plug-in that is shipped, or `module:NAME` or `file.py:NAME` of one that is not.
+
+    Args:
+      choices: `module:ATTRIBUTE` of a `Registry`, which is imported when a value is checked, so that the schema needs
+        none of the rooms above it; or a further name that is accepted.
+    """
+
+    def check(value: Any) -> str:
+        names: list[str] = []
+        for choice in choices:
+            module, _, attribute = choice.partition(':')
+            names += getattr(importlib.import_module(module), attribute).names if attribute else [choice]
+        if isinstance(value, str):
+            place, _, attribute = value.rpartition(':')
+            if value in names or (place and attribute.isidentifier() and path(place)):
+                return value
+        raise ExpectedError(f'one of {", ".join(names)}, or module:NAME of your own{_nearest(value, names)}')
 
     return check
 

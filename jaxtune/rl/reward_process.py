@@ -21,7 +21,10 @@ from typing import Any
 from jaxtune.common import imports, preemption
 from jaxtune.errors import UserError, reason
 
-_START = 'import json, sys; sys.path[:] = json.loads(sys.argv[1]); from jaxtune.rl import reward_process as r; r.serve()'
+_START = (
+    'import json, sys; sys.path[:] = json.loads(sys.argv[1]); '
+    'from jaxtune.rl import reward_process; reward_process.serve()'
+)
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 3.0  # that a function has to return after SIGTERM, so that the step can be ended

@@ -192,7 +192,7 @@ def test_modules_of_the_current_folder_are_not_the_libraries(tmp_path):
     for name in ('yaml', 'numpy', 'absl'):
         (tmp_path / f'{name}.py').write_text('print("the wrong module ran")\n')
     (tmp_path / 'recipe.py').write_text('from ml_collections import ConfigDict\ndef get_config():\n    return 5\n')
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     made = subprocess.run(
         [sys.executable, '-m', 'jaxtune.main', '--config', 'recipe.py'],
         cwd=tmp_path,
