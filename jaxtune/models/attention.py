@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
 from jaxtune.models import flash
-from jaxtune.models.blockwise import HIDDEN, SAVED_NAMES, Pattern, Places, blockwise
+from jaxtune.models.blockwise import MASK_VALUE, SAVED_NAMES, Pattern, Places, blockwise
 from jaxtune.models.rope import Angles, rotate
 from jaxtune.parallel import axis_size, platform
 
@@ -126,7 +126,7 @@ def attention(
 
 def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     """Softmax of float32 scores `[..., keys]` over those that are visible (bool, broadcast); 0 where none is."""
-    return jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1) * visible
+    return jax.nn.softmax(jnp.where(visible, scores, MASK_VALUE), axis=-1) * visible
 
 
 def _choose(implementation: str, call: flash.Call) -> str:

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.models.no_fuse import apart
+from jaxtune.models.no_fuse import no_fuse
 from jaxtune.models.rope import Angles, rotate
 
 # What the backward pass reads; a remat policy that saves these never runs the forward pass of attention twice.
 SAVED_NAMES = ('attention_q', 'attention_k', 'attention_v', 'attention_out', 'attention_lse')
 
-HIDDEN = -1e30  # the score of a pair that may not see each other
-_LOWEST = -1e20  # a row's largest score is at least this, so that exp(HIDDEN - largest) is 0 in an empty row too
+MASK_VALUE = -1e30  # the score of a pair that may not see each other
+_LOWEST = -1e20  # a row's largest score is at least this, so that exp(MASK_VALUE - largest) is 0 in an empty row too
 _SMALLEST = 128  # queries or keys of a block, where there are as many
 
 
@@ -134,7 +134,7 @@ def _by_heads(x, angles, kv_heads: int):
     def change(x, angles):
         return rotate(x, angles).reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
 
-    return apart(change)(x, angles)
+    return no_fuse(change)(x, angles)
 
 
 def _by_tokens(x, angles):
@@ -145,7 +145,7 @@ def _by_tokens(x, angles):
     def change(x, back):
         return rotate(x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * groups, width), back)
 
-    return apart(change)(x, back)
+    return no_fuse(change)(x, back)
 
 
 def _laid_out(q, k, v, places: Places):
@@ -158,7 +158,7 @@ def _laid_out(q, k, v, places: Places):
 
 def _columns(x):
     """`[..., length, width]` as `[..., width, length]`, or the other way round."""
-    return apart(lambda x: x.swapaxes(-1, -2))(x)
+    return no_fuse(lambda x: x.swapaxes(-1, -2))(x)
 
 
 def _visible(pattern: Pattern, places: Places, window, queries: slice, keys: slice) -> jax.Array:
@@ -186,7 +186,7 @@ def _scores(pattern: Pattern, product, seen):
     if pattern.softcap is not None:
         capped = jnp.tanh(scores / pattern.softcap)
         scores, slope = capped * pattern.softcap, 1.0 - jnp.square(capped)
-    return jnp.where(seen, scores, HIDDEN), slope
+    return jnp.where(seen, scores, MASK_VALUE), slope
 
 
 def _dot(a, b, contract: tuple[int, int]):
@@ -218,7 +218,7 @@ def _forward_rows(pattern: Pattern, window, size: int, q, k, v, places: Places):
         out = _dot(flat, v[:, :, first:last], (3, 2)).reshape(*total.shape[:-1], width)
         empty = total == 0
         outs.append((out / jnp.where(empty, 1.0, total)).astype(q.dtype))
-        lses.append(jnp.where(empty, -HIDDEN, largest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0])
+        lses.append(jnp.where(empty, -MASK_VALUE, largest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0])
     return _by_tokens(jnp.concatenate(outs, 3), None), jnp.concatenate(lses, 3)
 
 

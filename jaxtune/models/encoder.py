@@ -148,7 +148,7 @@ class Encoder(_Part):
     """Tokens `[batch, length]` to what the head's last projection takes.
 
     `[batch, length, d_model]` for `lm` and `token_classification`, `[batch, 1, d_model]` for `classification`.
-    Where norms come before, the first layer has none and stands apart from the stack, as `first_layer`.
+    Where norms come before, the first layer has none and stands outside the stack, as `first_layer`.
     """
 
     remat: str = 'none'
@@ -174,19 +174,19 @@ class Encoder(_Part):
         angles = [None if rope is None else rotary.angles(rope, places) for rope in (c.rope, c.local_rope)]
         context = Context(positions, segments, *angles)
         windows = jnp.asarray([_NO_WINDOW if window is None else window for window in c.windows], jnp.int32)
-        apart = int(c.pre_norm)
-        if apart:
+        first = int(c.pre_norm)
+        if first:
             block = rematerialised(Block, self.remat, scanned=False)
             x, _ = block(*self.same(), first=True, name='first_layer')(x, windows[0], context)
-        if c.num_layers > apart:
+        if c.num_layers > first:
             scanned = nn.scan(
                 rematerialised(Block, self.remat),
                 variable_axes={'params': 0},
                 split_rngs={'params': True, 'dropout': True},
                 in_axes=(0, nn.broadcast),
-                length=c.num_layers - apart,
+                length=c.num_layers - first,
             )
-            x, _ = scanned(*self.same(), name='layers')(x, windows[apart:], context)
+            x, _ = scanned(*self.same(), name='layers')(x, windows[first:], context)
         if c.pre_norm:
             x = self.norm('norm')(x)
         return self.to_head(x[:, count:], segments[:, count:])

@@ -54,14 +54,15 @@ def load(
       codecs: paths of kernels that become typed leaves, layer by layer while they are read -> how.
 
     Returns:
-      `(params, fresh)`: the tree, and the paths of heads that the folder lacks and that were initialised instead.
+      `(params, newly_initialized)`: the tree, and the paths of heads that the folder lacks and that were initialised
+      instead.
 
     Raises:
       UserError: no such folder, no safetensors, only pickled weights, a truncated file, tensors that are missing,
         unknown, of another shape, or not finite.
     """
     folder = hub.resolve(os.fspath(path))
-    sources, fresh = _match(model, _entries(folder), folder)
+    sources, newly_initialized = _match(model, _entries(folder), folder)
     one_device = SingleDeviceSharding(jax.local_devices()[0])
     codecs, shapes = codecs or {}, leaf_paths(model.shapes)
     placed = dict.fromkeys(shapes, one_device) if shardings is None else leaf_paths(shardings)
@@ -80,7 +81,7 @@ def load(
                 leaves[leaf] = _empty_encoded(codec, shape, sharding)
             _wait(pending)
             entry = sources[leaf][layer]
-            matrix = _on_devices(entry, 0, entry.shape, _whole(sharding))
+            matrix = _on_devices(entry, 0, entry.shape, _replicated(sharding))
             written = _put_encoded(codec, tensor, sharding)(leaves[leaf], matrix, layer)
             leaves[leaf], pending = written[0], (entry, written)
             continue
@@ -92,14 +93,14 @@ def load(
             written = _put(tensor, sharding, start is not None)(leaves[leaf], part, layer, start or 0)
             leaves[leaf], pending = written[0], (sources[leaf][layer], written)
     _wait(pending)
-    if fresh:
+    if newly_initialized:
         key = jax.random.key(0) if rng is None else rng
         make = jax.jit(
-            lambda key: {leaf: leaf_paths(model.init(key))[leaf] for leaf in sorted(fresh)},
-            out_shardings={leaf: placed[leaf] for leaf in sorted(fresh)},
+            lambda key: {leaf: leaf_paths(model.init(key))[leaf] for leaf in sorted(newly_initialized)},
+            out_shardings={leaf: placed[leaf] for leaf in sorted(newly_initialized)},
         )
         leaves |= make(key)
-    return nested({leaf: leaves[leaf] for leaf in shapes}), fresh
+    return nested({leaf: leaves[leaf] for leaf in shapes}), newly_initialized
 
 
 def save(
@@ -157,7 +158,7 @@ def save(
         multihost_utils.sync_global_devices(f'saved {path}')
 
 
-def fresh_paths(path: str | os.PathLike, model: Model) -> set[str]:
+def newly_initialized_paths(path: str | os.PathLike, model: Model) -> set[str]:
     """Paths of the heads that a folder lacks; only headers are read. Raises as `load` does."""
     folder = hub.resolve(os.fspath(path))
     return _match(model, _entries(folder), folder)[1]
@@ -166,9 +167,9 @@ def fresh_paths(path: str | os.PathLike, model: Model) -> set[str]:
 def stored_dtypes(path: str | os.PathLike, model: Model) -> dict[str, np.dtype]:
     """What a folder keeps each parameter in; one that it lacks, in what the others are. Raises as `load` does."""
     folder = hub.resolve(os.fspath(path))
-    sources, fresh = _match(model, _entries(folder), folder)
+    sources, newly_initialized = _match(model, _entries(folder), folder)
     found = {leaf: entries[0].dtype for leaf, entries in sources.items()}
-    return dict.fromkeys(fresh, collections.Counter(found.values()).most_common(1)[0][0]) | found
+    return dict.fromkeys(newly_initialized, collections.Counter(found.values()).most_common(1)[0][0]) | found
 
 
 def has_own_head(path: str | os.PathLike, model: Model) -> bool:
@@ -231,7 +232,7 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
 def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> tuple[dict[str, list[Entry]], set[str]]:
     """Which tensors make which parameter: one, or one a layer."""
     shapes = leaf_paths(model.shapes)
-    sources, fresh, used = {}, set(), set()
+    sources, newly_initialized, used = {}, set(), set()
     for leaf, tensor in model.tensors.items():
         layers, shape = (shapes[leaf].shape[0], shapes[leaf].shape[1:]) if tensor.stacked else (1, shapes[leaf].shape)
         shape = shape[::-1] if tensor.transposed else shape
@@ -242,7 +243,7 @@ def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> 
                 found = [_stored(name, model, entries) for name in tensor.names(layers, other)]
         missing = [name for name, there in zip(names, found, strict=True) if there not in entries]
         if missing and len(missing) == layers and leaf.split('/')[0] in model.heads:
-            fresh.add(leaf)
+            newly_initialized.add(leaf)
             continue
         if missing:
             raise UserError(f'{folder}: tensor {missing[0]} is missing; expected {list(shape)}')
@@ -261,7 +262,7 @@ def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> 
             raise UserError(f'{folder}: tensor {name} has no place in the model that config.json describes')
     if unused:
         console.note(f'{folder}: {len(unused):,} tensors are not used, such as {unused[0]}')
-    return sources, fresh
+    return sources, newly_initialized
 
 
 def _stored(name: str, model: Model, entries: Mapping[str, Entry]) -> str:
@@ -284,8 +285,8 @@ def _empty_encoded(codec: Codec, shape: tuple[int, ...], sharding) -> NF4:
     return jax.jit(make, out_shardings=sharding)()
 
 
-def _whole(sharding):
-    """Whole, on every device of a parameter that lies as `sharding` says."""
+def _replicated(sharding):
+    """Copied to every device of a parameter that lies as `sharding` says."""
     first = jax.tree.leaves(sharding)[0]
     return NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
 
@@ -316,7 +317,7 @@ def _put_encoded(codec: Codec, tensor: Tensor, sharding):
             encoded = jax.tree.map(place, leaf, encoded)
         return encoded, jax.numpy.isfinite(matrix).all()
 
-    return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _whole(sharding)))
+    return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _replicated(sharding)))
 
 
 def _part_sharding(tensor: Tensor, sharding):
@@ -369,7 +370,7 @@ def _put(tensor: Tensor, sharding, in_parts: bool):
             part, starts[0] = part[None], layer
         return jax.lax.dynamic_update_slice(leaf, part, starts), finite
 
-    return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _whole(sharding)))
+    return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _replicated(sharding)))
 
 
 class _Write:

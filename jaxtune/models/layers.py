@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models.no_fuse import apart
+from jaxtune.models.no_fuse import no_fuse
 from jaxtune.parallel import constrain
 from jaxtune.weights import Weight, dot, lookup
 
@@ -162,7 +162,7 @@ class RMSNorm(nn.Module):
         scale = parameter(self, 'scale', init, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         shrink = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return apart(_affine)(wide, shrink, scale.astype(jnp.float32) + self.offset).astype(x.dtype)
+        return no_fuse(_affine)(wide, shrink, scale.astype(jnp.float32) + self.offset).astype(x.dtype)
 
 
 def _affine(x: jax.Array, shrink: jax.Array, scale: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -186,7 +186,7 @@ class LayerNorm(nn.Module):
         if self.use_bias:
             bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],))
             arrays.append(bias.astype(jnp.float32))
-        return apart(_affine)(*arrays).astype(x.dtype)
+        return no_fuse(_affine)(*arrays).astype(x.dtype)
 
 
 def rematerialised(block: type[nn.Module], remat: str, scanned: bool = True) -> type[nn.Module]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.models import kv_cache
-from jaxtune.weights import whole
+from jaxtune.weights import expand
 
 Params = Any
 
@@ -163,7 +163,7 @@ class Model:
           rng: key for dropout of added weights, or None.
           begins: False where the cache already holds what comes first, such as a trained prompt.
         """
-        return self.forward(whole(params), batch, cache=cache, rng=rng, begins=begins)
+        return self.forward(expand(params), batch, cache=cache, rng=rng, begins=begins)
 
     def head(self, params: Params) -> Head:
         """The projection to the vocabulary, or to a classifier's labels."""

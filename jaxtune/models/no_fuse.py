@@ -8,7 +8,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtune.parallel import in_order, one_cpu
 
 
-def apart(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def no_fuse(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A function whose result is written once, in rows, before it is read.
 
     A transpose is a matter of layout to XLA, and a product's gradient reads an activation transposed. XLA:CPU fuses the

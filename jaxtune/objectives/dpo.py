@@ -30,7 +30,7 @@ from jaxtune.objectives.cross_entropy import token_logprobs
 from jaxtune.objectives.preferences import SIDES, Pairs, preview, stacked
 from jaxtune.parallel import hosts, place
 from jaxtune.parallel.batches import check_rows
-from jaxtune.weights import evaluating
+from jaxtune.weights import eval_mode
 
 __all__ = ['COUNTED', 'KINDS', 'SEQUENCES', 'complete', 'dataset', 'loss', 'preview', 'row', 'statistics']
 
@@ -71,7 +71,7 @@ def complete(config: ConfigDict, rows: Pairs, model, params, mesh, cache: pathli
     if not hosts.from_primary(path.is_file):
         if config.dpo.reference:
             model, params = load_reference(config, mesh)
-        values = _reference(config, rows, model, evaluating(params), mesh, f'reference of data.{split}')
+        values = _reference(config, rows, model, eval_mode(params), mesh, f'reference of data.{split}')
         hosts.from_primary(lambda: _save(path, values))
     else:
         values = np.asarray(hosts.from_primary(lambda: np.load(path, allow_pickle=False).tolist()), np.float32)

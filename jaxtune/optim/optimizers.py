@@ -186,7 +186,7 @@ def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformat
 def make_optimizer(
     config: ConfigDict,
     steps: int,
-    fresh: frozenset[str] = frozenset(),
+    newly_initialized: frozenset[str] = frozenset(),
     rate: Callable[[str], float] | None = None,
 ) -> optax.GradientTransformation:
     """The update rule of a recipe's `optimizer`; its state and its updates are float32.
@@ -194,7 +194,7 @@ def make_optimizer(
     Args:
       config: the subtree `optimizer`.
       steps: updates of the whole run (the schedule ends there).
-      fresh: paths of parameters that the loaded model lacked: their rate peaks at `new_lr` instead of `lr`.
+      newly_initialized: paths of parameters that the loaded model lacked: their rate peaks at `new_lr` instead of `lr`.
       rate: path of a parameter -> further factor on its rate.
 
     Raises:
@@ -213,7 +213,7 @@ def make_optimizer(
     def boost(updates, state, params=None):
         def scaled(path, update):
             name = path_name(path)
-            factor = (config.new_lr / config.lr if name in fresh else 1.0) * (rate(name) if rate else 1.0)
+            factor = (config.new_lr / config.lr if name in newly_initialized else 1.0) * (rate(name) if rate else 1.0)
             return update if factor == 1.0 else update * factor
 
         return jax.tree_util.tree_map_with_path(scaled, updates), state
@@ -223,7 +223,9 @@ def make_optimizer(
         rule if config.name == 'adamw8bit' else _in_float32(rule),  # it widens by itself, a layer at a time
         optax.stateless(decay),
         optax.scale_by_learning_rate(schedule(config, steps)),
-        optax.GradientTransformation(lambda params: optax.EmptyState(), boost) if fresh or rate else optax.identity(),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), boost)
+        if newly_initialized or rate
+        else optax.identity(),
     )
 
 

@@ -307,7 +307,7 @@ def assemble(config: ConfigDict, mesh: Mesh, key: str = 'model.path', *, weights
     parted = peft.parts_table(chosen.values(), model)
     if folder and (parted or (weights and hf.has_own_head(folder, model))):
         model, folder = open_model(config, tokenizer, own_head=True)
-    fresh = frozenset(hf.fresh_paths(folder, model)) if folder else frozenset()
+    fresh = frozenset(hf.newly_initialized_paths(folder, model)) if folder else frozenset()
     codecs = apply.codecs(config, model, fresh)
     shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), model.shapes)
     specs = match_rules(shapes, mesh)

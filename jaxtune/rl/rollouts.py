@@ -16,7 +16,7 @@ from jaxtune.generation.sampling import Completions, from_config, pad_prompts, s
 from jaxtune.models import value_head
 from jaxtune.parallel import compiler_options, place_all
 from jaxtune.pretrained.load import Assembly
-from jaxtune.weights import evaluating
+from jaxtune.weights import eval_mode
 from jaxtune.weights.tree import combine
 
 
@@ -61,7 +61,7 @@ class Sampler:
         root = jax.random.key(config.seed)
 
         def run(trainable, frozen, batch):
-            params = evaluating(value_head.policy(combine(trainable, frozen)))
+            params = eval_mode(value_head.policy(combine(trainable, frozen)))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch['number'])
             return sample(parts.model, sampling, params, batch['prompts'], batch['lengths'], keys)
 

@@ -38,7 +38,7 @@ from jaxtune.rl.rollouts import Rollouts, Sampler
 from jaxtune.rl.run_info import Facts
 from jaxtune.tasks import present
 from jaxtune.training import trainer
-from jaxtune.weights import evaluating
+from jaxtune.weights import eval_mode
 from jaxtune.weights.tree import combine
 
 
@@ -173,8 +173,8 @@ class Run(trainer.Run):
         config, whole = self.config, NamedSharding(self.mesh, P())
 
         def look(trainable, frozen, reference, batch):
-            old, values = read(config, model, evaluating(combine(trainable, frozen)), batch)
-            kept, _ = read(config, model, evaluating(combine(reference, frozen)), batch)
+            old, values = read(config, model, eval_mode(combine(trainable, frozen)), batch)
+            kept, _ = read(config, model, eval_mode(combine(reference, frozen)), batch)
             return {'old': old, 'reference': kept, 'values': values, 'weights': batch['weights']}
 
         def learn(found):

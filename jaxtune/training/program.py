@@ -126,7 +126,10 @@ def make_program(
       UserError: an objective, optimizer or sharding that cannot be.
     """
     rate = getattr(methods.get(config.method.name), 'rate', None)
-    factors = {'fresh': fresh, 'rate': None if rate is None else functools.partial(rate, config=config.method)}
+    factors = {
+        'newly_initialized': fresh,
+        'rate': None if rate is None else functools.partial(rate, config=config.method),
+    }
     optimizer = make_optimizer(config.optimizer, steps, **factors)
     specs = match_rules(trainable, mesh)
     shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)

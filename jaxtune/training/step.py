@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.optim.optimizers import Schedule, clip_factor
 from jaxtune.optim.stochastic_rounding import apply_updates
 from jaxtune.parallel import BATCH_AXES
-from jaxtune.weights import evaluating
+from jaxtune.weights import eval_mode
 from jaxtune.weights.tree import combine
 
 # {'step': int32, 'trainable': tree, 'opt_state': tree}: what an update changes, and so what a checkpoint holds.
@@ -54,7 +54,7 @@ def mean(value, count):
 
 def _whole_means(statistics: Statistics, params, batches, accumulate: int) -> dict[str, jax.Array]:
     """Means over all micro-batches, which no gradient goes through."""
-    params = jax.lax.stop_gradient(evaluating(params))
+    params = jax.lax.stop_gradient(eval_mode(params))
     if accumulate == 1:
         sums = statistics(params, batches)
     else:
@@ -137,14 +137,14 @@ def make_train_step(
 
 def make_statistics(statistics: Statistics) -> Callable[[Any, Any, dict[str, jax.Array]], dict]:
     """An objective's statistics of one evaluated batch `(trainable, frozen, batch) -> {name: (sum, count)}`."""
-    return lambda trainable, frozen, batch: statistics(evaluating(combine(trainable, frozen)), batch)
+    return lambda trainable, frozen, batch: statistics(eval_mode(combine(trainable, frozen)), batch)
 
 
 def make_eval_step(loss: Loss) -> Callable[[Any, Any, dict[str, jax.Array]], dict[str, Any]]:
     """One evaluated batch as a pure function `(trainable, frozen, batch) -> sums` (`loss`, `count`, metrics)."""
 
     def eval_step(trainable, frozen, batch):
-        total, count, sums = loss(evaluating(combine(trainable, frozen)), batch, None)
+        total, count, sums = loss(eval_mode(combine(trainable, frozen)), batch, None)
         return {'loss': total, 'count': count, **sums}
 
     return eval_step

@@ -53,11 +53,11 @@ class Weight:
         """How its arrays lie on a mesh, where a plain kernel would lie as `spec`: the same leaf of `PartitionSpec`s."""
         raise NotImplementedError
 
-    def whole(self) -> 'Weight':
+    def expand(self) -> 'Weight':
         """The leaf with all its arrays stacked over all layers, as a scan needs it."""
         return self
 
-    def evaluating(self) -> 'Weight':
+    def eval_mode(self) -> 'Weight':
         """The leaf without what only training does."""
         return self
 
@@ -147,11 +147,11 @@ def materialise(weight: jax.Array | Weight) -> jax.Array:
     return weight.materialise() if isinstance(weight, Weight) else weight
 
 
-def whole(tree: Any) -> Any:
+def expand(tree: Any) -> Any:
     """A tree whose leaves are ready to be scanned over layers."""
-    return jax.tree.map(lambda leaf: leaf.whole() if is_weight(leaf) else leaf, tree, is_leaf=is_weight)
+    return jax.tree.map(lambda leaf: leaf.expand() if is_weight(leaf) else leaf, tree, is_leaf=is_weight)
 
 
-def evaluating(tree: Any) -> Any:
+def eval_mode(tree: Any) -> Any:
     """A tree without what only training does, such as dropout."""
-    return jax.tree.map(lambda leaf: leaf.evaluating() if is_weight(leaf) else leaf, tree, is_leaf=is_weight)
+    return jax.tree.map(lambda leaf: leaf.eval_mode() if is_weight(leaf) else leaf, tree, is_leaf=is_weight)

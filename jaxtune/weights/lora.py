@@ -109,7 +109,7 @@ class LoRA(Weight):
         return lookup(self.base, ids, dtype) + dot(rows, self.b) * self.scale.astype(dtype)
 
     def materialise(self) -> jax.Array:
-        leaf = self.whole()
+        leaf = self.expand()
         wide = leaf._sum()
         if leaf.magnitude is not None:
             wide = wide * (leaf.magnitude / leaf._lengths())[..., None, :]
@@ -129,7 +129,7 @@ class LoRA(Weight):
             **{n: None if leaf is None else fit(placed[n], leaf.shape, may_copy=True) for n, leaf in leaves.items()},
         )
 
-    def whole(self) -> 'LoRA':
+    def expand(self) -> 'LoRA':
         if self.layers is None:
             return self
         count = self.base.shape[0]
@@ -146,7 +146,7 @@ class LoRA(Weight):
         others = {name: spread(getattr(self, name)) for name in ('a', 'b', 'scale', 'a_start', 'b_start')}
         return dataclasses.replace(self, magnitude=magnitude, layers=None, **others)
 
-    def evaluating(self) -> 'LoRA':
+    def eval_mode(self) -> 'LoRA':
         return dataclasses.replace(self, dropout=0.0)
 
 

@@ -16,7 +16,7 @@ from jaxtune.parallel import make_mesh, match_rules, place, shardings
 from jaxtune.recipe import recipes
 from jaxtune.tasks.export import merged
 from jaxtune.training.program import make_program
-from jaxtune.weights import evaluating, is_weight, tree
+from jaxtune.weights import eval_mode, is_weight, tree
 
 _TOKENS = {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0, 'vocab_size': 96}
 _LIKE_LLAMA = {
@@ -212,7 +212,7 @@ def test_dropout_is_for_training_alone():
     apply = jax.jit(lambda params, rng: model.apply(params, batch, rng=rng).hidden)
     keys = jax.random.split(jax.random.key(0), 2)
     assert np.any(apply(params, keys[0]) != apply(params, keys[1]))
-    np.testing.assert_array_equal(apply(evaluating(params), keys[0]), apply(evaluating(params), keys[1]))
+    np.testing.assert_array_equal(apply(eval_mode(params), keys[0]), apply(eval_mode(params), keys[1]))
 
 
 @pytest.mark.parametrize('name', ['prompt', 'prefix'])

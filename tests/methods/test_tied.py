@@ -283,4 +283,4 @@ def test_fields_of_an_adapter_are_read_or_refused_by_name_or_harmless(bases, tmp
         write(**{name: value})
         with pytest.raises(UserError, match=rf'adapter_config.json: {name}={value!r}'.replace('{', r'\{')):
             peft.read_config(tmp_path)
-    assert hf.fresh_paths(bases('llama'), parts.model) == set()
+    assert hf.newly_initialized_paths(bases('llama'), parts.model) == set()

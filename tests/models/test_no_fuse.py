@@ -1,17 +1,17 @@
-"""Arithmetic kept apart from what reads it: on one CPU device a call of its own, on a mesh as it was."""
+"""Arithmetic not fused with what reads it: on one CPU device a call of its own, on a mesh as it was."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.models.no_fuse import apart
+from jaxtune.models.no_fuse import no_fuse
 from jaxtune.parallel import make_mesh
 
 
 def gradient_of_kernel(x, scale, d_y):
     """A norm's product, read transposed: `[in, out]`."""
-    return apart(jnp.multiply)(x, scale).T @ d_y
+    return no_fuse(jnp.multiply)(x, scale).T @ d_y
 
 
 def compiled(mesh, *arrays):
@@ -41,7 +41,7 @@ def test_gradients_are_those_of_the_plain_function():
     def loss(function, x, scale):
         return jnp.sum(jnp.sin(function(x, scale)))
 
-    ours = jax.jit(jax.grad(lambda x, scale: loss(apart(jnp.multiply), x, scale), (0, 1)))(x, scale)
+    ours = jax.jit(jax.grad(lambda x, scale: loss(no_fuse(jnp.multiply), x, scale), (0, 1)))(x, scale)
     plain = jax.grad(lambda x, scale: loss(jnp.multiply, x, scale), (0, 1))(x, scale)
     for got, expected in zip(ours, plain, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
