@@ -25,18 +25,22 @@ from datatrove.data import Document
 
 from jaxtune.data import stdlib
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.prepare import Document as Collected
 from jaxtune.data.prepare import (
     assign_splits,
     clean,
     decontaminate,
-    gopher,
+    gopher_quality,
+    gopher_repetition,
     language,
     minhash,
-    rules,
+    paragraphs,
     substring_dedup,
     web,
     words,
 )
+from jaxtune.data.prepare import plan as plans
+from jaxtune.data.prepare.steps import STEPS
 
 
 def speed(step, texts: list[str], repeats: int = 2) -> float:
@@ -85,8 +89,8 @@ def steps(texts: list[str], pages: list[str]) -> None:
     show('language', speed(language.identify, texts))
     few = texts[: max(20, len(texts) // 8)]  # spaCy takes its time
     pairs = (
-        ('gopher repetition', gopher.Repetition(), filters.GopherRepetitionFilter(**own)),
-        ('gopher quality', gopher.Quality(), filters.GopherQualityFilter(**own)),
+        ('gopher repetition', gopher_repetition.Repetition(), filters.GopherRepetitionFilter(**own)),
+        ('gopher quality', gopher_quality.Quality(), filters.GopherQualityFilter(**own)),
     )
     for name, ours, plain in pairs:
         show(name, speed(ours, few), speed(theirs(plain), few, 1))
@@ -94,12 +98,17 @@ def steps(texts: list[str], pages: list[str]) -> None:
         ('c4', filters.C4QualityFilter(**own, filter_no_terminal_punct=False)),
         ('fineweb', filters.FineWebQualityFilter(**own)),
     )
+    settings = plans.Plan((), {'filter.preset': 'web'}, 'text', '', {}).settings
+
+    def process(name: str):
+        step = STEPS.get(name)
+        return lambda text: step.process(Collected('', text, 'web'), settings)
+
     for name, plain in pairs:
-        mine = dict(rules.rules('web', 'en'))[name]
-        show(name, speed(lambda text, mine=mine: mine(text, {}), few), speed(theirs(plain), few, 1))
-    show('code', speed(lambda text: rules.code(text, {}), texts))
+        show(name, speed(process(name), few), speed(theirs(plain), few, 1))
+    show('code', speed(process('code'), texts))
     show('exact', speed(assign_splits.digest, texts))
-    show('paragraphs', speed(assign_splits.paragraph_hashes, texts))
+    show('paragraphs', speed(paragraphs.paragraph_hashes, texts))
     show('substrings', speed(lambda text: substring_dedup.windows(text, 50), texts))
     with tempfile.TemporaryDirectory() as folder:
         # As many hashes as ours; its xxhash does not know xxhash 4, which wants bytes.
@@ -115,7 +124,6 @@ def tokenise(texts: list[str]) -> None:
     """The tokenise phase with two workers beside `tokenizers`' own batch encode on two threads."""
     import numpy as np
 
-    from jaxtune.data.prepare import plan as plans
     from jaxtune.data.prepare import shards
     from jaxtune.recipe import recipes
 
@@ -128,7 +136,7 @@ def tokenise(texts: list[str]) -> None:
         tokenizer.save_pretrained(str(work / 'tokenizer'))
         config = recipes.defaults()
         recipes.apply_overrides(config, {'data.train': 'x'})
-        plan = plans.make(config)
+        plan = plans.make(config.data, '')
         for rank in range(count):
             writer = shards.Writer(work / 'documents' / f'{rank:05d}.jsonl.zst')
             part = texts[rank::count]
@@ -192,11 +200,11 @@ def _encode(arguments) -> None:
     """One task of the phase, its reading and writing with it."""
     import shutil
 
-    from jaxtune.data.prepare import phases
+    from jaxtune.data.prepare import Work, phases
 
     work, plan, rank = arguments
     shutil.rmtree(pathlib.Path(work) / 'parts' / f'{rank:05d}', ignore_errors=True)
-    phases.Tokenise(work, plan, 4).do(rank)
+    phases.tokenise(Work(pathlib.Path(work), plan, 4), rank)
 
 
 _RECIPE = """

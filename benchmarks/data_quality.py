@@ -19,16 +19,19 @@ import tempfile
 import numpy as np
 
 from jaxtune.data.prepare import (
+    Document,
+    Dropped,
     assign_splits,
     clean,
     decontaminate,
     minhash,
-    phases,
-    rules,
+    shards,
+    steps,
     substring_dedup,
     web,
     words,
 )
+from jaxtune.data.prepare import plan as plans
 
 
 def near_duplicates(texts: list[str], similarity: float = 0.8, hashes: int = 256) -> set[tuple[int, int]]:
@@ -220,7 +223,7 @@ def _quoted(length: int = 50) -> dict:
         work, windows = pathlib.Path(folder), substring_dedup.Windows(length)
         for number, text in enumerate(texts):
             windows.add(text, number)
-        phases.save_array(work / 'windows' / '00000.npy', windows.merged())
+        shards.save_array(work / 'windows' / '00000.npy', windows.merged())
         for task in range(substring_dedup.SUBSTRING_TASKS):
             substring_dedup.substrings(work, 1, task)
         cutter = substring_dedup.Substrings(work, length)
@@ -254,12 +257,12 @@ def survival(folder: pathlib.Path) -> dict:
         lines = path.read_text(encoding='utf-8')
         texts = [json.loads(line)['text'] for line in lines.splitlines()] if path.suffix == '.jsonl' else [lines]
         preset = 'code' if path.name.startswith('code') else 'zh'
+        settings = plans.Plan((), {'filter.preset': preset}, 'text', '', {}).settings
         kept = []
         for text in texts:
             text = clean.plain_unicode(clean.mend_encoding(text))
-            for _, rule in rules.rules(preset, 'zh'):
-                text = rule(text, {}) if not isinstance(text, rules.Dropped) else text
-            if not isinstance(text, rules.Dropped):
+            text = steps.STEPS.get(preset).process(Document('', text, preset, metadata={'language': 'zh'}), settings)
+            if not isinstance(text, Dropped):
                 kept.append(text)
         result[path.name] = {
             'documents': len(texts),

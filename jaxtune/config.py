@@ -163,6 +163,9 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     ),
     'data.steps.filter.blocklist': Key('', path, 'prepare: file of words, phrases and domains to block, one per line'),
     'data.steps.filter.custom': Key('', text, 'prepare: module:function of a text and its metadata; False drops it'),
+    'data.custom_steps': Key(
+        (), names, 'prepare: your own steps, run after the filters: module:NAME or file.py:NAME of a Step'
+    ),
     'data.steps.dedup.near': Key(
         0.0, number(0, 1), 'prepare: Jaccard similarity threshold of near-duplicates; 0 = off'
     ),

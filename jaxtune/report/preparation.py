@@ -8,26 +8,6 @@ from jaxtune.common.formatting import amount, size
 from jaxtune.report.source import Source
 
 _MOST_BROKEN, _MOST_LANGUAGES = 20, 12
-_ABOUT = {
-    'extract': 'text out of pages',
-    'clean': 'encoding, Unicode, rests of markup, personal data',
-    'length': 'empty, short and long ones',
-    'language': 'told by scripts and stop words, or by a model',
-    'gopher repetition': 'lines, paragraphs and phrases said again',
-    'gopher quality': 'words, symbols and lines as prose has them',
-    'c4': 'placeholders, scripts and code in pages',
-    'fineweb': 'lines that end, lists, lines said again',
-    'code': 'minified, generated, mostly data',
-    'zh': 'Chinese prose and verse',
-    'blocklist': 'words and domains of a list',
-    'custom': 'a rule of your own',
-    'decontaminate': 'text that evaluation files hold',
-    'exact duplicates': 'the same text, white space aside',
-    'near-duplicates': 'MinHash over shingles of words',
-    'paragraphs': 'lines that many documents share',
-    'substrings': 'runs of words that an earlier document holds',
-    'mixture': 'weights of the sources below 1',
-}
 
 
 def preparation(source: Source) -> str:
@@ -82,7 +62,7 @@ def _path(source: Source, label: str) -> str:
 
 def _steps(stats: Mapping, source: Source) -> str:
     widest = max((step['bytes_in'] for step in stats['steps'].values()), default=1) or 1
-    seconds = source.run.get('step_seconds') or {}
+    seconds, about = source.run.get('step_seconds') or {}, source.run.get('step_about') or {}
     rows = []
     for name, step in stats['steps'].items():
         came, stayed = step['documents_in'], step['documents_out']
@@ -96,7 +76,7 @@ def _steps(stats: Mapping, source: Source) -> str:
             rate = step['bytes_in'] / 1e6 / spent
             notes.append((f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}') + ' MB/s a core')
         rows.append(
-            f'<div class="step"><div><b>{_text(name)}</b><small>{_text(_ABOUT.get(name, ""))}</small></div>'
+            f'<div class="step"><div><b>{_text(name)}</b><small>{_text(about.get(name, ""))}</small></div>'
             f'<div><div class="flow" title="{size(step["bytes_in"])} in, {size(step["bytes_out"])} stayed">'
             f'<i style="width:{left:.2f}%"></i><i class="gone" style="width:{max(gone, 0):.2f}%"></i></div>'
             f'<small>{size(step["bytes_in"])} → {size(step["bytes_out"])}'

@@ -17,7 +17,7 @@ from jaxtune.common.formatting import amount
 from jaxtune.config import REWARDED
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.inputs import fingerprints
-from jaxtune.data.prepare import plain
+from jaxtune.data.prepare import streaming
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
 from jaxtune.generation.generator import Completer
@@ -203,7 +203,7 @@ def _prepare(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     if config.tokenizer.path:
         tokenizers.load(config.tokenizer.path)
     if plan is None:
-        documents = plain.collect(config)
+        documents = streaming.collect(config.data)
         first = next(iter(documents), None)
         if first is None:
             raise UserError(f'{documents.name}: holds no document; expected at least one')

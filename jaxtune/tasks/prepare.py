@@ -1,9 +1,11 @@
 """`task=prepare`: documents become a training set: a tokenizer and two folders of tokens, one of them held out."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,16 +15,16 @@ from jaxtune.common import console
 from jaxtune.common.formatting import size
 from jaxtune.common.io import read_json, write_json
 from jaxtune.data.cache import once
-from jaxtune.data.prepare import plain, sources
+from jaxtune.data.prepare import Phase, Work, sources, steps, streaming
 from jaxtune.data.prepare import plan as plans
-from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 from jaxtune.parallel import hardware
 from jaxtune.recipe import recipes
+from jaxtune.recipe.flags import Command
 from jaxtune.training.run_info import RunInfo
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+def run(config: ConfigDict, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
     """Prepares `data.train` (or `data.sources`) in the workdir; returns `result.json`'s content.
 
     Leaves `tokenizer/` (where one was trained, or a copy of the one named), `train/` and `eval/` (tokens), and
@@ -35,26 +37,26 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """
     results = workdir / 'result.json'
     plan = check(config)
-    if plan is None:
-        once(results.is_file, lambda: _plain(config, workdir, command), 'task=prepare')
-        return read_json(results)
-    once(results.is_file, lambda: _phases(config, plan, workdir, command), 'task=prepare')
+    prepare = functools.partial(_stream, config) if plan is None else functools.partial(_by_steps, config, plan)
+    once(results.is_file, lambda: prepare(workdir, command), 'task=prepare')
     return read_json(results) or {'task': 'prepare', 'status': 'submitted', 'step': 0, 'metrics': {}}
 
 
 def check(config: ConfigDict) -> plans.Plan | None:
-    """The plan of a recipe with steps, kinds of sources or another engine; None for the short way.
+    """The plan of a recipe with steps, kinds of sources or another engine; None where documents are streamed.
 
     Raises:
-      UserError: the recipe is wrong, or packages are missing.
+      UserError: the recipe is wrong, packages are missing, or a step of the user's own is none.
     """
-    if not plans.needed(config, recipes.defaults()):
-        _check_raw('data.train', config.data.train)
+    data = config.data
+    if not plans.needed(data, recipes.defaults().data):
+        _check_raw('data.train', data.train)
         return None
-    plans.check_installed(config)
-    plan = plans.make(config)
+    plans.check_installed(data.engine)
+    plan = plans.make(data, config.tokenizer.path)
     for source in plan.sources:
         _check_raw(source.key, source.path)
+    steps.asked_for(plan)
     return plan
 
 
@@ -64,10 +66,10 @@ def find_units(plan: plans.Plan) -> list[sources.Unit]:
     Raises:
       UserError: a source is not there, or none holds data.
     """
-    found = [unit for number, source in enumerate(plan.sources) for unit in sources.units(number, source)]
-    if not found:
+    units = [unit for number, source in enumerate(plan.sources) for unit in sources.units(number, source)]
+    if not units:
         raise UserError(f'{plan.sources[0].key}={plan.sources[0].path}: no source holds data; expected files there')
-    return found
+    return units
 
 
 def _check_raw(key: str, path: str) -> None:
@@ -80,63 +82,43 @@ def _check_raw(key: str, path: str) -> None:
         )
 
 
-def _plain(config: ConfigDict, workdir: pathlib.Path, command) -> None:
+def _stream(config: ConfigDict, workdir: pathlib.Path, command: Command) -> None:
     info = RunInfo(command, config)
-    documents = plain.collect(config)
+    documents = streaming.collect(config.data)
+    stream = streaming.Streaming(documents, config.data, config.tokenizer.path, workdir)
     console.note(f'reading {documents.name}; writing to {workdir}')
-    with info.timed('collect'):
-        plan = plain.Plan(documents, config.data.min_chars, config.data.eval_fraction)
-    with info.timed('tokenizer'):
-        tokenizer = plain.make_tokenizer(config, plan, workdir / 'tokenizer')
-    with info.timed('tokenise'):
-        plain.write(config, plan, tokenizer, workdir)
-
-    train = Tokens.open(workdir / 'train')
-    held_out = Tokens.open(workdir / 'eval') if plan.count(plain.EVAL) else None
-    metrics = {
-        'data/documents': plan.count(plain.TRAIN) + plan.count(plain.EVAL),
-        'data/train_documents': plan.count(plain.TRAIN),
-        'data/eval_documents': plan.count(plain.EVAL),
-        'data/dropped_short': plan.short,
-        'data/dropped_duplicates': plan.duplicates,
-        'data/text_bytes': train.text_bytes + (held_out.text_bytes if held_out else 0),
-        'data/train_tokens': len(train),
-        'data/eval_tokens': len(held_out) if held_out else 0,
-        'data/bytes_per_token': train.text_bytes / len(train),
-        'data/vocab_size': train.vocab_size,
-    }
-    if held_out and held_out.gzip_bits_per_byte is not None:
-        metrics['data/eval_gzip_bits_per_byte'] = held_out.gzip_bits_per_byte
+    _run_phases(stream.pipeline, info, lambda phase: phase.run(None, 0))
+    metrics = stream.metrics()
     info.write(workdir)
     report.finish(workdir, 'prepare', 0, metrics)
     _say(metrics, workdir, staged=getattr(command, 'workdir', workdir) != workdir)
 
 
-def _phases(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command) -> None:
+def _by_steps(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command: Command) -> None:
     from jaxtune.data.prepare import engines, phases
 
-    info = RunInfo(command, config)
-    found = find_units(plan)
-    empty = [source for source in plan.sources if not any(plan.sources[unit.source] is source for unit in found)]
+    info, engine = RunInfo(command, config), config.data.engine
+    units = find_units(plan)
+    empty = [source for source in plan.sources if not any(plan.sources[unit.source] is source for unit in units)]
     for source in empty:
         console.note(f'{source.key}={source.path}: holds no data that can be read; set aside')
     plan = dataclasses.replace(plan, empty=tuple(source.path for source in empty))
-    work, cut = (workdir / 'work').absolute(), sources.tasks(found)  # tasks may run in another folder
-    _begin(work, cut, [sources.identity(found), dataclasses.asdict(plan)])
-    what = ', '.join(source.label for source in plan.sources)
-    console.note(f'reading {what}: {size(sum(unit.size for unit in found))} in {len(cut)} tasks; writing to {workdir}')
-    todo = phases.phases(work, plan, len(cut))
-    workers = config.data.workers or hardware.cpu_cores()
-    built = (work / 'logs' / 'build' / 'completions').is_dir()
-    if config.data.engine == 'slurm' and not built:
-        _submit(work, todo, config.data)
+    tasks = sources.tasks(units)
+    work = Work((workdir / 'work').absolute(), plan, len(tasks))  # tasks may run in another folder
+    _begin(work.folder, tasks, [sources.identity(units), dataclasses.asdict(plan)])
+    labels = ', '.join(source.label for source in plan.sources)
+    total = size(sum(unit.size for unit in units))
+    console.note(f'reading {labels}: {total} in {len(tasks)} tasks; writing to {workdir}')
+    pipeline = phases.pipeline(plan)
+    if engine != 'slurm':
+        workers = config.data.workers or hardware.cpu_cores()
+        _run_phases(pipeline, info, lambda phase: engines.run(phase, work, engine, workers))
+    elif not engines.built(work):
+        _submit(pipeline, work, config.data)
         return
-    for phase in todo if config.data.engine != 'slurm' else ():
-        with info.timed(phase.name):
-            engines.run(phase, config.data.engine, workers)
     stats = read_json(workdir / 'stats.json')
     info.write(workdir)
-    _note_seconds(workdir, work, len(cut))
+    _note_steps(workdir, work)
     metrics = _metrics(stats)
     report.finish(workdir, 'prepare', 0, metrics)
     _table(stats)
@@ -144,47 +126,55 @@ def _phases(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command
         console.note(f'next: train with data.train={workdir} data.format={plan.format} in a recipe')
     else:
         _say(metrics, workdir, staged=getattr(command, 'workdir', workdir) != workdir)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work.folder, ignore_errors=True)
 
 
-def _begin(work: pathlib.Path, cut: list, identity: list) -> None:
+def _run_phases(pipeline: Sequence[Phase], info: RunInfo, run_phase: Callable[[Phase], None]) -> None:
+    for phase in pipeline:
+        with info.timed(phase.name):
+            run_phase(phase)
+
+
+def _begin(folder: pathlib.Path, tasks: Sequence[Sequence[sources.Unit]], identity: list[Any]) -> None:
     """Lays out the tasks, unless they lie there from a run before this one over the same data."""
     identity = json.loads(json.dumps(identity))
-    if read_json(work / 'identity.json') == identity:
+    if read_json(folder / 'identity.json') == identity:
         return
-    if work.exists():
-        shutil.rmtree(work)
-    for rank, units in enumerate(cut):
-        path = work / 'tasks' / f'{rank:05d}.json'
+    if folder.exists():
+        shutil.rmtree(folder)
+    for rank, units in enumerate(tasks):
+        path = folder / 'tasks' / f'{rank:05d}.json'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([dataclasses.asdict(unit) for unit in units]))
-    write_json(work / 'identity.json', identity)
+    write_json(folder / 'identity.json', identity)
 
 
-def _submit(work: pathlib.Path, todo: list, data: ConfigDict) -> None:
+def _submit(pipeline: list[Phase], work: Work, data: ConfigDict) -> None:
     from jaxtune.data.prepare import engines
 
-    mark = work / 'submitted'
+    mark = work.folder / 'submitted'
     if mark.exists():
         console.note(f'submitted before, and not done yet; to submit what is left again, remove {mark}')
         return
-    for script in engines.submit(todo, data.slurm, data.workers):
+    for script in engines.submit(pipeline, work, data.slurm, data.workers):
         console.note(f'--- {script}')
         console.note(script.read_text(encoding='utf-8').rstrip())
     if data.slurm.dry_run:
         console.note('data.slurm.dry_run: nothing was submitted')
         return
     mark.touch()
-    console.note(f'submitted {len(todo)} jobs; when they are done, the same command ends the run')
+    console.note(f'submitted {len(pipeline)} jobs; when they are done, the same command ends the run')
 
 
-def _note_seconds(workdir: pathlib.Path, work: pathlib.Path, tasks: int) -> None:
-    """Adds the processor seconds of each step to `run.json`."""
+def _note_steps(workdir: pathlib.Path, work: Work) -> None:
+    """Adds what each step is about, and its processor seconds, to `run.json`, for the report."""
     seconds: dict[str, float] = {}
-    for rank in range(tasks):
-        for name, value in read_json(work / 'tally' / f'collect-{rank:05d}.json')['seconds'].items():
+    for rank in range(work.tasks):
+        for name, value in read_json(work.folder / 'stats' / f'collect-{rank:05d}.json')['seconds'].items():
             seconds[name] = seconds.get(name, 0.0) + value
-    write_json(workdir / 'run.json', {**read_json(workdir / 'run.json'), 'step_seconds': seconds})
+    about = {step.name: step.about for step in steps.every(work.plan.custom_steps)}
+    facts = {**read_json(workdir / 'run.json'), 'step_seconds': seconds, 'step_about': about}
+    write_json(workdir / 'run.json', facts)
 
 
 def _metrics(stats: dict[str, Any]) -> dict[str, Any]:

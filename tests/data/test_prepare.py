@@ -5,7 +5,7 @@ import pytest
 from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.documents import open_documents
-from jaxtune.data.prepare import plain
+from jaxtune.data.prepare import streaming
 from jaxtune.errors import UserError
 from jaxtune.recipe import workdir as workdirs
 from jaxtune.recipe.flags import Command
@@ -76,14 +76,14 @@ def test_two_runs_are_the_same_byte_for_byte(corpus, prepared, tmp_path):
 
 def test_an_interrupted_run_ends_the_same(corpus, prepared, tmp_path, monkeypatch):
     prepared('whole', **{'data.train': str(corpus)})
-    finish = plain.TokenWriter._finish
+    finish = streaming.TokenWriter._finish
 
     def killed(self):
         if self.folder.name == 'train':
             raise KeyboardInterrupt
         finish(self)
 
-    monkeypatch.setattr(plain.TokenWriter, '_finish', killed)
+    monkeypatch.setattr(streaming.TokenWriter, '_finish', killed)
     with pytest.raises(KeyboardInterrupt):
         prepared('cut', **{'data.train': str(corpus)})
     assert not (tmp_path / 'cut' / 'result.json').exists()
@@ -99,11 +99,11 @@ def test_an_interrupted_run_ends_the_same(corpus, prepared, tmp_path, monkeypatc
 
 
 def test_a_document_stays_on_its_side_when_others_come(corpus, tmp_path):
-    plan = plain.Plan(open_documents(str(corpus)), 1, 0.3)
+    plan = streaming.Splits(open_documents(str(corpus)), 1, 0.3)
     more = tmp_path / 'more.jsonl'
     more.write_text(''.join(json.dumps({'text': text}) + '\n' for text in ['new', *reversed(TEXTS), 'newer']))
-    grown = plain.Plan(open_documents(str(more)), 1, 0.3)
-    assert set(plan.texts(plain.EVAL)) - {'short'} == set(grown.texts(plain.EVAL)) - {'new', 'newer'}
+    grown = streaming.Splits(open_documents(str(more)), 1, 0.3)
+    assert set(plan.texts(streaming.EVAL)) - {'short'} == set(grown.texts(streaming.EVAL)) - {'new', 'newer'}
 
 
 @pytest.mark.parametrize('fraction', [1e-12, 0.5])
@@ -111,8 +111,8 @@ def test_both_sides_get_a_document(fraction, tmp_path):
     for i in range(20):
         file = tmp_path / f'{i}.jsonl'
         file.write_text(''.join(json.dumps({'text': f'{i} {j}'}) + '\n' for j in range(2)))
-        plan = plain.Plan(open_documents(str(file)), 1, fraction)
-        assert (plan.count(plain.TRAIN), plan.count(plain.EVAL)) == (1, 1)
+        plan = streaming.Splits(open_documents(str(file)), 1, fraction)
+        assert (plan.count(streaming.TRAIN), plan.count(streaming.EVAL)) == (1, 1)
 
 
 def test_none_held_out(corpus, prepared, tmp_path):
@@ -132,7 +132,7 @@ def test_sources_one_after_the_other(recipe, tmp_path):
     for name in 'ab':
         (tmp_path / f'{name}.txt').write_text(f'text {name}')
     sources = {'data.sources': {name: str(tmp_path / f'{name}.txt') for name in 'ba'}}
-    documents = plain.collect(recipe(sources))
+    documents = streaming.collect(recipe(sources).data)
     assert sorted(documents) == ['text a', 'text b']
     assert list(documents) == list(documents)
 
@@ -150,7 +150,7 @@ def test_what_is_refused(prepared, recipe, tmp_path):
 
 
 def test_documents_that_change_meanwhile(corpus):
-    plan = plain.Plan(open_documents(str(corpus)), 1, 0.3)
+    plan = streaming.Splits(open_documents(str(corpus)), 1, 0.3)
     corpus.write_text('{"text": "another"}\n')
     with pytest.raises(UserError, match='changed while it was read'):
         list(plan)

@@ -29,7 +29,7 @@ _SETTINGS = {
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
 }
 # What acts when it is imported.
-_STARTING = ('jaxtune.__main__', 'jaxtune.data.prepare.orphans')
+_STARTING = ('jaxtune.__main__',)
 _USED = (
     'tensorboardX', 'pyarrow.parquet', 'trafilatura', 'warcio.archiveiterator', 'datatrove.executor',
     'datatrove.pipeline.filters', 'datatrove.pipeline.formatters', 'orbax.checkpoint', 'ftfy', 'lxml.html', 'datasets',

@@ -1,4 +1,4 @@
-"""What becomes of each document, once all are known: duplicates out, the rest to train on or held out."""
+"""The split of each document, once all are known: duplicates are dropped, the rest is trained on or held out."""
 
 import hashlib
 import pathlib
@@ -10,8 +10,6 @@ from jaxtune.data.prepare.plan import Plan
 from jaxtune.errors import UserError
 
 DROPPED, TRAIN, EVAL = 0, 1, 2
-BAND_TASKS = 4  # the bands are looked through by so many tasks
-_CHUNK = 1 << 16
 
 
 def digest(text: str) -> np.ndarray:
@@ -20,16 +18,33 @@ def digest(text: str) -> np.ndarray:
     return np.frombuffer(data, '<u8')
 
 
-def paragraph_hashes(text: str) -> tuple[np.ndarray, list[str]]:
-    """A hash of each line that is long enough to be boilerplate, uint64 `[lines]`, 0 for one that is not; the lines."""
-    lines = text.split('\n')
-    hashes = np.zeros(len(lines), np.uint64)
-    for i, line in enumerate(lines):
-        stripped = line.strip()
-        if len(stripped) >= 15:
-            data = hashlib.blake2b(' '.join(stripped.split()).encode('utf-8', 'surrogatepass'), digest_size=8).digest()
-            hashes[i] = int.from_bytes(data, 'little') | 1
-    return hashes, lines
+class Digests:
+    """What the assignment of splits must know of a task's documents."""
+
+    def __init__(self):
+        self.digests: list[np.ndarray] = []
+        self.groups: list[int] = []
+        self.bytes: list[int] = []
+        self.sources: list[int] = []
+
+    def add(self, document: shards.Stored) -> None:
+        """Takes in a document."""
+        own = digest(document.text)
+        group = document.metadata.get('group')
+        self.digests.append(own)
+        self.groups.append(digest(group)[0] if group else own[0])
+        self.bytes.append(len(document.text.encode()))
+        self.sources.append(document.source)
+
+    def save(self, folder: pathlib.Path, rank: int) -> None:
+        """Writes `index/`: arrays `[documents]`, `digest` `[documents, 2]`."""
+        shards.save(
+            folder / 'index' / f'{rank:05d}.npz',
+            digest=np.array(self.digests, np.uint64).reshape(-1, 2),
+            group=np.array(self.groups, np.uint64),
+            bytes=np.array(self.bytes, np.int64),
+            source=np.array(self.sources, np.int32),
+        )
 
 
 class Corpus:
@@ -66,34 +81,38 @@ class Corpus:
     def short(self, documents: np.ndarray) -> np.ndarray:
         """Short signatures of some documents, uint8 `[len(documents), hashes]`, read from where they lie."""
         tasks = np.searchsorted(self.starts, documents, side='right') - 1
-        rows = None
+        rows = np.empty((0, 0), np.uint8)
         for task in np.unique(tasks):
             part = np.load(self.work / 'short' / f'{task:05d}.npy', mmap_mode='r')
-            if rows is None:
+            if not rows.size:
                 rows = np.empty((len(documents), part.shape[1]), np.uint8)
             here = tasks == task
             rows[here] = part[documents[here] - self.starts[task]]
         return rows
 
 
-def edges(corpus: Corpus, plan: Plan, task: int) -> np.ndarray:
-    """Pairs of near-duplicates that some of the bands find, int64 `[pairs, 2]`."""
-    similarity, hashes = plan.steps['dedup.near'], plan.steps['dedup.hashes']
-    count, _ = minhash.bands(similarity, hashes)
-    least = minhash.threshold(similarity, hashes)
-    firsts = np.flatnonzero(corpus.originals() == np.arange(len(corpus)))
-    found = [np.zeros((0, 2), np.int64)]
-    for band in range(task, count, BAND_TASKS):
-        pairs = firsts[minhash.candidates(corpus.band(band)[firsts])]
-        for start in range(0, len(pairs), _CHUNK):
-            part = pairs[start : start + _CHUNK]
-            alike = minhash.agreement(corpus.short(part[:, 0]), corpus.short(part[:, 1])) >= least
-            found.append(part[alike])
-    return np.unique(np.concatenate(found), axis=0)
+def held_out(kept: np.ndarray, scores: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents are held out, bool `[documents]`: those whose score is below the fraction.
+
+    The same documents always get the same split, and others that come move none of them. Where anything is held out,
+    both splits get at least one document.
+
+    Args:
+      kept: which documents stay at all, bool `[documents]`.
+      scores: a hash of each as a number in 0 … 1, `[documents]`; those of equal score stay together.
+      fraction: share to hold out; 0 = none.
+    """
+    if not fraction:
+        return np.zeros(len(kept), bool)
+    chosen = kept & (scores < fraction)
+    chosen |= kept & (scores == scores[kept].min())
+    if chosen.sum() == kept.sum():
+        chosen &= scores < scores[kept].max()
+    return chosen
 
 
-def decide(corpus: Corpus, plan: Plan, pairs: np.ndarray) -> dict[str, np.ndarray]:
-    """The fate of every document.
+def assign_splits(corpus: Corpus, plan: Plan, pairs: np.ndarray) -> dict[str, np.ndarray]:
+    """Which documents are duplicates, and the split of each of the others.
 
     Args:
       corpus: all of them.
@@ -113,7 +132,6 @@ def decide(corpus: Corpus, plan: Plan, pairs: np.ndarray) -> dict[str, np.ndarra
         near = minhash.clusters(count, pairs) != np.arange(count)
         state[near & (state == shards.KEPT)] = shards.NEAR
     kept = state == shards.KEPT
-    scores = corpus.groups / 2.0**64
     fraction = plan.keys['eval_fraction']
     if kept.sum() < (2 if fraction else 1):
         raise UserError(
@@ -121,12 +139,7 @@ def decide(corpus: Corpus, plan: Plan, pairs: np.ndarray) -> dict[str, np.ndarra
             f'{2 if fraction else 1}. stats.json and the table above say where the others went'
         )
     side = np.where(kept, TRAIN, DROPPED).astype(np.uint8)
-    if fraction:
-        held_out = kept & (scores < fraction)
-        held_out |= kept & (scores == scores[kept].min())  # at least one, with all of its group
-        if held_out.sum() == kept.sum():
-            held_out &= scores < scores[kept].max()
-        side[held_out] = EVAL
+    side[held_out(kept, corpus.groups / 2.0**64, fraction)] = EVAL
     weights = np.array([source.weight for source in plan.sources])[corpus.sources]
     whole = np.floor(weights)
     extra = corpus.digests[:, 1] / 2.0**64 < weights - whole

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.common import io
-from jaxtune.data.prepare import HELD_OUT
+from jaxtune.data.prepare import HELD_OUT, Work, steps
 from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.shards import Stored
 from jaxtune.data.prepare.stats import total
@@ -28,21 +28,21 @@ class Part:
     """The tokens, or records, of one task; in place once the context is left without an exception.
 
     Args:
-      work: the folder between the phases.
+      work: the folder between the phases, and the plan.
       rank: of the task.
-      plan: what is asked.
     """
 
-    def __init__(self, work: pathlib.Path, rank: int, plan: Plan):
-        self.folder, self.plan = work / 'parts' / f'{rank:05d}', plan
+    def __init__(self, work: Work, rank: int):
+        plan, folder = work.plan, work.folder
+        self.folder, self.plan = folder / 'parts' / f'{rank:05d}', plan
         self.temporary = self.folder.with_name(f'.{rank:05d}.{os.uname().nodename}.{os.getpid()}')
         self.tokens: dict[str, int] = {}
         if not plan.records:
             from jaxtune.data import tokenizer as tokenizers
             from jaxtune.data.tokens import dtype_of
 
-            changed = (work / 'tokenizer').stat().st_mtime_ns
-            self.tokenizer = _tokenizer(str(work / 'tokenizer'), changed)
+            changed = (folder / 'tokenizer').stat().st_mtime_ns
+            self.tokenizer = _tokenizer(str(folder / 'tokenizer'), changed)
             self.encode = tokenizers.encode_batch
             self.eos = self.tokenizer.eos_token_id if plan.keys['append_eos'] else None
             self.dtype = dtype_of(tokenizers.vocab_size(self.tokenizer))
@@ -112,29 +112,30 @@ def _tokenizer(path: str, changed: int):
     return tokenizers.load(path)
 
 
-def assemble(work: pathlib.Path, workdir: pathlib.Path, plan: Plan, tasks: int) -> None:
+def assemble(work: Work, workdir: pathlib.Path) -> None:
     """Puts the parts together in the workdir."""
-    stats = statistics(work, plan, tasks)
+    stats = statistics(work)
+    folder, plan, tasks = work.folder, work.plan, work.tasks
     if plan.records:
         for side, name in zip(_SIDES, (TRAIN_RECORDS, HELD_OUT), strict=True):
-            _join(work, tasks, f'{side}.jsonl', workdir / name)
+            _join(folder, tasks, f'{side}.jsonl', workdir / name)
     else:
         from jaxtune.data import tokenizer as tokenizers
 
-        _copy_folder(work / 'tokenizer', workdir / 'tokenizer')
+        _copy_folder(folder / 'tokenizer', workdir / 'tokenizer')
         tokenizer = tokenizers.load(str(workdir / 'tokenizer'))
         for side in _SIDES:
-            folder = workdir / f'.{side}.{os.getpid()}'
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            meta = _tokens(work, tasks, side, folder, tokenizer, plan)
+            temporary = workdir / f'.{side}.{os.getpid()}'
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            meta = _tokens(folder, tasks, side, temporary, tokenizer, plan)
             if meta['documents']:
-                io.replace_folder(folder, workdir / side)
+                io.replace_folder(temporary, workdir / side)
             else:
-                shutil.rmtree(folder)
+                shutil.rmtree(temporary)
             stats[side] = {name: meta[name] for name in ('documents', 'tokens', 'text_bytes', 'gzip_bits_per_byte')}
         stats['vocab_size'] = tokenizers.vocab_size(tokenizer)
-        _join(work, tasks, 'eval.jsonl', workdir / HELD_OUT)
+        _join(folder, tasks, 'eval.jsonl', workdir / HELD_OUT)
     rows = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in stats['broken'])
     io.write_text(workdir / SET_ASIDE, rows, sync=False)
     io.write_text(workdir / STATS, json.dumps(stats, indent=1, ensure_ascii=False) + '\n', sync=False)
@@ -142,11 +143,13 @@ def assemble(work: pathlib.Path, workdir: pathlib.Path, plan: Plan, tasks: int) 
     io.write_text(workdir / MANIFEST, contents, sync=False)
 
 
-def statistics(work: pathlib.Path, plan: Plan, tasks: int) -> dict[str, Any]:
+def statistics(work: Work) -> dict[str, Any]:
     """What all tasks counted, without anything that differs from run to run."""
-    collected = [json.loads((work / 'tally' / f'collect-{rank:05d}.json').read_text()) for rank in range(tasks)]
-    made = [json.loads((work / 'tally' / f'tokenise-{rank:05d}.json').read_text()) for rank in range(tasks)]
-    stats = total(collected + [{**state, 'broken': [], 'languages': {}} for state in made])
+    plan, folder, ranks = work.plan, work.folder / 'stats', range(work.tasks)
+    collected = [json.loads((folder / f'collect-{rank:05d}.json').read_text()) for rank in ranks]
+    made = [json.loads((folder / f'tokenise-{rank:05d}.json').read_text()) for rank in ranks]
+    order = [step.name for step in steps.every(plan.custom_steps)]
+    stats = total(collected + [{**state, 'broken': [], 'languages': {}} for state in made], order)
     for name in ('tokens', 'copies'):
         for state in made:
             for label, count in state[name].items():
@@ -253,6 +256,7 @@ def manifest(workdir: pathlib.Path, plan: Plan, stats: dict[str, Any]) -> dict[s
         },
         'sources': [{**vars(source), **stats['sources'][source.label]} for source in plan.sources],
         'steps': dict(plan.steps),
+        **({'custom_steps': list(plan.custom_steps)} if plan.custom_steps else {}),
         'keys': {**plan.keys, 'format': plan.format, 'tokenizer': plan.tokenizer},
         'set_aside': len(stats['broken']),
         'versions': {name: version for name in packages if (version := _version(name))},

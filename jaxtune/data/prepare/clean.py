@@ -4,6 +4,12 @@ import functools
 import html
 import re
 import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+from jaxtune.common.settings import Settings
+from jaxtune.data.prepare import Document, Step
+from jaxtune.data.prepare.decontaminate import texts
 
 _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\ufeff\ufff9-\ufffb]')
 # What UTF-8 read as a one-byte encoding looks like: one of the letters and signs that its first bytes become, and
@@ -131,3 +137,39 @@ def mask_pii(text: str) -> str:
     if _ADDRESS_HINT.search(text):
         text = _addresses().replace(text)
     return _TELEPHONE.sub(lambda found: TELEPHONE if 9 <= sum(map(str.isdigit, found[0])) <= 15 else found[0], text)
+
+
+def cleaned(document: Document, settings: Settings) -> str:
+    """The text after the kinds of cleaning that `data.steps.clean` asks for; of a record, each of its texts."""
+    if document.record is None:
+        return _clean(document.text, document.kind, settings.steps.clean)
+    document.record = _each_text(document.record, lambda text: _clean(text, 'records', settings.steps.clean))
+    return '\n'.join(texts(document.record))
+
+
+def _clean(text: str, kind: str, asked: Settings) -> str:
+    if asked.encoding:
+        text = mend_encoding(text)
+    if asked.unicode:
+        text = plain_unicode(text)
+    if asked.markup and kind not in ('code', 'records'):
+        text = without_markup(text)
+    if asked.pii:
+        text = mask_pii(text)
+    return text
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _each_text(inner, change) for name, inner in value.items()}
+    return [_each_text(inner, change) for inner in value] if isinstance(value, list) else value
+
+
+def _on(settings: Settings) -> bool:
+    asked = settings.steps.clean
+    return bool(asked.encoding or asked.unicode or asked.markup or asked.pii)
+
+
+STEP = Step('clean', 'encoding, Unicode, rests of markup, personal data', cleaned, on=_on)

@@ -1,11 +1,14 @@
 """Decontamination: text that evaluation files hold must not be trained on (Brown et al. 2020, appendix C)."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
-from jaxtune.data.prepare import words
+from jaxtune.common.settings import Settings
+from jaxtune.data.prepare import Document, Dropped, Step, words
 from jaxtune.data.records import open_records
 
 # Shorter evaluation texts are no sign of anything: they are found everywhere.
@@ -51,7 +54,7 @@ def index(paths: Iterable[str], ngram: int) -> Index:
     return Index({length: np.unique(np.concatenate(parts)) for length, parts in sorted(runs.items())})
 
 
-def texts(record) -> Iterable[str]:
+def texts(record: Any) -> Iterator[str]:
     """Every text in a record, in order."""
     if isinstance(record, str):
         yield record
@@ -61,3 +64,28 @@ def texts(record) -> Iterable[str]:
     elif isinstance(record, list):
         for value in record:
             yield from texts(value)
+
+
+@functools.lru_cache(1)
+def _index(paths: tuple[str, ...], ngram: int) -> Index:
+    return index(paths, ngram)
+
+
+def _opened(settings: Settings) -> Index:
+    asked = settings.steps.decontaminate
+    return _index(asked.against, asked.ngram)
+
+
+def unseen(document: Document, settings: Settings) -> str:
+    """The text where it shares no run of words with an evaluation file."""
+    hashes = words.word_hashes(document.text)
+    return Dropped('holds evaluation text') if _opened(settings).finds(hashes) else document.text
+
+
+STEP = Step(
+    'decontaminate',
+    'text that evaluation files hold',
+    unseen,
+    on=lambda settings: bool(settings.steps.decontaminate.against),
+    load=lambda settings: _opened(settings) and None,
+)

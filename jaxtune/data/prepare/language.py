@@ -6,6 +6,8 @@ from collections import Counter
 
 import numpy as np
 
+from jaxtune.common.settings import Settings
+from jaxtune.data.prepare import Document, Dropped, Step
 from jaxtune.errors import UserError
 
 # What is looked at of a document: enough to tell, whatever its length.
@@ -124,3 +126,36 @@ def identify_by_model(text: str, path: str) -> tuple[str, float]:
     if not labels:
         return '', 0.0
     return labels[0].removeprefix('__label__').split('_')[0], float(min(1.0, scores[0]))
+
+
+def take_known(document: Document, settings: Settings) -> None:
+    """Notes the language that a source is said to be in, or that a source file's name tells."""
+    if _wanted(document, settings) and _known(document):
+        document.metadata['language'] = document.source.language or document.metadata.get('programming_language', '')
+
+
+def _wanted(document: Document, settings: Settings) -> bool:
+    return document.kind != 'records' or bool(settings.steps.language.keep)
+
+
+def _known(document: Document) -> bool:
+    return bool(document.source.language) or document.kind == 'code'
+
+
+def by_language(document: Document, settings: Settings) -> str:
+    """The text where its language, which goes to the metadata, is one of `data.steps.language.keep`."""
+    asked = settings.steps.language
+    code, certainty = identify_by_model(document.text, asked.model) if asked.model else identify(document.text)
+    certain = certainty >= asked.min_score
+    document.metadata['language'] = code if certain else ''
+    if asked.keep and not (certain and code in asked.keep):
+        return Dropped(f'language {code}' if certain else 'language uncertain')
+    return document.text
+
+
+STEP = Step(
+    'language',
+    'told by scripts and stop words, or by a model',
+    by_language,
+    applies=lambda document, settings: _wanted(document, settings) and not _known(document),
+)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
+import types
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
 
 KINDS = ('auto', 'text', 'web', 'books', 'code', 'wikipedia')
@@ -56,6 +59,7 @@ class Plan:
       format: of what is made: `text` (tokens) or one of `RECORDS` (records).
       tokenizer: `tokenizer.path`; '' = train one.
       keys: the other keys of `data` that matter: `text_key`, `min_chars`, `eval_fraction`, `vocab_size`, `append_eos`.
+      custom_steps: `data.custom_steps`.
       empty: paths of the sources that hold nothing.
     """
 
@@ -64,25 +68,42 @@ class Plan:
     format: str
     tokenizer: str
     keys: Mapping[str, Any]
+    custom_steps: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
 
     @property
     def records(self) -> bool:
         return self.format in RECORDS
 
-    def preset(self, source: Source, kind: str) -> str:
-        """The rules that a document of a source goes through; `kind` is what its file turned out to be."""
-        preset = source.preset or self.steps['filter.preset']
-        if preset != 'auto':
-            return preset
-        return {'code': 'code', 'books': 'books', 'wikipedia': 'books', 'text': 'books'}.get(kind, 'web')
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """The keys and steps as the steps read them: `settings.min_chars`, `settings.steps.dedup.near`."""
+        return _tree({**self.keys, **{f'steps.{name}': value for name, value in self.steps.items()}})
 
 
-def needed(config: ConfigDict, defaults: ConfigDict) -> bool:
-    """Whether a recipe asks for more than the short way has: steps, other kinds of sources, engines, records."""
-    data = config.data
+def _tree(values: Mapping[str, Any]) -> Any:
+    inner: dict[str, dict[str, Any]] = {}
+    tree = types.SimpleNamespace()
+    for name, value in values.items():
+        first, _, rest = name.partition('.')
+        if rest:
+            inner.setdefault(first, {})[rest] = value
+        else:
+            setattr(tree, first, value)
+    for name, below in inner.items():
+        setattr(tree, name, _tree(below))
+    return tree
+
+
+def needed(data: Settings, defaults: Settings) -> bool:
+    """Whether a recipe asks for more than `streaming` has: steps, other kinds of sources, engines, records.
+
+    Args:
+      data: the recipe's `data`.
+      defaults: what it is where nothing is asked for.
+    """
     structured = any(not isinstance(source, str) for source in data.sources.values())
-    steps = flat(data.steps) != flat(defaults.data.steps)
+    steps = bool(data.custom_steps) or flat(data.steps) != flat(defaults.steps)
     return structured or steps or data.engine != 'local' or data.format in RECORDS
 
 
@@ -97,8 +118,11 @@ def flat(node: Mapping, prefix: str = '') -> dict[str, Any]:
     return found
 
 
-def check_installed(config: ConfigDict) -> None:
+def check_installed(engine: str) -> None:
     """Refuses a recipe whose packages are not there.
+
+    Args:
+      engine: `data.engine`.
 
     Raises:
       UserError: with the command that installs them.
@@ -106,7 +130,7 @@ def check_installed(config: ConfigDict) -> None:
     missing = [name for name in ('datatrove', 'ftfy', 'trafilatura', 'warcio', 'xxhash') if not _installed(name)]
     if missing:
         raise UserError(f'data.sources, data.steps: need {", ".join(missing)}, which is not installed: {INSTALL}')
-    if config.data.engine == 'ray' and not _installed('ray'):
+    if engine == 'ray' and not _installed('ray'):
         raise UserError("data.engine='ray': needs ray, which is not installed: pip install 'jaxtune[ray]'")
 
 
@@ -114,13 +138,16 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def make(config: ConfigDict) -> Plan:
+def make(data: Settings, tokenizer: str) -> Plan:
     """Reads a recipe.
+
+    Args:
+      data: its `data`.
+      tokenizer: its `tokenizer.path`.
 
     Raises:
       UserError: an unknown field of a source, or an impossible value, with the key.
     """
-    data = config.data
     if data.train:
         sources = (Source('data', data.train),)
     else:
@@ -128,20 +155,20 @@ def make(config: ConfigDict) -> Plan:
     if not sources:
         raise UserError("data.train='': expected a path, a glob, a folder, a dataset id or python-stdlib")
     keys = {name: data[name] for name in ('text_key', 'min_chars', 'eval_fraction', 'vocab_size', 'append_eos')}
-    made = data.format if data.format in RECORDS else 'text'
-    steps = {name: (value,) if name in _TUPLES and isinstance(value, str) else value for name, value in _steps(data)}
+    form = data.format if data.format in RECORDS else 'text'
+    steps = {name: _texts(value) if name in _TUPLES else value for name, value in flat(data.steps).items()}
     if 0 < (length := steps['dedup.substring']) < _SHORTEST:
         raise UserError(f'data.steps.dedup.substring={length}: expected 0 (off) or at least {_SHORTEST} words')
-    return Plan(sources, steps, made, config.tokenizer.path, keys)
+    return Plan(sources, steps, form, tokenizer, keys, tuple(filter(None, _texts(data.custom_steps))))
 
 
 _SHORTEST = 10  # fewer words in a row are language, not a copy
 _TUPLES = ('language.keep', 'decontaminate.against', 'tokenizer.special_tokens')
 
 
-def _steps(data: ConfigDict):
-    for name, value in flat(data.steps).items():
-        yield name, tuple(part for part in value if part) if isinstance(value, tuple | list) else value
+def _texts(value: Any) -> tuple[str, ...]:
+    """A text as a tuple of one, or several without empty ones."""
+    return (value,) if isinstance(value, str) else tuple(part for part in value if part)
 
 
 def _source(label: str, value: Any) -> Source:

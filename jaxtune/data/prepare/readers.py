@@ -3,7 +3,6 @@
 import bz2
 import contextlib
 import csv
-import dataclasses
 import functools
 import gzip
 import io
@@ -14,34 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxtune.data import stdlib
-from jaxtune.data.prepare import books, convert, sourcecode, web
+from jaxtune.data.prepare import Document, books, convert, sourcecode, web
 from jaxtune.data.prepare.plan import Plan, Source
 from jaxtune.data.prepare.sources import COMPRESSED, Unit, is_url
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
 
 SetAside = Callable[[str, str], None]
-
-
-@dataclasses.dataclass
-class Document:
-    """One document on its way.
-
-    Attributes:
-      id: where it stands: `file:line`, or as near as the format allows.
-      text: what is read.
-      kind: `text`, `web`, `books`, `code` or `wikipedia`: which rules suit it.
-      page: whether the text still is HTML.
-      metadata: `language`, `licence`, `url`, as far as they are known; documents of one `group` stay on one side.
-      record: of instruction and preference data, the whole record; the text is all its texts.
-    """
-
-    id: str
-    text: str
-    kind: str
-    page: bool = False
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
-    record: Any = None
 
 
 def read(unit: Unit, plan: Plan, set_aside: SetAside) -> Iterator[Document]:

@@ -85,3 +85,16 @@ def load(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads them again."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+def save_array(path: pathlib.Path, values: np.ndarray) -> None:
+    """Writes an array whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with io.atomic_file(path, sync=False) as file:
+        np.save(file, values, allow_pickle=False)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    io.write_text(path, text, sync=False)

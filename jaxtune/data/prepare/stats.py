@@ -1,20 +1,14 @@
 """Counting: after each step, how many documents and bytes came in and stayed, why the rest went, and examples of it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _EXAMPLES, _EXCERPT = 3, 320
 _LENGTHS = ('lengths_in', 'lengths_out')
-# As a document meets them.
-ORDER = (
-    'extract', 'clean', 'length', 'language', 'gopher repetition', 'gopher quality', 'c4', 'fineweb', 'code', 'zh',
-    'blocklist', 'custom', 'decontaminate', 'exact duplicates', 'near-duplicates', 'paragraphs', 'substrings',
-    'mixture',
-)  # fmt: skip
 
 
-class Tally:
+class Stats:
     """Counts of one task; those of all tasks are added up in the tasks' order, so that the sum is always the same."""
 
     def __init__(self):
@@ -71,9 +65,14 @@ class Tally:
         return {name: value for name, value in vars(self).items() if name != 'seconds'}
 
 
-def total(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of `Tally.state`s in their order."""
-    whole = Tally()
+def total(states: Iterable[dict[str, Any]], order: Sequence[str]) -> dict[str, Any]:
+    """The sum of `Stats.state`s in their order.
+
+    Args:
+      states: of the tasks.
+      order: names of all steps, as a document meets them.
+    """
+    whole = Stats()
     for state in states:
         for name, step in state['steps'].items():
             _add_step(whole.step(name), step)
@@ -81,7 +80,7 @@ def total(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
             _add(whole.sources.setdefault(label, {}), counts)
         _add(whole.languages, state['languages'])
         whole.broken += state['broken']
-    whole.steps = {name: _ordered(whole.steps[name]) for name in sorted(whole.steps, key=ORDER.index)}
+    whole.steps = {name: _ordered(whole.steps[name]) for name in sorted(whole.steps, key=order.index)}
     return {**whole.state(), 'languages': dict(sorted(whole.languages.items(), key=lambda item: (-item[1], item[0])))}
 
 

@@ -8,6 +8,9 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from jaxtune.common.settings import Settings
+from jaxtune.data.prepare import Document, Dropped, Step
+
 # A table with a cell as long as this holds the page's text, not figures.
 _LAYOUT_CELL = 400
 _DECLARED = re.compile(
@@ -150,3 +153,19 @@ def _unwrap_layout(tree) -> None:
             for part in inner:
                 if part is table or next(part.iterancestors('table', 'layout'), None) in (table, None):
                     part.tag = 'div'
+
+
+def page_text(document: Document, settings: Settings) -> str:
+    """The text of a page, within `data.steps.extract.seconds`."""
+    steps = settings.steps.extract
+    try:
+        with limited(steps.seconds):
+            text = extract(document.text, steps.favour)
+    except TooSlowError as error:
+        return Dropped(str(error))
+    except (ValueError, RecursionError, AssertionError) as error:
+        return Dropped(f'extraction fails: {type(error).__name__}')
+    return text if text.strip() else Dropped('no text in the page')
+
+
+STEP = Step('extract', 'text out of pages', page_text, applies=lambda document, settings: document.page)

@@ -19,6 +19,12 @@ def tokens(text: str) -> list[str]:
     return _TOKENS.findall(text)
 
 
+@functools.lru_cache(2)
+def recent_tokens(text: str) -> list[str]:
+    """The same, remembered for the next rule that looks at the same text; not to be changed."""
+    return tokens(text)
+
+
 def words(text: str) -> list[str]:
     """Words in lower case without punctuation: what two documents are compared by."""
     if text.isascii():

@@ -7,15 +7,16 @@ import multiprocessing.connection
 import os
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor
 
+from jaxtune.data.prepare.engines import FORK_SERVER_OF
 from jaxtune.errors import UserError
 
 _POLL_SECONDS = 0.5  # between looks at what the driver itself was told
-_PRELOADED = ('jaxtune.data.prepare.orphans', 'jaxtune.data.prepare.phases', 'jaxtune.data.tokenizer')
+_PRELOADED = ('jaxtune.data.prepare.engines', 'jaxtune.data.prepare.phases', 'jaxtune.data.tokenizer')
 
 
 class LocalExecutor(LocalPipelineExecutor):
@@ -33,13 +34,24 @@ class LocalExecutor(LocalPipelineExecutor):
                 self.pipeline = copy.deepcopy(whole)
                 self._run_for_rank(rank)
             return
-        before = os.environ.get('TOKENIZERS_PARALLELISM')
-        os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # each worker is a core's already
-        try:
+        # Each worker has a core to itself already.
+        with _environment(TOKENIZERS_PARALLELISM='false', **{FORK_SERVER_OF: str(os.getpid())}):
             _share(self, ranks, min(self.workers, len(ranks)))
-        finally:
-            if before is not None:
-                os.environ['TOKENIZERS_PARALLELISM'] = before
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Sets environment variables that processes started inside inherit."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class _Worker:

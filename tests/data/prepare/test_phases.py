@@ -13,7 +13,7 @@ import pytest
 
 from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.prepare import phases
+from jaxtune.data.prepare import phases, steps
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 
@@ -75,16 +75,16 @@ def recipe_of(corpus, **changes):
 def test_what_is_made(corpus, prepared, recipe, tmp_path):
     result = prepared('a', recipe_of(corpus))
     stats = json.loads((tmp_path / 'a' / 'stats.json').read_text())
-    steps = stats['steps']
-    assert list(steps) == [name for name in phases_order() if name in steps]
-    assert steps['extract']['documents_in'] == steps['extract']['documents_out'] == 20
-    assert steps['length']['dropped']['under 20 characters']['examples'][0]['text'] == 'short'
-    assert [entry['documents'] for entry in steps['exact duplicates']['dropped'].values()] == [1]
-    assert sum(entry['documents'] for entry in steps['near-duplicates']['dropped'].values()) == 2
-    assert steps['code']['dropped'].keys() == {'minified: a line of over 1000 characters'}
-    assert steps['paragraphs']['changed'] == 19
-    assert steps['substrings']['changed'] == 1
-    assert steps['exact duplicates']['documents_out'] == steps['near-duplicates']['documents_in'] == 63
+    counts = stats['steps']
+    assert list(counts) == [name for name in phases_order() if name in counts]
+    assert counts['extract']['documents_in'] == counts['extract']['documents_out'] == 20
+    assert counts['length']['dropped']['under 20 characters']['examples'][0]['text'] == 'short'
+    assert [entry['documents'] for entry in counts['exact duplicates']['dropped'].values()] == [1]
+    assert sum(entry['documents'] for entry in counts['near-duplicates']['dropped'].values()) == 2
+    assert counts['code']['dropped'].keys() == {'minified: a line of over 1000 characters'}
+    assert counts['paragraphs']['changed'] == 19
+    assert counts['substrings']['changed'] == 1
+    assert counts['exact duplicates']['documents_out'] == counts['near-duplicates']['documents_in'] == 63
 
     tokenizer = tokenizers.load(str(tmp_path / 'a' / 'tokenizer'))
     sides = {}
@@ -116,27 +116,25 @@ def test_what_is_made(corpus, prepared, recipe, tmp_path):
 
 
 def phases_order():
-    from jaxtune.data.prepare.stats import ORDER
-
-    return ORDER
+    return steps.STEPS.names
 
 
 def test_the_same_bytes_with_two_workers_and_after_an_interruption(corpus, prepared, tmp_path, monkeypatch):
     prepared('one', recipe_of(corpus))
     prepared('two', recipe_of(corpus, **{'data.workers': 2}))
-    do = phases.Tokenise.do
+    tokenise = phases.tokenise
 
-    def killed(self, rank):
+    def killed(work, rank):
         if rank == 2:
             raise KeyboardInterrupt
-        do(self, rank)
+        tokenise(work, rank)
 
-    monkeypatch.setattr(phases.Tokenise, 'do', killed)
+    monkeypatch.setattr(phases, 'tokenise', killed)
     with pytest.raises(KeyboardInterrupt):
         prepared('cut', recipe_of(corpus))
     assert not (tmp_path / 'cut' / 'result.json').exists()
-    monkeypatch.setattr(phases.Tokenise, 'do', do)
-    monkeypatch.setattr(phases.Collect, 'do', None)  # what was done is not done again
+    monkeypatch.setattr(phases, 'tokenise', tokenise)
+    monkeypatch.setattr(phases, 'collect', None)  # what was done is not done again
     prepared('cut', recipe_of(corpus))
     whole = contents(tmp_path / 'one')
     assert len(whole) >= 12

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.data.prepare import phases, substring_dedup, words
+from jaxtune.data.prepare import shards, substring_dedup, words
 
 LENGTH = 4
 _WORD = st.sampled_from(['a', 'B', 'über', '中', 'İ', 'x1'])
@@ -32,7 +32,7 @@ def cut(documents, tasks, work):
         found = substring_dedup.Windows(LENGTH)
         for number in part.tolist():
             found.add(documents[number], number)
-        phases.save_array(work / 'windows' / f'{rank:05d}.npy', found.merged())
+        shards.save_array(work / 'windows' / f'{rank:05d}.npy', found.merged())
     for task in range(substring_dedup.SUBSTRING_TASKS):
         substring_dedup.substrings(work, tasks, task)
     cutter = substring_dedup.Substrings(work, LENGTH)

@@ -16,7 +16,7 @@ from .corpus import prose
 
 
 def documents(recipe, source, **changes):
-    plan = plans.make(recipe({'data.sources': {'a': source}, **changes}))
+    plan = plans.make(recipe({'data.sources': {'a': source}, **changes}).data, '')
     broken = []
     units = sources.units(0, plan.sources[0])
     found = [document for unit in units for document in read(unit, plan, lambda *row: broken.append(row))]
@@ -200,7 +200,7 @@ def test_a_broken_archive_writes_nothing_to_stderr(recipe, tmp_path, capfd):
     head = 'WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://x/\r\nContent-Type: application/http\r\n'
     body = 'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html><p>text</p></html>'
     (tmp_path / 'a.warc').write_text(f'{head}Content-Length: {len(body) - 9}\r\n\r\n{body}\r\n\r\n' * 2)
-    plan = plans.make(recipe({'data.sources': {'a': {'path': str(tmp_path / 'a.warc'), 'kind': 'web'}}}))
+    plan = plans.make(recipe({'data.sources': {'a': {'path': str(tmp_path / 'a.warc'), 'kind': 'web'}}}).data, '')
     (unit,) = sources.units(0, plan.sources[0])
     list(read(unit, plan, lambda *row: None))
     assert capfd.readouterr().err == ''

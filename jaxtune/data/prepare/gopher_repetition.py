@@ -1,81 +1,22 @@
-"""Gopher's rules of quality and repetition (Rae et al. 2021, appendix A.1), on word counts and hashes of n-grams.
+"""Gopher's rules of repetition (Rae et al. 2021, appendix A.1), on word counts and hashes of n-grams.
 
-The verdicts are those of datatrove's filters for the same words, a test holds them to it; strings are joined and
+The verdicts are those of datatrove's filter for the same words, a test holds them to it; strings are joined and
 compared only where the counts leave a doubt, which makes them some ten times as fast.
 """
 
 import dataclasses
-import functools
 import re
 from collections import Counter
 
 import numpy as np
 
-from jaxtune.data.prepare import words
+from jaxtune.common.settings import Settings
+from jaxtune.data.prepare import Document, Dropped, Step, words
+from jaxtune.data.prepare import quality as presets
 
 _PARAGRAPHS, _LINES = re.compile(r'\n{2,}'), re.compile(r'\n+')
-_STOP_WORDS = frozenset(('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'))
 _TOP = ((2, 0.20), (3, 0.18), (4, 0.16))
 _DUPLICATED = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
-
-
-@functools.lru_cache(2)
-def _tokens(text: str) -> list[str]:
-    return words.tokens(text)
-
-
-@functools.cache
-def _punctuation() -> frozenset[str]:
-    from datatrove.utils.text import PUNCTUATION_SET
-
-    return frozenset(PUNCTUATION_SET)
-
-
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """Bounds of the quality rules; None switches one off.
-
-    Attributes:
-      min_words, max_words: of words that are not punctuation alone.
-      min_alphabetic: share of the words, punctuation counted as such, that must hold a letter.
-      stop_words: how many of the eight English ones must occur.
-    """
-
-    min_words: int | None = 50
-    max_words: int | None = 100_000
-    min_alphabetic: float = 0.8
-    stop_words: int | None = 2
-
-    def __call__(self, text: str) -> str:
-        """Why a text goes; '' where it stays."""
-        found = _tokens(text)
-        counts, punctuation = Counter(found), _punctuation()
-        spoken = {word: count for word, count in counts.items() if not punctuation.issuperset(word)}
-        number = sum(spoken.values())
-        if self.min_words and number < self.min_words:
-            return f'under {self.min_words} words'
-        if self.max_words and number > self.max_words:
-            return f'over {self.max_words:,} words'
-        mean = sum(len(word) * count for word, count in spoken.items()) / max(1, number)
-        if mean < 3:
-            return 'words under 3 letters on average'
-        if mean > 10:
-            return 'words over 10 letters on average'
-        if text.count('#') > 0.1 * len(found):
-            return 'too many hash signs'
-        if text.count('...') + text.count('…') > 0.1 * len(found):
-            return 'too many ellipses'
-        lines = text.splitlines()
-        if sum(line.lstrip().startswith(('•', '-')) for line in lines) > 0.9 * len(lines):
-            return 'nine in ten lines are bullets'
-        if sum(line.rstrip().endswith(('...', '…')) for line in lines) > 0.3 * len(lines):
-            return 'three in ten lines end in an ellipsis'
-        alphabetic = sum(count for word, count in counts.items() if any(map(str.isalpha, word)))
-        if alphabetic < self.min_alphabetic * len(found):
-            return 'too few words with a letter'
-        if self.stop_words and len(_STOP_WORDS & counts.keys()) < self.stop_words:
-            return 'too few stop words'
-        return ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +45,7 @@ class Repetition:
         count, characters = _duplicates(lines)
         if count > self.lines * len(lines) or characters > self.line_characters * len(text):
             return 'repeated lines'
-        found = _tokens(text)
+        found = words.recent_tokens(text)
         lengths = np.fromiter(map(len, found), np.int64, len(found))
         grams = _Grams(words.hashes_of(found), np.concatenate([[0], np.cumsum(lengths)]))
         for n, most in _TOP:
@@ -189,3 +130,22 @@ def _repeated(found: list[str], n: int) -> int:
             seen.add(gram)
             i += 1
     return characters
+
+
+_WEB = Repetition()
+_BOOKS = Repetition(0.5, 0.5, 0.4, 0.4)  # verse repeats lines
+
+
+def repetition(document: Document, settings: Settings) -> str:
+    """The text where little of it is repeated; books may repeat more than pages."""
+    rules = _BOOKS if presets.preset(document, settings) == 'books' else _WEB
+    why = rules(document.text)
+    return Dropped(why) if why else document.text
+
+
+STEP = Step(
+    'gopher repetition',
+    'lines, paragraphs and phrases said again',
+    repetition,
+    applies=presets.of_preset('web', 'books'),
+)
