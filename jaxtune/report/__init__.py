@@ -1,7 +1,6 @@
 """`report.html`: one page about a run that stands alone, without network, and works without scripts."""
 
 import dataclasses
-import html
 import importlib.resources
 import pathlib
 from collections.abc import Mapping
@@ -42,41 +41,50 @@ def write_report(workdir: pathlib.Path, result: Mapping[str, Any] | None = None)
 
 def render(workdir: pathlib.Path, result: Mapping[str, Any] | None = None) -> str:
     """The page as text."""
-    result = read_json(workdir / 'result.json') or {} if result is None else result
-    name = workdir.absolute().name
+    # Not needed by the first line of a run, and slow to import.
+    import jinja2
+
+    files = importlib.resources.files(__name__)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: files.joinpath(name).read_text(encoding='utf-8')),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.policies['json.dumps_kwargs'] = {}  # keys in their order
+    return environment.get_template('page.html.j2').render(
+        _contents(workdir, result),
+        style=files.joinpath('style.css').read_text(encoding='utf-8'),
+        script=files.joinpath('hover.js').read_text(encoding='utf-8'),
+    )
+
+
+def _contents(workdir: pathlib.Path, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `page.html.j2` shows."""
+    result = (read_json(workdir / 'result.json') or {}) if given is None else given
+    contents = {'name': workdir.absolute().name, 'status': result.get('status', 'not finished')}
     stages = [read(workdir / stage, stage) for stage in result.get('stages') or ()]
     if not stages:
         source = dataclasses.replace(read(workdir), result=result)
-        return _page(name, _eyebrow(source), _single(source))
-    return _page(name, _eyebrow_of(stages, result), _staged(stages))
-
-
-def _single(source: Source) -> str:
-    head = f'<p class="lead">{sections.lead(source)}</p>{sections.tiles(source)}'
-    return f'{head}<section>{_body(source)}{_ending(source)}</section>'
-
-
-def _staged(stages: list[Source]) -> str:
+        return contents | {
+            'what': source.task,
+            'day': source.run.get('ended', '')[:10],
+            'main': _run(source),
+            'tiles': sections.tiles(source),
+            'stages': [],
+        }
     main = _main(stages)
-    nav = ''.join(
-        f'<a href="#{html.escape(stage.name)}">{html.escape(stage.name)} <small>{_time(stage)}</small></a>'
-        for stage in stages
-    )
     times = [stage.run['seconds'] for stage in stages if 'seconds' in stage.run]
-    total = sum(times) if len(times) == len(stages) else None
-    head = f'<p class="lead">{sections.lead(main)}</p>{sections.tiles(main, total)}<nav>{nav}</nav>'
-    body = ''.join(_stage(stage, f'stage {i} of {len(stages)}', stage is main) for i, stage in enumerate(stages, 1))
-    ending = f'<section><h2>The machine</h2>{sections.machine(main)}{sections.reproduce(main)}</section>'
-    return head + body + ending
-
-
-def _stage(stage: Source, which: str, is_main: bool) -> str:
-    # What the page's head says already is not said again.
-    summary = '' if is_main else f'<p class="lead">{sections.lead(stage)}</p>{sections.tiles(stage)}'
-    return (
-        f'<section id="{html.escape(stage.name)}"><p class="eyebrow">{which} · <b>{html.escape(stage.task)}</b></p>'
-        f'<h2>{html.escape(stage.name)}</h2>{summary}{_body(stage)}{sections.recipe(stage)}</section>'
-    )
+    return contents | {
+        'what': f'{len(stages)} stages',
+        'day': max((stage.run.get('ended', '') for stage in stages), default='')[:10],
+        'main': _run(main),
+        'tiles': sections.tiles(main, sum(times) if len(times) == len(stages) else None),
+        # What the page's head says already is not said again.
+        'stages': [_run(stage) | {'in_head': stage is main} for stage in stages],
+    }
 
 
 def _main(stages: list[Source]) -> Source:
@@ -86,51 +94,23 @@ def _main(stages: list[Source]) -> Source:
     return (trained or scored or stages)[-1]
 
 
-def _time(stage: Source) -> str:
-    return duration(stage.run['seconds']) if 'seconds' in stage.run else ''
-
-
-def _body(source: Source) -> str:
-    parts = (
-        preparation,
-        sections.charts,
-        sections.example,
-        sections.samples,
-        sections.time_spent,
-        sections.results,
-    )
-    return ''.join(part(source) for part in parts)
-
-
-def _ending(source: Source) -> str:
-    return sections.recipe(source) + sections.machine(source) + sections.reproduce(source)
-
-
-def _eyebrow(source: Source) -> str:
-    return _head(source.task, source.result.get('status', 'not finished'), source.run.get('ended', ''))
-
-
-def _eyebrow_of(stages: list[Source], result: Mapping[str, Any]) -> str:
-    ended = max((stage.run.get('ended', '') for stage in stages), default='')
-    return _head(f'{len(stages)} stages', result.get('status', 'not finished'), ended)
-
-
-def _head(what: str, status: str, ended: str) -> str:
-    day = f' · {html.escape(ended[:10])}' if ended else ''
-    return f'jaxtune · <b>{html.escape(what)}</b>{day} <span class="status">{html.escape(status)}</span>'
-
-
-def _page(name: str, eyebrow: str, body: str) -> str:
-    files = importlib.resources.files(__name__)
-    style = files.joinpath('style.css').read_text(encoding='utf-8')
-    script = files.joinpath('hover.js').read_text(encoding='utf-8')
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8" />'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}" />'
-        '<meta name="viewport" content="width=device-width, initial-scale=1" /><link rel="icon" href="data:," />'
-        f'<title>{html.escape(name)} · jaxtune</title><style>\n{style}</style></head>\n'
-        f'<body><main><header><p class="eyebrow">{eyebrow}</p><h1>{html.escape(name)}</h1></header>\n'
-        f'{body}<footer>Written by jaxtune. Everything on this page comes from the files beside it.</footer></main>\n'
-        f'<script>\n{script}</script></body></html>\n'
-    )
+def _run(source: Source) -> dict[str, Any]:
+    """What `run.html.j2` shows of a run."""
+    return {
+        'name': source.name,
+        'task': source.task,
+        'time': duration(source.run['seconds']) if 'seconds' in source.run else '',
+        'by': 'step' if source.rewarded else 'update',
+        'lead': sections.lead(source),
+        'tiles': sections.tiles(source),
+        'preparation': preparation(source),
+        'charts': sections.charts(source),
+        'example': source.run.get('example') or (),
+        'samples': sections.samples(source),
+        'phases': sections.time_spent(source),
+        'results': sections.results(source),
+        'results_open': source.task in ('evaluate', 'compile', 'export'),
+        'recipe': sections.recipe(source),
+        'machine': sections.machine(source),
+        'command': sections.reproduce(source),
+    }

@@ -1,11 +1,10 @@
 """Line charts as inline SVG: readable as they stand, with values under the pointer where scripts run."""
 
 import dataclasses
-import html
 import itertools
-import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 from jaxtune.report.source import Points
 
@@ -115,15 +114,67 @@ def _scale(values: list[float], kind: str, unit: str) -> _Scale:
     return _Scale(low - margin, high + margin)
 
 
-def _path(series: Series, x: _Scale, y: _Scale, points: Points) -> str:
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """An entry of a legend: a curve's name, how it is drawn, and its last value."""
+
+    name: str
+    color: str
+    style: str
+    value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A point that is pointed out.
+
+    Attributes:
+      left, bottom: its place, in percent of the drawing.
+      text: beside it.
+    """
+
+    left: float
+    bottom: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A drawn chart, for `chart.html.j2`.
+
+    Attributes:
+      title: what is drawn.
+      large: the page's main chart.
+      label: the curves in words, for those who do not see them.
+      size: width and height of the drawing, in its own units.
+      paths: `(class, d)` of SVG paths, in the order in which they are drawn.
+      legend: of the curves that have a name.
+      mark: a point to point out.
+      y_labels, x_labels: `(percent, text)` of the ticks.
+      data: for the page's script: `x` (its ends), `unit`, and `series`, the points of the curves of the legend.
+    """
+
+    title: str
+    large: bool
+    label: str
+    size: tuple[int, int]
+    paths: list[tuple[str, str]]
+    legend: list[Key]
+    mark: Mark | None
+    y_labels: list[tuple[float, str]]
+    x_labels: list[tuple[float, str]]
+    data: dict[str, Any]
+
+
+def _paths(series: Series, x: _Scale, y: _Scale, points: Points) -> list[tuple[str, str]]:
+    """`(class, d)` of a curve: its line, and its dots."""
     at = [f'{_WIDE * x(a):.1f} {_HIGH * (1 - y(b)):.1f}' for a, b in points]
-    css = f'{series.style} {series.color}'
-    line = f'<path class="{css}" d="M{"L".join(at)}" />' if len(at) > 1 else ''
-    if series.style != 'dots' and len(at) > 1:
+    line = [(f'{series.style} {series.color}', f'M{"L".join(at)}')] if len(at) > 1 else []
+    if series.style != 'dots' and line:
         return line
     # A stroke of no length with round ends is a dot that stretching the drawing leaves round.
     dots = ''.join(f'M{point}h.01' for point in at) if len(at) <= 60 else ''
-    return f'{line}<path class="dot {series.color}" d="{dots}" />'
+    return [*line, (f'dot {series.color}', dots)]
 
 
 def chart(
@@ -136,8 +187,8 @@ def chart(
     kind: str = '',
     large: bool = False,
     mark: tuple[float, float, str] | None = None,
-) -> str:
-    """A figure.
+) -> Figure | None:
+    """Draws curves.
 
     Args:
       title: what is drawn.
@@ -150,58 +201,46 @@ def chart(
       mark: `(x, y, text)` of a point to point out.
 
     Returns:
-      HTML; '' where there is nothing to draw.
+      The figure, or None where there is nothing to draw.
     """
     series = [curve for curve in series if curve.points]
     if not series:
-        return ''
+        return None
     xs = [a for curve in series for a, _ in curve.points]
     shown = [downsample(curve.points) for curve in series]
     first = min(xs) if min(xs) > 0.2 * max(xs) else 0
     x, y = _Scale(first, max(xs)), _scale([b for points in shown for _, b in points], kind, unit)
-    drawing = ''.join(f'<path class="grid" d="M0 {_HIGH * (1 - y(t)):.1f}H{_WIDE}" />' for t in y.ticks())
+    paths = [('grid', f'M0 {_HIGH * (1 - y(t)):.1f}H{_WIDE}') for t in y.ticks()]
     order = {'faint': 0, 'line': 1, 'dots': 2}
     for curve, points in sorted(zip(series, shown, strict=True), key=lambda pair: order[pair[0].style]):
-        drawing += _path(curve, x, y, points)
-    note = ''
+        paths += _paths(curve, x, y, points)
+    marked = None
     if mark:
-        left, bottom = 100 * x(mark[0]), 100 * y(mark[1])
-        drawing += f'<path class="ring" d="M{10 * left:.1f} {_HIGH - 10 * bottom:.1f}h.01" />'
-        drawing += f'<path class="dot eval" d="M{10 * left:.1f} {_HIGH - 10 * bottom:.1f}h.01" />'
-        side = f'right:{100 - left:.2f}%' if left > 50 else f'left:{left:.2f}%'
-        note = f'<span class="mark" style="{side};bottom:calc({bottom:.2f}% + 11px)">{html.escape(mark[2])}</span>'
-    y_labels = ''.join(f'<span style="bottom:{100 * y(t):.2f}%">{html.escape(show_tick(t))}</span>' for t in y.ticks())
-    x_labels = ''.join(f'<span style="left:{100 * x(t):.2f}%">{t:,.0f}</span>' for t in _whole(x))
+        marked = Mark(100 * x(mark[0]), 100 * y(mark[1]), mark[2])
+        dot = f'M{10 * marked.left:.1f} {_HIGH - 10 * marked.bottom:.1f}h.01'
+        paths += [('ring', dot), ('dot eval', dot)]
     named = [curve for curve in series if curve.name]
-    legend = ''.join(
-        f'<span class="key">{_swatch(curve) if len(named) > 1 else ""}'
-        f'<output data-of="{i}">{html.escape(show(curve.points[-1][1]))}</output></span>'
-        for i, curve in enumerate(named)
+    ends = '; '.join(f'{curve.name} from {show(curve.points[0][1])} to {show(curve.points[-1][1])}' for curve in named)
+    return Figure(
+        title=title,
+        large=large,
+        label=f'{title}: {ends}',
+        size=(_WIDE, _HIGH),
+        paths=paths,
+        legend=[Key(curve.name, curve.color, curve.style, show(curve.points[-1][1])) for curve in named],
+        mark=marked,
+        y_labels=[(100 * y(t), show_tick(t)) for t in y.ticks()],
+        x_labels=[(100 * x(t), f'{t:,.0f}') for t in _whole(x)],
+        data={
+            'x': [x.low, x.high],
+            'unit': unit,
+            'series': [
+                [[a, float(f'{b:.6g}')] for a, b in points]
+                for curve, points in zip(series, shown, strict=True)
+                if curve.name
+            ],
+        },
     )
-    label = f'{title}: ' + '; '.join(
-        f'{curve.name} from {show(curve.points[0][1])} to {show(curve.points[-1][1])}' for curve in named
-    )
-    data = {
-        'x': [x.low, x.high],
-        'unit': unit,
-        'series': [
-            [[a, float(f'{b:.6g}')] for a, b in points]
-            for curve, points in zip(series, shown, strict=True)
-            if curve.name
-        ],
-    }
-    return (
-        f'<figure class="chart{" large" if large else ""}"><figcaption><b>{html.escape(title)}</b>'
-        f'<span class="legend">{legend}</span></figcaption>'
-        f'<div class="plot"><div class="y">{y_labels}</div><div class="area">'
-        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" preserveAspectRatio="none" role="img" aria-label="{html.escape(label)}">'
-        f'{drawing}</svg>{note}<div class="cross"><span></span></div></div><div class="x">{x_labels}</div></div>'
-        f'<script type="application/json">{json.dumps(data).replace("<", chr(92) + "u003c")}</script></figure>'
-    )
-
-
-def _swatch(curve: Series) -> str:
-    return f'<i class="{curve.color} {curve.style}"></i>{html.escape(curve.name)} '
 
 
 def _whole(x: _Scale) -> list[float]:

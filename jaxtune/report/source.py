@@ -37,6 +37,7 @@ class Source:
 
     @property
     def task(self) -> str:
+        """The task of the recipe."""
         return self.result.get('task') or self.config.get('task') or 'train'
 
     @property
@@ -45,7 +46,22 @@ class Source:
         return self.task in REWARDED
 
     @property
+    def algorithm(self) -> str:
+        """The algorithm that learnt from rewards, as its metrics name it; '' for other tasks."""
+        if not self.rewarded:
+            return ''
+        groups = (name.split('/')[0] for name in self.curves if name.endswith('/reward'))
+        return next((group for group in groups if group not in ('train', 'eval')), self.task.rsplit(':', 1)[-1])
+
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """Titles of metrics that the run's own plug-ins gave; see `jaxtune.metrics.names`."""
+        titles = self.run.get('titles')
+        return titles if isinstance(titles, Mapping) else {}
+
+    @property
     def metrics(self) -> Mapping[str, Any]:
+        """The final metrics, of `result.json`."""
         return self.result.get('metrics') or {}
 
     def key(self, path: str, default: Any = None) -> Any:

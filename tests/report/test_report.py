@@ -153,6 +153,17 @@ def test_a_run_that_learnt_from_rewards(tmp_path):
     assert 'Answers that came to an end' in read.text
 
 
+def test_what_a_plug_in_brings(tmp_path):
+    """An algorithm of the user's own: its metrics have its name, and the titles that `run.json` gives."""
+    (tmp_path / 'config.json').write_text(json.dumps(recipe() | {'task': 'mine.module:BEST'}))
+    (tmp_path / 'run.json').write_text(json.dumps({'titles': {'surprise': 'How far it strays'}}))
+    with (tmp_path / 'metrics.jsonl').open('w') as file:
+        for step in range(3):
+            file.write(json.dumps({'step': step, 'best/reward': step / 4, 'best/surprise': 2.0 + step}) + '\n')
+    read, _ = page(tmp_path)
+    assert 'How far it strays' in read.text
+
+
 def test_a_workdir_of_stages(tmp_path):
     trained(tmp_path / 'zeta')
     (tmp_path / 'alpha').mkdir()

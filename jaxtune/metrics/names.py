@@ -1,0 +1,61 @@
+"""What metrics are called in words, how their values are shown, and of which a higher value is better.
+
+The last part of a name decides: `eval/reward` and `ppo/reward` are both `reward`. A plug-in brings the titles of its
+own metrics along: `run.json` may hold `titles`, name -> words, which win over those here.
+"""
+
+from collections.abc import Collection, Mapping
+
+TITLES: Mapping[str, str] = {
+    'loss': 'Loss',
+    'learning_rate': 'Learning rate',
+    'grad_norm': 'Gradient norm',
+    'tokens_per_second': 'Tokens a second',
+    'mfu': 'Model FLOPs utilisation',
+    'peak_bytes': 'Peak memory',
+    'kl': 'KL from the reference',
+    'approx_kl': 'KL from the policy that answered',
+    'eos_rate': 'Answers that came to an end',
+    'length': 'Tokens an answer',
+    'reward_std': 'Spread of the rewards',
+    'explained_variance': 'Share of the returns foreseen',
+    'frac_reward_zero_std': 'Groups with nothing to tell apart',
+    # Names in the files of earlier versions.
+    'ended': 'Answers that came to an end',
+    'value_explained': 'Share of the returns foreseen',
+    'groups_alike': 'Groups with nothing to tell apart',
+}
+
+_SHARES = ('mfu', 'accuracy', 'exact_match', 'fraction', 'share', 'longer_is_better', 'eos_rate', 'zero_std')
+_SHARES += ('ended', 'alike')  # of earlier versions
+
+# Parts of the names of metrics of which a higher value is better.
+HIGHER_IS_BETTER = ('accuracy', 'reward', 'bleu', 'f1', 'exact_match', 'margin')
+
+
+def title(name: str, titles: Mapping[str, str] | None = None) -> str:
+    """A metric's name in words: `eval/bits_per_byte` -> `Bits per byte`.
+
+    Args:
+      name: of the metric.
+      titles: further titles, of a plug-in, by the last part of the name.
+    """
+    last = name.rsplit('/', 1)[-1]
+    return {**TITLES, **(titles or {})}.get(last) or last.replace('_', ' ').capitalize()
+
+
+def unit(name: str) -> str:
+    """`bytes`, `percent` (of a share, 0 to 1) or `''` for other numbers."""
+    if name.endswith('bytes'):
+        return 'bytes'
+    return 'percent' if name.endswith(_SHARES) else ''
+
+
+def higher_is_better(name: str, declared: Collection[str] = ()) -> bool:
+    """Whether a higher value of a metric is better.
+
+    Args:
+      name: of the metric.
+      declared: last parts of the names of metrics, of a plug-in, of which it is.
+    """
+    return name.rsplit('/', 1)[-1] in declared or any(part in name for part in HIGHER_IS_BETTER)
