@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
 from jaxtune.models import flash, rope
-from jaxtune.models.attention import attention, chosen
+from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.blockwise import Pattern, Places, blockwise
 from jaxtune.parallel import make_mesh
 
@@ -220,8 +220,13 @@ def test_flash_says_why_it_cannot_run():
     arrays, places, _ = example(4, 1, 8, 2, 2, 8)
     with pytest.raises(UserError, match=r'model\.attention=flash: .*cpu'):
         attention(*arrays, **places, scale=0.3, implementation='flash')
-    attention(*arrays, **places, scale=0.3, implementation='auto')
-    assert chosen() == ('xla',)
+    kernels = KernelLog()
+    attention(*arrays, **places, scale=0.3, implementation='auto', kernels=kernels)
+    assert kernels.names == ('xla',)
+    assert str(kernels) == 'xla'
+    kernels.add('splash')
+    kernels.add('xla', 'why not')
+    assert str(kernels) == 'xla (why not), splash'
 
 
 @pytest.mark.parametrize(

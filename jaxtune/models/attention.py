@@ -1,8 +1,7 @@
 """Attention: picks an implementation, and runs it on each device's own rows and heads of a mesh."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +14,33 @@ from jaxtune.models.blockwise import MASK_VALUE, SAVED_NAMES, Pattern, Places, b
 from jaxtune.models.rope import Angles, rotate
 from jaxtune.parallel import axis_size, platform
 
-__all__ = ['SAVED_NAMES', 'attention', 'chosen', 'record', 'unrecorded', 'visible_softmax']
+__all__ = ['SAVED_NAMES', 'KernelLog', 'attention', 'visible_softmax']
 
 # Bytes of scores that the plain path holds at a time: what stays in a CPU's cache, or keeps an accelerator busy.
 _BUDGET = {'cpu': 2**21}
 _ACCELERATOR_BUDGET = 2**29
 
-_chosen: dict[str, None] = {}
-_recording = True
 
+class KernelLog:
+    """The attention kernels that the traces of one model chose, and why a fused one could not run where there are any.
 
-def chosen() -> tuple[str, ...]:
-    """Names of the implementations that were traced in this process, in order: `xla`, `splash`, `cudnn`."""
-    return tuple(_chosen)
+    `models.build` makes one for each model; what traces the model's forward pass adds to it.
+    """
 
+    def __init__(self):
+        self._reasons: dict[str, str] = {}
 
-def record(name: str) -> None:
-    """Notes that an implementation was traced."""
-    if _recording:
-        _chosen[name] = None
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the order of their first traces: `xla`, `splash`, `cudnn`."""
+        return tuple(self._reasons)
 
+    def add(self, name: str, reason: str = '') -> None:
+        """Notes that a kernel was traced; `reason` is why it stood in for a fused one, '' where it did not."""
+        self._reasons[name] = self._reasons.get(name) or reason
 
-@contextlib.contextmanager
-def unrecorded() -> Iterator[None]:
-    """Inside, traces do not count for `chosen`: making parameters attends to a token, which is no one's choice."""
-    global _recording
-    before, _recording = _recording, False
-    try:
-        yield
-    finally:
-        _recording = before
+    def __str__(self) -> str:
+        return ', '.join(f'{name} ({reason})' if reason else name for name, reason in self._reasons.items())
 
 
 def attention(
@@ -63,6 +59,7 @@ def attention(
     implementation: str = 'auto',
     self_attention: bool = True,
     causal: bool = True,
+    kernels: KernelLog | None = None,
 ) -> jax.Array:
     """Attention with grouped queries within segments (Vaswani et al. 2017; Ainslie et al. 2023, arXiv:2305.13245).
 
@@ -85,6 +82,7 @@ def attention(
       self_attention: queries and keys are the same tokens in the same order, positions rising within a segment.
         False for a cache or another sequence.
       causal: False lets a query see later keys too.
+      kernels: is told which implementation was chosen, or None.
 
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of `q`.
@@ -104,8 +102,9 @@ def attention(
         platform=platform(),
         sequence=axis_size('sequence'),
     )
-    name = _choose(implementation, call)
-    record(name)
+    name, reason = _choose(implementation, call)
+    if kernels is not None:
+        kernels.add(name, reason)
 
     traced = None if window is None or isinstance(window, int) else window
     mesh = _Division(q.shape, k.shape)
@@ -129,15 +128,16 @@ def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(visible, scores, MASK_VALUE), axis=-1) * visible
 
 
-def _choose(implementation: str, call: flash.Call) -> str:
+def _choose(implementation: str, call: flash.Call) -> tuple[str, str]:
+    """The implementation, and why a fused kernel of this platform could not run, '' where none was wanted or is."""
     if implementation == 'xla':
-        return 'xla'
+        return 'xla', ''
     name, why_not = flash.available(call)
     if not why_not:
-        return name
+        return name, ''
     if implementation == 'flash':
         raise UserError(f'model.attention=flash: {why_not}; expected model.attention=auto or xla here')
-    return 'xla'
+    return 'xla', why_not if call.platform in flash.PLATFORMS and call.self_attention else ''
 
 
 class _Division:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxtune.models import Family, kv_cache
 from jaxtune.models import rope as rotary
-from jaxtune.models.attention import attention, unrecorded
+from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.decoder_families import IGNORED, DecoderConfig, decoder_config
 from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, rematerialised
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
@@ -100,6 +100,7 @@ class Attention(_Part):
                 softcap=c.attention_softcap,
                 window=window,
                 implementation=self.implementation,
+                kernels=self.kernels,
                 # A prompt is near every segment of a packed row, which blocks skipped by their place would not know.
                 self_attention=cache is None and context.prompt is None and prefix is None,
             )
@@ -242,8 +243,7 @@ class Decoder(_Part):
 
 def _init(module: Decoder, rng: jax.Array) -> Any:
     place = jnp.zeros((1, 1), jnp.int32)
-    with unrecorded():
-        return module.init(rng, place, place, place + 1)['params']
+    return module.init(rng, place, place, place + 1)['params']
 
 
 def _forward(
@@ -333,7 +333,8 @@ def build(
         fields = {**fields, 'tie_word_embeddings': False}
     config = decoder_config(fields, family)
     tie = Tie('embed_tokens/embedding', 'lm_head/kernel', 'lm_head.weight') if config.tied and head == 'lm' else None
-    module = Decoder(config, param_dtype, compute_dtype, attention, remat, head)
+    kernels = KernelLog()
+    module = Decoder(config, param_dtype, compute_dtype, attention, kernels, remat, head)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Decoder(config, param_dtype, compute_dtype, 'xla', head=head))
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -355,4 +356,5 @@ def build(
         ignored=(*family.ignored, *IGNORED),
         heads=('lm_head', 'score'),
         tie=tie,
+        kernels=kernels,
     )

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxtune.errors import UserError
 from jaxtune.models import Family, kv_cache
-from jaxtune.models.attention import record, unrecorded, visible_softmax
+from jaxtune.models.attention import KernelLog, visible_softmax
 from jaxtune.models.encdec_families import EncDecConfig, encdec_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter, rematerialised
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
@@ -235,11 +235,13 @@ class EncDec(_Part):
     """Source tokens `[batch, source length]` and decoder tokens `[batch, length]` to the decoder's hidden states."""
 
     remat: str = 'none'
+    kernels: KernelLog | None = None
 
     @nn.compact
     def __call__(self, batch: Mapping[str, jax.Array], cache: Cache = None, prompt=None) -> Outputs:
         c = self.config
-        record('xla')
+        if self.kernels is not None:
+            self.kernels.add('xla')
         shared = Embed(c.vocab_size, c.d_model, c.initializer_factor, self.param_dtype, jnp.float32, name='shared')
 
         def embed(tokens: jax.Array) -> jax.Array:
@@ -299,8 +301,7 @@ def _with_source(config: EncDecConfig, cache: Cache, segments: jax.Array) -> Cac
 
 def _init(module: EncDec, rng: jax.Array) -> Any:
     place = jnp.zeros((1, 1), jnp.int32)
-    with unrecorded():
-        return module.init(rng, {'tokens': place, 'decoder_tokens': place})['params']
+    return module.init(rng, {'tokens': place, 'decoder_tokens': place})['params']
 
 
 def _forward(
@@ -376,7 +377,8 @@ def build(
     config = encdec_config(fields, family)
     if own_head:
         config = dataclasses.replace(config, tied=False)
-    module = EncDec(config, param_dtype, compute_dtype, remat)
+    kernels = KernelLog()
+    module = EncDec(config, param_dtype, compute_dtype, remat, kernels)
     init = functools.partial(_init, EncDec(config, param_dtype, compute_dtype))
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(
@@ -402,4 +404,5 @@ def build(
         ),
         heads=('lm_head',),
         tie=Tie('shared/embedding', 'lm_head/kernel', 'lm_head.weight') if config.tied else None,
+        kernels=kernels,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtune.errors import UserError
 from jaxtune.models import Family
 from jaxtune.models import rope as rotary
-from jaxtune.models.attention import attention, unrecorded
+from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.encoder_families import HEADS, IGNORED, EncoderConfig, encoder_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter, rematerialised
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
@@ -78,6 +78,7 @@ class Attention(_Part):
             angles=angles,
             window=c.windows[0] if len(set(c.windows)) == 1 else window,
             implementation=self.implementation,
+            kernels=self.kernels,
             self_attention=prefix is None,
             causal=False,
         )
@@ -225,8 +226,7 @@ def pool(x: jax.Array, segments: jax.Array, kind: str) -> jax.Array:
 
 def _init(module: Encoder, rng: jax.Array) -> Any:
     place = jnp.zeros((1, 1), jnp.int32)
-    with unrecorded():
-        return module.init(rng, place, place, place + 1, place)['params']
+    return module.init(rng, place, place, place + 1, place)['params']
 
 
 def _forward(
@@ -337,9 +337,10 @@ def build(
     config = encoder_config(fields, family)
     name = f'{_module(family, config, "lm_head/decoder", head)}.weight'
     tie = Tie('embed_tokens/embedding', 'lm_head/decoder/kernel', name) if config.tied and head == 'lm' else None
-    module = Encoder(config, param_dtype, compute_dtype, attention, remat, head, labels)
+    kernels = KernelLog()
+    module = Encoder(config, param_dtype, compute_dtype, attention, kernels, remat, head, labels)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
-    init = functools.partial(_init, Encoder(config, param_dtype, compute_dtype, 'xla', 'none', head, labels))
+    init = functools.partial(_init, Encoder(config, param_dtype, compute_dtype, 'xla', head=head, labels=labels))
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(
         hf_config=dict(fields),
@@ -359,4 +360,5 @@ def build(
         ignored=(*family.ignored, *IGNORED),
         heads=('lm_head', 'pooler', 'classifier'),
         tie=tie,
+        kernels=kernels,
     )

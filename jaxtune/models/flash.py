@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.blockwise import Pattern, Places
 
+PLATFORMS = ('tpu', 'gpu')  # those that have a fused kernel
 _BLOCKS = (512, 256, 128)  # of queries and keys a splash kernel works on; a length must be a multiple of one
 
 
@@ -43,7 +44,7 @@ class Call:
 
 def available(call: Call) -> tuple[str, str]:
     """`(name, '')` of the kernel that can run a call, or `('', why none can)`."""
-    if call.platform not in ('tpu', 'gpu'):
+    if call.platform not in PLATFORMS:
         return '', f'there is no fused attention kernel for {call.platform}'
     if not call.self_attention or call.length != call.keys:
         return '', 'the fused kernels attend within one sequence, not to a cache or to another sequence'

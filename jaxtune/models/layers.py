@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtune.models.attention import KernelLog
 from jaxtune.models.no_fuse import no_fuse
 from jaxtune.parallel import constrain
 from jaxtune.weights import Weight, dot, lookup
@@ -109,12 +110,14 @@ class Part(nn.Module):
       param_dtype: what kernels and embeddings are kept in.
       dtype: what activations and matrix products use.
       implementation: of attention.
+      kernels: is told which one was chosen; None for a module that only makes parameters.
     """
 
     config: Any
     param_dtype: jnp.dtype
     dtype: jnp.dtype
     implementation: str = 'auto'
+    kernels: KernelLog | None = None
 
     def dense(self, name: str, features: int, use_bias: bool, residual: bool = False) -> Dense:
         """A linear layer; `residual`: it writes to the residual stream."""
@@ -129,7 +132,7 @@ class Part(nn.Module):
 
     def same(self) -> tuple:
         """What a part inside this one is told."""
-        return self.config, self.param_dtype, self.dtype, self.implementation
+        return self.config, self.param_dtype, self.dtype, self.implementation, self.kernels
 
 
 def bottleneck(module: nn.Module, name: str, x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.models import kv_cache
+from jaxtune.models.attention import KernelLog
 from jaxtune.weights import expand
 
 Params = Any
@@ -125,6 +126,7 @@ class Model:
       ignored: regular expressions of tensors in a folder that are no parameters (buffers of older versions).
       heads: first parts of the paths that a folder may lack, to be initialised instead.
       tie: the embedding that is the projection to the vocabulary as well, or None.
+      kernels: which attention kernels the traces of this model have chosen so far.
     """
 
     hf_config: Mapping[str, Any]
@@ -144,6 +146,7 @@ class Model:
     ignored: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     tie: Tie | None = None
+    kernels: KernelLog = dataclasses.field(default_factory=KernelLog)
 
     def apply(
         self, params: Params, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins: bool = True

@@ -18,7 +18,6 @@ from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.common.io import write_json
 from jaxtune.models import Model
-from jaxtune.models.attention import chosen
 from jaxtune.parallel import copied_bytes, make_mesh
 from jaxtune.parallel.aot import available_bytes, try_compile
 from jaxtune.parallel.batches import check_batch
@@ -96,10 +95,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     if not console.is_primary():
         return {'task': 'compile', 'status': 'done', 'step': 0, 'metrics': metrics}
     found = collectives(attempt.text)
-    _show(config, mesh, attempt, limit, metrics, found, copied)
+    _show(config, mesh, model, attempt, limit, metrics, found, copied)
     beside = {
         'accumulate': attempt.accumulate,
-        'attention': list(chosen()),
+        'attention': list(model.kernels.names),
         'available_bytes': limit,
         'collectives': {kind: dataclasses.asdict(entry) for kind, entry in found.items()},
         'device_kind': mesh.devices.flat[0].device_kind,
@@ -234,14 +233,21 @@ def collectives(text: str) -> dict[str, Collective]:
 
 
 def _show(
-    config, mesh: Mesh, attempt: Attempt, limit: int, metrics: dict, found: dict[str, Collective], copied: int
+    config,
+    mesh: Mesh,
+    model: Model,
+    attempt: Attempt,
+    limit: int,
+    metrics: dict,
+    found: dict[str, Collective],
+    copied: int,
 ) -> None:
     sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
     kinds = [f'{entry.count} {kind} (largest {entry.largest})' for kind, entry in found.items() if entry.count]
     console.facts(
         [
             ('devices', f'{mesh.size} x {mesh.devices.flat[0].device_kind}' + (f'; mesh {sizes}' if sizes else '')),
-            ('attention', ', '.join(chosen())),
+            ('attention', str(model.kernels)),
             ('batch', f'{config.train.batch_size} x {config.data.seq_len} in {attempt.accumulate} micro-batches'),
             ('arguments', f'{size(attempt.argument_bytes)} a device: state, frozen parameters, batch'),
             ('of them', f'{size(copied)} copied to every device' if copied else ''),

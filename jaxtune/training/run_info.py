@@ -13,6 +13,7 @@ from jaxtune import objectives
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.common.io import read_json, write_json
+from jaxtune.models.attention import KernelLog
 from jaxtune.parallel import copied_bytes, hardware
 from jaxtune.weights import tree
 
@@ -45,6 +46,7 @@ class RunInfo:
         self._earlier: dict[str, Any] | None = None
         self._facts: dict[str, Any] = {}
         self._flops_per_token: float | None = None
+        self._kernels = KernelLog()
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -68,6 +70,7 @@ class RunInfo:
           trainable: those that train; None where the others were.
           opt_state: the optimizer's state, or None where nothing trains.
         """
+        self._kernels = model.kernels
         with contextlib.suppress(NotImplementedError):
             self._flops_per_token = flops_per_token(self.config, model)
         self._facts['model'] = {
@@ -117,13 +120,11 @@ class RunInfo:
           run: has `workdir` and `steps`, and maybe `accumulate`, `step` (compiled), `rows` (of the training data) and
             `gzip_bits_per_byte` (of the held-out documents).
         """
-        from jaxtune.models.attention import chosen
-
         _ = self.peak_flops  # measured now, while nothing else runs
         machine = self._machine()
         data = _data(run)
         memory = _compiled_memory(getattr(run, 'step', None))
-        self._facts |= {'attention': list(chosen()), 'data': data, 'memory': memory}
+        self._facts |= {'attention': list(self._kernels.names), 'data': data, 'memory': memory}
         self._facts |= {'steps': run.steps, 'accumulate': getattr(run, 'accumulate', 1)}
         self._facts |= {'gzip_bits_per_byte': getattr(run, 'gzip_bits_per_byte', None)}
         console.facts(
@@ -131,7 +132,7 @@ class RunInfo:
                 ('devices', f'{_devices(machine)}; mesh {self._mesh()}'),
                 ('model', self._model_line()),
                 ('memory', self._memory_line(memory)),
-                ('attention', ', '.join(chosen())),
+                ('attention', str(self._kernels)),
                 ('data', _data_line(data)),
                 ('updates', self._updates_line(run, data)),
                 ('optimizer', _optimizer_line(self.config)),
