@@ -6,9 +6,10 @@ prompt, `/adapter NAME` answers with another of several adapters, `/exit` (or th
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from jaxtune.errors import UserError
 
@@ -36,7 +37,7 @@ class Chat:
       UserError: no such model, one that cannot write, or a template that fails.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ConfigDict) -> None:
         import jax
 
         from jaxtune.data import templates
@@ -127,7 +128,7 @@ class Chat:
             self.turns = self.turns[2:]
 
 
-def run(chat: Chat, lines: Iterator[str], write) -> None:
+def run(chat: Chat, lines: Iterator[str], write: Callable[[str], object]) -> None:
     """Talks until the input ends.
 
     Args:
@@ -164,7 +165,7 @@ def _typed() -> Iterator[str]:
             return
 
 
-def _config(values):
+def _config(values: flags.FlagValues) -> ConfigDict:
     from jaxtune.recipe import recipes
 
     config = recipes.defaults()

@@ -33,7 +33,7 @@ class Key:
 class OpenSubtree:
     """A subtree with keys of its own, which this schema does not name (Hugging Face fields, labels of sources)."""
 
-    def __init__(self, comment: str):
+    def __init__(self, comment: str) -> None:
         self.comment = comment
 
 

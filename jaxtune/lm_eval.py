@@ -7,6 +7,7 @@ exported folder.
 """
 
 import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.generation.sampling import Sampling, pad_prompts, sample
+from jaxtune.models import Model
 from jaxtune.parallel import make_mesh, place_all
 from jaxtune.pretrained.load import assemble
 from jaxtune.recipe import recipes
@@ -56,8 +58,8 @@ class JaxtuneLM(TemplateLM):
         tensor: int = 1,
         seed: int = 0,
         recipe: dict[str, Any] | None = None,
-        **_,
-    ):
+        **_: Any,
+    ) -> None:
         super().__init__()
         config = recipes.defaults()
         keys = {
@@ -83,18 +85,21 @@ class JaxtuneLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
+        """The id that stands before a text without context: the tokenizer's BOS, else its EOS."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
+        """The tokenizer's name, for the harness's cache of requests."""
         return self.tokenizer.name_or_path.replace('/', '__')
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text; one that begins with the prefix token already gets no other."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
@@ -109,25 +114,27 @@ class JaxtuneLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def _scores(self, params, batch):
-        """Log-probability of every target `[batch, length]`, and whether it is the likeliest."""
+    def _scores(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Log-probability of every target and whether it is the most likely token, both `[batch, length]`."""
         hidden = self.model.apply(params, batch).hidden
 
-        def row(row):
+        def score_row(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             hidden, targets = row
             logits = self.model.logits(params, hidden)
             picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
             return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets
 
-        return jax.lax.map(row, (hidden, batch['targets']))
+        return jax.lax.map(score_row, (hidden, batch['targets']))
 
-    def _batches(self, lengths: list[int]):
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Numbers of rows by batch, the longest first, so that a batch's rows are of one length nearly."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         for first in range(0, len(order), self.batch_size):
             yield order[first : first + self.batch_size]
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
         rows = []
         for _, context, continuation in requests:
             whole = (context + continuation)[-(self.max_length + 1) :]
@@ -154,7 +161,7 @@ class JaxtuneLM(TemplateLM):
                 bar.advance(len(numbers))
         return answers
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of which each token is scored once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
@@ -168,7 +175,7 @@ class JaxtuneLM(TemplateLM):
             totals[owner] += logprob
         return totals
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Completions up to the first stop text."""
         answers = [''] * len(requests)
         groups: dict[str, list[int]] = {}
@@ -176,7 +183,7 @@ class JaxtuneLM(TemplateLM):
             groups.setdefault(repr(request.args[1]), []).append(number)
         with console.progress(0 if disable_tqdm else len(requests), 'generate', 'request') as bar:
             for numbers in groups.values():
-                kwargs = normalize_gen_kwargs(requests[numbers[0]].args[1], 256)
+                kwargs: dict[str, Any] = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], 256))
                 eos = self.tokenizer.decode(self.eot_token_id)
                 until = handle_stop_sequences(kwargs.get('until'), eos=eos)
                 room = kwargs['max_gen_toks']
@@ -212,7 +219,7 @@ class JaxtuneLM(TemplateLM):
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(model, sampling: Sampling):
+def _sampler(model: Model, sampling: Sampling) -> Any:
     return jax.jit(functools.partial(sample, model, sampling))
 
 

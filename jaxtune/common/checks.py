@@ -59,11 +59,18 @@ def plugin(*choices: str) -> Check:
 
 
 def integer(low: int | None = None, *words: str, high: int = MOST) -> Check:
+    """An integer, also as text or as a whole float.
+
+    Args:
+      low: the smallest.
+      words: texts that are accepted too.
+      high: the largest, and of negative ones the largest in size.
+    """
     expected = 'an integer' + ('' if low is None else f' >= {low}')
     expected += ''.join(f" or '{word}'" for word in words)
     bounded = expected + (' and' if low is not None else '') + f' <= {high}'
 
-    def check(value):
+    def check(value: Any) -> int | str:
         if isinstance(value, str) and value in words:
             return value
         if isinstance(value, str) and re.fullmatch(r'[+-]?\d{1,30}', value):
@@ -82,12 +89,20 @@ def integer(low: int | None = None, *words: str, high: int = MOST) -> Check:
 
 
 def number(low: float | None = None, high: float | None = None, *words: str, above: float | None = None) -> Check:
+    """A finite number.
+
+    Args:
+      low: the smallest.
+      high: the largest.
+      words: texts that are accepted too.
+      above: it must be larger than this.
+    """
     expected = 'a number' + ''.join(
         f' {sign} {bound:g}' for sign, bound in (('>=', low), ('>', above), ('<=', high)) if bound is not None
     )
     expected += ''.join(f" or '{word}'" for word in words)
 
-    def check(value):
+    def check(value: Any) -> float | str:
         if value in words:
             return value
         if words and isinstance(value, str):  # a flag's, whose default is a word
@@ -111,13 +126,15 @@ def number(low: float | None = None, high: float | None = None, *words: str, abo
     return check
 
 
-def boolean(value):
+def boolean(value: Any) -> bool:
+    """True or False."""
     if not isinstance(value, bool):
         raise ExpectedError('True or False')
     return value
 
 
-def text(value):
+def text(value: Any) -> str:
+    """A text that UTF-8 can hold."""
     if not isinstance(value, str):
         raise ExpectedError('a text')
     if not _encodes(value):
@@ -133,21 +150,21 @@ def _encodes(value: str) -> bool:
     return True
 
 
-def path(value):
+def path(value: Any) -> str:
     """A path of this machine, or what stands in its place; nothing need be there."""
     if problem := paths.wrong(text(value)):
         raise ExpectedError(problem)
     return value
 
 
-def path_list(value):
+def path_list(value: Any) -> str:
     """Paths with commas between them."""
     for part in text(value).split(','):
         path(part.strip())
     return value
 
 
-def path_names(value):
+def path_names(value: Any) -> str | tuple[str, ...]:
     """A path, or several of them."""
     value = names(value)
     for part in (value,) if isinstance(value, str) else value:
@@ -155,13 +172,13 @@ def path_names(value):
     return value
 
 
-def template(value):
+def template(value: Any) -> str:
     """A name, a path, or a Jinja text."""
     return text(value) if isinstance(value, str) and '{' in value else path(value)
 
 
-def names(value):
-    """A text, or several of them."""
+def names(value: Any) -> str | tuple[str, ...]:
+    """A text, or several of them, also written as a Python tuple or list."""
     expected = "a name or a tuple of names such as ('q_proj','v_proj')"
     if isinstance(value, str) and value[:1] in '([':
         try:
@@ -175,7 +192,7 @@ def names(value):
     return tuple(value)
 
 
-def layers(value):
+def layers(value: Any) -> str | tuple[int, ...]:
     """`all`, `4:8`, or the numbers of the layers."""
     if isinstance(value, str) and (value == 'all' or re.fullmatch(r'\d{0,9}:\d{0,9}', value)):
         return value
@@ -184,7 +201,7 @@ def layers(value):
     raise ExpectedError("'all', a range such as '4:8', or a tuple of layer numbers")
 
 
-def ranks(value):
+def ranks(value: Any) -> str:
     """`''`, or `q_proj=4,layers.0.mlp.up_proj=2`: numbers by name."""
     if isinstance(value, str):
         pairs = [pair.strip() for pair in text(value).split(',') if pair.strip()]
@@ -196,14 +213,15 @@ def ranks(value):
 _axis = integer(-1)
 
 
-def axis_size(value):
+def axis_size(value: Any) -> int:
+    """The size of an axis of the mesh, or -1 for all remaining devices."""
     value = _axis(value)
     if value == 0:
         raise ExpectedError('a size >= 1, or -1 for all remaining devices')
     return value
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """A value of an open subtree: texts, numbers, and lists and mappings of them.
 
     Raises:

@@ -7,8 +7,8 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
@@ -26,7 +26,8 @@ _CHATTY = (
 )  # fmt: skip
 
 _primary = True
-_console = Console(file=Output(), highlight=False, emoji=False)
+# It has what rich uses of a file.
+_console = Console(file=cast(IO[str], Output()), highlight=False, emoji=False)
 _shared: '_Shared | None' = None
 
 
@@ -136,7 +137,7 @@ def clock(seconds: float) -> str:
 class Bar:
     """A count on its way to its total: what `progress` yields; this plain one shows nothing."""
 
-    def __init__(self, total: int, title: str, unit: str, initial: int = 0):
+    def __init__(self, total: int, title: str, unit: str, initial: int = 0) -> None:
         self.total, self.title, self.unit = total, title, unit
         self.initial = self.done = initial
         self.fields: dict[str, Any] = {}
@@ -157,6 +158,7 @@ class Bar:
 
     @property
     def percent(self) -> int:
+        """How far it is, in whole percent."""
         return int(100 * self.done / self.total) if self.total else 100
 
     def rate(self) -> str:
@@ -181,8 +183,8 @@ class Bar:
 class _Lines(Bar):
     """Progress in a log: a line each tenth of the way, but not more often than every half minute."""
 
-    def __init__(self, *args, inner: bool, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, total: int, title: str, unit: str, initial: int = 0, *, inner: bool) -> None:
+        super().__init__(total, title, unit, initial)
         self._inner = inner
         self._said, self._said_at = self.done, self.began
 
@@ -204,8 +206,8 @@ class _Lines(Bar):
 class _Drawn(Bar):
     """A bar on a terminal."""
 
-    def __init__(self, *args, live: '_Shared', **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, total: int, title: str, unit: str, initial: int = 0, *, live: '_Shared') -> None:
+        super().__init__(total, title, unit, initial)
         self._live, self._drawn_at = live, 0.0
         self._task = live.progress.add_task(self.title, total=self.total, completed=self.done, bar=self)
 
@@ -229,7 +231,7 @@ class _Column(ProgressColumn):
 
     max_refresh = 0.25
 
-    def __init__(self, text, style: str = ''):
+    def __init__(self, text: Callable[[Bar], str], style: str = '') -> None:
         super().__init__()
         self._text, self._style = text, style
 
@@ -240,7 +242,7 @@ class _Column(ProgressColumn):
 class _Shared:
     """The one live display; a terminal has room for one, so inner bars are further lines of it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.depth = 0
         self.progress = Progress(
             _Column(lambda bar: bar.title),

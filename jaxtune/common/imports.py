@@ -82,9 +82,11 @@ class _Source(importlib.machinery.SourceFileLoader):
 
 def of_file(name: str, path: str) -> tuple[ModuleType, Callable[[], None]]:
     """The module of a Python file, still empty, and what runs the file in it. Nothing is written beside the file."""
-    spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, path))
+    loader = _Source(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None  # with a loader there always is one
     module = importlib.util.module_from_spec(spec)
-    return module, lambda: spec.loader.exec_module(module)
+    return module, lambda: loader.exec_module(module)
 
 
 def _by_name(key: str, name: str, where: str) -> ModuleType:

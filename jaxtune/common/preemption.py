@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 from jaxtune.common import stderr
 
@@ -30,7 +31,7 @@ class Interrupted(Exception):  # noqa: N818
     """Raised by our own code where it waits and finds the flag; the step under way has changed nothing yet."""
 
 
-def _ignore(signum, frame):
+def _ignore(signum: int, frame: FrameType | None) -> None:
     """The signal's number goes to the pipe, whose thread does the rest."""
 
 

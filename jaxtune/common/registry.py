@@ -19,7 +19,7 @@ class Registry(Generic[T]):
       places: name -> `module:ATTRIBUTE` of those that are shipped.
     """
 
-    def __init__(self, key: str, kind: type[T], places: Mapping[str, str]):
+    def __init__(self, key: str, kind: type[T], places: Mapping[str, str]) -> None:
         self.key, self.kind, self.places = key, kind, dict(places)
 
     @property

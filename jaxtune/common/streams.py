@@ -1,6 +1,7 @@
 """Standard output and error that may be closed, full or gone: no run ends because nobody reads what it prints."""
 
 import contextlib
+import io
 import os
 import sys
 from typing import TextIO
@@ -28,6 +29,7 @@ class Output:
         return getattr(sys.stdout, 'rich_proxied_file', sys.stdout)
 
     def write(self, text: str) -> int:
+        """Writes a text; returns its length."""
         stream = self._stream()
         if stream is None:
             return len(text)
@@ -42,6 +44,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
+        """Hands on what was written."""
         stream = self._stream()
         if stream is None:
             return
@@ -51,15 +54,25 @@ class Output:
             _give_up(stream, error)
 
     def isatty(self) -> bool:
+        """Whether it is a terminal."""
         with contextlib.suppress(AttributeError, ValueError):
-            return self._stream().isatty()
+            stream = self._stream()
+            return stream is not None and stream.isatty()
         return False
 
     def fileno(self) -> int:
-        return self._stream().fileno()
+        """The descriptor of the stream.
+
+        Raises:
+          io.UnsupportedOperation: it has none.
+        """
+        if (stream := self._stream()) is None:
+            raise io.UnsupportedOperation('fileno')
+        return stream.fileno()
 
     @property
     def encoding(self) -> str:
+        """How it encodes text."""
         return getattr(self._stream(), 'encoding', None) or 'utf-8'
 
 

@@ -1,8 +1,8 @@
-"""Beam search: the likeliest completions that keeping a few hypotheses a prompt can find.
+"""Beam search: the most likely completions among a few hypotheses per prompt.
 
-A finished hypothesis is worth its log-probability divided by a power of its length, and takes part only if it was
-among the best when it ended; a row ends where no running one could still be worth more at its present length. These
-are the rules of `transformers` (`early_stopping=False`), and so are its results.
+The score of a finished hypothesis is its log-probability divided by a power of its length; it counts only if it was
+among the best when it ended. A row ends when no running hypothesis could still score higher at its present length.
+These are the rules of `transformers` (`early_stopping=False`), and results equal its.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtune.generation.sampling import Completions, Sampling, join_row
 from jaxtune.models import Model, kv_cache
 
-_NONE = -1e9  # the score of a hypothesis that is none
+_NONE = -1e9  # the score of an empty place for a hypothesis
 
 
 def beam_search(
@@ -33,16 +33,19 @@ def beam_search(
       params: the model's parameters.
       prompts: `[batch, length]` int32, padded right.
       lengths: `[batch]` int32, tokens of each prompt, at least 1.
-      beams: hypotheses kept a prompt.
+      beams: hypotheses kept per prompt.
       length_penalty: the power; 0 prefers short completions, larger ones favour long ones.
+
+    Returns:
+      Completions of `[batch]` rows; their log-probabilities are the model's own.
     """
     batch, limit = len(prompts), sampling.max_new_tokens
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
-    # So many that, whatever ends, enough of them run on.
+    # Enough candidates that `beams` of them continue, whichever end.
     kept = max(2, 1 + len(sampling.stop_ids)) * beams
     among_best = jnp.arange(kept) < beams
 
-    def advance(state, hidden, t):
+    def advance(state: dict[str, Any], hidden: jax.Array, t: jax.Array) -> dict[str, Any]:
         """Extends all hypotheses by token `t`, given the states `[batch * beams, d_model]` before it."""
         logprobs = jax.nn.log_softmax(model.logits(params, hidden)).reshape(batch, beams, -1)
         vocab = logprobs.shape[-1]
@@ -59,7 +62,9 @@ def beam_search(
         running_scores, best = jax.lax.top_k(jnp.where(ended, scores + _NONE, scores), beams)
         running = _gather(candidates, best) | {'scores': running_scores}
         rows = jnp.arange(batch)[:, None] * beams + jnp.take_along_axis(parents, best, axis=1)
-        moved = {name: state['cache'][name] for name in ('k', 'v')}  # the rest is the same for all of a prompt's
+        moved = {
+            name: state['cache'][name] for name in ('k', 'v')
+        }  # the rest is the same for all hypotheses of a prompt
         cache = state['cache'] | kv_cache.by_rows(lambda x, axis: jnp.take(x, rows.reshape(-1), axis), moved)
 
         size = (t + 1).astype(jnp.float32) ** length_penalty
@@ -67,7 +72,7 @@ def beam_search(
         ending = candidates | {'scores': jnp.where(counts, scores / size, _NONE)}
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state['finished'], ending)
         finished = _gather(both, jax.lax.top_k(both['scores'], beams)[1])
-        # What is none is worse than all that is running, so a row with too few finished ones goes on.
+        # Empty places score lower than any running hypothesis, so a row with too few finished ones continues.
         improvable = state['improvable'] & (running_scores[:, 0] / size > finished['scores'][:, -1])
         return {
             'running': running,
@@ -78,14 +83,14 @@ def beam_search(
             't': t + 1,
         }
 
-    def more(state):
+    def more(state: dict[str, Any]) -> jax.Array:
         return (state['t'] < limit) & state['improvable'].any()
 
     hidden, cache, first = model.prefill(params, prompts, lengths, limit)
     first = jnp.repeat(first, beams)
 
-    def step(state):
-        def row_tokens(row, count):
+    def step(state: dict[str, Any]) -> dict[str, Any]:
+        def row_tokens(row: jax.Array, count: int) -> jax.Array:
             prompt, beam = row // beams, row % beams
             own = jnp.asarray(prompts)[prompt], jnp.asarray(lengths)[prompt]
             return join_row(*own, state['running']['tokens'][prompt, beam], count)

@@ -17,12 +17,13 @@ class Sampling:
     """How the next token is drawn, and when a completion ends.
 
     Attributes:
-      max_new_tokens: length of a completion at most.
-      temperature: logits are divided by it; 0 takes the likeliest token.
-      top_k: only the k likeliest; 0 = all.
-      top_p: only the likeliest that together reach this probability (Holtzman et al. 2019, arXiv:1904.09751); 1 = all.
-      stop_ids: tokens that end a completion, themselves part of it.
-      pad_id: what follows a completion's end.
+      max_new_tokens: maximum length of a completion.
+      temperature: logits are divided by it; 0 is greedy.
+      top_k: sample from the k most likely tokens; 0 = all.
+      top_p: sample from the most likely tokens that together reach this probability (Holtzman et al. 2019,
+        arXiv:1904.09751); 1 = all.
+      stop_ids: tokens that end a completion; the completion includes them.
+      pad_id: fills up a completion after its end.
     """
 
     max_new_tokens: int
@@ -47,13 +48,13 @@ def from_config(config: ConfigDict, tokenizer, stops: Iterable[int]) -> Sampling
 
 
 class Completions(NamedTuple):
-    """What was sampled.
+    """Sampled completions.
 
     Attributes:
       tokens: `[batch, max_new_tokens]` int32, padded after the end.
       lengths: `[batch]` int32, tokens of each completion with its stop token.
       logprobs: `[batch, max_new_tokens]` float32, log-probability of each token under the model itself (temperature 1,
-        nothing cut off), 0 after the end.
+        no filtering), 0 after the end.
     """
 
     tokens: jax.Array
@@ -62,7 +63,7 @@ class Completions(NamedTuple):
 
 
 def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Sets the logits `[..., vocab]` that `top_k` and `top_p` leave out to -inf; the likeliest always stays."""
+    """Sets the logits `[..., vocab]` outside `top_k` and `top_p` to -inf; the most likely token always stays."""
     if 0 < top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -76,7 +77,7 @@ def filter_logits(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Next tokens `[batch]` for float32 logits `[batch, vocab]` and one key a row."""
+    """Next tokens `[batch]` int32 for float32 logits `[batch, vocab]` and keys `[batch]`, one per row."""
     if sampling.temperature == 0:
         return _largest(logits)
     logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
@@ -85,24 +86,24 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _largest(x: jax.Array) -> jax.Array:
-    """Where the largest of each row is, the first of equals.
+    """Index `[batch]` of the largest value of each row of `[batch, vocab]`, the first of equal ones.
 
-    Two reductions: `argmax` is one over pairs, which XLA:CPU does number by number, the noise's logarithms with it.
+    Two reductions: `argmax` is one over pairs, which XLA:CPU does not vectorise, nor the noise's logarithms with it.
     """
     places = jnp.arange(x.shape[-1], dtype=jnp.int32)
     first = jnp.where(x == x.max(-1, keepdims=True), places, x.shape[-1]).min(-1)
-    return jnp.minimum(first, x.shape[-1] - 1)  # there is none among NaNs
+    return jnp.minimum(first, x.shape[-1] - 1)  # among NaNs there is no largest
 
 
 def sample(
     model: Model, sampling: Sampling, params: Any, prompts: jax.Array, lengths: jax.Array, keys: jax.Array
 ) -> Completions:
-    """Completes prompts; pure, one compile per shape. What a row gets depends on its own prompt and key alone.
+    """Completes prompts; pure, one compilation per shape. A completion depends on its own prompt and key alone.
 
     Args:
       model: a decoder or an encoder-decoder.
-      sampling: how.
-      params: its parameters.
+      sampling: how tokens are drawn.
+      params: the model's parameters.
       prompts: `[batch, length]` int32, padded right.
       lengths: `[batch]` int32, tokens of each prompt, at least 1.
       keys: `[batch]` typed random keys.
@@ -111,8 +112,8 @@ def sample(
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
     hidden, cache, first = model.prefill(params, prompts, lengths, limit)
 
-    def take(state, hidden, t):
-        """Draws token `t` from the hidden state before it."""
+    def take(state: dict[str, Any], hidden: jax.Array, t: jax.Array) -> dict[str, Any]:
+        """Draws token `t` from the hidden states `[batch, d_model]` before it."""
         logits = model.logits(params, hidden)
         now = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), now[:, None], axis=-1)[:, 0]
@@ -127,11 +128,11 @@ def sample(
             't': t + 1,
         }
 
-    def more(state):
+    def more(state: dict[str, Any]) -> jax.Array:
         return (state['t'] < limit) & ~state['done'].all()
 
-    def step(state):
-        def row_tokens(row, count):
+    def step(state: dict[str, Any]) -> dict[str, Any]:
+        def row_tokens(row: jax.Array, count: int) -> jax.Array:
             return join_row(jnp.asarray(prompts)[row], jnp.asarray(lengths)[row], state['tokens'][row], count)
 
         places = first + state['t'] - 1
@@ -161,21 +162,29 @@ class Stream:
 
     Args:
       model: a decoder.
-      sampling: how.
-      params: its parameters.
+      sampling: how tokens are drawn.
+      params: the model's parameters.
     """
 
-    def __init__(self, model: Model, sampling: Sampling, params: Any):
+    def __init__(self, model: Model, sampling: Sampling, params: Any) -> None:
         self.sampling, self.params = sampling, params
 
-        def take(params, hidden, key, t):
+        def take(params: Any, hidden: jax.Array, key: jax.Array, t: jax.Array | int) -> jax.Array:
             return draw(model.logits(params, hidden), jax.random.fold_in(key, t)[None], sampling)
 
-        def begin(params, prompt, length, key):
+        def begin(params: Any, prompt: jax.Array, length: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
             hidden, cache, _ = model.prefill(params, prompt, length, sampling.max_new_tokens)
             return take(params, hidden, key, 0), cache
 
-        def go_on(params, cache, now, place, key, t, tokens):
+        def go_on(
+            params: Any,
+            cache: Any,
+            now: jax.Array,
+            place: jax.Array,
+            key: jax.Array,
+            t: jax.Array,
+            tokens: jax.Array,
+        ) -> tuple[jax.Array, Any]:
             running = jnp.ones(1, bool)
             hidden, cache = model.step(params, cache, now, place, running, lambda row, count: tokens[:count])
             return take(params, hidden, key, t), cache

@@ -9,28 +9,28 @@ from collections.abc import Sequence
 
 
 def exact(completion: str, reference: str) -> float:
-    """1.0 if both texts are the same but for space around them, else 0.0."""
+    """1.0 if both texts are equal without surrounding white space, else 0.0."""
     return float(completion.strip() == reference.strip())
 
 
 def scores(completions: Sequence[str], references: Sequence[str], tokenize: str) -> dict[str, float]:
-    """Scores of a whole set of completions, by name.
+    """Corpus-level scores of completions, by name.
 
     Args:
       completions: the generated texts.
       references: one for each.
-      tokenize: BLEU's division into words: `13a`, `zh`, `ja-mecab`, `char`, …
+      tokenize: BLEU's tokenizer: `13a`, `zh`, `ja-mecab`, `char`, …
 
     Returns:
       `exact_match` between 0 and 1, and `bleu` and `chrf` between 0 and 100 if sacrebleu is installed.
     """
     pairs = zip(completions, references, strict=True)
-    found = {'exact_match': sum(exact(*pair) for pair in pairs) / len(references)}
+    values = {'exact_match': sum(exact(*pair) for pair in pairs) / len(references)}
     if importlib.util.find_spec('sacrebleu'):
         import sacrebleu
 
         texts = [text.strip() for text in completions]
-        # Whether the references look tokenised is no concern of the person who reads the score.
+        # force: no warning where references look tokenised.
         bleu = sacrebleu.corpus_bleu(texts, [list(references)], tokenize=tokenize, force=True)
-        found |= {'bleu': bleu.score, 'chrf': sacrebleu.corpus_chrf(texts, [list(references)]).score}
-    return found
+        values |= {'bleu': bleu.score, 'chrf': sacrebleu.corpus_chrf(texts, [list(references)]).score}
+    return values

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -61,9 +61,11 @@ class MetricsWriter:
       UserError: `wandb` is asked for and not installed.
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int | None = None, wandb: bool = False):
+    def __init__(self, workdir: pathlib.Path, resume_step: int | None = None, wandb: bool = False) -> None:
         self._latest: dict[str, int | float | None] = {}
-        self._file = self._events = self._wandb = None
+        self._file: TextIO | None = None
+        self._events: Any = None
+        self._wandb: Any = None
         if not console.is_primary():
             return
         if wandb:
@@ -115,16 +117,16 @@ class MetricsWriter:
             return
         self._file.close()
         self._events.close()
-        self._file = self._events = None
+        self._file = None
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
 
 
-def _open_wandb(workdir: pathlib.Path, resume_step: int | None):
+def _open_wandb(workdir: pathlib.Path, resume_step: int | None) -> Any:
     """The run at Weights & Biases; a resumed workdir continues its own."""
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]: an extra
     except ImportError:
         raise UserError(
             'log.wandb=True: the package wandb is not installed; expected it (pip install wandb) or log.wandb=False'

@@ -79,7 +79,7 @@ def _set_sources(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
     rest = []
     for word in words:
         found = re.fullmatch(r'(--?config\.(?:([\w-]+)\.)?data\.sources\.([^.=]+))=(.*)', word, re.DOTALL)
-        own = recipe.get(found[2], {}) if found and found[2] else recipe
+        own: Any = recipe.get(found[2], {}) if found and found[2] else recipe
         sources = own.get('data', {}).get('sources', {}) if found else {}
         label, value = found.group(3, 4) if found else ('', '')
         if found and not value:
@@ -95,9 +95,8 @@ def _set_sources(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
     return rest
 
 
-def _free(path: str) -> bool:
-    kinds = SCHEMA.items()
-    return any(isinstance(kind, OpenSubtree) and path.startswith(f'{key}.') for key, kind in kinds)
+def _in_open_subtree(path: str) -> bool:
+    return any(isinstance(kind, OpenSubtree) and path.startswith(f'{key}.') for key, kind in SCHEMA.items())
 
 
 def _refuse_left_out(named: Sequence[str], all_stages: Sequence[str], stages: Sequence[str]) -> None:
@@ -115,22 +114,23 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
     recipes.apply_overrides(values, recipes.flatten(common))
     for stage in stages:
         own = recipes.defaults()
-        recipes.apply_overrides(own, recipes.flatten(recipe[stage]), f'{stage}.')
-        for name, value in values.get(stage, {}).items():  # a group of keys of the same name
+        recipes.apply_overrides(own, recipes.flatten(recipes.stage_recipe(recipe, stage)), f'{stage}.')
+        group: Any = values.get(stage, {})  # of keys that have the stage's name
+        for name, value in group.items():
             own[name] = value
         values[stage] = own
     for path in named:
         *parents, last = path.split('.')
         stage = parents[0] if parents and recipes.of_stage(path, stages) else ''
         own = path[len(stage) + 1 :] if stage else path
-        if own not in SCHEMA and not _free(own):
+        if own not in SCHEMA and not _in_open_subtree(own):
             near = nearest(own)
             prefix = f'{stage}.' if stage else ''
             hint = f'; the nearest valid key is config.{prefix}{near}' if near else ''
             raise UserError(f'--config.{path}: unknown key{hint}')
         if not all(part.isidentifier() for part in path.split('.')):
             raise UserError(f'--config.{path}: expected names of letters, digits and _, with a dot between them')
-        if _free(own):  # the type of a key that no recipe names is read off the value
+        if _in_open_subtree(own):  # the type of a key that no recipe names is read off the value
             node = values
             for parent in parents:
                 node = recipes.child(node, parent)

@@ -7,7 +7,7 @@ refuses unknown keys and impossible values before anything else is loaded.
 import copy
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -34,7 +34,7 @@ def _unknown(path: str, prefix: str = '') -> UserError:
     )
 
 
-def child(node: ConfigDict, name: str) -> ConfigDict:
+def child(node: Any, name: str) -> Any:
     """The subtree under a name, made if it is not there."""
     if name not in node:
         node[name] = ConfigDict(type_safe=False)
@@ -53,7 +53,7 @@ def defaults() -> ConfigDict:
     return config
 
 
-def flatten(config: Mapping, prefix: str = '') -> dict[str, Any]:
+def flatten(config: Mapping | ConfigDict, prefix: str = '') -> dict[str, Any]:
     """`{'train.steps': 10, ...}`; a free subtree is one value, a plain dict."""
     flat = {}
     for name, value in config.items():
@@ -92,7 +92,7 @@ def apply_overrides(config: ConfigDict, changes: Mapping[str, Any], prefix: str 
         except ExpectedError as error:
             raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
         if path == subtree:
-            value = ConfigDict({**config_get(config, path).to_dict(), **value}, type_safe=False)
+            value = ConfigDict(config_get(config, path).to_dict() | value, type_safe=False)
         *parents, last = path.split('.')
         node = config
         for parent in parents:
@@ -113,9 +113,10 @@ def placeholder() -> config_dict.FieldReference:
 
 def config_get(config: ConfigDict, path: str) -> Any:
     """The value at a dotted path."""
+    node: Any = config
     for name in path.split('.'):
-        config = config[name]
-    return config
+        node = node[name]
+    return node
 
 
 def read_recipe(path: str) -> ConfigDict:
@@ -160,7 +161,12 @@ def stage_names(recipe: ConfigDict) -> tuple[str, ...]:
     return tuple(stages)
 
 
-def of_stage(path: str, stages) -> bool:
+def stage_recipe(recipe: ConfigDict, stage: str) -> Any:
+    """A stage's own keys: a ConfigDict, as `stage_names` has checked."""
+    return recipe[stage]
+
+
+def of_stage(path: str, stages: Collection[str]) -> bool:
     """Whether a path of the command line is a key of one of the stages, not one common to all."""
     return path.split('.')[0] in stages and path not in SCHEMA
 
@@ -189,8 +195,7 @@ def resolve(
         config = defaults()
         apply_overrides(config, flatten(common))
         if stage:
-            own = recipe[stage]
-            apply_overrides(config, flatten(own), prefix)
+            apply_overrides(config, flatten(stage_recipe(recipe, stage)), prefix)
         ours = {path: value for path, value in overrides.items() if not of_stage(path, stages)}
         apply_overrides(config, ours)
         known.update(ours)
@@ -266,7 +271,8 @@ def point_to_stages(config: ConfigDict, root: pathlib.Path) -> ConfigDict:
 
 def differing(old: Mapping, new: ConfigDict) -> list[str]:
     """Keys in which two recipes differ so that a workdir can't be continued with the new one."""
-    before, after = flatten(old), flatten(new)
+    before: dict[str, Any] = flatten(old)
+    after: dict[str, Any] = flatten(new)
     # A key added by a newer version held its default before.
     for path, key in SCHEMA.items():
         before.setdefault(path, {} if isinstance(key, OpenSubtree) else key.default)
@@ -274,7 +280,7 @@ def differing(old: Mapping, new: ConfigDict) -> list[str]:
     for path, value in after.items():
         was = before[path]
         same = was == value or (isinstance(value, tuple) and was == list(value))
-        grown = path == 'train.steps' and isinstance(was, int) and 0 < was <= value
+        grown = path == 'train.steps' and isinstance(was, int) and isinstance(value, int) and 0 < was <= value
         if not same and not grown and not path.startswith(MAY_CHANGE):
             names.append(f'{path} ({was!r} there, {value!r} here)')
     return names

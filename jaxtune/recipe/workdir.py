@@ -231,7 +231,7 @@ def working(workdir: pathlib.Path) -> Iterator[None]:
             _check_there(workdir)
             _tidy(workdir, refused=isinstance(error, UserError))
         if isinstance(error, IsADirectoryError | NotADirectoryError) and _inside(error.filename, workdir):
-            raise UserError(f'{error.filename}: expected a file of the run; {error.strerror.lower()}') from None
+            raise UserError(f'{error.filename}: expected a file of the run; {str(error.strerror).lower()}') from None
         if room := no_room(error):
             raise UserError(f'--workdir={workdir}: {room}; expected free space; the same command continues') from None
         raise

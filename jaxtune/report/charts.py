@@ -75,7 +75,7 @@ class _Scale:
       unit: ticks are round multiples of it.
     """
 
-    def __init__(self, low: float, high: float, log: bool = False, unit: float = 1.0):
+    def __init__(self, low: float, high: float, log: bool = False, unit: float = 1.0) -> None:
         self.log, self.unit = log, unit
         self.low, self.high = low, high if high > low else low + (abs(low) or 1.0)
 

@@ -57,6 +57,7 @@ def axis(value: float) -> str:
 
 
 def percent(value: float) -> str:
+    """A share as `5.0 %` or `50 %`."""
     return f'{100 * value:.1f} %' if 0 < abs(value) < 0.0995 else f'{100 * value:.0f} %'
 
 
@@ -111,6 +112,7 @@ def _short(path: Any) -> str:
 
 
 def device_words(machine: Mapping[str, Any]) -> str:
+    """The hardware of a run in words."""
     if machine.get('platform') == 'cpu':
         virtual = f' as {machine["devices"]} devices' if machine.get('devices', 1) > 1 else ''
         return f'{machine.get("cores")} CPU cores{virtual}'

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtune.common.io import read_json
@@ -32,7 +32,7 @@ class Source:
     result: Mapping[str, Any]
     run: Mapping[str, Any]
     curves: Mapping[str, Points]
-    samples: list[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
