@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,6 @@ STEPS = Registry(
 _LAST_FILTER = 'custom'
 
 
-@functools.cache
 def every(custom: tuple[str, ...] = ()) -> tuple[Step, ...]:
     """All steps in their order, whether a recipe asks for them or not.
 
@@ -48,6 +48,11 @@ def every(custom: tuple[str, ...] = ()) -> tuple[Step, ...]:
     Raises:
       UserError: one of those is no per-document step, or its name is taken.
     """
+    return _every(custom, os.getcwd())  # from which a custom step's file or module is looked for
+
+
+@functools.cache
+def _every(custom: tuple[str, ...], folder: str) -> tuple[Step, ...]:
     steps = []
     for name in STEPS.names:
         steps.append(STEPS.get(name))
