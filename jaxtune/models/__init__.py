@@ -54,7 +54,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     fields: Mapping[str, Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f'kind={self.kind!r}: expected one of {", ".join(KINDS)}')
 

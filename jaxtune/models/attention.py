@@ -27,7 +27,7 @@ class KernelLog:
     `models.build` makes one for each model; what traces the model's forward pass adds to it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._reasons: dict[str, str] = {}
 
     @property
@@ -70,8 +70,10 @@ def attention(
       q: `[batch, length, heads, head_dim]`.
       k: `[batch, keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
       v: like `k`.
-      q_positions: `[batch, length]` int32; `k_positions`: `[batch, keys]`.
-      q_segments: `[batch, length]` int32; `k_segments`: `[batch, keys]`.
+      q_positions: `[batch, length]` int32.
+      k_positions: `[batch, keys]` int32.
+      q_segments: `[batch, length]` int32.
+      k_segments: `[batch, keys]` int32.
       scale: factor on the scores, usually `head_dim ** -0.5`.
       angles: `(cos, sin)`, each `[batch, length, rotary_dim / 2]`, to turn queries and keys by, of which there are as
         many then; None = they are turned already, or not at all.
@@ -146,7 +148,7 @@ class _Division:
     Keys and values are gathered over `sequence`: every query must see all of them.
     """
 
-    def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]):
+    def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> None:
         mesh = jax.sharding.get_abstract_mesh()
         types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         self.axes = tuple(axis for axis in types if types[axis] == AxisType.Auto)
@@ -165,7 +167,9 @@ class _Division:
         if q_shape[2] % (k_shape[2] * self.repeat):
             self.heads, self.repeat = (), 1
 
-    def run(self, function: Callable[..., jax.Array], q, k, v, places: Places) -> jax.Array:
+    def run(
+        self, function: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, places: Places
+    ) -> jax.Array:
         if not self.axes:
             return function(q, k, v, places)
         if self.repeat > 1:

@@ -11,7 +11,8 @@ laid back: what is moved then is in a CPU's cache.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def _block(length: int, row_bytes: int) -> int:
     return min(length, -(-size // _SMALLEST) * _SMALLEST)
 
 
-def _by_rows(rows: int, function, arrays: tuple, *places):
+def _by_rows(rows: int, function: Callable[..., Any], arrays: tuple, *places: Any) -> Any:
     """Maps a function of a few batch rows over all of them.
 
     Args:
@@ -111,14 +112,14 @@ def _by_rows(rows: int, function, arrays: tuple, *places):
     if rows == batch:
         return function(*arrays, *places)
 
-    def split(x):
+    def split(x: jax.Array) -> jax.Array:
         return x.reshape(batch // rows, rows, *x.shape[1:])
 
     # A dimension of 1 may lie anywhere: XLA would lay it out in two ways, and copy the arrays from one to the other.
     # What is small is read in the loops of vectors that make scores, where a slice without it would not be a vector.
     alone = rows == 1
 
-    def mapped(xs):
+    def mapped(xs: Any) -> Any:
         arrays, places = xs
         out = function(*(x[None] if alone else x for x in arrays), *places)
         return jax.tree.map(lambda x: x[0], out) if alone else out
@@ -127,28 +128,28 @@ def _by_rows(rows: int, function, arrays: tuple, *places):
     return out if alone else jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), out)
 
 
-def _by_heads(x, angles, kv_heads: int):
+def _by_heads(x: jax.Array, angles: Angles | None, kv_heads: int) -> jax.Array:
     """`[rows, length, heads, width]`, turned, as `[rows, kv_heads, groups, length, width]`."""
     rows, length, heads, width = x.shape
 
-    def change(x, angles):
+    def change(x: jax.Array, angles: Angles | None) -> jax.Array:
         return rotate(x, angles).reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
 
     return no_fuse(change)(x, angles)
 
 
-def _by_tokens(x, angles):
+def _by_tokens(x: jax.Array, angles: Angles | None) -> jax.Array:
     """The transpose of `_by_heads`: turning is linear, and its transpose turns back."""
     rows, kv_heads, groups, length, width = x.shape
     back = None if angles is None else (angles[0], -angles[1])
 
-    def change(x, back):
+    def change(x: jax.Array, back: Angles | None) -> jax.Array:
         return rotate(x.transpose(0, 3, 1, 2, 4).reshape(rows, length, kv_heads * groups, width), back)
 
     return no_fuse(change)(x, back)
 
 
-def _laid_out(q, k, v, places: Places):
+def _laid_out(q: jax.Array, k: jax.Array, v: jax.Array, places: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries `[rows, kv_heads, groups, length, width]`, keys and values `[rows, kv_heads, keys, width]`."""
     q, k, v = (
         _by_heads(x, angles, k.shape[2]) for x, angles in ((q, places.q_angles), (k, places.k_angles), (v, None))
@@ -156,15 +157,17 @@ def _laid_out(q, k, v, places: Places):
     return q, k[:, :, 0], v[:, :, 0]
 
 
-def _columns(x):
+def _columns(x: jax.Array) -> jax.Array:
     """`[..., length, width]` as `[..., width, length]`, or the other way round."""
     return no_fuse(lambda x: x.swapaxes(-1, -2))(x)
 
 
-def _visible(pattern: Pattern, places: Places, window, queries: slice, keys: slice) -> jax.Array:
+def _visible(
+    pattern: Pattern, places: Places, window: int | jax.Array | None, queries: slice, keys: slice
+) -> jax.Array:
     """Whether a query sees a key, `[batch, 1, 1, queries, keys]`."""
 
-    def pair(of_queries, of_keys):
+    def pair(of_queries: jax.Array, of_keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         return of_queries[:, None, None, queries, None], of_keys[:, None, None, None, keys]
 
     q_segments, k_segments = pair(places.q_segments, places.k_segments)
@@ -180,7 +183,7 @@ def _visible(pattern: Pattern, places: Places, window, queries: slice, keys: sli
     return seen
 
 
-def _scores(pattern: Pattern, product, seen):
+def _scores(pattern: Pattern, product: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Masked scores, and the derivative of the cap at them (None without a cap)."""
     scores, slope = product * pattern.scale, None
     if pattern.softcap is not None:
@@ -189,13 +192,21 @@ def _scores(pattern: Pattern, product, seen):
     return jnp.where(seen, scores, MASK_VALUE), slope
 
 
-def _dot(a, b, contract: tuple[int, int]):
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Product over the leading two dimensions (rows, kv heads) as a batch, in float32."""
     dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _forward_rows(pattern: Pattern, window, size: int, q, k, v, places: Places):
+def _forward_rows(
+    pattern: Pattern,
+    window: int | jax.Array | None,
+    size: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    places: Places,
+) -> tuple[jax.Array, jax.Array]:
     q, k, v = _laid_out(q, k, v, places)
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
@@ -222,7 +233,18 @@ def _forward_rows(pattern: Pattern, window, size: int, q, k, v, places: Places):
     return _by_tokens(jnp.concatenate(outs, 3), None), jnp.concatenate(lses, 3)
 
 
-def _backward_rows(pattern: Pattern, window, size: int, q, k, v, out, d_out, places: Places, lse):
+def _backward_rows(
+    pattern: Pattern,
+    window: int | jax.Array | None,
+    size: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    out: jax.Array,
+    d_out: jax.Array,
+    places: Places,
+    lse: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     # A product with ones: XLA:CPU's own reduction of a fused product of this many dimensions is ten times slower.
     product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
     ones = jnp.ones(product.shape[-1], jnp.float32)
@@ -244,10 +266,10 @@ def _backward_rows(pattern: Pattern, window, size: int, q, k, v, out, d_out, pla
         shape = (rows, kv_heads, groups, last - first, high - low)
         flat = (rows, kv_heads, groups * (last - first), high - low)
 
-        def queries(x, first=first, last=last):
+        def queries(x: jax.Array, first: int = first, last: int = last) -> jax.Array:
             return x[:, :, :, first:last].reshape(rows, kv_heads, groups * (last - first), width)
 
-        def columns(x, first=first, last=last):
+        def columns(x: jax.Array, first: int = first, last: int = last) -> jax.Array:
             return x[..., first:last].swapaxes(2, 3).reshape(rows, kv_heads, width, groups * (last - first))
 
         k_block, v_block = k[:, :, low:high], v[:, :, low:high]
@@ -271,18 +293,18 @@ def _backward_rows(pattern: Pattern, window, size: int, q, k, v, out, d_out, pla
     )
 
 
-def _split_window(pattern: Pattern, places: Places):
+def _split_window(pattern: Pattern, places: Places) -> tuple[int | jax.Array | None, Places]:
     """The window to mask by, and the places without it (it has no batch dimension to be mapped over)."""
     window = pattern.window if places.window is None else places.window
     return window, places._replace(window=None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(pattern: Pattern, q, k, v, places: Places):
+def _attention(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, places: Places) -> jax.Array:
     return _forward(pattern, q, k, v, places)[0]
 
 
-def _forward(pattern: Pattern, q, k, v, places: Places):
+def _forward(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, places: Places) -> tuple[jax.Array, tuple]:
     window, rest = _split_window(pattern, places)
     (batch, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
     size = _block(length, heads // kv_heads * keys * 4)
@@ -292,7 +314,7 @@ def _forward(pattern: Pattern, q, k, v, places: Places):
     return out, (q, k, v, places, out, lse)
 
 
-def _backward(pattern: Pattern, residuals, d_out):
+def _backward(pattern: Pattern, residuals: tuple, d_out: jax.Array) -> tuple:
     q, k, v, places, out, lse = residuals
     window, rest = _split_window(pattern, places)
     (batch, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape

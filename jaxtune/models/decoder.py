@@ -5,7 +5,7 @@ Layers are scanned: parameters are stacked on a leading axis and one block is co
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,8 +28,16 @@ Cache = kv_cache.Cache | None
 
 
 class Context(NamedTuple):
-    """What all layers share: where queries and keys are, the rotary angles `(cos, sin)` or None, and a trained prompt
-    that all segments see, or None."""
+    """What all layers share.
+
+    Attributes:
+      q_positions: `[batch, length]` int32.
+      q_segments: `[batch, length]` int32.
+      k_positions: `[batch, keys]` int32.
+      k_segments: `[batch, keys]` int32.
+      angles: the rotary `(cos, sin)`, or None.
+      prompt: a trained prompt `[virtual, d_model]` that all segments see, or None.
+    """
 
     q_positions: jax.Array
     q_segments: jax.Array
@@ -52,7 +60,7 @@ class _Part(Part):
 
     config: DecoderConfig
 
-    def norm(self, name: str | None):
+    def norm(self, name: str | None) -> Callable[[jax.Array], jax.Array]:
         if name is None:
             return lambda x: x
         if self.config.norm == 'layer':
@@ -125,7 +133,9 @@ class Attention(_Part):
         return [constrain(y, 'batch', 'length', 'heads', None) for y in qkv]
 
 
-def _write(cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context, prefix) -> Cache:
+def _write(
+    cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context, prefix: tuple[jax.Array, jax.Array] | None
+) -> Cache:
     """Puts keys and values into the slots of their positions, a prefix into the first; those of padding go nowhere."""
     at = jnp.where(context.q_segments != 0, context.q_positions, kv_cache.slots(cache))
     cache = kv_cache.write(cache, layer.cached, {'k': k, 'v': v}, at)
@@ -166,7 +176,9 @@ class Block(_Part):
     """One layer: attention and feed-forward, each added to the residual."""
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Cache], layer: Layer, context: Context):
+    def __call__(
+        self, carry: tuple[jax.Array, Cache], layer: Layer, context: Context
+    ) -> tuple[tuple[jax.Array, Cache], None]:
         x, cache = carry
         before_attention, after_attention, before_mlp, after_mlp = self.config.norm_names
         y, cache = Attention(*self.same(), name='self_attn')(self.norm(before_attention)(x), cache, layer, context)
@@ -192,7 +204,7 @@ class Decoder(_Part):
         cache: Cache = None,
         prompt: jax.Array | None = None,
         noise: jax.Array | None = None,
-    ):
+    ) -> Outputs:
         c = self.config
         # Looked up as the table lies; from there to whole rows in one exchange (in one go XLA would gather all rows).
         x = constrain(self.embed('embed_tokens', c.vocab_size)(tokens), 'copy', 'length', 'width')
@@ -247,7 +259,13 @@ def _init(module: Decoder, rng: jax.Array) -> Any:
 
 
 def _forward(
-    module: Decoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins=True
+    module: Decoder,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    cache: Cache | None = None,
+    rng: jax.Array | None = None,
+    begins: bool = True,
 ) -> Outputs:
     tokens = batch['tokens']
     positions, segments = batch.get('positions'), batch.get('segments')
@@ -321,7 +339,10 @@ def build(
     Args:
       fields: the config fields.
       family: that of their `model_type`.
-      param_dtype, compute_dtype, remat, attention: as for `models.build`.
+      param_dtype: as for `models.build`, and so the next three.
+      compute_dtype: of activations.
+      remat: activation checkpointing.
+      attention: the implementation.
       head: `lm`, or `reward`: one number a token, which `transformers`' sequence classifiers give for the last one.
       own_head: as for `models.build`.
 

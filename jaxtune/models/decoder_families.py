@@ -88,8 +88,18 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
 
 
 def llama_like(fields: Fields, **differences: Any) -> DecoderConfig:
-    """What most families share. A field that `transformers` reads in some of them only is theirs to name: a folder may
-    hold any, and where the family's own class does not know it, it means nothing."""
+    """The config of a family that is like Llama but for some differences.
+
+    A field that `transformers` reads in some families only is theirs to name: a folder may hold any, and where the
+    family's own class does not know it, it means nothing.
+
+    Args:
+      fields: config fields by the names that `LlamaConfig` has.
+      differences: fields of `DecoderConfig`.
+
+    Raises:
+      FieldError: a field's value is impossible.
+    """
     heads = fields['num_attention_heads']
     head_dim = fields.get('head_dim') or fields['hidden_size'] // heads
     values = {

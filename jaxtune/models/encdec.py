@@ -62,7 +62,8 @@ def biased_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array |
 
     Args:
       q: `[batch, length, heads, head_dim]`.
-      k: `[batch, keys, heads, head_dim]`; `v` likewise.
+      k: `[batch, keys, heads, head_dim]`.
+      v: like `k`.
       bias: float32 `[batch or 1, heads, length, keys]`, or None.
       visible: bool `[batch or 1, length, keys]`. A query that sees nothing gets 0.
 
@@ -106,7 +107,7 @@ class _Part(nn.Module):
     def dense(self, name: str, features: int, stddev: float) -> Dense:
         return Dense(features, False, stddev * self.config.initializer_factor, self.param_dtype, name=name)
 
-    def norm(self, name: str):
+    def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_epsilon, name=name)
 
     def same(self) -> tuple:
@@ -132,7 +133,16 @@ class Attention(_Part):
     cross: bool = False
 
     @nn.compact
-    def __call__(self, x, source, bias, visible, cache: Cache = None, layer=None, slots=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        source: jax.Array | None,
+        bias: jax.Array | None,
+        visible: jax.Array,
+        cache: Cache = None,
+        layer: jax.Array | None = None,
+        slots: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
         c = self.config
         names = ('cross_k', 'cross_v') if self.cross else ('k', 'v')
         q = self.heads('q_proj', x, (c.d_model * c.head_dim) ** -0.5)
@@ -159,6 +169,7 @@ class Attention(_Part):
         return self.dense('o_proj', c.d_model, width**-0.5)(y.reshape(*x.shape[:2], width)), cache
 
     def heads(self, name: str, x: jax.Array, stddev: float) -> jax.Array:
+        """A projection of `x` `[batch, length, d_model]` to heads `[batch, length, heads, head_dim]`."""
         c = self.config
         y = self.dense(name, c.num_heads * c.head_dim, stddev)(x)
         return constrain(y.reshape(*x.shape[:2], c.num_heads, c.head_dim), 'batch', 'length', 'heads', None)
@@ -183,7 +194,9 @@ class Block(_Part):
     decodes: bool = False
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Cache], layer: jax.Array, context: Context):
+    def __call__(
+        self, carry: tuple[jax.Array, Cache], layer: jax.Array, context: Context
+    ) -> tuple[tuple[jax.Array, Cache], None]:
         x, cache = carry
         bias = context.bias
         if bias is None:
@@ -209,7 +222,9 @@ class Stack(_Part):
     remat: str = 'none'
 
     @nn.compact
-    def __call__(self, x: jax.Array, distances: jax.Array, context: Context, cache: Cache = None):
+    def __call__(
+        self, x: jax.Array, distances: jax.Array, context: Context, cache: Cache = None
+    ) -> tuple[jax.Array, Cache]:
         c = self.config
         buckets = relative_buckets(distances, not self.decodes, c.buckets, c.max_distance)
         bias = None if c.bias_per_layer else RelativeBias(*self.same(), name='relative_bias')(buckets)
@@ -238,7 +253,7 @@ class EncDec(_Part):
     kernels: KernelLog | None = None
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], cache: Cache = None, prompt=None) -> Outputs:
+    def __call__(self, batch: Mapping[str, jax.Array], cache: Cache = None, prompt: jax.Array | None = None) -> Outputs:
         c = self.config
         if self.kernels is not None:
             self.kernels.add('xla')
@@ -305,7 +320,13 @@ def _init(module: EncDec, rng: jax.Array) -> Any:
 
 
 def _forward(
-    module: EncDec, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins=True
+    module: EncDec,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    cache: Cache | None = None,
+    rng: jax.Array | None = None,
+    begins: bool = True,
 ) -> Outputs:
     own, prompt = without_prompt(params)
     return module.apply({'params': own}, batch, cache, prompt, rngs=None if rng is None else {'dropout': rng})

@@ -6,14 +6,14 @@ compiled, however many there are.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxtune.errors import UserError
-from jaxtune.models import Family
+from jaxtune.models import Family, kv_cache
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.encoder_families import HEADS, IGNORED, EncoderConfig, encoder_config
@@ -106,7 +106,7 @@ class Block(_Part):
     first: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, window: jax.Array, context: Context):
+    def __call__(self, x: jax.Array, window: jax.Array, context: Context) -> tuple[jax.Array, None]:
         self_attn, mlp = Attention(*self.same(), name='self_attn'), MLP(*self.same(), name='mlp')
         adapted = functools.partial(bottleneck, self)
         if self.config.pre_norm:
@@ -157,7 +157,14 @@ class Encoder(_Part):
     labels: int = 0
 
     @nn.compact
-    def __call__(self, tokens, positions, segments, types, prompt: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        types: jax.Array,
+        prompt: jax.Array | None = None,
+    ) -> jax.Array:
         c = self.config
         # Looked up as the table lies; from there to whole rows in one exchange (in one go XLA would gather all rows).
         x = constrain(self.embed('embed_tokens', c.vocab_size)(tokens), 'copy', 'length', 'width')
@@ -193,6 +200,7 @@ class Encoder(_Part):
         return self.to_head(x[:, count:], segments[:, count:])
 
     def to_head(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        """What the last projection reads: `[batch, length, d_model]`, or of rows `[batch, 1, d_model]`."""
         c = self.config
         if self.head == 'lm':
             return LMHead(*self.same(), name='lm_head')(x)
@@ -230,7 +238,13 @@ def _init(module: Encoder, rng: jax.Array) -> Any:
 
 
 def _forward(
-    module: Encoder, params: Any, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins=True
+    module: Encoder,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    cache: kv_cache.Cache | None = None,
+    rng: jax.Array | None = None,
+    begins: bool = True,
 ) -> Outputs:
     tokens = batch['tokens']
     positions, segments, types = (batch.get(name) for name in ('positions', 'segments', 'token_types'))
@@ -254,7 +268,7 @@ def _head(config: EncoderConfig, head: str, params: Any) -> Head:
     return Head(materialise(params['lm_head']['decoder']['kernel']), bias=bias)
 
 
-def _no_cache(model_type: str, batch: int, max_length: int):
+def _no_cache(model_type: str, batch: int, max_length: int) -> NoReturn:
     raise UserError(f'model.config.model_type={model_type!r}: an encoder cannot write text; expected a decoder')
 
 
@@ -321,7 +335,10 @@ def build(
     Args:
       fields: the config fields.
       family: that of their `model_type`.
-      param_dtype, compute_dtype, remat, attention: as for `models.build`.
+      param_dtype: as for `models.build`, and so the next three.
+      compute_dtype: of activations.
+      remat: activation checkpointing.
+      attention: the implementation.
       head: `lm`, `classification` (of rows) or `token_classification`.
       labels: number of classes.
       own_head: as for `models.build`.

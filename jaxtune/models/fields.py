@@ -72,7 +72,7 @@ _CHECK_OF_TYPE: dict[type, Check] = {bool: boolean, int: integer(), float: numbe
 class FieldError(ValueError):
     """A config field is impossible: its name, and what was expected."""
 
-    def __init__(self, name: str, expected: str):
+    def __init__(self, name: str, expected: str) -> None:
         super().__init__(f'{name}: {expected}')
         self.name, self.expected = name, expected
 

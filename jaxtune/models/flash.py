@@ -4,6 +4,7 @@ FlashAttention: Dao 2023, arXiv:2307.08691.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,9 @@ def _without_padding(out: jax.Array, places: Places) -> jax.Array:
     return jnp.where((places.q_segments > 0)[:, :, None, None], out, 0)
 
 
-def _splash_kernel(heads: int, length: int, causal: bool, window: int | None, softcap: float | None, interpret: bool):
+def _splash_kernel(
+    heads: int, length: int, causal: bool, window: int | None, softcap: float | None, interpret: bool
+) -> Callable[..., jax.Array]:
     """Made anew in every trace: a scan's are traced more than once, and its arrays belong to the one they are made in.
 
     What takes time, its blocks of the mask, the library remembers.
@@ -138,7 +141,7 @@ def splash(
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern) -> jax.Array:
-    """cuDNN's attention on one GPU's rows and heads; shapes as in `blockwise`.
+    """CuDNN's attention on one GPU's rows and heads; shapes as in `blockwise`.
 
     Segments are a mask `[batch, 1, length, length]` in the compute dtype: one byte pair a pair of tokens, shared by
     the heads.

@@ -271,21 +271,21 @@ def _stored(name: str, model: Model, entries: Mapping[str, Entry]) -> str:
 
 
 @functools.cache
-def _empty_maker(shape: tuple[int, ...], dtype: np.dtype, sharding):
+def _empty_maker(shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> Callable[[], jax.Array]:
     return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)
 
 
-def _empty(shape, dtype, sharding) -> jax.Array:
+def _empty(shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
     return _empty_maker(shape, dtype, sharding)()
 
 
-def _empty_encoded(codec: Codec, shape: tuple[int, ...], sharding) -> NF4:
+def _empty_encoded(codec: Codec, shape: tuple[int, ...], sharding: Any) -> NF4:
     shapes = jax.eval_shape(codec.encode_kernel, jax.ShapeDtypeStruct(shape, np.float32))
     make = lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
     return jax.jit(make, out_shardings=sharding)()
 
 
-def _replicated(sharding):
+def _replicated(sharding: Any) -> Any:
     """Copied to every device of a parameter that lies as `sharding` says."""
     first = jax.tree.leaves(sharding)[0]
     return NamedSharding(first.mesh, P()) if isinstance(first, NamedSharding) else first
@@ -307,10 +307,10 @@ def not_finite(entry: Entry) -> UserError:
 
 
 @functools.cache
-def _put_encoded(codec: Codec, tensor: Tensor, sharding):
+def _put_encoded(codec: Codec, tensor: Tensor, sharding: Any) -> Callable[..., tuple[NF4, jax.Array]]:
     """Compiled: quantises one layer's matrix into its place; tells whether all of it is finite."""
 
-    def put(leaf: NF4, matrix: jax.Array, layer) -> tuple[NF4, jax.Array]:
+    def put(leaf: NF4, matrix: jax.Array, layer: int | jax.Array) -> tuple[NF4, jax.Array]:
         encoded = codec.encode(matrix if tensor.transposed else matrix.T)
         if tensor.stacked:
             place = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, layer, 0)  # noqa: E731
@@ -320,7 +320,7 @@ def _put_encoded(codec: Codec, tensor: Tensor, sharding):
     return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _replicated(sharding)))
 
 
-def _part_sharding(tensor: Tensor, sharding):
+def _part_sharding(tensor: Tensor, sharding: Any) -> Any:
     """How one layer's tensor lies, as the file has it, when the stacked parameter lies as `sharding` says."""
     if not isinstance(sharding, NamedSharding):
         return sharding
@@ -330,7 +330,7 @@ def _part_sharding(tensor: Tensor, sharding):
     return NamedSharding(sharding.mesh, P(*spec))
 
 
-def _parts(entry: Entry, sharding) -> Iterator[tuple[jax.Array, int | None]]:
+def _parts(entry: Entry, sharding: Any) -> Iterator[tuple[jax.Array, int | None]]:
     """A tensor on its devices: whole, or where its rows lie together in parts of rows, with each part's first row."""
     rows = entry.shape[0] if entry.shape else 1
     count = -(-math.prod(entry.shape) * entry.dtype.itemsize // _PART_BYTES)
@@ -341,7 +341,7 @@ def _parts(entry: Entry, sharding) -> Iterator[tuple[jax.Array, int | None]]:
         yield _on_devices(entry, first, shape, sharding), first if size < rows else None
 
 
-def _on_devices(entry: Entry, first: int, shape: tuple[int, ...], sharding) -> jax.Array:
+def _on_devices(entry: Entry, first: int, shape: tuple[int, ...], sharding: Any) -> jax.Array:
     read: dict[str, np.ndarray] = {}
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
@@ -357,10 +357,12 @@ def _on_devices(entry: Entry, first: int, shape: tuple[int, ...], sharding) -> j
 
 
 @functools.cache
-def _put(tensor: Tensor, sharding, in_parts: bool):
+def _put(tensor: Tensor, sharding: Any, in_parts: bool) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Compiled: writes a part of a tensor into its parameter in place; tells whether all of it is finite."""
 
-    def put(leaf: jax.Array, part: jax.Array, layer, start) -> tuple[jax.Array, jax.Array]:
+    def put(
+        leaf: jax.Array, part: jax.Array, layer: int | jax.Array, start: int | jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         part = (part.T if tensor.transposed else part).astype(leaf.dtype)
         starts = [0] * leaf.ndim
         if in_parts:  # a start that is known to be 0 keeps divided dimensions where they are
@@ -376,7 +378,7 @@ def _put(tensor: Tensor, sharding, in_parts: bool):
 class _Write:
     """One tensor to write: its name, where its values are, and what it becomes."""
 
-    def __init__(self, tensor: Tensor, leaf: jax.Array, layer: int | None, dtype: np.dtype):
+    def __init__(self, tensor: Tensor, leaf: jax.Array, layer: int | None, dtype: np.dtype) -> None:
         self.tensor, self.leaf, self.layer, self.dtype = tensor, leaf, layer, dtype
         self.name = tensor.name if layer is None else tensor.name.format(tensor.first + layer)
         shape = leaf.shape if layer is None else leaf.shape[1:]
@@ -410,8 +412,8 @@ def _cut(plan: list[_Write], max_bytes: int) -> dict[str, list[_Write]]:
 
 
 @functools.cache
-def _take(stacked: bool, transposed: bool, dtype: np.dtype, sharding):
-    def take(leaf: jax.Array, layer) -> jax.Array:
+def _take(stacked: bool, transposed: bool, dtype: np.dtype, sharding: Any) -> Callable[..., jax.Array]:
+    def take(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
         value = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
         return (value.T if transposed else value).astype(dtype)
 

@@ -110,7 +110,8 @@ def attend_one(
 
     Args:
       q: `[batch, 1, heads, head_dim]`; `heads` is a multiple of `kv_heads`.
-      k: a layer's keys `[batch, kv_heads, slots, head_dim]`; `v` likewise.
+      k: a layer's keys `[batch, kv_heads, slots, head_dim]`.
+      v: its values, like `k`.
       visible: bool `[batch, slots]`. A token that sees nothing gets 0.
       scale: factor on the scores.
       softcap: scores become `softcap * tanh(scores / softcap)`; None = off.

@@ -38,7 +38,7 @@ _REMAT_POLICIES = {
 }
 
 
-def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: Any = jnp.float32):
+def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
     """A parameter of `module`: what the tree holds under `name`, of whatever kind; initialised where it holds nothing.
 
     Kernels and embeddings have the model's `param_dtype`. Norms and biases stay float32: they are few, and lie near
@@ -51,7 +51,7 @@ def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ..
     return module.param(name, init, shape, dtype)
 
 
-def dropout_key(module: nn.Module, kernel) -> jax.Array | None:
+def dropout_key(module: nn.Module, kernel: jax.Array | Weight) -> jax.Array | None:
     """A key for what a typed leaf drops in training; None for a plain kernel, and where nothing is dropped."""
     if isinstance(kernel, Weight) and module.has_rng('dropout'):
         return module.make_rng('dropout')

@@ -86,6 +86,7 @@ class Tensor:
 
     @property
     def stacked(self) -> bool:
+        """Whether the parameter is stacked over layers, of which each has a tensor."""
         return '{}' in self.name
 
     def names(self, layers: int, name: str = '') -> list[str]:
@@ -149,7 +150,13 @@ class Model:
     kernels: KernelLog = dataclasses.field(default_factory=KernelLog)
 
     def apply(
-        self, params: Params, batch: Mapping[str, jax.Array], *, cache=None, rng=None, begins: bool = True
+        self,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        *,
+        cache: kv_cache.Cache | None = None,
+        rng: jax.Array | None = None,
+        begins: bool = True,
     ) -> Outputs:
         """The forward pass.
 
@@ -229,9 +236,14 @@ class Model:
         running: jax.Array,
         row_tokens: Callable[[jax.Array, int], jax.Array] | None = None,
     ) -> tuple[jax.Array, kv_cache.Cache]:
-        """Reads one token more a row: `tokens`, `positions`, `running` (False: not this row) `[batch]`.
+        """Reads one token more a row.
 
         Args:
+          params: the parameter tree.
+          cache: from `prefill` or the last step.
+          tokens: `[batch]` int32.
+          positions: `[batch]` int32, of those tokens.
+          running: bool `[batch]`; False leaves a row as it is.
           row_tokens: `(row, count) -> [count]` int32, the first tokens of a row, this one among them: where it crosses
             the model's `border`, all before it are read again. A model without one needs none.
 
@@ -248,11 +260,18 @@ class Model:
         crossing = running & (positions + virtual_tokens(params) == self.border)
         return self._read_again(params, hidden, cache, crossing, row_tokens)
 
-    def _read_again(self, params, hidden, cache, rows, row_tokens) -> tuple[jax.Array, kv_cache.Cache]:
+    def _read_again(
+        self,
+        params: Params,
+        hidden: jax.Array,
+        cache: kv_cache.Cache,
+        rows: jax.Array,
+        row_tokens: Callable[[jax.Array, int], jax.Array] | None,
+    ) -> tuple[jax.Array, kv_cache.Cache]:
         """`hidden` and `cache` with what a pass over the whole of `rows` (bool `[batch]`) gives, one row at a time."""
         count = self.border + 1 - virtual_tokens(params)
 
-        def read(state):
+        def read(state: tuple[jax.Array, jax.Array, kv_cache.Cache]) -> tuple[jax.Array, jax.Array, kv_cache.Cache]:
             rows, hidden, cache = state
             row = jnp.argmax(rows)
             new = self.apply(
@@ -270,7 +289,14 @@ class Model:
         return hidden, cache
 
     def flops_per_token(self, length: int, *target_length: int) -> float:
-        """Training FLOPs a token of rows of `length`: 6 a parameter in a product and 12 x heads x head_dim x keys a
-        layer (PaLM's appendix B, Chowdhery et al. 2022, arXiv:2204.02311). An encoder-decoder's, with the length of its
-        targets, are those of a token of the source and of its share of the target."""
+        """Training FLOPs a token.
+
+        6 a parameter in a product and 12 x heads x head_dim x keys a layer (PaLM's appendix B, Chowdhery et al. 2022,
+        arXiv:2204.02311).
+
+        Args:
+          length: tokens of a row.
+          target_length: of an encoder-decoder's targets; the result is then that of a token of the source and of its
+            share of the target.
+        """
         return self.count_flops(length, *target_length)

@@ -19,11 +19,11 @@ def no_fuse(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     if not one_cpu():
         return function
 
-    def in_rows(*arrays) -> jax.Array:
+    def in_rows(*arrays: jax.Array) -> jax.Array:
         result = function(*arrays)
         return in_order(result, *range(result.ndim))
 
-    def called(*arrays) -> jax.Array:
+    def called(*arrays: jax.Array) -> jax.Array:
         with set_xla_metadata(inlineable='false'):
             return jax.jit(in_rows)(*arrays)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def _powers(theta: float, dim: int) -> np.ndarray:
     return (np.float64(_F32(theta)) ** exponents.astype(np.float64)).astype(_F32)
 
 
-def _rope(frequencies: np.ndarray, **rest) -> Rope:
+def _rope(frequencies: np.ndarray, **rest: Any) -> Rope:
     return Rope(tuple(float(f) for f in frequencies), **rest)
 
 
@@ -79,26 +80,26 @@ def _default_frequencies(theta: float, dim: int) -> np.ndarray:
     return _F32(1) / _powers(theta, dim)
 
 
-def _default(parameters, theta, dim, max_positions):
+def _default(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
     return _rope(_default_frequencies(theta, dim))
 
 
-def _linear(parameters, theta, dim, max_positions):
+def _linear(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
     return _rope(_default_frequencies(theta, dim) / _F32(parameters['factor']))
 
 
-def _dynamic(parameters, theta, dim, max_positions):
+def _dynamic(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
     # NTK-aware scaling changes the base only for rows beyond max_positions, which no batch here has.
     parameters['factor']
     return _default(parameters, theta, dim, max_positions)
 
 
-def _yarn(parameters, theta, dim, max_positions):
+def _yarn(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
     """Peng et al. 2023, arXiv:2309.00071."""
     original = parameters['original_max_position_embeddings']
     factor = parameters['factor'] or max_positions / original
 
-    def magnitude(scale, weight=1.0):
+    def magnitude(scale: float, weight: float = 1.0) -> float:
         return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
 
     attention_factor = parameters.get('attention_factor')
@@ -106,7 +107,7 @@ def _yarn(parameters, theta, dim, max_positions):
         top, bottom = parameters.get('mscale'), parameters.get('mscale_all_dim')
         attention_factor = magnitude(factor, top) / magnitude(factor, bottom) if top and bottom else magnitude(factor)
 
-    def dimension_of(rotations):
+    def dimension_of(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension_of(parameters.get('beta_fast') or 32), dimension_of(parameters.get('beta_slow') or 1)
@@ -120,7 +121,7 @@ def _yarn(parameters, theta, dim, max_positions):
     return _rope(interpolated * (_F32(1) - kept) + extrapolated * kept, factor=attention_factor)
 
 
-def _longrope(parameters, theta, dim, max_positions):
+def _longrope(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
     """Ding et al. 2024, arXiv:2402.13753."""
     original = parameters['original_max_position_embeddings']
     factor = parameters.get('factor') or max_positions / original
@@ -138,7 +139,7 @@ def _longrope(parameters, theta, dim, max_positions):
     )
 
 
-def _llama3(parameters, theta, dim, max_positions):
+def _llama3(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
     """Low frequencies are divided by `factor`, high ones kept, those between blended (Llama 3.1)."""
     frequencies, factor = _default_frequencies(theta, dim), _F32(parameters['factor'])
     low, high = parameters['low_freq_factor'], parameters['high_freq_factor']
@@ -184,7 +185,7 @@ def angles(rope: Rope, positions: jax.Array, segments: jax.Array | None = None) 
 def _any_of_segment(flags: jax.Array, segments: jax.Array) -> jax.Array:
     """Whether any token of the same segment has the flag, `[batch, length]` bool."""
 
-    def of_row(flags, segments):
+    def of_row(flags: jax.Array, segments: jax.Array) -> jax.Array:
         most = jax.ops.segment_max(flags.astype(jnp.int32), segments, len(segments) + 1)
         return most[jnp.clip(segments, 0, len(segments))] > 0
 
@@ -211,8 +212,11 @@ def _turn_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _turn_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The halves as a dimension that is turned round: a loop of vectors, where XLA:CPU asks of every number of a
-    concatenation which half it is in. A TPU would lay such a dimension out anew."""
+    """Rotates pairs with the halves as a dimension that is reversed.
+
+    That is a loop of vectors, where XLA:CPU asks of every number of a concatenation which half it is in. A TPU would
+    lay such a dimension out anew.
+    """
     pairs = x.reshape(*x.shape[:-1], 2, -1)
     turned = pairs * cos[..., None, :] + pairs[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
     return turned.reshape(x.shape)

@@ -6,6 +6,7 @@ float32 moments. Codes lie as the parameter does, so that a mesh divides both al
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ class Moment(NamedTuple):
     scales: jax.Array
 
 
-def _by_layers(rule, grad: jax.Array, *moments):
+def _by_layers(rule: Callable[..., Any], grad: jax.Array, *moments: Any) -> Any:
     """A rule on a parameter; on a large stack layer by layer, so that one layer's moments are wide at a time."""
     if grad.ndim < 3 or grad.size < LARGE:
         return rule(grad, *moments)
@@ -74,9 +75,9 @@ def wide(moment: Moment | jax.Array, signed: bool, dims: int = 2) -> jax.Array:
 def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """Adam's rule (Kingma and Ba 2014, arXiv:1412.6980) on eight-bit moments; steps in the gradients' dtype."""
 
-    def init(params):
-        def zeros(signed):
-            def of(path, leaf):
+    def init(params: Any) -> State:
+        def zeros(signed: bool) -> Any:
+            def of(path: tuple, leaf: jax.Array) -> Moment | jax.Array:
                 value, dims = jnp.zeros(leaf.shape), layer_dims(path_name(path))
                 return encode(value, signed, dims) if math.prod(leaf.shape[-dims:]) >= SMALLEST else value
 
@@ -84,12 +85,14 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
         return State(jnp.zeros((), jnp.int32), zeros(True), zeros(False))
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, State]:
         count = state.count + 1
         correct1, correct2 = 1.0 - b1**count, 1.0 - b2**count
 
-        def rule(dims, grad, mu, nu):
-            def alike(value, signed, was):
+        def rule(
+            dims: int, grad: jax.Array, mu: Moment | jax.Array, nu: Moment | jax.Array
+        ) -> tuple[jax.Array, Moment | jax.Array, Moment | jax.Array]:
+            def alike(value: jax.Array, signed: bool, was: Moment | jax.Array) -> Moment | jax.Array:
                 return encode(value, signed, dims) if isinstance(was, Moment) else value
 
             grad32 = grad.astype(jnp.float32)

@@ -73,25 +73,25 @@ def _adafactor(b1: float, b2: float, eps: float) -> optax.GradientTransformation
     The second moment decays by `1 - t ** -0.8`, at most by `b2` (Zhai et al. 2021, arXiv:2106.04560).
     """
 
-    def own(path) -> tuple[int, ...]:
+    def own(path: tuple) -> tuple[int, ...]:
         return tuple(range(-layer_dims(path_name(path)), 0))
 
-    def init(params):
-        def zeros(path, leaf):
+    def init(params: Any) -> AdafactorState:
+        def zeros(path: tuple, leaf: jax.Array) -> Any:
             if len(own(path)) == 1:
                 return jnp.zeros(leaf.shape)
             return {'row': jnp.zeros(leaf.shape[:-1]), 'col': jnp.zeros((*leaf.shape[:-2], leaf.shape[-1]))}
 
         return AdafactorState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(zeros, params))
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, 'AdafactorState']:
         count = state.count + 1
         decay = jnp.minimum(b2, 1.0 - count.astype(jnp.float32) ** -0.8)
 
-        def moved(was, value):
+        def moved(was: jax.Array, value: jax.Array) -> jax.Array:
             return decay * was + (1.0 - decay) * value
 
-        def rule(path, grad, was):
+        def rule(path: tuple, grad: jax.Array, was: Any) -> tuple[jax.Array, Any]:
             square = jnp.square(grad) + eps
             if isinstance(was, dict):
                 nu = {'row': moved(was['row'], square.mean(-1)), 'col': moved(was['col'], square.mean(-2))}
@@ -126,15 +126,15 @@ def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     arXiv:2502.16982's. Stacked layers are batched.
     """
 
-    def init(params):
+    def init(params: Any) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, 'MuonState']:
         mu = jax.tree.map(lambda was, grad: b1 * was + (1.0 - b1) * grad, state.mu, grads)
         ahead = jax.tree.map(lambda mu, grad: b1 * mu + (1.0 - b1) * grad, mu, grads)  # Nesterov's
         return jax.tree.map(_orthogonalised, ahead), MuonState(mu)
 
-    def label(path, leaf):
+    def label(path: tuple, leaf: jax.Array) -> str:
         name = path_name(path)
         return 'muon' if name.endswith('kernel') and 'lm_head' not in name and leaf.ndim >= 2 else 'adam'
 
@@ -177,7 +177,7 @@ def _wide(tree: Any) -> Any:
 def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """A rule whose state and arithmetic are float32, whatever parameters and gradients are kept in."""
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return rule.update(_wide(grads), state, params)
 
     return optax.GradientTransformation(lambda params: rule.init(_wide(params)), update)
@@ -203,15 +203,15 @@ def make_optimizer(
     if config.name not in _RULES:
         raise UserError(f'optimizer.name={config.name!r}: not in this version; expected one of {", ".join(_RULES)}')
 
-    def decay(updates, params):
-        def decayed(path, update, param):
+    def decay(updates: Any, params: Any) -> Any:
+        def decayed(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
             shrinks = config.weight_decay and path_name(path).endswith(DECAYED)
             return update + config.weight_decay * param if shrinks else update
 
         return jax.tree_util.tree_map_with_path(decayed, _wide(updates), _wide(params))
 
-    def boost(updates, state, params=None):
-        def scaled(path, update):
+    def boost(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def scaled(path: tuple, update: jax.Array) -> jax.Array:
             name = path_name(path)
             factor = (config.new_lr / config.lr if name in newly_initialized else 1.0) * (rate(name) if rate else 1.0)
             return update if factor == 1.0 else update * factor

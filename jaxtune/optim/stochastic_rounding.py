@@ -25,7 +25,7 @@ def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
       key: of this update. An element's bits are a function of it, of the leaf's path and of the element's place.
     """
 
-    def add(path, param, update):
+    def add(path: tuple, param: jax.Array, update: jax.Array) -> jax.Array:
         if param.dtype != jnp.bfloat16:
             return (param + update).astype(param.dtype)
         number = jax.random.bits(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), (), jnp.uint32)

@@ -10,7 +10,7 @@ from jaxtune.common import console
 from jaxtune.errors import UserError
 
 
-def peak_bytes(compiled) -> int:
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes a device needs while it runs a compiled function: arguments, outputs not aliased to them, temporaries."""
     memory = compiled.memory_analysis()
     return (
@@ -30,7 +30,7 @@ def available_bytes() -> int:
     return (psutil.virtual_memory().available + psutil.Process().memory_info().rss) // jax.local_device_count()
 
 
-def try_compile(lowered, limit: int):
+def try_compile(lowered: jax.stages.Lowered, limit: int) -> tuple[jax.stages.Compiled | None, int]:
     """Compiles; returns `(compiled, bytes a device needs)`, with None for what XLA refuses for lack of memory.
 
     XLA's TPU compiler refuses what a chip cannot hold and says how much it would take; on other platforms everything
@@ -58,7 +58,9 @@ def refused_bytes(message: str) -> int:
     return int(float(number) * 1024 ** ('KMGT'.index(unit) + 1))
 
 
-def compile_step(make: Callable[[int], Callable], args: tuple, accumulate: int | str, rows: int):
+def compile_step(
+    make: Callable[[int], Callable], args: tuple, accumulate: int | str, rows: int
+) -> tuple[int, jax.stages.Compiled]:
     """Traces and compiles once for a given number of micro-batches, or tries 1, 2, 4 … until one fits.
 
     Args:

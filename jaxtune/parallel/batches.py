@@ -84,7 +84,7 @@ def place(rows: Callable[[int, int], dict[str, np.ndarray]], batch_size: int, me
     def global_array(value: np.ndarray) -> jax.Array:
         shape = (batch_size, *value.shape[1:])
 
-        def read(index):
+        def read(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             return value[(slice(start - low, stop - low), *index[1:])]
 

@@ -7,7 +7,9 @@ import platform
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,7 @@ def published_peak(kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if kind.lower().startswith(name.lower())), None)
 
 
-def chips(devices) -> int:
+def chips(devices: Sequence[Any]) -> int:
     """Chips among devices: some TPU generations show each of the two cores of a chip as a device of its own."""
     if devices[0].platform != 'tpu':
         return len(devices)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 STATUS = 143  # as after a preemption: the same command continues
 
@@ -56,14 +57,16 @@ class _Link:
       on_lost: called with `(process, host, why)` when the other end falls silent or tells of another that did.
     """
 
-    def __init__(self, connection: socket.socket, process: int, host: str, on_lost: Callable[[int, str, str], None]):
+    def __init__(
+        self, connection: socket.socket, process: int, host: str, on_lost: Callable[[int, str, str], None]
+    ) -> None:
         self.connection, self.process, self.host, self.on_lost = connection, process, host, on_lost
         self._lock = threading.Lock()
         connection.settimeout(SILENCE_SECONDS)
         for target in (self._listen, self._beat):
             threading.Thread(target=target, name=f'liveness-{process}', daemon=True).start()
 
-    def send(self, **message) -> bool:
+    def send(self, **message: Any) -> bool:
         """Whether the line could be sent."""
         try:
             with self._lock:
@@ -96,7 +99,7 @@ class _Link:
 class Watch:
     """This process's links to the others: in process 0 to all of them, elsewhere to process 0."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.links: list[_Link] = []
         self.leaving = False
         self._lock = threading.Lock()

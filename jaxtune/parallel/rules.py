@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -53,7 +54,7 @@ def _fit_anywhere(shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
     return P()
 
 
-def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, large: int = LARGE):
+def match_rules(shapes: Any, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, large: int = LARGE) -> Any:
     """The tree of `PartitionSpec`s of a parameter tree.
 
     A large leaf that its rule leaves whole is divided wherever an axis can. What a typed leaf says may be copied, such
@@ -71,7 +72,7 @@ def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, larg
     sizes = dict(mesh.shape)
     divided = sizes.get('fsdp', 1) * sizes.get('tensor', 1) > 1
 
-    def fitted(name, rule, shape, may_copy=False):
+    def fitted(name: str, rule: P, shape: tuple[int, ...], may_copy: bool = False) -> P:
         spec = _fit(rule, shape, sizes)
         if not divided or math.prod(shape) < large or any(spec):
             return spec
@@ -83,7 +84,7 @@ def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, larg
             )
         return spec
 
-    def spec_of(path, leaf):
+    def spec_of(path: tuple, leaf: Any) -> Any:
         name = path_name(path)
         rule = next((rule for pattern, rule in rules if re.search(pattern, name)), None)
         if rule is None:
@@ -95,12 +96,12 @@ def match_rules(shapes, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES, larg
     return jax.tree_util.tree_map_with_path(spec_of, shapes, is_leaf=_derives)
 
 
-def _derives(leaf) -> bool:
+def _derives(leaf: Any) -> bool:
     """Whether a node is a typed leaf, which derives its arrays' specs from that of the kernel that it stands for."""
     return hasattr(leaf, 'specs')
 
 
-def state_specs(state_shapes, param_shapes, param_specs):
+def state_specs(state_shapes: Any, param_shapes: Any, param_specs: Any) -> Any:
     """Specs of an optimizer state: a leaf under a parameter's path lies as that parameter does.
 
     Adafactor's moments of rows and columns lack one of its dimensions, and a moment in eight bits has `codes` and
@@ -112,7 +113,7 @@ def state_specs(state_shapes, param_shapes, param_specs):
         path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(param_specs, is_leaf=is_spec)
     }
 
-    def spec_of(path, leaf):
+    def spec_of(path: tuple, leaf: Any) -> Any:
         keys = path_name(path).split('/')
         ends = (len(keys), len(keys) - 1) if keys[-1] in ('codes', 'scales', 'row', 'col') else (len(keys),)
         names = ('/'.join(keys[start:end]) for end in ends for start in range(len(keys)))
@@ -130,10 +131,10 @@ def state_specs(state_shapes, param_shapes, param_specs):
     return jax.tree_util.tree_map_with_path(spec_of, state_shapes)
 
 
-def copied_bytes(tree) -> int:
+def copied_bytes(tree: Any) -> int:
     """Bytes of the arrays that lie whole on every device of a mesh that divides others of them (`fsdp`, `tensor`)."""
 
-    def copied(sharding) -> bool:
+    def copied(sharding: Any) -> bool:
         mesh = getattr(sharding, 'mesh', None)
         divides = mesh is not None and mesh.shape.get('fsdp', 1) * mesh.shape.get('tensor', 1) > 1
         return divides and sharding.is_fully_replicated
@@ -142,12 +143,12 @@ def copied_bytes(tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def shardings(specs, mesh: Mesh):
+def shardings(specs: Any, mesh: Mesh) -> Any:
     """A tree of `PartitionSpec`s as a tree of `NamedSharding`s on `mesh`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 
 
-def with_shardings(shapes, placed):
+def with_shardings(shapes: Any, placed: Any) -> Any:
     """A tree of shapes that say where each leaf lies."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed

@@ -17,7 +17,9 @@ class Fit(Protocol):
     may not be copied to every device.
     """
 
-    def __call__(self, spec: P, shape: tuple[int, ...], may_copy: bool = False) -> P: ...
+    def __call__(self, spec: P, shape: tuple[int, ...], may_copy: bool = False) -> P:
+        """The spec that an array of this shape gets."""
+        ...
 
 
 class Weight:
@@ -85,11 +87,11 @@ def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.dot(x, kernel)
 
 
-def _dot_forward(x, kernel):
+def _dot_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
     return jnp.dot(x, kernel), (x, kernel)
 
 
-def _dot_backward(residuals, d_y):
+def _dot_backward(residuals: tuple, d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     d_x = lax.dot_general(d_y, kernel, (((d_y.ndim - 1,), (1,)), ((), ())))
     return d_x, kernel_gradient(x, d_y)
@@ -129,11 +131,11 @@ def _narrow_rows(embedding: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take(embedding, ids, axis=0)
 
 
-def _narrow_rows_forward(embedding, ids):
+def _narrow_rows_forward(embedding: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple]:
     return _narrow_rows(embedding, ids), (embedding, ids)
 
 
-def _narrow_rows_backward(residuals, d_rows):
+def _narrow_rows_backward(residuals: tuple, d_rows: jax.Array) -> tuple[jax.Array, None]:
     embedding, ids = residuals
     wide = jnp.zeros(embedding.shape, jnp.float32).at[ids].add(d_rows.astype(jnp.float32))
     return wide.astype(embedding.dtype), None

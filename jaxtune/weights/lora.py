@@ -52,21 +52,26 @@ class LoRA(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the array that it stands for, stacked."""
         return self.base.shape
 
     @property
     def ndim(self) -> int:
+        """Dimensions of the array that it stands for."""
         return self.base.ndim
 
     @property
-    def dtype(self):
+    def dtype(self) -> jnp.dtype:
+        """Of the array that it stands for."""
         return self.base.dtype
 
     @property
     def size(self) -> int:
+        """Number of parameters among its arrays that are there."""
         return sum(leaf.size for leaf in (self.base, self.a, self.b, self.magnitude) if leaf is not None)
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`."""
         drops = self.dropout and rng is not None
         if not drops and self._summed_first(x):
             y = _sum_dot(x, (self.base, self.a_start, self.b_start, self.scale), self.a, self.b)
@@ -105,10 +110,12 @@ class LoRA(Weight):
         return _sum((self.base, self.a_start, self.b_start, self.scale), self.a, _scaled(self.scale, self.b))
 
     def lookup(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows for ids of any shape, `[*ids.shape, features]`."""
         rows = jnp.take(self.a, ids, axis=0).astype(dtype)
         return lookup(self.base, ids, dtype) + dot(rows, self.b) * self.scale.astype(dtype)
 
     def materialise(self) -> jax.Array:
+        """The plain array that it stands for."""
         leaf = self.expand()
         wide = leaf._sum()
         if leaf.magnitude is not None:
@@ -116,6 +123,7 @@ class LoRA(Weight):
         return wide.astype(leaf.dtype)
 
     def specs(self, spec: P, fit: Fit) -> 'LoRA':
+        """How its arrays lie on a mesh, where a plain kernel would lie as `spec`."""
         inputs, outputs = (*(None,) * (2 - len(spec)), *spec)[-2:]
         placed = {'a': P(inputs, None), 'b': P(None, outputs), 'scale': P(), 'magnitude': P(outputs)}
         placed |= {'a_start': placed['a'], 'b_start': placed['b']}
@@ -130,11 +138,12 @@ class LoRA(Weight):
         )
 
     def expand(self) -> 'LoRA':
+        """The leaf with factors for all layers; those it has none for get zeros."""
         if self.layers is None:
             return self
         count = self.base.shape[0]
 
-        def spread(leaf, fill=0.0):
+        def spread(leaf: jax.Array | None, fill: float = 0.0) -> jax.Array | None:
             if leaf is None:
                 return None
             return jnp.full((count, *leaf.shape[1:]), fill, leaf.dtype).at[jnp.asarray(self.layers)].set(leaf)
@@ -147,6 +156,7 @@ class LoRA(Weight):
         return dataclasses.replace(self, magnitude=magnitude, layers=None, **others)
 
     def eval_mode(self) -> 'LoRA':
+        """The leaf without dropout."""
         return dataclasses.replace(self, dropout=0.0)
 
 
@@ -192,7 +202,7 @@ def _sum_dot(x: jax.Array, frozen: tuple, a: jax.Array, b: jax.Array) -> jax.Arr
     return jnp.dot(x, _sum(frozen, a, _scaled(frozen[-1], b)))
 
 
-def _sum_dot_forward(x, frozen, a, b):
+def _sum_dot_forward(x: jax.Array, frozen: tuple, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
     """`x @ a`, which the gradient of `b` needs, is made with the output, as more columns of one product.
 
     A product as narrow as the rank takes as long as one several times as wide, and several of them 8 % of a step.
@@ -204,7 +214,7 @@ def _sum_dot_forward(x, frozen, a, b):
     return y, (x, frozen, a, b, inner)
 
 
-def _sum_dot_backward(residuals, d_y):
+def _sum_dot_backward(residuals: tuple, d_y: jax.Array) -> tuple:
     """The wide gradient of the sum is never made; `d_y @ b.T` comes with `d_x`, as `x @ a` came with the output."""
     x, frozen, a, b, inner = residuals
     rank, scale = a.shape[-1], frozen[-1].astype(x.dtype)

@@ -8,6 +8,7 @@ mean, are 8-bit numbers in blocks of 256. At blocks of 64 that is 4 + 8/64 + 32/
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,20 +71,25 @@ class NF4(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the array that it stands for, stacked."""
         return (*self.codes.shape[:-2], *self.matrix)
 
     @property
     def ndim(self) -> int:
+        """Dimensions of the array that it stands for."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """Number of parameters among its arrays that are there."""
         return 0 if self.codes is None else math.prod(self.shape)
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`."""
         return _dot(x, self)
 
     def materialise(self) -> jax.Array:
+        """The plain array that it stands for."""
         dequantise = NF4.dequantise
         for _ in self.codes.shape[:-2]:
             dequantise = jax.vmap(dequantise)
@@ -114,6 +120,7 @@ class NF4(Weight):
         return next(n for n in range(least, rows + 1) if rows % n == 0)
 
     def specs(self, spec: P, fit: Fit) -> 'NF4':
+        """How its arrays lie on a mesh, where a plain kernel would lie as `spec`."""
         if self.codes is None:
             return self
         if self.matrix[0] % self.block:  # all in one row, whose blocks no division of the kernel fits
@@ -171,27 +178,27 @@ def _dot(x: jax.Array, weight: NF4) -> jax.Array:
     return _dot_forward(x, weight)[0]
 
 
-def _dot_forward(x, weight):
+def _dot_forward(x: jax.Array, weight: NF4) -> tuple[jax.Array, NF4]:
     # The codes are kept, not the wide weight: dequantising again costs less than the memory.
     last = x.ndim - 1
     if weight.count() == 1:
         return lax.dot_general(x, weight.dequantise(x.dtype), (((last,), (1,)), ((), ()))), weight
 
-    def some(piece):
+    def some(piece: Any) -> jax.Array:
         return lax.dot_general(x, _widen(*piece, weight.block, x.dtype), (((last,), (1,)), ((), ())))
 
     y = jnp.moveaxis(lax.map(some, weight.pieces()), 0, last)
     return checkpoint_name(y.reshape(*x.shape[:-1], -1), 'product'), weight
 
 
-def _dot_backward(weight, d_y):
+def _dot_backward(weight: NF4, d_y: jax.Array) -> tuple[jax.Array, None]:
     # Not before its gradient is there: wide weights that wait for theirs would fill the memory.
     weight, d_y = lax.optimization_barrier((weight, d_y))
     last = d_y.ndim - 1
     if weight.count() == 1:
         return lax.dot_general(d_y, weight.dequantise(d_y.dtype), (((last,), (0,)), ((), ()))), None
 
-    def add(d_x, piece):
+    def add(d_x: jax.Array, piece: Any) -> tuple[jax.Array, None]:
         wide = _widen(*piece[:2], weight.block, d_y.dtype)
         dims = (((last,), (0,)), ((), ()))
         return d_x + lax.dot_general(piece[2], wide, dims, preferred_element_type=jnp.float32), None

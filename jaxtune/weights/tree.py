@@ -9,7 +9,7 @@ from jaxtune.parallel.rules import path_name
 from jaxtune.weights.leaf import is_weight
 
 
-def paths(tree) -> list[str]:
+def paths(tree: Any) -> list[str]:
     """Paths of all leaves as `a/b/c`, in the order of `jax.tree.leaves`."""
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -35,7 +35,7 @@ def layer_dims(path: str) -> int:
     return _LAYER_DIMS.get(path.rsplit('/', 1)[-1], 1)
 
 
-def partition(tree, trains: Callable[[str], bool]):
+def partition(tree: Any, trains: Callable[[str], bool]) -> tuple[Any, Any]:
     """`(trainable, frozen)`: two trees of the same structure, each with None where the other has the leaf."""
     keep = jax.tree_util.tree_map_with_path(lambda path, _: trains(path_name(path)), tree)
     trainable = jax.tree.map(lambda kept, leaf: leaf if kept else None, keep, tree)
@@ -43,16 +43,16 @@ def partition(tree, trains: Callable[[str], bool]):
     return trainable, frozen
 
 
-def combine(trainable, frozen):
+def combine(trainable: Any, frozen: Any) -> Any:
     """Undoes `partition`."""
     return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None)
 
 
-def count(tree) -> int:
+def count(tree: Any) -> int:
     """Number of parameters, whatever they are stored as."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_weight))
 
 
-def nbytes(tree) -> int:
+def nbytes(tree: Any) -> int:
     """Bytes of all leaves, over all devices together."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
