@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
 
 from jaxtune.common import console
 from jaxtune.data import tokenizer as tokenizers
@@ -19,7 +20,9 @@ from jaxtune.parallel.hosts import many_processes
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 
 
-def open_tokens(path: str, split: str, tokenizer, config: ConfigDict, cache: pathlib.Path) -> Tokens:
+def open_tokens(
+    path: str, split: str, tokenizer: PreTrainedTokenizerBase, config: ConfigDict, cache: pathlib.Path
+) -> Tokens:
     """The tokens of `data.train` or `data.eval`.
 
     Args:
@@ -98,7 +101,7 @@ def prepared_tokens(path: str, key: str) -> pathlib.Path | None:
     return None
 
 
-def _checked(tokens: Tokens, name: str, tokenizer, append_eos: bool) -> Tokens:
+def _checked(tokens: Tokens, name: str, tokenizer: PreTrainedTokenizerBase, append_eos: bool) -> Tokens:
     if tokens.fingerprint != tokenizers.fingerprint(tokenizer):
         raise UserError(
             f'{name}: was prepared with another tokenizer (of {tokens.vocab_size} tokens) than this run uses (of '
@@ -111,7 +114,9 @@ def _checked(tokens: Tokens, name: str, tokenizer, append_eos: bool) -> Tokens:
     return tokens
 
 
-def _tokenise(documents: Documents, folder: pathlib.Path, tokenizer, config: ConfigDict, split: str) -> None:
+def _tokenise(
+    documents: Documents, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, config: ConfigDict, split: str
+) -> None:
     count, _ = documents.measure()  # finds a broken line before an hour of work, and how much there is to do
     writer = TokenWriter(folder, tokenizer, config.data.append_eos, documents.name, gzip=split == 'eval')
     with console.progress(count, f'tokenise data.{split}', 'document') as bar, writer:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
 
 from jaxtune.common import console
 from jaxtune.common.io import replace_folder
@@ -55,7 +56,9 @@ class Examples:
         return Encoded(np.asarray(self.ids[low:high]), np.asarray(self.trained[low:high]))
 
     @classmethod
-    def of(cls, encoded: Iterable[Encoded], extra: Mapping[str, Any] | None = None, notes: Iterable[str] = ()):
+    def of(
+        cls, encoded: Iterable[Encoded], extra: Mapping[str, Any] | None = None, notes: Iterable[str] = ()
+    ) -> 'Examples':
         """Examples in memory."""
         encoded = list(encoded)
         offsets = np.zeros(len(encoded) + 1, np.int64)
@@ -108,7 +111,9 @@ class Source:
       UserError: no such data or template, or data of another format.
     """
 
-    def __init__(self, config: ConfigDict, split: str, tokenizer, suits: tuple[str, ...]):
+    def __init__(
+        self, config: ConfigDict, split: str, tokenizer: PreTrainedTokenizerBase, suits: tuple[str, ...]
+    ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.records = open_data(config.data[split], f'data.{split}', suits)
         found = formats.find(self.records, config.data.format, self.records.name, suits)
@@ -147,7 +152,9 @@ def open_data(path: str, key: str, suits: tuple[str, ...]) -> Records:
     return open_records(path, key)
 
 
-def open_template(config: ConfigDict, tokenizer, format_name: str, records: Iterable) -> Template:
+def open_template(
+    config: ConfigDict, tokenizer: PreTrainedTokenizerBase, format_name: str, records: Iterable
+) -> Template:
     """The template of a recipe, which becomes the tokenizer's own.
 
     Raises:
@@ -257,7 +264,7 @@ class ExampleRows:
       packing: several examples share a row, each a segment of its own; else each has its own row.
     """
 
-    def __init__(self, examples: Examples, seq_len: int, packing: bool):
+    def __init__(self, examples: Examples, seq_len: int, packing: bool) -> None:
         self.examples, self.seq_len = examples, seq_len
         sizes = np.diff(examples.offsets)
         rows = pack(sizes, seq_len) if packing else np.arange(len(sizes))
@@ -289,7 +296,7 @@ class ExampleRows:
         return row
 
 
-def pieces(tokenizer, ids: np.ndarray, trained: np.ndarray) -> list[tuple[str, bool]]:
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, trained: np.ndarray) -> list[tuple[str, bool]]:
     """An example as text in runs of trained and other tokens."""
     edges = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
     texts, before = [], ''

@@ -1,4 +1,4 @@
-"""Formats of instruction and preference data: records to conversations, every mistake with its place and a count.
+r"""Formats of instruction and preference data: records to conversations, every mistake with its place and a count.
 
 | format | a record |
 |---|---|
@@ -53,7 +53,7 @@ T = TypeVar('T')
 class FormatError(ValueError):
     """A record is not what its format says; the text says what was expected. `kind` groups mistakes for counting."""
 
-    def __init__(self, kind: str, text: str):
+    def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
         self.kind = kind
 

@@ -34,7 +34,7 @@ class Loader:
       UserError: there are no rows.
     """
 
-    def __init__(self, rows, batch_size: int, seed: int = 0, shuffle: bool = True):
+    def __init__(self, rows: Any, batch_size: int, seed: int = 0, shuffle: bool = True) -> None:
         if not len(rows):
             raise UserError('data.train, data.eval: the data gives no rows; expected at least one')
         self.batch_size, self.shuffle, self.size = batch_size, shuffle, len(rows)
@@ -82,7 +82,7 @@ class Prefetch:
     The thread starts at once and ends with `close()`, at the end of a `with` block, or when this is forgotten.
     """
 
-    def __init__(self, read: Callable[[int], Any], start: int, stop: int, depth: int = 2):
+    def __init__(self, read: Callable[[int], Any], start: int, stop: int, depth: int = 2) -> None:
         self._ready: queue.Queue = queue.Queue(depth)
         self._closed = threading.Event()
         self._left = stop - start
@@ -107,7 +107,7 @@ class Prefetch:
     def __enter__(self) -> 'Prefetch':
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -119,7 +119,7 @@ class Prefetch:
         self._thread.join()
 
 
-def _read_ahead(read, numbers: range, ready: queue.Queue, closed: threading.Event) -> None:
+def _read_ahead(read: Callable[[int], Any], numbers: range, ready: queue.Queue, closed: threading.Event) -> None:
     for t in numbers:
         if closed.is_set():
             return

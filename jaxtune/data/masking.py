@@ -1,6 +1,7 @@
 """Hiding tokens for a masked language model: each row's mask is a pure function of a seed and the row's number."""
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.packing import Row
@@ -28,7 +29,13 @@ class Masking:
       UserError: the tokenizer has no mask token.
     """
 
-    def __init__(self, tokenizer, probability: float, whole_word: bool = False, seed: int | tuple[int, ...] = 0):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        probability: float,
+        whole_word: bool = False,
+        seed: int | tuple[int, ...] = 0,
+    ) -> None:
         if tokenizer.mask_token_id is None:
             raise UserError(
                 'objective=masked_lm: the tokenizer has no mask token; expected tokenizer.path to name one that has '
@@ -77,7 +84,7 @@ class Masking:
         return np.maximum.accumulate(np.where(inside, 0, places))
 
 
-def word_joins(tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def word_joins(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """Which tokens belong to one word: token i continues token j's if `after[i] & before[j]`.
 
     WordPiece marks what continues a word. Elsewhere (byte-level and SentencePiece) two tokens are of one word if a

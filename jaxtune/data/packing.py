@@ -57,7 +57,7 @@ class Rows(abc.ABC):
 class ConcatRows(Rows):
     """See `concat_rows`."""
 
-    def __init__(self, tokens: Tokens, seq_len: int):
+    def __init__(self, tokens: Tokens, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len
         self.unscored_tokens = int(np.count_nonzero(np.diff(tokens.offsets)))
 
@@ -83,7 +83,7 @@ class ConcatRows(Rows):
 class WindowRows(Rows):
     """See `window_rows`."""
 
-    def __init__(self, tokens: Tokens, seq_len: int, packing: bool):
+    def __init__(self, tokens: Tokens, seq_len: int, packing: bool) -> None:
         self.tokens, self.seq_len = tokens, seq_len
         self.starts, self.sizes = cut_documents(tokens, seq_len)
         self.unscored_tokens = len(self.starts)
@@ -135,7 +135,7 @@ def cut_documents(tokens: Tokens, size: int) -> tuple[np.ndarray, np.ndarray]:
 class Bins:
     """Which items share a row, by the row's number; each has its own without packing."""
 
-    def __init__(self, sizes: np.ndarray, capacity: int, packing: bool):
+    def __init__(self, sizes: np.ndarray, capacity: int, packing: bool) -> None:
         bins = pack(sizes, capacity) if packing else np.arange(len(sizes))
         self.order = np.argsort(bins, kind='stable')
         self.edges = np.concatenate([[0], np.cumsum(np.bincount(bins))]) if len(sizes) else np.zeros(1, np.int64)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 SECONDS = 2  # of the processor, to compile a template or to render a conversation
 MEMORY = 1 << 29  # bytes of the process
@@ -32,7 +32,7 @@ _OPEN, _CLOSE = (f'\U000ffff0{secrets.token_hex(8)}{side}' for side in '()')
 class Renderer:
     """The asking end. One process serves all templates; another is started where it has ended."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
         self._lock = threading.Lock()
         atexit.register(self._close)
@@ -109,17 +109,17 @@ def _failure(kind: str, error: BaseException) -> dict[str, str]:
     return {'error': kind, 'message': message}
 
 
-def _write(stream, data: bytes) -> None:
+def _write(stream: BinaryIO, data: bytes) -> None:
     stream.write(len(data).to_bytes(8, 'little') + data)
     stream.flush()
 
 
-def _read(stream) -> bytes:
+def _read(stream: BinaryIO) -> bytes:
     size = int.from_bytes(_exactly(stream, 8), 'little')
     return _exactly(stream, size)
 
 
-def _exactly(stream, size: int) -> bytes:
+def _exactly(stream: BinaryIO, size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:
         raise EOFError
@@ -153,7 +153,7 @@ def _serve() -> None:
         _write(sink, json.dumps(_answer(compiled, data, start_clock)).encode())
 
 
-def _answer(compiled, data: bytes, start_clock: Callable[[], None]) -> list[dict[str, Any]]:
+def _answer(compiled: Callable[[str], Any], data: bytes, start_clock: Callable[[], None]) -> list[dict[str, Any]]:
     from jinja2.exceptions import TemplateSyntaxError
 
     start_clock()
@@ -172,7 +172,7 @@ def _answer(compiled, data: bytes, start_clock: Callable[[], None]) -> list[dict
     return answers
 
 
-def _rendered(template, variables: dict[str, Any], limit: int) -> dict[str, Any]:
+def _rendered(template: Any, variables: dict[str, Any], limit: int) -> dict[str, Any]:
     from jinja2.exceptions import SecurityError, TemplateError
 
     try:
@@ -205,7 +205,7 @@ def _take_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     return ''.join(parts), spans
 
 
-def _environment():
+def _environment() -> Any:
     """Jinja as `transformers` sets it up for chat templates, without what makes text up."""
     import datetime
 
@@ -219,18 +219,24 @@ def _environment():
 
         tags = {'generation'}  # noqa: RUF012
 
-        def parse(self, parser):
+        def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
             return nodes.CallBlock(self.call_method('_mark'), [], [], body).set_lineno(line)
 
-        def _mark(self, caller) -> str:
+        def _mark(self, caller: Callable[[], str]) -> str:
             return _OPEN + caller() + _CLOSE
 
-    def raise_exception(message):
+    def raise_exception(message: str) -> NoReturn:
         raise TemplateError(str(message))
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(

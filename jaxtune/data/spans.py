@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from jaxtune.data import turns
 from jaxtune.data.formats import Chat, FormatError
@@ -45,7 +46,9 @@ class Encoder:
       skip: this many turns at the start (demonstrations) are never trained.
     """
 
-    def __init__(self, template: Template, tokenizer, last: bool = False, skip: int = 0):
+    def __init__(
+        self, template: Template, tokenizer: PreTrainedTokenizerBase, last: bool = False, skip: int = 0
+    ) -> None:
         self.template, self.tokenizer, self.last, self.skip = template, tokenizer, last, skip
         added = getattr(tokenizer, 'added_tokens_decoder', {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -274,7 +277,7 @@ def _first_run(text: str, tokens: tuple[str, ...]) -> str:
     return text[:end]
 
 
-def end_of_turn(template: Template, tokenizer) -> int | None:
+def end_of_turn(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that ends an answer; None if it is not one token."""
     try:
         token = Encoder(template, tokenizer).end_token()
@@ -283,7 +286,7 @@ def end_of_turn(template: Template, tokenizer) -> int | None:
     return None if token is None else tokenizer.convert_tokens_to_ids(token)
 
 
-def tokenise(tokenizer, text: str, edges: Sequence[int]) -> tuple[list[int], np.ndarray]:
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, edges: Sequence[int]) -> tuple[list[int], np.ndarray]:
     """Ids of a text, no token of which lies across an edge, and the characters `[tokens, 2]` that each covers."""
     edges = sorted({edge for edge in edges if 0 < edge < len(text)})
     if not tokenizer.is_fast:
@@ -293,7 +296,7 @@ def tokenise(tokenizer, text: str, edges: Sequence[int]) -> tuple[list[int], np.
     return _pieces(tokenizer, text, crossed) if crossed else (ids, covers)
 
 
-def _encode(tokenizer, text: str) -> tuple[list[int], np.ndarray]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], np.ndarray]:
     if not tokenizer.is_fast:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         return ids, np.tile([[0, len(text)]], (len(ids), 1))
@@ -306,7 +309,7 @@ def _encode(tokenizer, text: str) -> tuple[list[int], np.ndarray]:
     return encoded.input_ids, np.stack([starts, offsets[:, 1]], axis=1)
 
 
-def _pieces(tokenizer, text: str, edges: Sequence[int]) -> tuple[list[int], np.ndarray]:
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, edges: Sequence[int]) -> tuple[list[int], np.ndarray]:
     """Each piece between edges by itself, as it would be tokenised after other text."""
     bounds = [0, *edges, len(text)]
     ids: list[int] = []
@@ -328,7 +331,7 @@ def _pieces(tokenizer, text: str, edges: Sequence[int]) -> tuple[list[int], np.n
 
 
 @functools.lru_cache(maxsize=8)
-def _anchor(tokenizer) -> str:
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
     """What to put before a piece where the tokenizer would begin it with a space of its own; '' where not."""
     first = tokenizer.convert_ids_to_tokens(tokenizer('a', add_special_tokens=False).input_ids[0])
     return '\n' if first.startswith(('▁', 'Ġ')) else ''

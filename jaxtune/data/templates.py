@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from jaxtune.common import paths
 from jaxtune.data import sandbox
 from jaxtune.data.formats import Chat, FormatError
@@ -203,7 +205,9 @@ def _with_tools(turns: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]
     return [{'role': 'system', 'content': f'Tools: {text}'}, *turns]
 
 
-def open_template(wanted: str, tokenizer, format_name: str = '', raw: bool = False) -> Template:
+def open_template(
+    wanted: str, tokenizer: PreTrainedTokenizerBase, format_name: str = '', raw: bool = False
+) -> Template:
     """The template that `data.template` means.
 
     Args:
@@ -254,7 +258,7 @@ def check_wanted(wanted: str) -> None:
     )
 
 
-def _named(name: str, tokenizer) -> str | None:
+def _named(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The Jinja of a named template for a tokenizer; None where it has nothing to end a turn with."""
     end, source = NAMED[name]
     end = end if end and end in tokenizer.get_vocab() else tokenizer.eos_token
@@ -264,7 +268,7 @@ def _named(name: str, tokenizer) -> str | None:
     return re.sub(r'\bEOT\b', lambda _: repr(end), source)
 
 
-def unknown_marks(template: Template, tokenizer) -> list[str]:
+def unknown_marks(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The marks of turns that a template writes and that are no tokens of the tokenizer's: it cuts them in pieces."""
     vocab = tokenizer.get_vocab()
     return [
@@ -285,12 +289,12 @@ def _check(source: str, name: str) -> None:
         raise _result(name, problem)
 
 
-def _tokens(tokenizer) -> tuple[tuple[str, str], ...]:
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...]:
     """The special tokens that a template may name, as `transformers` hands them over: those that there are."""
     return tuple(tokenizer.special_tokens_map.items())
 
 
-def _bos(tokenizer) -> str:
+def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the tokenizer begins a text with."""
     first = tokenizer('a').input_ids[:1]
     return tokenizer.bos_token if first and first[0] == tokenizer.bos_token_id and tokenizer.bos_token else ''

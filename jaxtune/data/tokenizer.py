@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jaxtune.common import hub, paths, stderr
 from jaxtune.common.hub import TOKENIZER_FILES, is_id
@@ -101,7 +101,7 @@ def train(
     return _quiet(_wrap(made, special[3:]))
 
 
-def check_vocab(tokenizer, vocab_size: int) -> None:
+def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Refuses a tokenizer that makes ids for which the model has no row; rows that no token uses are fine.
 
     Raises:
@@ -115,12 +115,12 @@ def check_vocab(tokenizer, vocab_size: int) -> None:
         )
 
 
-def vocab_size(tokenizer) -> int:
+def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The smallest number of model rows that covers every token's id."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def padding_id(tokenizer) -> int | None:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id that pads and never ends a text: a classifier in `transformers` reads the last token that is not padding.
 
     A tokenizer that pads with its EOS gets its unknown token as padding, where that is another; else None, which
@@ -133,7 +133,7 @@ def padding_id(tokenizer) -> int | None:
     return tokenizer.pad_token_id
 
 
-def fingerprint(tokenizer) -> str:
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what turns text into ids: the same for a tokenizer that was saved and opened again."""
     backend = getattr(tokenizer, 'backend_tokenizer', None)
     if backend is None:
@@ -146,7 +146,7 @@ def fingerprint(tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def encode_batch(tokenizer, texts: list[str]) -> list[list[int]]:
+def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Ids of each text as `tokenizer(text)` gives them, its BOS or EOS where it adds one; uses all cores.
 
     Raises:
@@ -186,7 +186,7 @@ def _wrap(tokenizer: tokenizers.Tokenizer, special_tokens: Iterable[str] = ()) -
     )
 
 
-def _quiet(tokenizer):
+def _quiet(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Without the warning on texts longer than the model: they are cut into rows later."""
     warned = getattr(tokenizer, 'deprecation_warnings', None)
     if warned is not None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from jaxtune.common.io import replace_folder
 from jaxtune.data import tokenizer as tokenizers
@@ -48,6 +49,7 @@ class Tokens:
 
     @property
     def documents(self) -> int:
+        """How many there are."""
         return len(self.offsets) - 1
 
     def document(self, index: int) -> np.ndarray:
@@ -89,7 +91,7 @@ class Shards:
       parts: memory-mapped arrays of one type.
     """
 
-    def __init__(self, parts: list[np.ndarray]):
+    def __init__(self, parts: list[np.ndarray]) -> None:
         self.parts, self.dtype = parts, parts[0].dtype
         self.ends = np.cumsum([len(part) for part in parts])
 
@@ -124,7 +126,14 @@ class TokenWriter:
       UserError: `append_eos` and the tokenizer has no EOS.
     """
 
-    def __init__(self, folder: pathlib.Path, tokenizer, append_eos: bool, source: str = '', gzip: bool = False):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        tokenizer: PreTrainedTokenizerBase,
+        append_eos: bool,
+        source: str = '',
+        gzip: bool = False,
+    ) -> None:
         self.eos = tokenizer.eos_token_id if append_eos else None
         if append_eos and self.eos is None:
             raise UserError('data.append_eos=True: the tokenizer has no EOS token; expected data.append_eos=False')
@@ -146,7 +155,7 @@ class TokenWriter:
         self.file = (self.temporary / 'tokens.bin').open('wb')
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
                 self._flush()
@@ -200,7 +209,7 @@ def write_meta(
     folder: pathlib.Path,
     lengths: np.ndarray,
     text_bytes: int,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     append_eos: bool,
     source: str,
     gzip_bits_per_byte: float | None,
@@ -211,6 +220,11 @@ def write_meta(
     Args:
       folder: where the tokens are.
       lengths: ids of each document, `[documents]`.
+      text_bytes: of all texts, in UTF-8.
+      tokenizer: that made the ids.
+      append_eos: whether each document ends in EOS.
+      source: what the documents are, for messages.
+      gzip_bits_per_byte: what `gzip -9` needs for the texts; None where it was not asked.
       shards: ids in each file, where there are several.
     """
     offsets = np.zeros(len(lengths) + 1, np.int64)

@@ -100,13 +100,13 @@ class Phase(NamedTuple):
       name: in progress bars, logs and names of jobs.
       about: what it does, in a line.
       run: does the task of a number; what it leaves appears whole or not at all.
-      count: how many tasks there are.
+      tasks: how many there are.
     """
 
     name: str
     about: str
     run: Callable[[Work, int], None]
-    count: Callable[[Work], int] = one_task
+    tasks: Callable[[Work], int] = one_task
 
 
 class Index(Protocol):

@@ -21,7 +21,7 @@ def digest(text: str) -> np.ndarray:
 class Digests:
     """What the assignment of splits must know of a task's documents."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.digests: list[np.ndarray] = []
         self.groups: list[int] = []
         self.bytes: list[int] = []
@@ -55,7 +55,7 @@ class Corpus:
       tasks: how many there are.
     """
 
-    def __init__(self, work: pathlib.Path, tasks: int):
+    def __init__(self, work: pathlib.Path, tasks: int) -> None:
         self.work, self.tasks = work, tasks
         parts = [shards.load(work / 'index' / f'{rank:05d}.npz') for rank in range(tasks)]
         self.counts = np.array([len(part['bytes']) for part in parts], np.int64)

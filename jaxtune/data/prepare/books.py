@@ -6,6 +6,7 @@ import re
 import urllib.parse
 import zipfile
 from collections.abc import Iterator
+from io import BufferedIOBase
 
 from jaxtune.data.prepare import wikitext
 
@@ -87,7 +88,7 @@ def page_text(page: bytes) -> str:
 class _Bounded:
     """A stream that gives so many bytes between two pages at most."""
 
-    def __init__(self, stream, limit: int):
+    def __init__(self, stream: BufferedIOBase, limit: int) -> None:
         self.stream, self.limit, self.given = stream, limit, 0
 
     def read(self, size: int = -1) -> bytes:
@@ -98,7 +99,7 @@ class _Bounded:
         return data
 
 
-def wikipedia(stream, limit: int) -> Iterator[tuple[str, str]]:
+def wikipedia(stream: BufferedIOBase, limit: int) -> Iterator[tuple[str, str]]:
     """`(title, text)` of the articles in a MediaWiki XML dump, read as a stream.
 
     Args:

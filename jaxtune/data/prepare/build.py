@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import zlib
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -18,10 +18,13 @@ from jaxtune.data.prepare.plan import Plan
 from jaxtune.data.prepare.shards import Stored
 from jaxtune.data.prepare.stats import total
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 21, 4096
 _GZIP_LIMIT = 64 << 20
 STATS, MANIFEST, SET_ASIDE, TRAIN_RECORDS = 'stats.json', 'manifest.json', 'set_aside.jsonl', 'train.jsonl'
-_SIDES = ('train', 'eval')
+_SIDES: tuple[str, str] = ('train', 'eval')
 
 
 class Part:
@@ -32,7 +35,7 @@ class Part:
       rank: of the task.
     """
 
-    def __init__(self, work: Work, rank: int):
+    def __init__(self, work: Work, rank: int) -> None:
         plan, folder = work.plan, work.folder
         self.folder, self.plan = folder / 'parts' / f'{rank:05d}', plan
         self.temporary = self.folder.with_name(f'.{rank:05d}.{os.uname().nodename}.{os.getpid()}')
@@ -87,7 +90,7 @@ class Part:
             self.tokens[label] = self.tokens.get(label, 0) + copies * len(ids)
         self.pending, self.characters = [], 0
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None and self.pending:
             self._flush()
         for file in (*self.texts.values(), *self.bins.values()):
@@ -105,7 +108,7 @@ class Part:
 
 
 @functools.lru_cache(1)
-def _tokenizer(path: str, changed: int):
+def _tokenizer(path: str, changed: int) -> 'PreTrainedTokenizerBase':
     """Opened once a process, not once a task."""
     from jaxtune.data import tokenizer as tokenizers
 
@@ -160,7 +163,9 @@ def statistics(work: Work) -> dict[str, Any]:
     return stats
 
 
-def _tokens(work: pathlib.Path, tasks: int, side: str, folder: pathlib.Path, tokenizer, plan: Plan) -> dict[str, Any]:
+def _tokens(
+    work: pathlib.Path, tasks: int, side: str, folder: pathlib.Path, tokenizer: 'PreTrainedTokenizerBase', plan: Plan
+) -> dict[str, Any]:
     from jaxtune.data import tokenizer as tokenizers
     from jaxtune.data.tokens import dtype_of, write_meta
 
@@ -202,7 +207,7 @@ def _tokens(work: pathlib.Path, tasks: int, side: str, folder: pathlib.Path, tok
     return write_meta(folder, counts, text_bytes, tokenizer, plan.keys['append_eos'], source, ratio, shards)
 
 
-def _copy(source, target, count: int) -> None:
+def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
     while count:
         data = source.read(min(count, 1 << 22))
         target.write(data)

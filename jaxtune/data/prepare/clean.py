@@ -45,7 +45,7 @@ def mend_encoding(text: str) -> str:
 
 
 @functools.cache
-def _ftfy():
+def _ftfy() -> tuple[Callable[..., str], Callable[[str], bool], Any]:
     import ftfy
 
     # Only the encoding: quotation marks, ligatures and widths are the author's own.
@@ -64,7 +64,7 @@ def _ftfy():
 
 
 def plain_unicode(text: str) -> str:
-    """NFC, `\\n` as the end of lines, and no control or invisible direction characters."""
+    r"""NFC, `\n` as the end of lines, and no control or invisible direction characters."""
     text = _LINE_ENDS.sub('\n', text)
     text = _CONTROL.sub('', text)
     return text if text.isascii() else unicodedata.normalize('NFC', text)
@@ -110,7 +110,7 @@ _DOMAIN = re.compile(rf'(?:{_LABEL}\.)+{_LABEL}|\[(?:{_BYTE}\.){{3}}(?:{_BYTE}|[
 
 
 @functools.cache
-def _addresses():
+def _addresses() -> Any:
     from datatrove.pipeline.formatters import PIIFormatter
 
     return PIIFormatter(ip_replacement=ADDRESS).ip_replacer

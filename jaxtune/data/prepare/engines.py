@@ -38,7 +38,7 @@ class Task(PipelineStep):
 
     type = 'jaxtune'
 
-    def __init__(self, phase: Phase, work: Work):
+    def __init__(self, phase: Phase, work: Work) -> None:
         self.name = phase.name
         super().__init__()
         self.phase, self.work = phase, work
@@ -84,7 +84,7 @@ def run(phase: Phase, work: Work, engine: str, workers: int) -> None:
       UserError: a task says what is wrong with the recipe or the data.
       RuntimeError: a task failed.
     """
-    logs, count = _logs(phase, work), phase.count(work)
+    logs, count = _logs(phase, work), phase.tasks(work)
     shutil.rmtree(_refusals(phase, work), ignore_errors=True)
     executor = (_ray if engine == 'ray' else _local)(Task(phase, work), count, logs, min(workers, count))
     try:
@@ -187,7 +187,7 @@ def submit(phases: list[Phase], work: Work, settings: Settings, workers: int) ->
 
         job_id = None
 
-        def launch_job(self):
+        def launch_job(self) -> None:
             number = str(phases.index(self.pipeline[0].phase) + 1)
             if self.depends is not None:
                 self.depends_job_id = self.depends.job_id
@@ -208,7 +208,7 @@ def submit(phases: list[Phase], work: Work, settings: Settings, workers: int) ->
         logs = _logs(phase, work)
         before = kind(
             [Task(phase, work)],
-            tasks=phase.count(work),
+            tasks=phase.tasks(work),
             time=settings.time,
             partition=settings.partition,
             mem_per_cpu_gb=settings.memory_gb,

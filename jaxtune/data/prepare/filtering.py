@@ -18,7 +18,7 @@ class Filters:
       UserError: a step cannot be opened.
     """
 
-    def __init__(self, plan: Plan, stats: Stats):
+    def __init__(self, plan: Plan, stats: Stats) -> None:
         self.plan, self.stats, self.settings = plan, stats, plan.settings
         self.steps = [step for step in steps.asked_for(plan) if step.process is not None]
         for step in self.steps:

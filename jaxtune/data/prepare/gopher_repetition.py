@@ -67,7 +67,7 @@ class _Grams:
       ends: characters before each word, and in all, `[words + 1]`.
     """
 
-    def __init__(self, hashes: np.ndarray, ends: np.ndarray):
+    def __init__(self, hashes: np.ndarray, ends: np.ndarray) -> None:
         self.hashes, self.ends = hashes, ends
         self.most: int | None = None
         self.again: np.ndarray | None = None

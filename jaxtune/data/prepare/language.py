@@ -3,6 +3,7 @@
 import functools
 import re
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,7 @@ def _latin(sample: str, share: float) -> tuple[str, float]:
 
 
 @functools.cache
-def _model(path: str):
+def _model(path: str) -> Any:
     try:
         import fasttext
     except ImportError:

@@ -22,7 +22,7 @@ class Signatures:
       settings: `steps.dedup.near`, `.hashes` and `.ngram` are read.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings) -> None:
         dedup = settings.steps.dedup
         self.similarity, self.hashes, self.ngram = dedup.near, dedup.hashes, dedup.ngram
         self.signatures: list[np.ndarray] = []

@@ -27,7 +27,7 @@ def paragraph_hashes(text: str) -> tuple[np.ndarray, list[str]]:
 class Lines:
     """The hashes of the lines of a task's documents."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.hashes = [np.zeros(0, np.uint64)]
         self.counts: list[int] = []
 
@@ -74,7 +74,7 @@ def search(work: Work, corpus: Corpus, state: np.ndarray) -> None:
 class Paragraphs:
     """Cuts lines that more documents hold than the recipe allows."""
 
-    def __init__(self, work: pathlib.Path):
+    def __init__(self, work: pathlib.Path) -> None:
         self.known = shared_text.Known(**shards.load(work / 'paragraphs.npz'))
 
     def cut(self, text: str, number: int) -> str:

@@ -43,6 +43,7 @@ class Source:
 
     @property
     def key(self) -> str:
+        """The key of the recipe, for messages."""
         return f'data.sources.{self.label}'
 
 
@@ -73,6 +74,7 @@ class Plan:
 
     @property
     def records(self) -> bool:
+        """Whether records are made, not tokens."""
         return self.format in RECORDS
 
     @functools.cached_property

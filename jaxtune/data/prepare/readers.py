@@ -72,7 +72,9 @@ def _whole(unit: Unit, plan: Plan, set_aside: SetAside) -> bytes | None:
     return data
 
 
-def _lines(stream, limit: int, path: str, set_aside: SetAside, end: int = 0) -> Iterator[tuple[int, int, bytes]]:
+def _lines(
+    stream: io.BufferedIOBase, limit: int, path: str, set_aside: SetAside, end: int = 0
+) -> Iterator[tuple[int, int, bytes]]:
     """`(number, offset, line)`; a line over the limit is passed over in pieces and set aside."""
     number, offset = 0, stream.tell()
     while not end or offset < end:
@@ -110,7 +112,7 @@ def _jsonl(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Itera
                 yield document
 
 
-def _skip_to(stream, start: int) -> None:
+def _skip_to(stream: io.BufferedIOBase, start: int) -> None:
     """Moves to the first line that begins at or after a byte."""
     stream.seek(start - 1)
     while (rest := stream.readline(1 << 20)) and not rest.endswith(b'\n'):

@@ -37,7 +37,7 @@ class Remaining:
       without: a step that is left out, as what it needs is not known yet.
     """
 
-    def __init__(self, work: Work, rank: int, stats: Stats | None = None, without: str = ''):
+    def __init__(self, work: Work, rank: int, stats: Stats | None = None, without: str = '') -> None:
         self.work, self.rank, self.stats = work, rank, stats or Stats()
         self.fates = shards.load(work.folder / 'fates' / f'{rank:05d}.npz')
         self.judges = [

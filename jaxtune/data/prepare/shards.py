@@ -38,7 +38,7 @@ class Stored:
 class Writer:
     """Writes the documents of a task; the file appears whole, on `close`."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path) -> None:
         import pyarrow
 
         self.path = path
@@ -48,10 +48,12 @@ class Writer:
         self._file = pyarrow.CompressedOutputStream(file, 'zstd')
 
     def add(self, document: Stored) -> None:
+        """Writes a document."""
         row = [document.source, document.id, document.text, document.kind, document.metadata, document.record]
         self._file.write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
 
     def close(self) -> None:
+        """Puts the file in its place."""
         self._file.close()
         self._place.close()
 
@@ -65,7 +67,7 @@ def read(path: pathlib.Path) -> Iterator[Stored]:
             yield Stored(*json.loads(line))
 
 
-def _lines(stream) -> Iterator[bytes]:
+def _lines(stream: Any) -> Iterator[bytes]:
     rest = b''
     while block := stream.read(1 << 20):
         *lines, rest = (rest + block).split(b'\n')

@@ -20,7 +20,7 @@ class Known:
       first: numbers of documents, int64 `[hashes]`.
     """
 
-    def __init__(self, hash: np.ndarray, first: np.ndarray):
+    def __init__(self, hash: np.ndarray, first: np.ndarray) -> None:
         self.hash, self.first = hash, first
 
     def elsewhere(self, hashes: np.ndarray, number: int) -> np.ndarray:

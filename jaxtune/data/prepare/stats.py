@@ -11,7 +11,7 @@ _LENGTHS = ('lengths_in', 'lengths_out')
 class Stats:
     """Counts of one task; those of all tasks are added up in the tasks' order, so that the sum is always the same."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps: dict[str, dict[str, Any]] = {}
         self.sources: dict[str, dict[str, Any]] = {}
         self.languages: dict[str, int] = {}

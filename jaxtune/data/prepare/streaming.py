@@ -61,7 +61,7 @@ class Splits:
       UserError: too little is left.
     """
 
-    def __init__(self, documents: Documents, min_chars: int, eval_fraction: float):
+    def __init__(self, documents: Documents, min_chars: int, eval_fraction: float) -> None:
         self.documents = documents
         self.short = self.duplicates = 0
         sides, scores, seen = bytearray(), [], set()
@@ -114,7 +114,7 @@ class Streaming:
     splits: Splits
     tokenizer: Any
 
-    def __init__(self, documents: Documents, data: Settings, tokenizer: str, workdir: pathlib.Path):
+    def __init__(self, documents: Documents, data: Settings, tokenizer: str, workdir: pathlib.Path) -> None:
         self.documents, self.data, self.tokenizer_path, self.workdir = documents, data, tokenizer, workdir
 
     @property

@@ -18,7 +18,7 @@ _SHIFT = np.uint64(61)  # the upper bits of a hash say which of them
 class Substrings:
     """Cuts runs of at least `length` words that an earlier document holds, whatever stands between the words."""
 
-    def __init__(self, work: pathlib.Path, length: int):
+    def __init__(self, work: pathlib.Path, length: int) -> None:
         parts = [shards.load(work / 'substrings' / f'{rank:05d}.npz') for rank in range(SUBSTRING_TASKS)]
         self.known = shared_text.Known(*(np.concatenate([part[name] for part in parts]) for name in ('hash', 'first')))
         self.length = length
@@ -54,7 +54,7 @@ class Windows:
       length: words in a run.
     """
 
-    def __init__(self, length: int):
+    def __init__(self, length: int) -> None:
         self.length, self.hashes, self.owners = length, [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
 
     def add(self, text: str, number: int) -> None:

@@ -6,7 +6,8 @@ import logging
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from jaxtune.common.settings import Settings
 from jaxtune.data.prepare import Document, Dropped, Step
@@ -96,7 +97,7 @@ def limited(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(signum, frame):
+    def stop(signum: int, frame: object) -> None:
         raise TooSlowError(f'extraction took longer than data.steps.extract.seconds={seconds:g}')
 
     before = signal.signal(signal.SIGALRM, stop)
@@ -109,7 +110,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 @functools.cache
-def _trafilatura():
+def _trafilatura() -> tuple[Callable[..., str | None], Callable[[str], Any]]:
     import trafilatura
     from trafilatura.utils import load_html
 
@@ -143,7 +144,7 @@ def extract(page: str, favour: str = 'balance') -> str:
     return text or ''
 
 
-def _unwrap_layout(tree) -> None:
+def _unwrap_layout(tree: Any) -> None:
     """Tables that only place text become divisions, so that their text stays in paragraphs."""
     for table in list(tree.iter('table')):
         cells = [cell for cell in table.iter('td', 'th') if next(cell.iterancestors('table'), None) is table]

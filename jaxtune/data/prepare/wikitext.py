@@ -40,7 +40,7 @@ def _without(text: str, spans: Iterator[tuple[int, int]]) -> str:
 class _Ahead:
     """Looks for things at places that only move on: no stretch of the text is read twice for the same thing."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         self.text, self.seen = text, {}
 
     def find(self, part: str | re.Pattern, start: int) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def splitter():
+def splitter() -> Any:
     """Our split into words for datatrove's rules, which take theirs from large language packages."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 

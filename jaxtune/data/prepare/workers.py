@@ -27,6 +27,7 @@ class LocalExecutor(LocalPipelineExecutor):
     """
 
     def run(self) -> None:
+        """Runs them, and waits."""
         ranks = self.get_incomplete_ranks()
         if self.workers == 1:
             whole = self.pipeline
@@ -63,7 +64,7 @@ class _Worker:
       rank: of the task that it is at; None = it waits for one.
     """
 
-    def __init__(self, context, executor: LocalExecutor):
+    def __init__(self, context: Any, executor: LocalExecutor) -> None:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(executor, theirs), daemon=True)
         self.process.start()
