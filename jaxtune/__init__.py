@@ -7,7 +7,7 @@ import sys
 __version__ = '0.1.0'
 
 if sys.argv[:1] == ['-m'] and not sys.flags.safe_path and sys.path[0] == os.getcwd():
-    # `python -m jaxtune.main`: Python has put the current folder first, where a yaml.py of a person's would take the
+    # `python -m jaxtune.main`: Python has put the current folder first, where a yaml.py of the user's would take the
     # place of the library. Their own functions are imported by `jaxtune.common.imports`. A checkout that is not
     # installed stays at the end, for worker processes to find this package.
     del sys.path[0]

@@ -1,7 +1,7 @@
 """A conversation in the terminal with any model folder or workdir: `python -m jaxtune.chat --model=WORKDIR`.
 
-Answers appear as they are written. `/reset` forgets the conversation, `/system TEXT` begins a new one under a system
-prompt, `/adapter NAME` answers with another of several adapters, `/exit` (or the end of the input) leaves.
+Answers are streamed. `/reset` clears the conversation, `/system TEXT` starts a new one with a system prompt,
+`/adapter NAME` answers with another of several adapters, `/exit` (or the end of the input) leaves.
 """
 
 import os
@@ -18,11 +18,11 @@ FLAGS = {
     'adapter': ('', 'an adapter folder, or the workdir that holds one; several, with commas, to switch between'),
     'template': ('auto', "the model's own chat template (auto), a name such as chatml, or a Jinja text"),
     'system': ('', 'a system prompt'),
-    'temperature': (0.7, '0 takes the likeliest token'),
-    'top_p': (0.95, 'draw among the likeliest tokens of this total probability'),
-    'top_k': (0, 'draw among the k likeliest tokens; 0 = all'),
-    'max_new_tokens': (256, 'length of an answer at most'),
-    'seed': (0, 'seed of the draws'),
+    'temperature': (0.7, 'sampling temperature; 0 = greedy'),
+    'top_p': (0.95, 'nucleus sampling: from the most likely tokens of this total probability'),
+    'top_k': (0, 'sample from the k most likely tokens; 0 = all'),
+    'max_new_tokens': (256, 'maximum length of an answer'),
+    'seed': (0, 'seed of sampling'),
     'dtype': ('float32', 'float32 or bfloat16'),
 }
 
@@ -68,7 +68,7 @@ class Chat:
         self.system = config.sft.system
 
     def say(self, text: str) -> Iterator[str]:
-        """Answers, piece by piece; of a conversation that is too long, the oldest turns are forgotten.
+        """Streams the answer; the oldest turns of a conversation that is too long are dropped.
 
         Raises:
           UserError: the message alone is too long.
@@ -87,18 +87,18 @@ class Chat:
                 break
             new.append(token)
             whole = decode_continuation(self.tokenizer, prompt, new)
-            if not whole.endswith('�'):  # half a character: the rest is under way
+            if not whole.endswith('�'):  # an incomplete character
                 yield whole[len(shown) :]
                 shown = whole
         self.turns.append({'role': 'assistant', 'content': shown})
 
     def reset(self, system: str | None = None) -> None:
-        """Forgets the conversation, and begins one under another system prompt if one is given."""
+        """Clears the conversation, and sets another system prompt if one is given."""
         self.turns = []
         self.system = self.system if system is None else system
 
     def switch(self, name: str) -> None:
-        """Answers with another adapter from here on.
+        """Switches to another adapter.
 
         Raises:
           UserError: there is none of this name.
@@ -129,12 +129,12 @@ class Chat:
 
 
 def run(chat: Chat, lines: Iterator[str], write: Callable[[str], object]) -> None:
-    """Talks until the input ends.
+    """Answers until the input ends.
 
     Args:
       chat: the conversation.
-      lines: what a person types.
-      write: shows a piece of text.
+      lines: the user's input.
+      write: prints a piece of text.
     """
     for line in lines:
         words = line.strip()
@@ -157,7 +157,7 @@ def run(chat: Chat, lines: Iterator[str], write: Callable[[str], object]) -> Non
 
 
 def _typed() -> Iterator[str]:
-    """Lines from the terminal, with a prompt where a person sits there."""
+    """Lines of standard input, with a prompt on a terminal."""
     while True:
         try:
             yield input('\n> ' if sys.stdin.isatty() else '')

@@ -1,15 +1,15 @@
-"""The one exception a person is meant to read, and how another's exception becomes one."""
+"""`UserError`, the exception whose message the user reads, and context managers that turn others into it."""
 
 import contextlib
 import errno
 from collections.abc import Iterator
 from typing import Any
 
-_SHOWN = 200  # characters of a value, or of what another's code says, in a message
+_SHOWN = 200  # characters of a value, or of a foreign message, in a message
 
 
 class UserError(Exception):
-    """The recipe, the data or the model handed in is wrong.
+    """The recipe, the data or the model is wrong.
 
     The message is one line that names the key or the `file:line` and says what was expected; `main` prints it to
     stderr without a traceback and exits with status 2.
@@ -17,16 +17,16 @@ class UserError(Exception):
 
 
 def shown(value: Any) -> str:
-    """A value for a message: its `repr`, cut where it is long; where it has none (of 5,000 digits, say), its type."""
+    """A value for a message: its `repr`, truncated; if that fails (an integer of 5,000 digits), its type."""
     try:
         text = repr(value)
-    except Exception as error:  # another's __repr__ raises what it likes
+    except Exception as error:  # a foreign __repr__ may raise anything
         text = f'<{type(value).__name__}: {error}>'
     return _cut(text)
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
+    """The type and the message of an exception, on one line."""
     text = ' '.join(str(error).split())
     return _cut(f'{type(error).__name__}: {text}' if text else type(error).__name__)
 
@@ -36,7 +36,7 @@ def _cut(text: str) -> str:
 
 
 def out_of_memory(error: BaseException) -> str:
-    """What to say where a program ended for lack of memory, of the host or of a device; '' where it ended otherwise."""
+    """The message for an error that means out of memory, of the host or a device; '' for other errors."""
     seen = error
     while seen is not None:
         text = str(seen)
@@ -62,10 +62,10 @@ def place(error: BaseException, path: str) -> str:
 
 @contextlib.contextmanager
 def blamed_on(what: str, file: str = '') -> Iterator[None]:
-    """Around a person's own code: whatever it raises becomes one line, leaving the program with `sys.exit` too.
+    """Around code of the user: any exception, `sys.exit` too, becomes a `UserError` of one line.
 
     Args:
-      what: begins the message: the key and its value, or what fails.
+      what: the start of the message: the key and its value, or what fails.
       file: of that code, to name the line.
 
     Raises:
@@ -82,12 +82,12 @@ def blamed_on(what: str, file: str = '') -> Iterator[None]:
 
 @contextlib.contextmanager
 def parsing(what: str) -> Iterator[None]:
-    """Around another's parser of what a person handed in: whatever it raises becomes one line.
+    """Around a third-party parser of user input: any exception becomes a `UserError` of one line.
 
-    Some raise what is no `Exception`: a panic of the Rust code under `tokenizers` is a BaseException.
+    A panic of the Rust code under `tokenizers` is a BaseException, not an Exception.
 
     Args:
-      what: begins the message: the file, or the key and its value.
+      what: the start of the message: the file, or the key and its value.
 
     Raises:
       UserError: the parser raised something else than that.

@@ -26,25 +26,25 @@ from jaxtune.parallel import make_mesh, place_all
 from jaxtune.pretrained.load import assemble
 from jaxtune.recipe import recipes
 
-_MULTIPLE = 64  # lengths are padded to it, so that few shapes are compiled
-_LONGEST = 2048  # of a model that has no limit of its own
+_MULTIPLE = 64  # lengths are padded to a multiple of it, so that few shapes are compiled
+_LONGEST = 2048  # for a model without a limit of its own
 
 
 class JaxtuneLM(TemplateLM):
-    """A decoder, as the harness asks for it.
+    """A decoder behind the harness's interface.
 
     Args:
       path: a model folder, a hub id or a workdir.
       adapter: an adapter folder, or the workdir that holds one.
-      batch_size: rows a batch.
-      max_length: the longest row; default the model's own positions.
+      batch_size: rows per batch.
+      max_length: maximum length of a row; default: the model's positions.
       dtype: `float32` or `bfloat16`.
-      fsdp, tensor: sizes of the mesh; the rest of the devices hold copies.
-      seed: of sampling, where a task samples.
+      fsdp, tensor: sizes of the mesh; remaining devices are data parallel.
+      seed: of sampling.
       recipe: further keys of a recipe, flat.
 
     Raises:
-      UserError: no such model, or one that is no decoder.
+      UserError: no such model, or it is no decoder.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class JaxtuneLM(TemplateLM):
         return self.tokenizer.name_or_path.replace('/', '__')
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; one that begins with the prefix token already gets no other."""
+        """Token ids of a text; a leading prefix token is not repeated."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, by the tokenizer's own template."""
+        """A conversation rendered with the tokenizer's own template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -127,7 +127,7 @@ class JaxtuneLM(TemplateLM):
         return jax.lax.map(score_row, (hidden, batch['targets']))
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Numbers of rows by batch, the longest first, so that a batch's rows are of one length nearly."""
+        """Indices of rows by batch, the longest first, so that rows of a batch have similar lengths."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         for first in range(0, len(order), self.batch_size):
             yield order[first : first + self.batch_size]

@@ -1,6 +1,6 @@
-"""The door: `python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--check] [--config.KEY=VALUE ...]`.
+"""The command: `python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--check] [--config.KEY=VALUE ...]`.
 
-Exit status: 0 done · 2 the recipe, the data or the model handed in is wrong · 130 stopped by Ctrl-C and 143 by SIGTERM,
+Exit status: 0 done · 2 the recipe, the data or the model is wrong · 130 stopped by Ctrl-C and 143 by SIGTERM,
 training after saving a checkpoint; the same command continues.
 """
 

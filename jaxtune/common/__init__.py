@@ -1,1 +1,1 @@
-"""What knows neither arrays nor recipes: the console, files, errors, names that people give."""
+"""Utilities that know neither arrays nor recipes: console, files, registries, user imports, signals."""

@@ -1,4 +1,4 @@
-"""What a value of a recipe may be: functions that return the value, mended, or say what was expected."""
+"""Checks of the values of a recipe: functions that return the value, normalised, or raise what was expected."""
 
 import ast
 import difflib
@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune.common import paths
 
-MOST = 2**31 - 1  # of what is counted: an int32 of an array holds it
+MOST = 2**31 - 1  # largest count, which fits in an int32
 
 
 class ExpectedError(ValueError):
@@ -151,14 +151,14 @@ def _encodes(value: str) -> bool:
 
 
 def path(value: Any) -> str:
-    """A path of this machine, or what stands in its place; nothing need be there."""
+    """A path of this machine, a hub id or @STAGE; it need not exist."""
     if problem := paths.wrong(text(value)):
         raise ExpectedError(problem)
     return value
 
 
 def path_list(value: Any) -> str:
-    """Paths with commas between them."""
+    """Paths, separated by commas."""
     for part in text(value).split(','):
         path(part.strip())
     return value

@@ -1,4 +1,4 @@
-"""What a person sees on the terminal: notes, facts, tables and progress bars, from process 0 only."""
+"""Output to the terminal: notes, facts, tables and progress bars, from process 0 only."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from rich.text import Text
 from jaxtune.common.streams import Output
 
 WIDTH = 80
-# A bar is drawn at most so often, however fast it advances; a line of a log comes at most so often.
+# Least time between two drawings of a bar, and between two lines of progress in a log.
 _DRAW_SECONDS = 0.1
 _LINE_SECONDS = 30.0
 _CHATTY = (
@@ -32,7 +32,7 @@ _shared: '_Shared | None' = None
 
 
 def quiet_logs() -> None:
-    """Silences the libraries below us: their errors still reach the terminal, their warnings and chatter do not.
+    """Silences the libraries below: their errors still reach the terminal, their warnings and logs do not.
 
     What the environment already says (`TRANSFORMERS_VERBOSITY=info`, `PYTHONWARNINGS=default`) is left as it is.
     """
@@ -62,7 +62,7 @@ def quiet_logs() -> None:
 
 
 def set_primary(primary: bool) -> None:
-    """Says whether this process is the one that prints and writes (process 0 of a pod)."""
+    """Sets whether this process prints and writes (process 0 of a pod)."""
     global _primary
     _primary = bool(primary)
 
@@ -73,14 +73,14 @@ def is_primary() -> bool:
 
 
 def note(text: str) -> None:
-    """Prints one line, never cut; above the bars where some are live. Brackets in it mean nothing."""
+    """Prints one line, uncut; above live progress bars. Brackets have no special meaning."""
     if _primary:
         _console.print(Text(str(text)), soft_wrap=True)
         _console.file.flush()
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> None:
-    """Prints names and values in two columns; a long value goes on below itself, a long word is never broken."""
+    """Prints names and values in two columns; long values wrap, long words are not broken."""
     pairs = [(str(name), str(value)) for name, value in pairs if value not in (None, '')]
     if not (_primary and pairs):
         return
@@ -98,7 +98,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> None:
 
 
 def table(rows: Sequence[Sequence[Any]]) -> None:
-    """Prints rows in aligned columns, the first row as their titles; numbers stand to the right."""
+    """Prints rows in aligned columns, the first row as titles; numbers are right-aligned."""
     rows = [[f'{cell:,}' if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     if not (_primary and rows):
         return
@@ -115,7 +115,7 @@ def table(rows: Sequence[Sequence[Any]]) -> None:
 
 
 def example(pieces: Iterable[tuple[str, bool]], title: str) -> None:
-    """Prints a text in runs `(text, stands out)`: in colour, or in brackets where there is none."""
+    """Prints a text in runs `(text, highlighted)`: in colour, or in brackets without colour."""
     if not _primary:
         return
     colours = _console.is_terminal and _console.color_system is not None and not _console.no_color
@@ -135,7 +135,7 @@ def clock(seconds: float) -> str:
 
 
 class Bar:
-    """A count on its way to its total: what `progress` yields; this plain one shows nothing."""
+    """A count towards a total, as `progress` yields it; this base class shows nothing."""
 
     def __init__(self, total: int, title: str, unit: str, initial: int = 0) -> None:
         self.total, self.title, self.unit = total, title, unit
@@ -144,7 +144,7 @@ class Bar:
         self.began = time.monotonic()
 
     def advance(self, n: int = 1, **fields: Any) -> None:
-        """Counts `n` more; fields (`loss='2.345'`) stay on show until they are given again."""
+        """Counts `n` more; fields (`loss='2.345'`) are shown until they are given again."""
         self.done += n
         if fields:
             self.fields.update(fields)
@@ -162,7 +162,7 @@ class Bar:
         return int(100 * self.done / self.total) if self.total else 100
 
     def rate(self) -> str:
-        """Units a second since the bar was opened, evaluations and saves included, so that the time left is honest."""
+        """Units per second since the bar was opened, evaluations and saves included, for the time left."""
         elapsed, moved = time.monotonic() - self.began, self.done - self.initial
         if not moved or elapsed <= 0:
             return f'- {self.unit}/s'
@@ -181,7 +181,7 @@ class Bar:
 
 
 class _Lines(Bar):
-    """Progress in a log: a line each tenth of the way, but not more often than every half minute."""
+    """Progress in a log: a line every tenth of the total, at most every half minute."""
 
     def __init__(self, total: int, title: str, unit: str, initial: int = 0, *, inner: bool) -> None:
         super().__init__(total, title, unit, initial)
@@ -198,7 +198,7 @@ class _Lines(Bar):
         note('  '.join(part for part in parts if part))
 
     def close(self) -> None:
-        # An evaluation of a few seconds, say, needs no line of its own.
+        # An inner bar of a few seconds needs no line.
         if self.done > self._said and (not self._inner or time.monotonic() - self.began >= _LINE_SECONDS):
             self._say()
 
@@ -227,7 +227,7 @@ class _Drawn(Bar):
 
 
 class _Column(ProgressColumn):
-    """A text read off the bar itself."""
+    """A column whose text is a function of the bar."""
 
     max_refresh = 0.25
 
@@ -240,7 +240,7 @@ class _Column(ProgressColumn):
 
 
 class _Shared:
-    """The one live display; a terminal has room for one, so inner bars are further lines of it."""
+    """The one live display of a terminal; inner bars are further lines of it."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -259,16 +259,16 @@ class _Shared:
 
 @contextlib.contextmanager
 def progress(total: int, title: str, unit: str, initial: int = 0) -> Iterator[Bar]:
-    """Shows a count on its way: a bar on a terminal, now and then a line in a log, nothing on other processes.
+    """Shows progress: a bar on a terminal, occasional lines in a log, nothing on other processes.
 
     Args:
-      total: where it ends.
-      title: what is under way (`train`).
-      unit: what is counted (`step`).
-      initial: where it begins (a resumed run).
+      total: the final count.
+      title: of the bar (`train`).
+      unit: of the count (`step`).
+      initial: the count at the start (of a resumed run).
 
     Yields:
-      A `Bar`. One opened inside another is drawn below it and goes when it is done.
+      A `Bar`. One opened inside another is drawn below it and removed when it is done.
     """
     global _shared
     if not _primary:

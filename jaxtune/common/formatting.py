@@ -1,4 +1,4 @@
-"""Quantities as a person reads them."""
+"""Human-readable quantities."""
 
 
 def amount(value: float) -> str:

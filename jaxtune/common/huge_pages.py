@@ -1,4 +1,4 @@
-"""Huge pages for what malloc hands out.
+"""Huge pages for malloc.
 
 XLA:CPU gives a step's memory back to the system when the step ends, and the next one faults it in again: 240,000
 faults for a gigabyte in pages of 4 KiB, a thousand in pages of 2 MiB. glibc asks for those only if it is told so
@@ -14,9 +14,9 @@ _SETTING = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
 def begin() -> None:
-    """Starts this process anew, with the same command line, so that it has huge pages.
+    """Restarts this process with the same command line, so that it has huge pages.
 
-    Does nothing where the system gives them to everyone or to no one, and where glibc's tunables are already set.
+    Does nothing where the system always or never gives them, and where glibc's tunables are already set.
     Child processes are not told.
     """
     if os.environ.get(_VARIABLE) == _VALUE:

@@ -1,4 +1,4 @@
-"""Functions and plug-ins of people's own, by their names in a recipe."""
+"""Functions and plug-ins of the user, imported by the names that a recipe gives."""
 
 import contextlib
 import difflib
@@ -18,19 +18,19 @@ from jaxtune.errors import UserError, blamed_on, shown
 
 
 def function(key: str, name: str) -> Callable:
-    """The function that `module:function` or `file.py:function` names; see `named`.
+    """The function that `module:function` or `file.py:function` names; see `import_from_string`.
 
     Raises:
       UserError: there is none, or its module fails when it is imported.
     """
-    found = named(key, name)
-    if not callable(found):
-        raise UserError(f'{key}={name}: expected a function, found {type(found).__name__}')
-    return found
+    value = import_from_string(key, name)
+    if not callable(value):
+        raise UserError(f'{key}={name}: expected a function, found {type(value).__name__}')
+    return value
 
 
-def named(key: str, name: str) -> Any:
-    """What `module:name` or `file.py:name` names.
+def import_from_string(key: str, name: str) -> Any:
+    """The object that `module:name` or `file.py:name` names.
 
     A module is looked for in the current folder first, as Python's own `-m` would.
 
@@ -45,12 +45,12 @@ def named(key: str, name: str) -> Any:
     if not attribute.isidentifier() or not (where.endswith('.py') or re.fullmatch(r'[^\W\d]\w*(\.\w+)*', where)):
         raise UserError(f'{key}={shown(name)}: expected module:function or file.py:function')
     module = _from_file(key, name, where) if where.endswith('.py') else _by_name(key, name, where)
-    found = getattr(module, attribute, None)
-    if found is None:
+    value = getattr(module, attribute, None)
+    if value is None:
         near = difflib.get_close_matches(attribute, [own for own in vars(module) if not own.startswith('_')], 1)
         hint = f' (nearest: {near[0]})' if near else ''
         raise UserError(f'{key}={name}: expected module:function; {where} has no {attribute!r}{hint}')
-    return found
+    return value
 
 
 def _from_file(key: str, name: str, where: str) -> ModuleType:
@@ -58,7 +58,7 @@ def _from_file(key: str, name: str, where: str) -> ModuleType:
     if not path.is_file():
         raise UserError(f'{key}={name}: no such file; expected module:function or file.py:function')
     path = path.resolve()
-    # A name of its own, under which other processes find what is sent to them: two files may be called alike.
+    # A unique name, under which other processes can unpickle its objects: two files may have the same stem.
     module_name = f'{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}'
     if module_name in sys.modules:
         return sys.modules[module_name]
@@ -74,14 +74,14 @@ def _from_file(key: str, name: str, where: str) -> ModuleType:
 
 
 class _Source(importlib.machinery.SourceFileLoader):
-    """Reads the file itself: byte code kept beside it looks new after a change within the same second."""
+    """Reads the source: cached byte code looks current after a change within the same second."""
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def of_file(name: str, path: str) -> tuple[ModuleType, Callable[[], None]]:
-    """The module of a Python file, still empty, and what runs the file in it. Nothing is written beside the file."""
+    """The module of a Python file, still empty, and a function that executes it. No byte code is written."""
     loader = _Source(name, path)
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None  # with a loader there always is one
@@ -101,7 +101,7 @@ def _by_name(key: str, name: str, where: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _first_on_path(folder: str) -> Iterator[None]:
-    """Inside, the modules of a folder are found before all others."""
+    """Inside, modules of a folder take precedence over all others."""
     sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:

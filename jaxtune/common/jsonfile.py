@@ -1,4 +1,4 @@
-"""JSON files that are handed in: read whole, their shape checked where they are read."""
+"""JSON files of the user, with the shape of their content checked."""
 
 import json
 import math
@@ -15,8 +15,8 @@ def read_object(path: pathlib.Path, fields: Mapping[str, Check] | None = None, m
 
     Args:
       path: the file.
-      fields: what the values of some of its fields must be, where they are there and not null.
-      missing: what to say where there is no such file.
+      fields: checks of some of its fields, if they are present and not null.
+      missing: the message if there is no such file.
 
     Raises:
       UserError: names the file, and the field or the line, and what was expected.

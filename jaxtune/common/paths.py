@@ -1,4 +1,4 @@
-"""Paths that a person writes: `~`, and the ones that no system call takes."""
+"""Paths of the user: `~`, and paths that no system call accepts."""
 
 import errno
 import os
@@ -6,19 +6,19 @@ import pathlib
 
 from jaxtune.errors import UserError, shown
 
-# What is not there may be a hub id, a glob or a function: whoever reads it says so.
+# A path that does not exist may be a hub id, a glob or a function; its reader decides.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
 def local(path: str | os.PathLike, name: str) -> pathlib.Path:
-    """A path of this machine, `~` standing for a home folder; nothing need be there.
+    """A path of this machine with `~` expanded; it need not exist.
 
     Args:
-      path: as it was written.
-      name: the key or the file that names it, for the message.
+      path: as the user wrote it.
+      name: the key or the file that it comes from, for the message.
 
     Raises:
-      UserError: no system call takes it: no such user, a name that is too long, NUL, a loop of links.
+      UserError: no system call accepts it: no such user, a name that is too long, NUL, a loop of links.
     """
     if problem := wrong(path):
         raise UserError(f'{name}={shown(os.fspath(path))}: expected {problem}')

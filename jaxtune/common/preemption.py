@@ -2,7 +2,7 @@
 
 A signal only ever sets a flag, for an exception raised wherever the program happens to be may land in a library's
 callback, which swallows it. A thread of its own sees the flag, also while the main thread is inside a compiler or a
-tokenizer: what is written is whole or not there at all, so that the process may simply end.
+tokenizer: files are written whole or not at all, so that the process may simply end.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from jaxtune.common import stderr
 
 _STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 _NAMES = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}
-_LEAVE_SECONDS = 10.0  # for what is left to do after the checkpoint is saved
+_LEAVE_SECONDS = 10.0  # for the work after the checkpoint is saved
 
 _received: signal.Signals | None = None
 _since = 0.0
@@ -28,7 +28,7 @@ _pipe: tuple[int, int] | None = None
 
 
 class Interrupted(Exception):  # noqa: N818
-    """Raised by our own code where it waits and finds the flag; the step under way has changed nothing yet."""
+    """Raised by code that waits when the flag is set; the current step has changed nothing yet."""
 
 
 def _ignore(signum: int, frame: FrameType | None) -> None:

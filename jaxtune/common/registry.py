@@ -1,4 +1,4 @@
-"""Plug-ins by name: those of a room, imported when they are first asked for, and a person's own by `module:NAME`."""
+"""Plug-ins by name: shipped ones, imported at first use, and the user's own as `module:NAME`."""
 
 import importlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Registry(Generic[T]):
     Args:
       key: the recipe's key that names one, for messages.
       kind: their class.
-      places: name -> `module:ATTRIBUTE` of those that are shipped.
+      places: name -> `module:ATTRIBUTE` of the shipped ones.
     """
 
     def __init__(self, key: str, kind: type[T], places: Mapping[str, str]) -> None:
@@ -24,11 +24,11 @@ class Registry(Generic[T]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of those that are shipped."""
+        """Names of the shipped ones."""
         return tuple(self.places)
 
     def get(self, name: str) -> T:
-        """The plug-in of a name, or the person's own that `module:NAME` or `file.py:NAME` names.
+        """The plug-in of a name, or the user's own that `module:NAME` or `file.py:NAME` names.
 
         Raises:
           UserError: there is none, its module fails when it is imported, or it is something else.
@@ -39,7 +39,9 @@ class Registry(Generic[T]):
         if ':' not in name:
             expected = f'one of {", ".join(self.names)}, or module:NAME of your own'
             raise UserError(f'{self.key}={shown(name)}: expected {expected}')
-        found = imports.named(self.key, name)
-        if not isinstance(found, self.kind):
-            raise UserError(f'{self.key}={name}: expected a jaxtune {self.kind.__name__}, found {type(found).__name__}')
-        return found
+        plugin = imports.import_from_string(self.key, name)
+        if not isinstance(plugin, self.kind):
+            raise UserError(
+                f'{self.key}={name}: expected a jaxtune {self.kind.__name__}, found {type(plugin).__name__}'
+            )
+        return plugin

@@ -1,4 +1,4 @@
-"""Keeping off stderr what libraries below Python write to it beside the exception that they raise."""
+"""Suppresses what native libraries write to stderr beside the exception that they raise."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 class _Held:
-    """What waits to be shown: who holds it back, and where it is."""
+    """State of the redirection, shared by all threads."""
 
     lock = threading.Lock()
     depth = 0
@@ -20,7 +20,7 @@ class _Held:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Inside, what any code writes to descriptor 2 waits for the end; if that is an exception, it is not shown at all.
+    """Inside, writes to descriptor 2 are buffered; they are shown at the end unless an exception is raised.
 
     Rust prints a panic there, with its stack, before the exception reaches Python.
     """

@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, full or gone: no run ends because nobody reads what it prints."""
+"""Standard output and error that may be closed, full or gone: a run must not fail because nobody reads its output."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 def open_all() -> None:
-    """Opens what was handed over closed, so that no file of ours gets its number and all that is printed."""
+    """Opens standard streams that are closed, so that no other file gets their descriptors."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(descriptor)
@@ -18,10 +18,10 @@ def open_all() -> None:
 
 
 class Output:
-    """`sys.stdout`, whatever it is at the moment, for those who must not fail with it.
+    """The current `sys.stdout`, for writers that must not fail with it.
 
-    What its encoding lacks is written as an escape. Once it cannot be written any more, what is printed goes nowhere,
-    and a line on `sys.stderr` says so.
+    Characters outside its encoding are escaped. Once it cannot be written any more, output is discarded, and a line
+    on `sys.stderr` says so.
     """
 
     def _stream(self) -> TextIO | None:
@@ -44,7 +44,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Hands on what was written."""
+        """Flushes the stream."""
         stream = self._stream()
         if stream is None:
             return

@@ -1,1 +1,1 @@
-"""What a run writes while it goes: metrics and samples."""
+"""Metrics and samples that a run writes."""

@@ -1,4 +1,4 @@
-"""`samples.jsonl`: what a model answered, step by step."""
+"""`samples.jsonl`: completions of a model, by step."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ NAME = 'samples.jsonl'
 
 
 def read_samples(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The samples of a workdir, without the torn line that a killed process may have left; [] without a file."""
+    """The samples of a workdir, without a torn last line; [] without a file."""
     samples = []
     try:
         # Not by `splitlines`: an answer may hold separators that end a line for Unicode, but not for JSON.
@@ -29,7 +29,7 @@ def read_samples(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def add_samples(workdir: pathlib.Path, step: int, samples: Iterable[dict[str, Any]]) -> None:
-    """Writes down the samples of a step; what stands there of this step or later ones goes."""
+    """Adds the samples of a step, in place of those of this and later steps."""
     kept = [sample for sample in read_samples(workdir) if sample['step'] < step]
     lines = (json.dumps(sample, ensure_ascii=False) + '\n' for sample in [*kept, *samples])
     write_text(workdir / NAME, ''.join(lines))

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, TensorBoard events and Weights & Biases: what a run measured, once a step, also after a resume."""
+"""`metrics.jsonl`, TensorBoard events and Weights & Biases: metrics once per step, also after a resume."""
 
 import json
 import math
@@ -20,7 +20,7 @@ NAME = 'metrics.jsonl'
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without the torn one that a killed process may have left; [] without a file."""
+    """The rows of a `metrics.jsonl`, without a torn last line; [] without a file."""
     rows = []
     try:
         text = path.read_text(encoding='utf-8', errors='replace')
@@ -52,13 +52,13 @@ class MetricsWriter:
     """Appends metrics to a workdir.
 
     Args:
-      workdir: a folder that is there.
+      workdir: an existing folder.
       resume_step: lines of later steps, and a torn last line, are cut off first, so that a killed and resumed run has
         each step once; None starts an empty file.
-      wandb: send them to Weights & Biases too.
+      wandb: log them to Weights & Biases too.
 
     Raises:
-      UserError: `wandb` is asked for and not installed.
+      UserError: `wandb` is set and the package is not installed.
     """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int | None = None, wandb: bool = False) -> None:
@@ -89,7 +89,7 @@ class MetricsWriter:
         self._latest.update((name, value) for name, value in row.items() if name.startswith('train/'))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line; it is with the operating system when this returns.
+        """Appends one line, flushed to the operating system.
 
         Args:
           step: updates done.
@@ -124,7 +124,7 @@ class MetricsWriter:
 
 
 def _open_wandb(workdir: pathlib.Path, resume_step: int | None) -> Any:
-    """The run at Weights & Biases; a resumed workdir continues its own."""
+    """The Weights & Biases run; a resumed workdir continues its own."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]: an extra
     except ImportError:
@@ -144,13 +144,13 @@ def _open_wandb(workdir: pathlib.Path, resume_step: int | None) -> Any:
         dir=str(workdir),
         config=json.loads(recipe.read_text(encoding='utf-8')) if recipe.is_file() else None,
     )
-    # Steps run again after a kill would go backwards, which its own counter refuses.
+    # Steps that are repeated after a kill go backwards, which its own counter rejects.
     run.define_metric('*', step_metric='step')
     return run
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that a local device has held so far; on a CPU, the most that this process has held."""
+    """Peak memory of a local device so far, in bytes; on a CPU, of this process."""
     peaks = [(device.memory_stats() or {}).get('peak_bytes_in_use', 0) for device in jax.local_devices()]
     if any(peaks):
         return int(max(peaks))

@@ -1,4 +1,4 @@
-"""The key that a misspelt one means."""
+"""The nearest valid key of a misspelt one."""
 
 import difflib
 
@@ -44,13 +44,13 @@ _ALIASES = {name: key for key, names in _NAMES.items() for name in names}
 
 
 def nearest(name: str) -> str:
-    """The key that a misspelt one means, '' if none is close: by others' names, by its whole path, by its last part."""
+    """The nearest valid key, '' if none is close: by names of other programs, by the whole path, by the last part."""
     last = name.rsplit('.', 1)[-1].replace('-', '_').lower()
     if last in _ALIASES:
         return _ALIASES[last]
     in_group = {f'{key.split(".")[0]}.{alias}': key for alias, key in _ALIASES.items()} | {key: key for key in SCHEMA}
-    if found := difflib.get_close_matches(name, list(in_group), 1, 0.6):
-        return in_group[found[0]]
+    if matches := difflib.get_close_matches(name, list(in_group), 1, 0.6):
+        return in_group[matches[0]]
     by_last = {key.rsplit('.', 1)[-1]: key for key in SCHEMA} | _ALIASES
-    found = difflib.get_close_matches(last, list(by_last), 1, 0.6)
-    return by_last[found[0]] if found else ''
+    matches = difflib.get_close_matches(last, list(by_last), 1, 0.6)
+    return by_last[matches[0]] if matches else ''

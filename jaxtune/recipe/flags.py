@@ -28,9 +28,9 @@ USAGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a person typed, and `result.json` of each stage before those to run that is done in the workdir.
+    """The parsed command line, and `result.json` of each earlier stage that is done in the workdir.
 
-    With `check`, everything is checked and nothing is run.
+    With `check`, everything is checked and nothing runs.
     """
 
     recipe: str
@@ -75,21 +75,21 @@ def _choose_stages(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
 
 
 def _set_sources(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
-    """Reads `--config.data.sources.LABEL=PATH`: '' leaves the source out; of one that has fields, PATH is its path."""
+    """Reads `--config.data.sources.LABEL=PATH`; an empty one removes the source, of one with fields it sets `path`."""
     rest = []
     for word in words:
-        found = re.fullmatch(r'(--?config\.(?:([\w-]+)\.)?data\.sources\.([^.=]+))=(.*)', word, re.DOTALL)
-        own: Any = recipe.get(found[2], {}) if found and found[2] else recipe
-        sources = own.get('data', {}).get('sources', {}) if found else {}
-        label, value = found.group(3, 4) if found else ('', '')
-        if found and not value:
+        match = re.fullmatch(r'(--?config\.(?:([\w-]+)\.)?data\.sources\.([^.=]+))=(.*)', word, re.DOTALL)
+        own: Any = recipe.get(match[2], {}) if match and match[2] else recipe
+        sources = own.get('data', {}).get('sources', {}) if match else {}
+        label, value = match.group(3, 4) if match else ('', '')
+        if match and not value:
             if label not in sources:
                 names = ', '.join(sources) or 'none'
                 raise UserError(f'{word}: expected the label of a source to leave out ({names}), or its path')
             with recipe.unlocked():
                 del sources[label]
-        elif found and isinstance(sources.get(label), ConfigDict):
-            rest.append(f'{found[1]}.path={value}')
+        elif match and isinstance(sources.get(label), ConfigDict):
+            rest.append(f'{match[1]}.path={value}')
         else:
             rest.append(word)
     return rest
@@ -100,7 +100,7 @@ def _in_open_subtree(path: str) -> bool:
 
 
 def _refuse_left_out(named: Sequence[str], all_stages: Sequence[str], stages: Sequence[str]) -> None:
-    """Refuses keys of stages that `--config.stages` leaves out."""
+    """Rejects keys of stages that `--config.stages` leaves out."""
     for path in named:
         stage = path.partition('.')[0]
         if recipes.of_stage(path, all_stages) and stage not in stages:
@@ -191,10 +191,10 @@ def _workdir(path: str) -> pathlib.Path:
 
 
 def _refused(text: str, stages: Sequence[str]) -> UserError:
-    """What absl says of a flag; of a key's value, what the key expects."""
-    found = re.match(r'flag --config\.([\w.-]+)=(.*?): ', text)
-    if found:
-        path, value = found.groups()
+    """Absl's error as a `UserError`; for the value of a key, what the key expects."""
+    match = re.match(r'flag --config\.([\w.-]+)=(.*?): ', text)
+    if match:
+        path, value = match.groups()
         rest = path.partition('.')[2]
         key = SCHEMA.get(rest if recipes.of_stage(path, stages) else path)
         if isinstance(key, Key):
@@ -207,7 +207,7 @@ def _refused(text: str, stages: Sequence[str]) -> UserError:
 
 @contextlib.contextmanager
 def _sys_argv(words: list[str]) -> Iterator[None]:
-    """Puts words in `sys.argv`: config_flags finds its overrides there when the flag is defined."""
+    """Sets `sys.argv`: config_flags reads its overrides from there when the flag is defined."""
     saved, sys.argv = sys.argv, words
     try:
         yield

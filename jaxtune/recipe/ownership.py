@@ -1,4 +1,4 @@
-"""What in a workdir is jaxtune's: whether a folder is one, and the emptying of it. A person's files are left alone."""
+"""Which folders are workdirs, and which files in them are jaxtune's. Files of the user are never touched."""
 
 import contextlib
 import fcntl
@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 
 from jaxtune.errors import UserError
 
-MARK = '.jaxtune'  # says that a folder is a workdir, and is locked while a process works in it
+MARK = '.jaxtune'  # marks a folder as a workdir, and is locked while a process works in it
 CACHE = 'cache'
 FOLDERS = (
     'checkpoints', 'export', 'adapter', 'base', 'tensorboard', CACHE, 'train', 'eval', 'tokenizer', 'work', 'wandb',
@@ -24,11 +24,11 @@ FILES = (
 )  # fmt: skip
 RECIPE = 'config.json'
 
-# What is lost, or taken for another recipe's, where a recipe is exchanged.
+# Results that another recipe would overwrite or mistake for its own.
 _RESULTS = ('result.json', 'export', 'adapter', '.samples.partial.jsonl', 'tokenizer', 'train', 'eval', 'train.jsonl')
 # Signs of a folder that holds a model, an adapter or a project.
 _FOREIGN = re.compile(r'.*\.(safetensors|gguf)|pytorch_model.*|(tokenizer|generation|adapter).*\.json|\.git')
-# Files and folders on their way to the names above, which a killed process left: `.export.partial`.
+# Temporary names of the above, left by a killed process: `.export.partial`.
 _HALF = re.compile(
     rf'\.({"|".join(FOLDERS)})\.(partial|new|old|\d+)|\.({"|".join(FILES)}|{RECIPE})\.([a-z0-9_]{{8}}|\d+)|\.eval\.jsonl'
 )
@@ -49,7 +49,7 @@ def is_workdir(folder: pathlib.Path) -> bool:
 
 
 def foreign(folder: pathlib.Path) -> str:
-    """The name of an entry that shows a folder to be somebody else's; '' where it may become a workdir."""
+    """The name of an entry that shows that a folder is not jaxtune's; '' if it may become a workdir."""
     if not folder.is_dir() or is_workdir(folder):
         return ''
     stages = {entry.name for entry in folder.iterdir() if entry.is_dir() and is_workdir(entry)}
@@ -61,10 +61,10 @@ def foreign(folder: pathlib.Path) -> str:
 
 
 def check_owned(workdir: pathlib.Path) -> None:
-    """Refuses a folder that is somebody else's, and what is no folder.
+    """Rejects a path that is no folder, and a folder that is not jaxtune's.
 
     Raises:
-      UserError: so it is.
+      UserError: it is one of these.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f'--workdir={workdir}: expected a folder that can be written')
@@ -76,13 +76,13 @@ def check_owned(workdir: pathlib.Path) -> None:
 
 
 def results(workdir: pathlib.Path) -> list[str]:
-    """Names of what a run has made so far that cannot be had again for nothing."""
-    found = [name for name in _RESULTS if (workdir / name).exists()]
-    return found + [f'checkpoints/{step}' for step in steps(workdir)]
+    """Names of the results of a run so far that would be costly to lose."""
+    names = [name for name in _RESULTS if (workdir / name).exists()]
+    return names + [f'checkpoints/{step}' for step in steps(workdir)]
 
 
 def begun(workdir: pathlib.Path) -> bool:
-    """Whether a workdir holds work that another recipe would lose."""
+    """Whether a workdir holds work that another recipe would destroy."""
     return bool(results(workdir)) or any(workdir.glob('work/logs/*/completions/*'))
 
 
@@ -102,13 +102,13 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def empty(workdir: pathlib.Path, keep: Collection[str] = ()) -> None:
-    """Removes what is ours: the checkpoints first, the recipe last, so that none is ever taken for another's.
+    """Removes jaxtune's files: checkpoints first, the recipe last, so that no other recipe takes them for its own.
 
-    A link goes, what it points to stays.
+    Links are removed, their targets are not.
 
     Args:
-      workdir: is a workdir.
-      keep: names to leave.
+      workdir: the folder.
+      keep: names to keep.
     """
     for name in (*FOLDERS, *FILES, RECIPE):
         if name not in keep:
@@ -117,7 +117,7 @@ def empty(workdir: pathlib.Path, keep: Collection[str] = ()) -> None:
 
 
 def sweep(workdir: pathlib.Path) -> None:
-    """Removes what processes left half-written. Nothing may be writing there."""
+    """Removes half-written files of killed processes. Nothing may be writing there."""
     half = [entry for entry in workdir.iterdir() if _HALF.fullmatch(entry.name)]
     for entry in [*half, *workdir.glob('checkpoints/*.orbax-checkpoint-tmp*')]:
         _remove(entry)
@@ -125,10 +125,10 @@ def sweep(workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds a workdir, which is made if it is not there, for this process alone.
+    """Locks a workdir, which is created if missing, for this process alone.
 
     Raises:
-      UserError: another process holds it, or it is somebody else's folder, which is left as it is.
+      UserError: another process has it locked, or the folder is not jaxtune's and is left unchanged.
     """
     check_owned(workdir)
     try:

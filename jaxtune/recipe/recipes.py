@@ -1,7 +1,7 @@
-"""Recipes: read, laid over the defaults, checked, compared.
+"""Reading, resolving, checking and comparing recipes.
 
-A recipe names only what differs; `resolve` lays it over the defaults of `jaxtune.config`, applies the command line, and
-refuses unknown keys and impossible values before anything else is loaded.
+A recipe names only what differs from the defaults of `jaxtune.config`; `resolve` applies it and the command line to
+them, and rejects unknown keys and impossible values before anything else is loaded.
 """
 
 import copy
@@ -19,7 +19,7 @@ from jaxtune.config import SCHEMA, Key, OpenSubtree
 from jaxtune.errors import UserError, blamed_on, shown
 from jaxtune.recipe.aliases import nearest
 
-# What may differ when a workdir is continued, since it changes no result.
+# Keys that may change when a workdir is continued, since they do not affect results.
 MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'data.slurm.', 'rl.reward_timeout')
 
 
@@ -35,7 +35,7 @@ def _unknown(path: str, prefix: str = '') -> UserError:
 
 
 def child(node: Any, name: str) -> Any:
-    """The subtree under a name, made if it is not there."""
+    """The subtree of a name, created if missing."""
     if name not in node:
         node[name] = ConfigDict(type_safe=False)
     return node[name]
@@ -54,7 +54,7 @@ def defaults() -> ConfigDict:
 
 
 def flatten(config: Mapping | ConfigDict, prefix: str = '') -> dict[str, Any]:
-    """`{'train.steps': 10, ...}`; a free subtree is one value, a plain dict."""
+    """`{'train.steps': 10, ...}`; an open subtree is one value, a plain dict."""
     flat = {}
     for name, value in config.items():
         path = f'{prefix}{name}'
@@ -107,7 +107,7 @@ def _open_subtree(path: str) -> str:
 
 
 def placeholder() -> config_dict.FieldReference:
-    """An empty field whose type is read off the value that it is given."""
+    """An empty field that takes the type of the value it is set to."""
     return config_dict.placeholder(object)
 
 
@@ -167,7 +167,7 @@ def stage_recipe(recipe: ConfigDict, stage: str) -> Any:
 
 
 def of_stage(path: str, stages: Collection[str]) -> bool:
-    """Whether a path of the command line is a key of one of the stages, not one common to all."""
+    """Whether a path of the command line is a key of one of the stages, not common to all."""
     return path.split('.')[0] in stages and path not in SCHEMA
 
 

@@ -1,4 +1,4 @@
-"""A workdir: what a run leaves there, and whether the same command may go on in it."""
+"""The workdir of a run: its files, and whether a recipe may continue in it."""
 
 import contextlib
 import errno
@@ -21,10 +21,10 @@ from jaxtune.recipe.recipes import MAY_CHANGE, defaults, differing, flatten
 
 INPUTS = 'inputs.json'
 DATA = 'data.json'
-SIGNATURE = 'checksums.json'  # in each checkpoint: its files' checksums, and of which recipe it is
+SIGNATURE = 'checksums.json'  # in each checkpoint: checksums of its files, and the signature of its recipe
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What libraries say that keep no error number: TensorStore and NumPy.
+# Messages of libraries that keep no error number: TensorStore and NumPy.
 _FULL_TEXT = re.compile('|'.join(map(os.strerror, sorted(_FULL))) + r'|\d+ requested and \d+ written')
 
 
@@ -43,10 +43,9 @@ def result_fingerprint(workdir: pathlib.Path) -> str:
 
 
 def signature(recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What tells the checkpoints of one recipe from another's: `{'recipe': hash, 'steps': train.steps}`.
+    """Identifies the recipe of a checkpoint: `{'recipe': hash, 'steps': train.steps}`.
 
-    Keys that may change are not in the hash, nor are those at their default, so that a key added by a newer version
-    changes nothing.
+    Keys that may change and keys at their default are not in the hash, so that new keys do not alter it.
 
     Args:
       recipe: as `config.json` has it.
@@ -60,25 +59,25 @@ def signature(recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str,
 
 
 def stored_signature(workdir: pathlib.Path) -> dict[str, Any]:
-    """The signature of the recipe in a workdir, {} where there is none."""
+    """The signature of the recipe in a workdir, {} if there is none."""
     recipe = read_json(workdir / ownership.RECIPE)
     return {} if recipe is None else signature(recipe, read_json(workdir / INPUTS) or {})
 
 
 def _others(workdir: pathlib.Path, own: Mapping[str, Any], known: bool) -> Iterator[str]:
-    """The checkpoints of another recipe; where no recipe is `known`, those that do not tell theirs too."""
+    """Checkpoints of another recipe; without a `known` recipe, unsigned ones too."""
     for step in ownership.steps(workdir):
         name = f'checkpoints/{step}'
         try:
-            found = read_json(workdir / name / SIGNATURE)
-        except UserError:  # damaged: what restores it says so
+            saved = read_json(workdir / name / SIGNATURE)
+        except UserError:  # damaged: restoring it reports so
             continue
-        if not isinstance(found, dict) or 'recipe' not in found:
+        if not isinstance(saved, dict) or 'recipe' not in saved:
             if not known:
                 yield f'{name} (of a recipe that is not there any more)'
-        elif found['recipe'] != own['recipe']:
+        elif saved['recipe'] != own['recipe']:
             yield f'{name} (saved by another recipe)'
-        elif own['steps'] != (was := found.get('steps')) and not (was and was <= own['steps']):
+        elif own['steps'] != (was := saved.get('steps')) and not (was and was <= own['steps']):
             yield f'train.steps ({was} in {name}, {own["steps"]} here)'
 
 
@@ -90,29 +89,29 @@ def _differences(
     inputs: Mapping[str, str],
     data: Mapping[str, str],
 ) -> list[str]:
-    """What in a workdir, whose recipe is `stored`, is not of this recipe; `recipe` is `config` as JSON has it."""
+    """Contents of a workdir with recipe `stored` that conflict with this one; `recipe` is `config` as JSON."""
     others = list(_others(workdir, signature(recipe, inputs), stored is not None))
     if stored is None:
-        made = [name for name in ownership.results(workdir) if not name.startswith('checkpoints/')]
-        return [f'{name} (of a recipe that is not there any more)' for name in made] + others
+        names = [name for name in ownership.results(workdir) if not name.startswith('checkpoints/')]
+        return [f'{name} (of a recipe that is not there any more)' for name in names] + others
     before = read_json(workdir / INPUTS) or {}
-    anew = [f'the result of stage {name}, made anew since' for name in before if before[name] != inputs.get(name)]
+    changed = [f'the result of stage {name}, made anew since' for name in before if before[name] != inputs.get(name)]
     differs = differing(stored, config)
     if (read := read_json(workdir / DATA)) and not any(name.startswith('data.') for name in differs):
-        anew += _changes(read, data)
-    return differs + anew + others
+        changed += _changes(read, data)
+    return differs + changed + others
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The files that changed between two runs of a recipe; those of a key that has none now are left out."""
+    """Files that changed between two runs of a recipe, except those of a key without files now."""
     there = {name.partition(': ')[0] for name in now}
     before = {name: value for name, value in before.items() if name.partition(': ')[0] in there}
-    said = []
+    changes = []
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             what = 'is gone' if name not in now else 'is new' if name not in before else 'has changed'
-            said.append(f'{name}, which {what} since')
-    return said
+            changes.append(f'{name}, which {what} since')
+    return changes
 
 
 def check_workdir(
@@ -122,10 +121,10 @@ def check_workdir(
     inputs: Mapping[str, str] | None = None,
     data: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """What in a workdir is not of this recipe, and must go before it can run there; arguments as for `open_workdir`.
+    """Contents of a workdir that conflict with a recipe and must be removed first; arguments as for `open_workdir`.
 
     Raises:
-      UserError: the workdir holds another recipe's run, and it is not to be overwritten.
+      UserError: the workdir holds another recipe's run, and `overwrite` is not set.
     """
     return _checked(workdir, config, json.loads(config.to_json()), overwrite, inputs or {}, data or {})[1]
 
@@ -138,7 +137,7 @@ def _checked(
     inputs: Mapping[str, str],
     data: Mapping[str, str],
 ) -> tuple[Mapping[str, Any] | None, list[str]]:
-    """The recipe in a workdir, and what there is not of this one; see `check_workdir`."""
+    """The recipe in a workdir, and what conflicts with this one; see `check_workdir`."""
     stored = None
     try:
         stored = read_json(workdir / ownership.RECIPE)
@@ -160,14 +159,14 @@ def open_workdir(
     inputs: Mapping[str, str] | None = None,
     data: Mapping[str, str] | None = None,
 ) -> dict | None:
-    """Opens a workdir for a recipe and leaves `config.json` there; in process 0 of a pod alone, which has it locked.
+    """Opens a workdir for a recipe and writes `config.json`; only in process 0 of a pod, which holds the lock.
 
-    A workdir of another recipe in which nothing was made yet is taken over.
+    A workdir of another recipe without results is reused.
 
     Args:
-      workdir: is there.
+      workdir: an existing folder.
       config: the full recipe.
-      overwrite: a workdir of another recipe, or of other inputs, is emptied instead of refused.
+      overwrite: empties a workdir of another recipe or other inputs instead of raising.
       inputs: earlier stage whose output is read -> the fingerprint of its result (`result_fingerprint`).
       data: fingerprints of the files that are read (`jaxtune.data.inputs.fingerprints`).
 
@@ -198,7 +197,7 @@ def open_workdir(
 
 
 def open_root(workdir: pathlib.Path, overwrite: bool) -> None:
-    """Opens the folder that holds the folders of stages.
+    """Opens the folder of a recipe of stages.
 
     Raises:
       UserError: it holds a run of a recipe without stages.
@@ -219,15 +218,15 @@ def _inside(name: Any, folder: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def working(workdir: pathlib.Path) -> Iterator[None]:
-    """Around a run in a workdir: says what its failing has to do with the workdir, and tidies up after it.
+    """Around a run in a workdir: explains failures that concern the workdir, and cleans up after them.
 
     Raises:
-      UserError: the disk is full, or somebody removed the workdir; or whatever the run raised.
+      UserError: the disk is full, or the workdir was removed. Other exceptions of the run pass through.
     """
     try:
         yield
     except Exception as error:
-        if console.is_primary():  # others may see another disk, and must not tidy up while it writes
+        if console.is_primary():  # others may see another disk, and must not clean up while it writes
             _check_there(workdir)
             _tidy(workdir, refused=isinstance(error, UserError))
         if isinstance(error, IsADirectoryError | NotADirectoryError) and _inside(error.filename, workdir):
@@ -245,7 +244,7 @@ def _check_there(workdir: pathlib.Path) -> None:
 
 
 def _tidy(workdir: pathlib.Path, refused: bool) -> None:
-    """After a run that failed: nothing half-written stays, and a corrected recipe may begin where nothing was made."""
+    """After a failed run: removes half-written files, and the recipe of a run without results."""
     with contextlib.suppress(OSError):
         ownership.sweep(workdir)
         if refused and not ownership.results(workdir):
@@ -253,7 +252,7 @@ def _tidy(workdir: pathlib.Path, refused: bool) -> None:
 
 
 def no_room(error: BaseException | None) -> str:
-    """What an error says of a full disk, whatever library raised it; '' where it is another error."""
+    """The message of an error that means a full disk, from any library; '' for other errors."""
     seen: list[BaseException | None] = [error]
     for one in seen:
         if one is None:
@@ -268,13 +267,13 @@ def no_room(error: BaseException | None) -> str:
 
 
 def make_result(task: str, step: int, metrics: Mapping[str, Any], status: str = 'done') -> dict:
-    """What `result.json` holds; NaN and infinities, which JSON does not have, become null."""
+    """The content of `result.json`; NaN and infinities, which JSON lacks, become null."""
     finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in metrics.items()}
     return {'task': task, 'status': status, 'step': step, 'metrics': finite}
 
 
 def write_result(workdir: pathlib.Path, task: str, step: int, metrics: Mapping[str, Any], status: str = 'done') -> dict:
-    """Writes `result.json`, the last file of a run; returns what it holds."""
+    """Writes `result.json`, the last file of a run; returns its content."""
     result = make_result(task, step, metrics, status)
     write_json(workdir / 'result.json', result)
     return result

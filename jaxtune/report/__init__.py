@@ -1,4 +1,4 @@
-"""`report.html`: one page about a run that stands alone, without network, and works without scripts."""
+"""`report.html`: a self-contained page about a run, which needs no network and works without scripts."""
 
 import dataclasses
 import importlib.resources
@@ -21,19 +21,19 @@ NAME = 'report.html'
 
 
 def finish(workdir: pathlib.Path, task: str, step: int, metrics: Mapping[str, Any]) -> dict:
-    """Writes `report.html`, then `result.json`, the last file of a run; returns what the latter holds."""
+    """Writes `report.html`, then `result.json`, the last file of a run; returns the content of the latter."""
     write_report(workdir, make_result(task, step, metrics))
     return write_result(workdir, task, step, metrics)
 
 
 def write_report(workdir: pathlib.Path, result: Mapping[str, Any] | None = None) -> None:
-    """Writes `report.html` from what is in a workdir; of a workdir of stages, a section a stage in their order.
+    """Writes `report.html` from the files of a workdir; for stages, with one section per stage.
 
-    Files that are not there leave their part of the page out. Only process 0 writes.
+    Missing files leave out their part of the page. Only process 0 writes.
 
     Args:
       workdir: of the run.
-      result: what `result.json` will hold; None where it holds it already, or never will.
+      result: the content of `result.json` if it is not written yet.
     """
     if console.is_primary():
         write_text(workdir / NAME, render(workdir, result))
@@ -62,7 +62,7 @@ def render(workdir: pathlib.Path, result: Mapping[str, Any] | None = None) -> st
 
 
 def _contents(workdir: pathlib.Path, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `page.html.j2` shows."""
+    """The variables of `page.html.j2`."""
     result = (read_json(workdir / 'result.json') or {}) if given is None else given
     contents = {'name': workdir.absolute().name, 'status': result.get('status', 'not finished')}
     stages = [read(workdir / stage, stage) for stage in result.get('stages') or ()]
@@ -82,20 +82,20 @@ def _contents(workdir: pathlib.Path, given: Mapping[str, Any] | None) -> dict[st
         'day': max((stage.run.get('ended', '') for stage in stages), default='')[:10],
         'main': _run(main),
         'tiles': sections.tiles(main, sum(times) if len(times) == len(stages) else None),
-        # What the page's head says already is not said again.
+        # The stage in the page's head is not summarised again.
         'stages': [_run(stage) | {'in_head': stage is main} for stage in stages],
     }
 
 
 def _main(stages: list[Source]) -> Source:
-    """The stage that the page's head is about: the last that trained, else the last that has a loss, else the last."""
+    """The stage in the page's head: the last that trained, else the last with a loss, else the last."""
     trained = [stage for stage in stages if stage.task in TRAINING]
     scored = [stage for stage in stages if stage.metric('eval/loss') is not None]
     return (trained or scored or stages)[-1]
 
 
 def _run(source: Source) -> dict[str, Any]:
-    """What `run.html.j2` shows of a run."""
+    """The variables of `run.html.j2` for a run."""
     return {
         'name': source.name,
         'task': source.task,

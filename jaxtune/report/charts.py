@@ -14,7 +14,7 @@ MOST_POINTS = 500
 
 
 def downsample(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most so many points; of each stretch the lowest and the highest stay, so spikes do too, and so do the ends."""
+    """At most `most` points: the ends, and the lowest and highest of each interval, so that spikes stay."""
     if len(points) <= most:
         return list(points)
     inner, buckets = points[1:-1], (most - 2) // 2
@@ -27,7 +27,7 @@ def downsample(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def smooth(points: Points, share: float = 0.03) -> Points:
-    """A centred running mean over this share of the points; narrower towards the ends, so it never lags behind."""
+    """A centred running mean over this share of the points, narrower towards the ends so that it does not lag."""
     sums = [0.0, *itertools.accumulate(y for _, y in points)]
     last, most = len(points) - 1, max(1, round(share * len(points) / 2))
     smoothed = []
@@ -96,11 +96,11 @@ class _Scale:
             (1, 3),
             (1,),
         ):
-            found = [round(f * 10.0**p, 12) for p in powers for f in factors]
-            found = [t for t in found if self.low <= t <= self.high]
-            if len(found) <= 6:
-                return found
-        return found[:: math.ceil(len(found) / 6)]
+            values = [round(f * 10.0**p, 12) for p in powers for f in factors]
+            values = [t for t in values if self.low <= t <= self.high]
+            if len(values) <= 6:
+                return values
+        return values[:: math.ceil(len(values) / 6)]
 
 
 def _scale(values: list[float], kind: str, unit: str) -> _Scale:

@@ -1,4 +1,4 @@
-"""The parts of a report: each a function from a run's files to what a template shows, empty where nothing is known."""
+"""The parts of a report: functions from a run's files to the values of a template, empty if there are none."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ _PHASES = {
 # Charts of these come first, in this order; then the others by name.
 _FIRST = ('reward', 'accuracy', 'kl', 'entropy', 'length', 'eos_rate', 'ended')
 _FIRST += ('learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'peak_bytes')
-# What another chart shows already, or what does not change.
+# Shown by another chart, or constant.
 _NO_CHART = ('step_seconds', 'perplexity', 'bits_per_byte', 'gzip_bits_per_byte', 'tokens', 'pairs', 'answers')
 
 
@@ -70,7 +70,7 @@ _SHOW_AXIS: dict[str, Callable[[float], str]] = {
 
 
 def lead(source: Source) -> str:
-    """One sentence on what was done, plain text."""
+    """One sentence that describes the run, plain text."""
     key, model, steps = source.key, source.run.get('model') or {}, source.result.get('step')
     if source.task == 'prepare':
         sources = _short(key('data.train')) if key('data.train') else ', '.join(source.stats.get('sources') or ())
@@ -183,7 +183,7 @@ def _preparation_tiles(source: Source) -> list[Tile]:
 
 
 def _reward_tiles(source: Source) -> list[Tile]:
-    """The reward of held-out prompts' answers, or of those that were learnt from, and how far the policy has gone."""
+    """The reward on held-out prompts, else in training, and the KL from the reference."""
     shown = []
     for name, words in (('eval/reward', 'Held-out reward'), (f'{source.algorithm}/reward', 'Reward in training')):
         curve = source.curves.get(name)
@@ -387,23 +387,23 @@ def recipe(source: Source) -> list[tuple[str, str, str, bool]]:
 
 
 def machine(source: Source) -> list[tuple[str, str]]:
-    """`(name, value)`: hardware, versions and what the run held in memory."""
-    run, found = source.run, source.run.get('hardware') or {}
+    """`(name, value)` of hardware, versions and memory."""
+    run, hardware = source.run, source.run.get('hardware') or {}
     if not run:
         return []
     model, memory, data = (run.get(name) or {} for name in ('model', 'memory', 'data'))
     rows: list[tuple[str, Any]] = []
-    if found:
+    if hardware:
         rows += [
-            ('Devices', f'{found.get("devices")} x {found.get("device_kind")}'),
-            ('Processor', f'{found.get("cpu")}, {found.get("cores")} cores'),
-            ('Memory', size(found.get('memory_bytes') or 0)),
-            ('System', found.get('system')),
+            ('Devices', f'{hardware.get("devices")} x {hardware.get("device_kind")}'),
+            ('Processor', f'{hardware.get("cpu")}, {hardware.get("cores")} cores'),
+            ('Memory', size(hardware.get('memory_bytes') or 0)),
+            ('System', hardware.get('system')),
         ]
     mesh = {name: length for name, length in (run.get('mesh') or {}).items() if length > 1}
     rows.append(('Mesh', ' x '.join(f'{name} {length}' for name, length in mesh.items()) or 'one device'))
     if run.get('peak_flops'):
-        how = 'measured, float32' if found.get('platform') == 'cpu' else 'published, bfloat16'
+        how = 'measured, float32' if hardware.get('platform') == 'cpu' else 'published, bfloat16'
         rows.append(('Peak FLOPs', f'{run["peak_flops"] / 1e12:,.3g} TFLOPs a second ({how})'))
     rows.append(('Attention', ', '.join(run.get('attention') or ())))
     if model:

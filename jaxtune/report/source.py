@@ -1,4 +1,4 @@
-"""What a report is made of: the files of one workdir, read as far as they are there."""
+"""The files of one workdir, as far as they exist, for the report."""
 
 import dataclasses
 import pathlib
@@ -42,12 +42,12 @@ class Source:
 
     @property
     def rewarded(self) -> bool:
-        """Whether it learnt from rewards."""
+        """Whether it trained on rewards."""
         return self.task in REWARDED
 
     @property
     def algorithm(self) -> str:
-        """The algorithm that learnt from rewards, as its metrics name it; '' for other tasks."""
+        """The reinforcement-learning algorithm, as its metrics name it; '' for other tasks."""
         if not self.rewarded:
             return ''
         groups = (name.split('/')[0] for name in self.curves if name.endswith('/reward'))
@@ -88,14 +88,14 @@ class Source:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over the run, which the first, slow updates do not spoil."""
+        """The median over the run, robust to slow first updates."""
         values = sorted(value for _, value in self.curves.get('train/tokens_per_second', ()))
         if values:
             return values[len(values) // 2]
         return next((self.metric(name) for name in self.metrics if name.endswith('tokens_per_second')), None)
 
     def recipe(self) -> list[tuple[str, Any, Any]]:
-        """`(key, value, default)` of every key; the fields of a free subtree are keys of their own without default."""
+        """`(key, value, default)` of every key; the fields of an open subtree are keys without default."""
         rows = []
         for path, key in SCHEMA.items():
             if isinstance(key, OpenSubtree):
@@ -122,7 +122,7 @@ def _curves(path: pathlib.Path) -> dict[str, Points]:
 
 
 def read(folder: pathlib.Path, name: str = '') -> Source:
-    """Reads a workdir; whatever is missing is empty."""
+    """Reads a workdir; missing files are empty."""
     return Source(
         name or folder.absolute().name,
         read_json(folder / 'config.json') or {},

@@ -14,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from jaxtune.common import console
 from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
+from jaxtune.models.attention import KernelLog
 from jaxtune.parallel import hardware
 from jaxtune.recipe import recipes
 from jaxtune.training.run_info import RunInfo, command_line
@@ -144,6 +145,7 @@ class FakeModel:
     kind = 'decoder'
     hf_config = {'model_type': 'llama'}  # noqa: RUF012
     config = SimpleNamespace(num_layers=2, d_model=8, num_heads=2, vocab_size=16)
+    kernels = KernelLog()
 
     def flops_per_token(self, length):
         return 1000.0 * length
