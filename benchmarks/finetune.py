@@ -45,10 +45,10 @@ def logits_and_labels(model, objective: str, batch: dict):
 
     batch = {name: torch.from_numpy(value).long() for name, value in batch.items()}
     if objective == 'classification':
-        inputs = {'input_ids': batch['tokens'], 'attention_mask': batch['segments']}
+        inputs = {'input_ids': batch['tokens'], 'attention_mask': batch['segment_ids']}
         return model(**inputs, token_type_ids=batch['token_types']).logits, batch['labels']
-    labels = batch['targets'].masked_fill(batch['target_segments'] == 0, -100)
-    outputs = model(input_ids=batch['tokens'], attention_mask=batch['segments'], labels=labels)
+    labels = batch['targets'].masked_fill(batch['target_segment_ids'] == 0, -100)
+    outputs = model(input_ids=batch['tokens'], attention_mask=batch['segment_ids'], labels=labels)
     return outputs.logits, labels
 
 

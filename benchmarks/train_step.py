@@ -67,7 +67,7 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
             'targets': np.roll(tokens, -1, axis=1),
             'weights': np.ones(tokens.shape, np.float32) * (np.arange(length) < length - 1),
             'positions': np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
-            'segments': np.ones(tokens.shape, np.int32),
+            'segment_ids': np.ones(tokens.shape, np.int32),
         }
         rows['weights'] = rows['weights'].astype(np.float32)
         batch = place(lambda low, high: {name: value[low:high] for name, value in rows.items()}, batch_size, mesh)

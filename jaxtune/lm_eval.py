@@ -144,13 +144,13 @@ class JaxtuneLM(TemplateLM):
             for numbers in self._batches([len(row[0]) for row in rows]):
                 width = -(-max(1, *(len(rows[i][0]) for i in numbers)) // _MULTIPLE) * _MULTIPLE
                 batch = {
-                    name: np.zeros((self.batch_size, width), np.int32) for name in ('tokens', 'targets', 'segments')
+                    name: np.zeros((self.batch_size, width), np.int32) for name in ('tokens', 'targets', 'segment_ids')
                 }
                 for at, number in enumerate(numbers):
                     inputs, targets, _ = rows[number]
                     batch['tokens'][at, : len(inputs)] = inputs
                     batch['targets'][at, : len(targets)] = targets
-                    batch['segments'][at, : len(inputs)] = 1
+                    batch['segment_ids'][at, : len(inputs)] = 1
                 with jax.set_mesh(self.mesh):
                     placed = place_all(batch, self.mesh)
                     logprobs, greedy = (np.asarray(x) for x in self._score(self.params, placed))

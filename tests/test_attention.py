@@ -27,7 +27,9 @@ def plain(q, k, v, places, scale, softcap=None, window=None, causal=True):
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     distance = places['q_positions'][:, :, None] - places['k_positions'][:, None]
-    seen = (places['q_segments'][:, :, None] == places['k_segments'][:, None]) & (places['q_segments'] > 0)[:, :, None]
+    seen = (places['q_segment_ids'][:, :, None] == places['k_segment_ids'][:, None]) & (places['q_segment_ids'] > 0)[
+        :, :, None
+    ]
     if causal:
         seen &= distance >= 0
     if window is not None:
@@ -39,23 +41,28 @@ def plain(q, k, v, places, scale, softcap=None, window=None, causal=True):
 
 def packed(rng, batch, length):
     """Positions and segments of rows with a few documents and padding at the end."""
-    segments, positions = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
+    segment_ids, positions = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
     for row in range(batch):
         cuts = sorted(rng.integers(1, length + 1, size=3))
         start = 0
         for number, end in enumerate(cuts, 1):
-            segments[row, start:end] = number
+            segment_ids[row, start:end] = number
             positions[row, start:end] = np.arange(end - start)
             start = end
-    return positions, segments
+    return positions, segment_ids
 
 
 def example(seed, batch, length, heads, kv_heads, width):
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(batch, length, heads, width)).astype(np.float32)
     k, v = (rng.normal(size=(batch, length, kv_heads, width)).astype(np.float32) for _ in 'kv')
-    positions, segments = packed(rng, batch, length)
-    places = {'q_positions': positions, 'k_positions': positions, 'q_segments': segments, 'k_segments': segments}
+    positions, segment_ids = packed(rng, batch, length)
+    places = {
+        'q_positions': positions,
+        'k_positions': positions,
+        'q_segment_ids': segment_ids,
+        'k_segment_ids': segment_ids,
+    }
     return (q, k, v), places, rng.normal(size=q.shape).astype(np.float32)
 
 
@@ -114,7 +121,7 @@ def test_equals_the_plain_formula(seed, batch, length, groups, kv_heads, softcap
 
     got = with_gradients(jax.jit(ours), arrays, cotangent)
     close(got, with_gradients(jax.jit(theirs), arrays, cotangent))
-    padding = places['q_segments'] == 0
+    padding = places['q_segment_ids'] == 0
     for x in got:
         assert not np.asarray(x)[padding].any()
 
@@ -136,8 +143,8 @@ def test_queries_against_a_cache():
     places = {
         'q_positions': np.array([[4, 5], [19, 20], [0, 1]], np.int32),
         'k_positions': np.broadcast_to(np.arange(20, dtype=np.int32), (3, 20)),
-        'q_segments': np.ones((3, 2), np.int32),
-        'k_segments': np.ones((3, 20), np.int32),
+        'q_segment_ids': np.ones((3, 2), np.int32),
+        'k_segment_ids': np.ones((3, 20), np.int32),
     }
     got = attention(q, k, v, **places, scale=0.3, window=6, self_attention=False)
     close([got], [plain(q, k, v, places, 0.3, window=6)])
@@ -198,8 +205,13 @@ def test_never_holds_all_scores():
     x = jax.ShapeDtypeStruct((batch, length, heads, 16), jnp.float32)
     p = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
-    def loss(q, k, v, positions, segments):
-        places = {'q_positions': positions, 'k_positions': positions, 'q_segments': segments, 'k_segments': segments}
+    def loss(q, k, v, positions, segment_ids):
+        places = {
+            'q_positions': positions,
+            'k_positions': positions,
+            'q_segment_ids': segment_ids,
+            'k_segment_ids': segment_ids,
+        }
         return attention(q, k, v, **places, scale=0.25).sum()
 
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, p, p).compile().as_text()

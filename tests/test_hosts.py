@@ -34,7 +34,7 @@ def rows_of(step: int) -> dict[str, np.ndarray]:
         'tokens': tokens[:, :-1],
         'targets': tokens[:, 1:],
         'positions': np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
-        'segments': np.ones((ROWS, LENGTH), np.int32),
+        'segment_ids': np.ones((ROWS, LENGTH), np.int32),
         'weights': np.ones((ROWS, LENGTH), np.float32),
     }
 

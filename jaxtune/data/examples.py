@@ -281,7 +281,7 @@ class ExampleRows:
 
     def __getitem__(self, index: int) -> Row:
         index = int(index)
-        row = {name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'targets', 'positions', 'segments')}
+        row = {name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'targets', 'positions', 'segment_ids')}
         row['weights'] = np.zeros(self.seq_len, np.float32)
         at = 0
         for segment, number in enumerate(self.order[self.edges[index] : self.edges[index + 1]], 1):
@@ -291,7 +291,7 @@ class ExampleRows:
             row['targets'][at : at + size - 1] = one.ids[1:]
             row['weights'][at : at + size - 1] = one.trained[1:]
             row['positions'][at : at + size] = np.arange(size)
-            row['segments'][at : at + size] = segment
+            row['segment_ids'][at : at + size] = segment
             at += size
         return row
 

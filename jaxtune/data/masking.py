@@ -54,7 +54,7 @@ class Masking:
 
         Args:
           number: of the row, counted through all passes.
-          row: `tokens` and `segments` `[length]` int32, and whatever else it holds.
+          row: `tokens` and `segment_ids` `[length]` int32, and whatever else it holds.
 
         Returns:
           The row with `tokens` as the model sees them, `targets` as they were, and `weights` 1 where one was chosen.
@@ -63,7 +63,7 @@ class Masking:
         tokens = row['tokens']
         draws = rng.random((2, len(tokens)))
         others = self.ordinary[rng.integers(len(self.ordinary), size=len(tokens))]
-        may = (row['segments'] > 0) & ~self.special[tokens]
+        may = (row['segment_ids'] > 0) & ~self.special[tokens]
         chosen = may & (draws[0][self._words(row, may)] < self.probability)
         hidden = np.where(draws[1] < _MASKED, self.mask_id, np.where(draws[1] < _RANDOM, others, tokens))
         return row | {
@@ -78,9 +78,11 @@ class Masking:
         if self.joins is None:
             return places
         after, before = self.joins
-        tokens, segments = row['tokens'], row['segments']
+        tokens, segment_ids = row['tokens'], row['segment_ids']
         inside = np.zeros(len(may), bool)
-        inside[1:] = after[tokens[1:]] & before[tokens[:-1]] & (segments[1:] == segments[:-1]) & may[1:] & may[:-1]
+        inside[1:] = (
+            after[tokens[1:]] & before[tokens[:-1]] & (segment_ids[1:] == segment_ids[:-1]) & may[1:] & may[:-1]
+        )
         return np.maximum.accumulate(np.where(inside, 0, places))
 
 

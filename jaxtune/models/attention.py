@@ -50,8 +50,8 @@ def attention(
     *,
     q_positions: jax.Array,
     k_positions: jax.Array,
-    q_segments: jax.Array,
-    k_segments: jax.Array,
+    q_segment_ids: jax.Array,
+    k_segment_ids: jax.Array,
     scale: float,
     angles: Angles | None = None,
     softcap: float | None = None,
@@ -72,8 +72,8 @@ def attention(
       v: like `k`.
       q_positions: `[batch, length]` int32.
       k_positions: `[batch, keys]` int32.
-      q_segments: `[batch, length]` int32.
-      k_segments: `[batch, keys]` int32.
+      q_segment_ids: `[batch, length]` int32.
+      k_segment_ids: `[batch, keys]` int32.
       scale: factor on the scores, usually `head_dim ** -0.5`.
       angles: `(cos, sin)`, each `[batch, length, rotary_dim / 2]`, to turn queries and keys by, of which there are as
         many then; None = they are turned already, or not at all.
@@ -121,7 +121,7 @@ def attention(
     if name != 'xla':
         q, k, angles = rotate(q, angles), rotate(k, angles), None
     function = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
-    places = Places(q_positions, k_positions, q_segments, k_segments, angles, angles, traced)
+    places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids, angles, angles, traced)
     return mesh.run(lambda q, k, v, places: function(q, k, v, places, pattern), q, k, v, places)
 
 

@@ -59,16 +59,16 @@ class Places(NamedTuple):
     """Where queries and keys are.
 
     Attributes:
-      q_positions, q_segments: `[batch, length]` int32.
-      k_positions, k_segments: `[batch, keys]` int32.
+      q_positions, q_segment_ids: `[batch, length]` int32.
+      k_positions, k_segment_ids: `[batch, keys]` int32.
       q_angles, k_angles: what queries and keys are turned by, or None.
       window: a traced window, or None.
     """
 
     q_positions: jax.Array
     k_positions: jax.Array
-    q_segments: jax.Array
-    k_segments: jax.Array
+    q_segment_ids: jax.Array
+    k_segment_ids: jax.Array
     q_angles: Angles | None = None
     k_angles: Angles | None = None
     window: jax.Array | None = None
@@ -170,10 +170,10 @@ def _visible(
     def pair(of_queries: jax.Array, of_keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         return of_queries[:, None, None, queries, None], of_keys[:, None, None, None, keys]
 
-    q_segments, k_segments = pair(places.q_segments, places.k_segments)
+    q_segment_ids, k_segment_ids = pair(places.q_segment_ids, places.k_segment_ids)
     q_positions, k_positions = pair(places.q_positions, places.k_positions)
     # A key of segment -1 is everyone's, one of segment 0 nobody's.
-    seen = ((q_segments == k_segments) | (k_segments < 0)) & (q_segments != 0)
+    seen = ((q_segment_ids == k_segment_ids) | (k_segment_ids < 0)) & (q_segment_ids != 0)
     if pattern.causal:
         seen &= k_positions <= q_positions
     if window is not None:

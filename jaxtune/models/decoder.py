@@ -32,17 +32,17 @@ class Context(NamedTuple):
 
     Attributes:
       q_positions: `[batch, length]` int32.
-      q_segments: `[batch, length]` int32.
+      q_segment_ids: `[batch, length]` int32.
       k_positions: `[batch, keys]` int32.
-      k_segments: `[batch, keys]` int32.
+      k_segment_ids: `[batch, keys]` int32.
       angles: the rotary `(cos, sin)`, or None.
       prompt: a trained prompt `[virtual, d_model]` that all segments see, or None.
     """
 
     q_positions: jax.Array
-    q_segments: jax.Array
+    q_segment_ids: jax.Array
     k_positions: jax.Array
-    k_segments: jax.Array
+    k_segment_ids: jax.Array
     angles: rotary.Angles | None
     prompt: jax.Array | None = None
 
@@ -81,14 +81,14 @@ class Attention(_Part):
         if cache is not None or prefix is not None:
             # A cache keeps its keys turned, a prefix is not turned at all.
             q, k, angles = rotary.rotate(q, angles), rotary.rotate(k, angles), None
-        k_positions, k_segments = context.k_positions, context.k_segments
+        k_positions, k_segment_ids = context.k_positions, context.k_segment_ids
         window = c.windows[0] if len(set(c.windows)) == 1 else layer.window
         if cache is not None:
             cache = _write(cache, k, v, layer, context, prefix)
             k, v = cache['k'][layer.cached].astype(q.dtype), cache['v'][layer.cached].astype(q.dtype)
         elif prefix is not None:
             k, v = put_before(prefix, k, v)
-            k_positions, k_segments = places_before(prefix[0].shape[0], k_positions, k_segments)
+            k_positions, k_segment_ids = places_before(prefix[0].shape[0], k_positions, k_segment_ids)
         if cache is not None and x.shape[1] == 1:
             seen = _seen(context, window)
             y = kv_cache.attend_one(q, k, v, seen, scale=c.attention_scale, softcap=c.attention_softcap)
@@ -101,8 +101,8 @@ class Attention(_Part):
                 v,
                 q_positions=context.q_positions,
                 k_positions=k_positions,
-                q_segments=context.q_segments,
-                k_segments=k_segments,
+                q_segment_ids=context.q_segment_ids,
+                k_segment_ids=k_segment_ids,
                 scale=c.attention_scale,
                 angles=angles,
                 softcap=c.attention_softcap,
@@ -137,7 +137,7 @@ def _write(
     cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context, prefix: tuple[jax.Array, jax.Array] | None
 ) -> Cache:
     """Puts keys and values into the slots of their positions, a prefix into the first; those of padding go nowhere."""
-    at = jnp.where(context.q_segments != 0, context.q_positions, kv_cache.slots(cache))
+    at = jnp.where(context.q_segment_ids != 0, context.q_positions, kv_cache.slots(cache))
     cache = kv_cache.write(cache, layer.cached, {'k': k, 'v': v}, at)
     if prefix is None:
         return cache
@@ -149,7 +149,7 @@ def _write(
 def _seen(context: Context, window: int | jax.Array | None) -> jax.Array:
     """Which slots of the cache the one token of each row sees, bool `[batch, slots]`."""
     distance = context.q_positions - context.k_positions
-    seen = (distance >= 0) & (context.q_segments != 0)
+    seen = (distance >= 0) & (context.q_segment_ids != 0)
     return seen if window is None else seen & (distance < window)
 
 
@@ -200,7 +200,7 @@ class Decoder(_Part):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        segments: jax.Array,
+        segment_ids: jax.Array,
         cache: Cache = None,
         prompt: jax.Array | None = None,
         noise: jax.Array | None = None,
@@ -211,18 +211,20 @@ class Decoder(_Part):
         if noise is not None:
             x = x + noise.astype(x.dtype)
         if prompt is not None:
-            x, positions, segments = prepend(prompt, x, positions, segments)
+            x, positions, segment_ids = prepend(prompt, x, positions, segment_ids)
         if c.embed_scale is not None:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.rope is None:
             x = x + self.embed('embed_positions', c.max_positions)(positions)
         x = constrain(x, 'batch', 'length', None)
 
-        angles = None if c.rope is None else rotary.angles(c.rope, jnp.where(segments != 0, positions, 0), segments)
-        context = Context(positions, segments, positions, segments, angles, prompt)
+        angles = (
+            None if c.rope is None else rotary.angles(c.rope, jnp.where(segment_ids != 0, positions, 0), segment_ids)
+        )
+        context = Context(positions, segment_ids, positions, segment_ids, angles, prompt)
         if cache is not None:
             slots = jnp.broadcast_to(jnp.arange(kv_cache.slots(cache)), (len(tokens), kv_cache.slots(cache)))
-            seen = (segments != 0).astype(segments.dtype)
+            seen = (segment_ids != 0).astype(segment_ids.dtype)
             context = Context(positions, seen, slots, jnp.ones_like(slots), angles)
         windows = [_NO_WINDOW if window is None else window for window in c.windows]
         if cache is not None and kv_cache.is_divided(cache):
@@ -268,16 +270,16 @@ def _forward(
     begins: bool = True,
 ) -> Outputs:
     tokens = batch['tokens']
-    positions, segments = batch.get('positions'), batch.get('segments')
+    positions, segment_ids = batch.get('positions'), batch.get('segment_ids')
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    if segments is None:
-        segments = jnp.ones_like(tokens)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
     rngs = None if rng is None else {'dropout': rng}
     own, prompt = without_prompt(params)
     positions = positions + virtual_tokens(params)
     prompt = prompt if begins else None
-    return module.apply({'params': own}, tokens, positions, segments, cache, prompt, batch.get('noise'), rngs=rngs)
+    return module.apply({'params': own}, tokens, positions, segment_ids, cache, prompt, batch.get('noise'), rngs=rngs)
 
 
 def _head(config: DecoderConfig, head: str, params: Any) -> Head:

@@ -263,30 +263,30 @@ class EncDec(_Part):
             x = constrain(shared(tokens), 'copy', 'length', 'width')
             return constrain(x, 'batch', 'length', None)
 
-        source, segments = None, None if cache is None else cache.get('source_segments')
+        source, segment_ids = None, None if cache is None else cache.get('source_segment_ids')
         if 'tokens' in batch:
-            segments = batch.get('segments', jnp.ones_like(batch['tokens']))
+            segment_ids = batch.get('segment_ids', jnp.ones_like(batch['tokens']))
             x = embed(batch['tokens'])
             if prompt is not None:
-                x, _, segments = prepend(prompt, x, jnp.zeros_like(segments), segments, segment=1)
-            context = Context(None, None, _same_segment(segments, segments))
+                x, _, segment_ids = prepend(prompt, x, jnp.zeros_like(segment_ids), segment_ids, segment=1)
+            context = Context(None, None, _same_segment(segment_ids, segment_ids))
             encoder = Stack(*self.same(), remat=self.remat, name='encoder')
-            source, _ = encoder(x, _distances(segments.shape[1], segments.shape[1]), context)
+            source, _ = encoder(x, _distances(segment_ids.shape[1], segment_ids.shape[1]), context)
 
         tokens = batch['decoder_tokens']
         length = tokens.shape[1]
-        own = batch.get('decoder_segments', jnp.ones_like(tokens))
+        own = batch.get('decoder_segment_ids', jnp.ones_like(tokens))
         if cache is None:
             distances, slots = _distances(length, length), None
             visible = _same_segment(own, own) & (distances <= 0)
-            source_visible = _same_segment(own, segments)
+            source_visible = _same_segment(own, segment_ids)
         else:
             positions, size = batch['decoder_positions'], kv_cache.slots(cache)
             distances = jnp.arange(size) - positions[..., None]
             visible, slots = distances <= 0, jnp.where(own > 0, positions, size)
-            source_visible = jnp.broadcast_to(segments[:, None] > 0, (*tokens.shape, segments.shape[1]))
+            source_visible = jnp.broadcast_to(segment_ids[:, None] > 0, (*tokens.shape, segment_ids.shape[1]))
             if source is not None:
-                cache = _with_source(c, cache, segments)
+                cache = _with_source(c, cache, segment_ids)
         context = Context(None, None, visible, source, source_visible, slots)
         decoder = Stack(*self.same(), decodes=True, remat=self.remat, name='decoder')
         x, cache = decoder(embed(tokens), distances, context, cache)
@@ -306,12 +306,17 @@ def _same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return (queries[:, :, None] == keys[:, None]) & (keys[:, None] > 0)
 
 
-def _with_source(config: EncDecConfig, cache: Cache, segments: jax.Array) -> Cache:
+def _with_source(config: EncDecConfig, cache: Cache, segment_ids: jax.Array) -> Cache:
     """The cache with room for the keys and values that all decoder layers make of the encoder's states, once."""
     cross = kv_cache.empty(
-        config.num_decoder_layers, len(segments), config.num_heads, segments.shape[1], config.head_dim, cache['k'].dtype
+        config.num_decoder_layers,
+        len(segment_ids),
+        config.num_heads,
+        segment_ids.shape[1],
+        config.head_dim,
+        cache['k'].dtype,
     )
-    return {**cache, **{f'cross_{name}': room for name, room in cross.items()}, 'source_segments': segments}
+    return {**cache, **{f'cross_{name}': room for name, room in cross.items()}, 'source_segment_ids': segment_ids}
 
 
 def _init(module: EncDec, rng: jax.Array) -> Any:

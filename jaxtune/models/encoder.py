@@ -30,7 +30,7 @@ class Context(NamedTuple):
     """What all layers share: where tokens are, and the rotary angles `(cos, sin)` of global and of local layers."""
 
     positions: jax.Array
-    segments: jax.Array
+    segment_ids: jax.Array
     angles: rotary.Angles | None
     local_angles: rotary.Angles | None
 
@@ -61,19 +61,19 @@ class Attention(_Part):
         if context.angles is not None:
             local = window < _NO_WINDOW
             angles = tuple(jnp.where(local, *pair) for pair in zip(context.local_angles, context.angles, strict=True))
-        k_positions, k_segments = context.positions, context.segments
+        k_positions, k_segment_ids = context.positions, context.segment_ids
         if prefix is not None:  # which is not turned
             q, k, angles = rotary.rotate(q, angles), rotary.rotate(k, angles), None
             k, v = put_before(prefix, k, v)
-            k_positions, k_segments = places_before(prefix[0].shape[0], k_positions, k_segments)
+            k_positions, k_segment_ids = places_before(prefix[0].shape[0], k_positions, k_segment_ids)
         y = attention(
             q,
             k,
             v,
             q_positions=context.positions,
             k_positions=k_positions,
-            q_segments=context.segments,
-            k_segments=k_segments,
+            q_segment_ids=context.segment_ids,
+            k_segment_ids=k_segment_ids,
             scale=c.head_dim**-0.5,
             angles=angles,
             window=c.windows[0] if len(set(c.windows)) == 1 else window,
@@ -161,7 +161,7 @@ class Encoder(_Part):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        segments: jax.Array,
+        segment_ids: jax.Array,
         types: jax.Array,
         prompt: jax.Array | None = None,
     ) -> jax.Array:
@@ -170,7 +170,7 @@ class Encoder(_Part):
         x = constrain(self.embed('embed_tokens', c.vocab_size)(tokens), 'copy', 'length', 'width')
         count = 0 if prompt is None else prompt.shape[0]
         if prompt is not None:
-            x, positions, segments = prepend(prompt, x, positions + count, segments, segment=1)
+            x, positions, segment_ids = prepend(prompt, x, positions + count, segment_ids, segment=1)
             types = jnp.pad(types, ((0, 0), (count, 0)))
         if c.rope is None:
             x = x + self.embed('embed_positions', c.max_positions + c.position_offset)(positions + c.position_offset)
@@ -178,9 +178,9 @@ class Encoder(_Part):
             x = x + self.embed('embed_types', c.token_types)(jnp.minimum(types, c.token_types - 1))
         x = self.norm('embed_norm')(constrain(x, 'batch', 'length', None))
 
-        places = jnp.where(segments > 0, positions, 0)
+        places = jnp.where(segment_ids > 0, positions, 0)
         angles = [None if rope is None else rotary.angles(rope, places) for rope in (c.rope, c.local_rope)]
-        context = Context(positions, segments, *angles)
+        context = Context(positions, segment_ids, *angles)
         windows = jnp.asarray([_NO_WINDOW if window is None else window for window in c.windows], jnp.int32)
         first = int(c.pre_norm)
         if first:
@@ -197,15 +197,15 @@ class Encoder(_Part):
             x, _ = scanned(*self.same(), name='layers')(x, windows[first:], context)
         if c.pre_norm:
             x = self.norm('norm')(x)
-        return self.to_head(x[:, count:], segments[:, count:])
+        return self.to_head(x[:, count:], segment_ids[:, count:])
 
-    def to_head(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+    def to_head(self, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """What the last projection reads: `[batch, length, d_model]`, or of rows `[batch, 1, d_model]`."""
         c = self.config
         if self.head == 'lm':
             return LMHead(*self.same(), name='lm_head')(x)
         if self.head == 'classification':
-            x = pool(x, segments, c.pooling)[:, None]
+            x = pool(x, segment_ids, c.pooling)[:, None]
         if self.head == 'classification' or c.token_pooler:
             x = Pooler(*self.same(), name='pooler')(x)
         if self.is_initializing():
@@ -213,18 +213,18 @@ class Encoder(_Part):
         return x
 
 
-def pool(x: jax.Array, segments: jax.Array, kind: str) -> jax.Array:
+def pool(x: jax.Array, segment_ids: jax.Array, kind: str) -> jax.Array:
     """One vector a row.
 
     Args:
       x: `[batch, length, d_model]`.
-      segments: `[batch, length]`, 0 = padding.
+      segment_ids: `[batch, length]`, 0 = padding.
       kind: `cls`, the first token, or `mean`, of all tokens.
 
     Returns:
       `[batch, d_model]`.
     """
-    seen = segments > 0
+    seen = segment_ids > 0
     if kind == 'cls':
         seen = seen & (jnp.cumsum(seen, axis=1) == 1)
     weights = seen / jnp.maximum(seen.sum(1, keepdims=True), 1)
@@ -247,16 +247,16 @@ def _forward(
     begins: bool = True,
 ) -> Outputs:
     tokens = batch['tokens']
-    positions, segments, types = (batch.get(name) for name in ('positions', 'segments', 'token_types'))
+    positions, segment_ids, types = (batch.get(name) for name in ('positions', 'segment_ids', 'token_types'))
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    if segments is None:
-        segments = jnp.ones_like(tokens)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
     if types is None:
         types = jnp.zeros_like(tokens)
     rngs = None if rng is None else {'dropout': rng}
     own, prompt = without_prompt(params)
-    return Outputs(module.apply({'params': own}, tokens, positions, segments, types, prompt, rngs=rngs))
+    return Outputs(module.apply({'params': own}, tokens, positions, segment_ids, types, prompt, rngs=rngs))
 
 
 def _head(config: EncoderConfig, head: str, params: Any) -> Head:

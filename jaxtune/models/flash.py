@@ -84,7 +84,7 @@ def _named(*arrays: jax.Array) -> list[jax.Array]:
 
 def _without_padding(out: jax.Array, places: Places) -> jax.Array:
     """Padding sees padding inside the kernels; its rows are 0, so that it passes no gradient either."""
-    return jnp.where((places.q_segments > 0)[:, :, None, None], out, 0)
+    return jnp.where((places.q_segment_ids > 0)[:, :, None, None], out, 0)
 
 
 def _splash_kernel(
@@ -135,8 +135,8 @@ def splash(
     kernel = _splash_kernel(q.shape[2], q.shape[1], pattern.causal, pattern.window, pattern.softcap, interpret)
     q = q * jnp.asarray(pattern.scale, q.dtype)
     q, k, v = _named(*(x.swapaxes(1, 2) for x in (q, k, v)))
-    segments = kernels.SegmentIds(places.q_segments, places.k_segments)
-    out = jax.vmap(kernel)(q, k, v, segments).swapaxes(1, 2)
+    segment_ids = kernels.SegmentIds(places.q_segment_ids, places.k_segment_ids)
+    out = jax.vmap(kernel)(q, k, v, segment_ids).swapaxes(1, 2)
     return _without_padding(out.astype(q.dtype), places)
 
 
@@ -147,7 +147,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pat
     the heads.
     """
     q, k, v = _named(q, k, v)
-    same = places.q_segments[:, None, :, None] == places.k_segments[:, None, None, :]
+    same = places.q_segment_ids[:, None, :, None] == places.k_segment_ids[:, None, None, :]
     out = jax.nn.dot_product_attention(
         q,
         k,

@@ -21,7 +21,7 @@ from jaxtune.models.attention import visible_softmax
 # of a layer's, `[batch, ...]`.
 Cache = dict[str, Any]
 
-OF_ALL_LAYERS = ('source_segments',)
+OF_ALL_LAYERS = ('source_segment_ids',)
 
 
 def empty(layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype) -> Cache:

@@ -162,12 +162,12 @@ class Model:
 
         Args:
           params: the parameter tree; kernels may be typed leaves.
-          batch: `tokens [batch, length]` int32; maybe `positions` (default 0, 1, …) and `segments` (default 1; 0 is
+          batch: `tokens [batch, length]` int32; maybe `positions` (default 0, 1, …) and `segment_ids` (default 1; 0 is
             padding, tokens see only their own segment); an encoder's `token_types` (default 0); `noise [batch, length,
-            d_model]`, added to a decoder's embeddings. An encoder-decoder's
-            `tokens` and `segments` are the source's; it has `decoder_tokens`, `decoder_segments` and (with a cache)
-            `decoder_positions` too, and `hidden` is the decoder's. With a cache, a batch without `tokens` goes on from
-            the source that the cache holds.
+            d_model]`, added to a decoder's embeddings. An encoder-decoder's `tokens` and `segment_ids` are the
+            source's; it has `decoder_tokens`, `decoder_segment_ids` and (with a cache) `decoder_positions` too, and
+            `hidden` is the decoder's. With a cache, a batch without `tokens` goes on from the source that the cache
+            holds.
           cache: from `init_cache`, `prefill` or another call; a token's slot is its position, its keys and values are
             written there, and it sees the slots up to its own. Padding writes nothing.
           rng: key for dropout of added weights, or None.
@@ -210,11 +210,11 @@ class Model:
         """
         batch, width = prompts.shape
         places = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
-        inputs = {'tokens': prompts, 'positions': places, 'segments': (places < lengths[:, None]).astype(jnp.int32)}
+        inputs = {'tokens': prompts, 'positions': places, 'segment_ids': (places < lengths[:, None]).astype(jnp.int32)}
         if self.kind == 'encdec':
             start = jnp.zeros((batch, 1), jnp.int32)
             inputs |= {'decoder_tokens': start + self.config.start_id, 'decoder_positions': start}
-            inputs['decoder_segments'] = start + 1
+            inputs['decoder_segment_ids'] = start + 1
             outputs = self.apply(params, inputs, cache=self.init_cache(batch, 1))
             return outputs.hidden[:, 0], kv_cache.divided(outputs.cache, room - 1), jnp.ones(batch, jnp.int32)
         outputs = self.apply(params, inputs, cache=self.init_cache(batch, virtual_tokens(params) + width))
@@ -250,7 +250,7 @@ class Model:
         Returns:
           `(hidden, cache)`: the state `[batch, d_model]` that predicts the next token, and the cache with this one.
         """
-        inputs = {'tokens': tokens, 'positions': positions, 'segments': running.astype(jnp.int32)}
+        inputs = {'tokens': tokens, 'positions': positions, 'segment_ids': running.astype(jnp.int32)}
         prefix = 'decoder_' if self.kind == 'encdec' else ''
         inputs = {prefix + name: value[:, None] for name, value in inputs.items()}
         outputs = self.apply(params, inputs, cache=cache, begins=False)

@@ -23,7 +23,7 @@ def without_prompt(params: Any) -> tuple[Any, jax.Array | None]:
 
 
 def prepend(
-    prompt: jax.Array, x: jax.Array, positions: jax.Array, segments: jax.Array, segment: int = SHARED
+    prompt: jax.Array, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, segment: int = SHARED
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Embedded tokens, positions and segments with the prompt's first.
 
@@ -33,7 +33,7 @@ def prepend(
       prompt: `[virtual, d_model]`.
       x: `[batch, length, d_model]`.
       positions: `[batch, length]`, already counted from the end of the prompt.
-      segments: `[batch, length]`.
+      segment_ids: `[batch, length]`.
       segment: of the prompt's tokens.
 
     Returns:
@@ -42,9 +42,9 @@ def prepend(
     batch, count = x.shape[0], prompt.shape[0]
     rows = jnp.broadcast_to(prompt.astype(x.dtype), (batch, *prompt.shape))
     places = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
-    marks = jnp.full((batch, count), segment, segments.dtype)
+    marks = jnp.full((batch, count), segment, segment_ids.dtype)
     join = lambda *parts: jnp.concatenate(parts, axis=1)  # noqa: E731
-    return join(rows, x), join(places, positions), join(marks, segments)
+    return join(rows, x), join(places, positions), join(marks, segment_ids)
 
 
 def prefix_of(attention: nn.Module) -> tuple[jax.Array, jax.Array] | None:
@@ -62,7 +62,7 @@ def put_before(prefix: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array) 
     return k, v
 
 
-def places_before(count: int, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+def places_before(count: int, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Positions and segments `[batch, keys]` with those of `count` keys that all segments see first."""
     first = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (positions.shape[0], count))
-    return jnp.concatenate([first, positions], 1), jnp.pad(segments, ((0, 0), (count, 0)), constant_values=SHARED)
+    return jnp.concatenate([first, positions], 1), jnp.pad(segment_ids, ((0, 0), (count, 0)), constant_values=SHARED)

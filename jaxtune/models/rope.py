@@ -161,13 +161,13 @@ _SCALINGS = {
 }
 
 
-def angles(rope: Rope, positions: jax.Array, segments: jax.Array | None = None) -> Angles:
+def angles(rope: Rope, positions: jax.Array, segment_ids: jax.Array | None = None) -> Angles:
     """Cosine and sine of every position's angles.
 
     Args:
       rope: the model's frequencies.
       positions: `[batch, length]` int32.
-      segments: `[batch, length]` int32, or None where a row is one segment. With LongRoPE a segment's own length
+      segment_ids: `[batch, length]` int32, or None where a row is one segment. With LongRoPE a segment's own length
         decides which frequencies it gets, so that it depends on no other row and on no neighbour in its row.
         What all segments see (below 0) and padding (0) go by the longest of the row.
     """
@@ -175,21 +175,21 @@ def angles(rope: Rope, positions: jax.Array, segments: jax.Array | None = None) 
     if rope.long_frequencies is not None:
         beyond = positions >= rope.original_positions
         is_long = beyond.any(axis=-1, keepdims=True)
-        if segments is not None and positions.shape[-1] > rope.original_positions:
-            is_long = jnp.where(segments > 0, _any_of_segment(beyond, segments), is_long)
+        if segment_ids is not None and positions.shape[-1] > rope.original_positions:
+            is_long = jnp.where(segment_ids > 0, _any_of_segment(beyond, segment_ids), is_long)
         frequencies = jnp.where(is_long[..., None], jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
     turned = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(turned) * rope.factor, jnp.sin(turned) * rope.factor
 
 
-def _any_of_segment(flags: jax.Array, segments: jax.Array) -> jax.Array:
+def _any_of_segment(flags: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Whether any token of the same segment has the flag, `[batch, length]` bool."""
 
-    def of_row(flags: jax.Array, segments: jax.Array) -> jax.Array:
-        most = jax.ops.segment_max(flags.astype(jnp.int32), segments, len(segments) + 1)
-        return most[jnp.clip(segments, 0, len(segments))] > 0
+    def of_row(flags: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        most = jax.ops.segment_max(flags.astype(jnp.int32), segment_ids, len(segment_ids) + 1)
+        return most[jnp.clip(segment_ids, 0, len(segment_ids))] > 0
 
-    return jax.vmap(of_row)(flags, segments)
+    return jax.vmap(of_row)(flags, segment_ids)
 
 
 def rotate(x: jax.Array, angles: Angles | None) -> jax.Array:

@@ -16,7 +16,7 @@ KINDS = ('decoder',)
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds."""
     shape = (config.data.seq_len,)
-    dtypes = dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), np.int32) | {'weights': np.float32}
+    dtypes = dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), np.int32) | {'weights': np.float32}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 

@@ -27,7 +27,7 @@ _BATCH = 4096  # texts that are tokenised together
 
 def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds: `labels` and `weights` are one number each."""
-    fields = dict.fromkeys(('tokens', 'positions', 'segments', 'token_types'), ((config.data.seq_len,), np.int32))
+    fields = dict.fromkeys(('tokens', 'positions', 'segment_ids', 'token_types'), ((config.data.seq_len,), np.int32))
     fields |= {'labels': ((), np.int32), 'weights': ((), np.float32)}
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in fields.items()}
 
@@ -174,8 +174,8 @@ class Examples:
 
     def __getitem__(self, index: int) -> Row:
         ids, types, label = self.examples[index]
-        row = {name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'positions', 'segments', 'token_types')}
+        row = {name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'positions', 'segment_ids', 'token_types')}
         size = len(ids)
         row['tokens'][:size], row['token_types'][:size] = ids, types
-        row['positions'][:size], row['segments'][:size] = np.arange(size), 1
+        row['positions'][:size], row['segment_ids'][:size] = np.arange(size), 1
         return row | {'labels': np.asarray(label, np.int32), 'weights': np.ones((), np.float32)}

@@ -13,30 +13,30 @@ from jaxtune.objectives.cross_entropy import cross_entropy, token_scores
 
 
 def score(
-    hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, segments: jax.Array, rng: jax.Array | None
+    hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, segment_ids: jax.Array, rng: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed negative log-likelihood of the scored targets in nats, and the sums that `summarise` makes metrics of.
 
     Args:
       hidden, head, targets: as for `cross_entropy`.
       weights: `[batch, length]`, 1 where a target is scored, else 0.
-      segments: `[batch, length]` int32: one answer, or the answers of one conversation; 0 = padding.
+      segment_ids: `[batch, length]` int32: one answer, or the answers of one conversation; 0 = padding.
       rng: None at evaluation, which alone looks at whole answers.
     """
     if rng is not None:
         nll, correct = cross_entropy(hidden, head, targets, weights)
         return nll, {'accuracy': correct}
     logprobs, right = token_scores(hidden, head, jnp.where(weights > 0, targets, 0))
-    answers, exact = jax.vmap(_count)(segments, weights > 0, right)
+    answers, exact = jax.vmap(_count)(segment_ids, weights > 0, right)
     sums = {'accuracy': (weights * right).sum(), 'answers': answers.sum(), 'exact_match': exact.sum()}
     return -(weights * logprobs).sum(), sums
 
 
-def _count(segments: jax.Array, scored: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _count(segment_ids: jax.Array, scored: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of a row: segments with a scored target, and those of them in which all are right."""
-    size = segments.shape[0] + 1
-    some = jnp.zeros(size, bool).at[segments].max(scored)
-    wrong = jnp.zeros(size, bool).at[segments].max(scored & ~right)
+    size = segment_ids.shape[0] + 1
+    some = jnp.zeros(size, bool).at[segment_ids].max(scored)
+    wrong = jnp.zeros(size, bool).at[segment_ids].max(scored & ~right)
     return some.sum().astype(jnp.float32), (some & ~wrong).sum().astype(jnp.float32)
 
 

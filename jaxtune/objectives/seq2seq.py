@@ -74,7 +74,7 @@ def _tokenise(records: Records, folder: pathlib.Path, tokenizer, config: ConfigD
 def loss(config, model, params, batch, rng):
     """Summed negative log-likelihood of the targets in nats, their number, and sums for `summarise`."""
     hidden, targets, weights = seq2seq_batch.decode(model, params, batch, rng)
-    nll, sums = score(hidden, model.head(params), targets, weights, batch['target_segments'], rng)
+    nll, sums = score(hidden, model.head(params), targets, weights, batch['target_segment_ids'], rng)
     return nll, weights.sum(), sums
 
 

@@ -10,12 +10,12 @@ KINDS = ('encdec',)
 
 
 def make_row(seq_len: int, target_len: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """`tokens`, `segments` `[seq_len]`: the source; `targets`, `target_segments` `[target_len]`: what is written.
+    """`tokens`, `segment_ids` `[seq_len]`: the source; `targets`, `target_segment_ids` `[target_len]`: what is written.
 
     A target sees the source of its own segment; 0 is padding.
     """
     source, target = jax.ShapeDtypeStruct((seq_len,), np.int32), jax.ShapeDtypeStruct((target_len,), np.int32)
-    return {'tokens': source, 'segments': source, 'targets': target, 'target_segments': target}
+    return {'tokens': source, 'segment_ids': source, 'targets': target, 'target_segment_ids': target}
 
 
 def fill_row(pairs: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, target_len: int) -> dict[str, np.ndarray]:
@@ -23,15 +23,15 @@ def fill_row(pairs: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int, targe
     row = {name: np.zeros(field.shape, field.dtype) for name, field in make_row(seq_len, target_len).items()}
     at = {'tokens': 0, 'targets': 0}
     for number, pair in enumerate(pairs, 1):
-        for (name, segments), part in zip(_PARTS, pair, strict=True):
+        for (name, segment_ids), part in zip(_PARTS, pair, strict=True):
             low, high = at[name], at[name] + len(part)
             row[name][low:high] = part
-            row[segments][low:high] = number
+            row[segment_ids][low:high] = number
             at[name] = high
     return row
 
 
-_PARTS = (('tokens', 'segments'), ('targets', 'target_segments'))
+_PARTS = (('tokens', 'segment_ids'), ('targets', 'target_segment_ids'))
 
 
 def pair_sizes(sources: np.ndarray, targets: np.ndarray, seq_len: int, target_len: int) -> np.ndarray:
@@ -57,15 +57,15 @@ def decode(model, params, batch, rng, name_ids: Callable[[jax.Array], jax.Array]
     Returns:
       `(hidden [batch, target_len, d_model], targets [batch, target_len], weights [batch, target_len])`.
     """
-    targets, segments = name_ids(batch['targets']), batch['target_segments']
-    first = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    targets, segment_ids = name_ids(batch['targets']), batch['target_segment_ids']
+    first = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
     inputs = {
         'tokens': name_ids(batch['tokens']),
-        'segments': batch['segments'],
+        'segment_ids': batch['segment_ids'],
         'decoder_tokens': jnp.where(first, model.config.start_id, shifted),
-        'decoder_segments': segments,
+        'decoder_segment_ids': segment_ids,
     }
     outputs = model.apply(params, inputs, rng=rng)
-    weights = (segments > 0).astype(jnp.float32)
+    weights = (segment_ids > 0).astype(jnp.float32)
     return outputs.hidden, targets, weights

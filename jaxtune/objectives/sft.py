@@ -45,30 +45,30 @@ def loss(config, model, params, batch, rng):
     """Summed negative log-likelihood of the answers' tokens in nats, their number, and sums for `summarise`."""
     if config.sft.neftune_alpha and rng is not None:
         rng, key = jax.random.split(rng)
-        noise = neftune(key, batch['segments'], model.config.d_model, config.sft.neftune_alpha)
+        noise = neftune(key, batch['segment_ids'], model.config.d_model, config.sft.neftune_alpha)
         batch = {**batch, 'noise': noise}
     outputs = model.apply(params, batch, rng=rng)
     weights = batch['weights']
-    nll, sums = score(outputs.hidden, model.head(params), batch['targets'], weights, batch['segments'], rng)
+    nll, sums = score(outputs.hidden, model.head(params), batch['targets'], weights, batch['segment_ids'], rng)
     return nll, weights.sum(), sums
 
 
-def neftune(key: jax.Array, segments: jax.Array, d_model: int, alpha: float) -> jax.Array:
+def neftune(key: jax.Array, segment_ids: jax.Array, d_model: int, alpha: float) -> jax.Array:
     """NEFTune's noise on embeddings (Jain et al. 2023, arXiv:2310.05914).
 
     Args:
       key: a random key.
-      segments: `[batch, length]`, 0 = padding; a packed example's noise is scaled by its own length.
+      segment_ids: `[batch, length]`, 0 = padding; a packed example's noise is scaled by its own length.
       d_model: width of the embeddings.
       alpha: the paper's.
 
     Returns:
       `[batch, length, d_model]`: uniform in `±alpha / sqrt(length of the segment * d_model)`, 0 on padding.
     """
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
     lengths = jnp.maximum(same.sum(-1), 1)
-    scale = jnp.where(segments > 0, alpha / jnp.sqrt(lengths * d_model), 0.0)
-    return jax.random.uniform(key, (*segments.shape, d_model), minval=-1.0, maxval=1.0) * scale[..., None]
+    scale = jnp.where(segment_ids > 0, alpha / jnp.sqrt(lengths * d_model), 0.0)
+    return jax.random.uniform(key, (*segment_ids.shape, d_model), minval=-1.0, maxval=1.0) * scale[..., None]
 
 
 def preview(rows: ExampleRows, tokenizer) -> list[tuple[str, bool]]:

@@ -47,14 +47,14 @@ class Packed:
     def fields(self) -> dict[str, np.ndarray]:
         """The rows, `{field: [rows, length]}`.
 
-        `tokens`, `positions` and `segments` for `Model.apply`; `weights`, 1 where a token of an answer is predicted;
+        `tokens`, `positions` and `segment_ids` for `Model.apply`; `weights`, 1 where a token of an answer is predicted;
         `shares`, the same over the length of the answer.
         """
         of, token = _spans(self.end)
         places = (self.row[of], self.at[of] + token)
-        found = {name: np.zeros(self.shape, np.int32) for name in ('tokens', 'positions', 'segments')}
+        found = {name: np.zeros(self.shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
         found['tokens'][places], found['positions'][places] = self.tokens[of, token], token
-        found['segments'][places] = self.segment[of]
+        found['segment_ids'][places] = self.segment[of]
         of, _ = self._answers
         found |= {name: np.zeros(self.shape, np.float32) for name in ('weights', 'shares')}
         found['weights'][self._places] = 1.0

@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 def make_row(config: ConfigDict, *tokenwise: str) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds: what `packed.Packed.fields` makes, and further numbers for each token."""
-    fields = dict.fromkeys(('tokens', 'positions', 'segments'), np.int32)
+    fields = dict.fromkeys(('tokens', 'positions', 'segment_ids'), np.int32)
     fields |= dict.fromkeys(('weights', 'shares', *tokenwise), np.float32)
     return {name: jax.ShapeDtypeStruct((config.data.seq_len,), dtype) for name, dtype in fields.items()}
 
@@ -53,7 +53,7 @@ def read(
     Returns:
       `(logprobs, values)`, each `[rows, length]` float32, at the place before each token and 0 outside the answers.
     """
-    inputs = {name: batch[name] for name in ('tokens', 'positions', 'segments')}
+    inputs = {name: batch[name] for name in ('tokens', 'positions', 'segment_ids')}
     weights = batch['weights']
     hidden = model.apply(value_head.policy(params), inputs, rng=rng).hidden
     head = tempered(model.head(params), config.generate.temperature)

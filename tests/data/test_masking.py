@@ -18,8 +18,8 @@ def make_row(number: int, length: int = LENGTH, padding: int = 50) -> dict[str, 
     rng = np.random.default_rng((7, number))
     tokens = rng.integers(0, 256, length)
     tokens[rng.integers(0, length - padding, 20)] = BYTES.eos_token_id
-    segments = (np.arange(length) < length - padding).astype(np.int32)
-    return {'tokens': np.where(segments > 0, tokens, 0).astype(np.int32), 'segments': segments}
+    segment_ids = (np.arange(length) < length - padding).astype(np.int32)
+    return {'tokens': np.where(segment_ids > 0, tokens, 0).astype(np.int32), 'segment_ids': segment_ids}
 
 
 def assert_share(count: int, total: int, expected: float):
@@ -34,7 +34,7 @@ def test_shares_over_a_million_tokens(whole_word):
     for number in range(ROWS):
         row = make_row(number)
         hidden = masking(number, row)
-        ordinary = (row['segments'] > 0) & (row['tokens'] < 256)
+        ordinary = (row['segment_ids'] > 0) & (row['tokens'] < 256)
         picked = hidden['weights'] > 0
         assert not (picked & ~ordinary).any()
         np.testing.assert_array_equal(hidden['tokens'][~picked], row['tokens'][~picked])
@@ -58,7 +58,7 @@ def test_shares_over_a_million_tokens(whole_word):
 
 def test_random_tokens_cover_the_ordinary_vocabulary_alone():
     masking = Masking(BYTES, 1.0)
-    row = {'tokens': np.zeros(200_000, np.int32), 'segments': np.ones(200_000, np.int32)}
+    row = {'tokens': np.zeros(200_000, np.int32), 'segment_ids': np.ones(200_000, np.int32)}
     hidden = masking(0, row)['tokens']
     assert set(hidden[hidden != BYTES.mask_token_id]) == set(range(256))
 
@@ -97,7 +97,7 @@ def test_each_pass_hides_other_tokens_and_held_out_rows_keep_theirs():
 
 def encode(tokenizer, text):
     tokens = np.asarray(tokenizer(text, add_special_tokens=False)['input_ids'], np.int32)
-    return {'tokens': tokens, 'segments': np.ones(len(tokens), np.int32)}
+    return {'tokens': tokens, 'segment_ids': np.ones(len(tokens), np.int32)}
 
 
 def test_whole_words_of_bytes():
@@ -126,7 +126,7 @@ def test_whole_words_of_wordpiece_and_no_mask_token():
     after, before = word_joins(tokenizer)
     assert after.tolist() == [False, False, False, True, True, False]
     assert before.all()
-    row = {'tokens': np.array([2, 3, 4, 5, 0, 2], np.int32), 'segments': np.array([1, 1, 1, 1, 1, 2], np.int32)}
+    row = {'tokens': np.array([2, 3, 4, 5, 0, 2], np.int32), 'segment_ids': np.array([1, 1, 1, 1, 1, 2], np.int32)}
     masking = Masking(tokenizer, 0.5, whole_word=True)
     weights = np.stack([masking(number, row)['weights'] for number in range(50)])
     assert (weights[:, 0] == weights[:, 1]).all()

@@ -16,15 +16,15 @@ SEQ_LEN = st.integers(2, 17)
 
 def parts(row):
     """The segments of a row, as lists of ids; checks what holds for every row."""
-    segments, n = row['segments'], int(np.count_nonzero(row['segments']))
+    segment_ids, n = row['segment_ids'], int(np.count_nonzero(row['segment_ids']))
     assert {name: value.dtype for name, value in row.items()} == {
-        'tokens': np.int32, 'targets': np.int32, 'positions': np.int32, 'segments': np.int32, 'weights': np.float32,
+        'tokens': np.int32, 'targets': np.int32, 'positions': np.int32, 'segment_ids': np.int32, 'weights': np.float32,
     }  # fmt: skip
     assert not any(value[n:].any() for value in row.values()), 'padding is zeros at the end'
     assert not (row['targets'] * (1 - row['weights'])).any()
     found = []
-    for number in range(1, segments.max() + 1):
-        where = np.flatnonzero(segments == number)
+    for number in range(1, segment_ids.max() + 1):
+        where = np.flatnonzero(segment_ids == number)
         assert where.tolist() == list(range(where[0], where[-1] + 1)), 'a segment is one run'
         assert row['positions'][where].tolist() == list(range(len(where)))
         found.append(row['tokens'][where].tolist())
@@ -47,7 +47,7 @@ def test_concat_rows(lengths, seq_len):
         assert (row['targets'][scored] == row['tokens'][scored] + 1).all()  # ids count through the stream
         targets += row['targets'][scored].tolist()
         if i + 1 < len(rows):
-            assert (row['segments'] > 0).all()
+            assert (row['segment_ids'] > 0).all()
     firsts = {int(at) + 1 for at, size in zip(tokens.offsets, lengths, strict=False) if size}
     assert stream == tokens.tokens.tolist()
     assert targets == [token for token in tokens.tokens.tolist() if token not in firsts]
@@ -67,10 +67,10 @@ def test_window_rows_packed_and_not_hold_the_same_windows(lengths, seq_len):
         rows = window_rows(tokens, seq_len, packing)
         found, weights = [], 0
         for row in map(rows.__getitem__, range(len(rows))):
-            segments = parts(row)
-            assert segments
-            assert packing or len(segments) == 1
-            found += segments
+            segment_ids = parts(row)
+            assert segment_ids
+            assert packing or len(segment_ids) == 1
+            found += segment_ids
             weights += row['weights'].sum()
         assert collections.Counter(map(tuple, found)) == collections.Counter(map(tuple, expected))
         assert packing or found == expected

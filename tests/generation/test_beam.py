@@ -117,12 +117,12 @@ def test_log_probabilities_are_the_models(both):
     keys = jax.random.split(jax.random.key(0), len(PROMPTS))
     drawn = jax.jit(lambda p: sample(model, sampling(stop, temperature=1.3), p, tokens, lengths, keys))(params)
     best = jax.jit(lambda p: beam_search(model, sampling(stop), p, tokens, lengths, 4))(params)
-    segments = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
+    segment_ids = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
     for found in (drawn, best):
         start = jnp.full_like(found.tokens[:, :1], model.config.start_id)
         batch = {
             'tokens': tokens,
-            'segments': segments,
+            'segment_ids': segment_ids,
             'decoder_tokens': jnp.concatenate([start, found.tokens[:, :-1]], axis=1),
         }
         expected = token_logprobs(model.apply(params, batch).hidden, model.head(params), found.tokens)

@@ -220,7 +220,7 @@ def test_a_prompt_serves_every_segment_of_a_packed_row(name):
     config, (model, params) = settings(**VARIANTS[name]), build('decoder')
     params = moved(config, tuned(config, model, params, one_device())[1])
     tokens = batch_of('decoder')['tokens'][:1]
-    places = {'positions': np.r_[np.arange(10), np.arange(6)][None], 'segments': np.r_[[1] * 10, [2] * 6][None]}
+    places = {'positions': np.r_[np.arange(10), np.arange(6)][None], 'segment_ids': np.r_[[1] * 10, [2] * 6][None]}
     packed = model.apply(params, {'tokens': tokens, **{k: v.astype(np.int32) for k, v in places.items()}}).hidden
     apart = [model.apply(params, {'tokens': part}).hidden for part in (tokens[:, :10], tokens[:, 10:])]
     np.testing.assert_allclose(packed, np.concatenate(apart, axis=1), rtol=1e-5, atol=1e-5)

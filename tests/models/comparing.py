@@ -57,7 +57,7 @@ def assert_bfloat16_is_near(folder, batch, **settings):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16'), jnp.dtype('float32')}
     assert jax.eval_shape(model.apply, params, batch).hidden.dtype == jnp.bfloat16
     rough = compute_logits(model, params, batch)
-    kept = batch['segments'] > 0
+    kept = batch['segment_ids'] > 0
     assert np.sqrt(np.mean((rough - exact)[kept] ** 2) / np.mean(exact[kept] ** 2)) < 0.1
 
 

@@ -90,8 +90,8 @@ def torch_model(case, tmp_path_factory):
 
 
 def their_logits(model, batch):
-    names = {'input_ids': 'tokens', 'attention_mask': 'segments'}
-    names |= {'decoder_input_ids': 'decoder_tokens', 'decoder_attention_mask': 'decoder_segments'}
+    names = {'input_ids': 'tokens', 'attention_mask': 'segment_ids'}
+    names |= {'decoder_input_ids': 'decoder_tokens', 'decoder_attention_mask': 'decoder_segment_ids'}
     return torch_logits(model, **{theirs: batch[ours] for theirs, ours in names.items()})
 
 
@@ -101,10 +101,10 @@ def rows():
     tokens = rng.integers(2, 97, (3, SOURCE)).astype(np.int32)
     decoder_tokens = rng.integers(2, 97, (3, TARGET)).astype(np.int32)
     source, target = np.arange(SOURCE), np.arange(TARGET)
-    segments = np.stack([source >= 0, source < 29, source >= 7]).astype(np.int32)
-    decoder_segments = np.stack([target >= 0, target < 13, target >= 5]).astype(np.int32)
-    batch = {'tokens': tokens, 'segments': segments, 'decoder_tokens': decoder_tokens}
-    return batch | {'decoder_segments': decoder_segments}
+    segment_ids = np.stack([source >= 0, source < 29, source >= 7]).astype(np.int32)
+    decoder_segment_ids = np.stack([target >= 0, target < 13, target >= 5]).astype(np.int32)
+    batch = {'tokens': tokens, 'segment_ids': segment_ids, 'decoder_tokens': decoder_tokens}
+    return batch | {'decoder_segment_ids': decoder_segment_ids}
 
 
 def test_logits_equal_transformers_whole_and_padded(torch_model):
@@ -112,7 +112,7 @@ def test_logits_equal_transformers_whole_and_padded(torch_model):
     batch = rows()
     ours, theirs = compute_logits(*open_model(folder), batch), their_logits(torch_model, batch)
     assert np.isfinite(ours).all()
-    kept = batch['decoder_segments'] > 0
+    kept = batch['decoder_segment_ids'] > 0
     assert_close(ours[kept], theirs[kept])
 
 
@@ -124,9 +124,9 @@ def test_packed_rows_equal_rows_of_their_own(torch_model):
     target = np.repeat((1, 2, 3, 0), (8, 4, 7, 3))[None]
     packed = {
         'tokens': batch['tokens'][:1],
-        'segments': source.astype(np.int32),
+        'segment_ids': source.astype(np.int32),
         'decoder_tokens': batch['decoder_tokens'][:1],
-        'decoder_segments': target.astype(np.int32),
+        'decoder_segment_ids': target.astype(np.int32),
     }
     ours = compute_logits(model, params, packed)
     for segment in (1, 2, 3):
@@ -146,7 +146,7 @@ def test_bfloat16_is_as_near_as_transformers_bfloat16(torch_model):
 
     torch_model, folder = torch_model
     batch = rows()
-    kept = batch['decoder_segments'] > 0
+    kept = batch['decoder_segment_ids'] > 0
     exact = their_logits(torch_model, batch)[kept]
     model, params = open_model(folder, param_dtype='bfloat16', compute_dtype='bfloat16')
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16'), jnp.dtype('float32')}
@@ -211,19 +211,19 @@ def test_names_of_tied_tensors_do_not_matter(torch_model, case, tmp_path):
 @pytest.mark.parametrize('case', DISTINCT, ids=lambda case: case.name, indirect=True)
 def test_cache_step_by_step_equals_the_whole(torch_model):
     model, params = open_model(torch_model[1])
-    batch = rows() | {'decoder_segments': np.ones((3, TARGET), np.int32)}
+    batch = rows() | {'decoder_segment_ids': np.ones((3, TARGET), np.int32)}
     whole = np.asarray(jax.jit(model.apply)(params, batch).hidden)
 
     def part(low, high):
         places = np.broadcast_to(np.arange(low, high, dtype=np.int32), (3, high - low))
         return {
             'decoder_tokens': batch['decoder_tokens'][:, low:high],
-            'decoder_segments': np.ones_like(places),
+            'decoder_segment_ids': np.ones_like(places),
             'decoder_positions': places,
         }
 
     run = jax.jit(lambda p, b, c: model.apply(p, b, cache=c))
-    first = {'tokens': batch['tokens'], 'segments': batch['segments'], **part(0, 3)}
+    first = {'tokens': batch['tokens'], 'segment_ids': batch['segment_ids'], **part(0, 3)}
     hidden, cache = run(params, first, model.init_cache(3, 3))
     cache = kv_cache.divided(cache, TARGET - 3)
     np.testing.assert_allclose(hidden, whole[:, :3], atol=2e-5 * np.abs(whole).max())

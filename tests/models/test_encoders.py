@@ -56,14 +56,14 @@ def rows():
     lengths = (7, 11, 4)
     packed = np.repeat((1, 2, 3, 0), (*lengths, LENGTH - sum(lengths)))
     starts = np.concatenate([np.arange(n) for n in (*lengths, LENGTH - sum(lengths))])
-    segments = np.stack([np.ones(LENGTH), places < 15, packed]).astype(np.int32)
+    segment_ids = np.stack([np.ones(LENGTH), places < 15, packed]).astype(np.int32)
     positions = np.stack([places, places * (places < 15), starts]).astype(np.int32)
-    return {'tokens': tokens, 'positions': positions, 'segments': segments}
+    return {'tokens': tokens, 'positions': positions, 'segment_ids': segment_ids}
 
 
 def padded(batch, pad: int):
     """The first two rows as transformers wants them: its padding has a number of its own."""
-    mask = batch['segments'][:2]
+    mask = batch['segment_ids'][:2]
     return np.where(mask > 0, batch['tokens'][:2], pad), mask
 
 
@@ -81,7 +81,7 @@ def test_logits_equal_transformers_whole_padded_and_packed(case, folder, torch_m
         return
     assert_close(ours[:2][mask > 0], theirs[mask > 0])
     for segment in (1, 2, 3):
-        kept = batch['segments'][2] == segment
+        kept = batch['segment_ids'][2] == segment
         assert_close(ours[2, kept], torch_logits(torch_model, input_ids=batch['tokens'][2:, kept])[0])
 
 

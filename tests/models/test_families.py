@@ -41,29 +41,29 @@ def rows():
     lengths = (7, 11, 4)
     packed = np.repeat((1, 2, 3, 0), (*lengths, LENGTH - sum(lengths)))
     starts = np.concatenate([np.arange(n) for n in (*lengths, LENGTH - sum(lengths))])
-    segments = np.stack([np.ones(LENGTH), places < 15, places >= 9, packed]).astype(np.int32)
+    segment_ids = np.stack([np.ones(LENGTH), places < 15, places >= 9, packed]).astype(np.int32)
     positions = np.stack([places, places * (places < 15), np.maximum(places - 9, 0), starts]).astype(np.int32)
-    return {'tokens': tokens, 'positions': positions, 'segments': segments}
+    return {'tokens': tokens, 'positions': positions, 'segment_ids': segment_ids}
 
 
 def test_logits_equal_transformers_whole_padded_and_packed(case, folder, torch_model):
     batch = rows()
-    tokens, positions, segments = batch['tokens'], batch['positions'], batch['segments']
+    tokens, positions, segment_ids = batch['tokens'], batch['positions'], batch['segment_ids']
     ours = compute_logits(*open_model(folder), batch)
     assert np.isfinite(ours).all()
 
     assert_close(ours[:1], torch_logits(torch_model, input_ids=tokens[:1]))
     for row in (1, 2):
-        kept = segments[row] > 0
+        kept = segment_ids[row] > 0
         # Each row by itself: LongRoPE's choice in transformers depends on the rows beside it.
         part = slice(row, row + 1)
         padded = torch_logits(
-            torch_model, input_ids=tokens[part], attention_mask=segments[part], position_ids=positions[part]
+            torch_model, input_ids=tokens[part], attention_mask=segment_ids[part], position_ids=positions[part]
         )[0]
         assert_close(ours[row, kept], padded[kept])
         assert_close(ours[row, kept], torch_logits(torch_model, input_ids=tokens[part, kept])[0])
     for segment in (1, 2, 3):
-        kept = segments[3] == segment
+        kept = segment_ids[3] == segment
         assert_close(ours[3, kept], torch_logits(torch_model, input_ids=tokens[3:, kept])[0])
 
 
@@ -85,9 +85,9 @@ def test_cache_step_by_step_equals_the_whole(case, folder):
     # Prompts of 9 and 6 tokens, padded right; the padding's place is taken by the tokens that follow.
     prompts = np.array([9, 6])
     places = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
-    segments = (places < prompts[:, None]).astype(np.int32)
+    segment_ids = (places < prompts[:, None]).astype(np.int32)
     run = jax.jit(lambda p, b, c: model.apply(p, b, cache=c))
-    batch = {'tokens': tokens[:, :9], 'positions': places, 'segments': segments}
+    batch = {'tokens': tokens[:, :9], 'positions': places, 'segment_ids': segment_ids}
     hidden, cache = run(params, batch, model.init_cache(2, 9))
     cache = kv_cache.divided(cache, length - 9)
     scale = np.abs(whole).max()
@@ -99,7 +99,7 @@ def test_cache_step_by_step_equals_the_whole(case, folder):
         batch = {
             'tokens': np.take_along_axis(tokens, now[:, None], 1),
             'positions': now[:, None].astype(np.int32),
-            'segments': (at < length).astype(np.int32)[:, None],
+            'segment_ids': (at < length).astype(np.int32)[:, None],
         }
         hidden, cache = run(params, batch, cache)
         for row in np.flatnonzero(at < length):

@@ -74,13 +74,13 @@ def test_a_long_document_leaves_its_neighbours_in_a_row_alone(both):
     theirs, model, params = both
     lengths = (5, 20, 7)
     tokens = np.random.default_rng(1).integers(3, 97, (2, sum(lengths) + 2)).astype(np.int32)
-    segments = np.repeat((1, 2, 3, 0), (*lengths, 2)).astype(np.int32)
+    segment_ids = np.repeat((1, 2, 3, 0), (*lengths, 2)).astype(np.int32)
     positions = np.concatenate([np.arange(n) for n in (*lengths, 2)]).astype(np.int32)
-    batch = {'tokens': tokens, 'positions': np.stack([positions] * 2), 'segments': np.stack([segments] * 2)}
+    batch = {'tokens': tokens, 'positions': np.stack([positions] * 2), 'segment_ids': np.stack([segment_ids] * 2)}
     ours = compute_logits(model, params, batch)
     for row in range(2):
         for segment in (1, 2, 3):
-            own = segments == segment
+            own = segment_ids == segment
             assert_close(ours[row, own], torch_logits(theirs, input_ids=tokens[row : row + 1, own])[0])
 
 
@@ -136,7 +136,7 @@ def test_a_trained_prompt_counts_towards_the_border(both):
     ids = list(prompt)
     for _ in range(16):
         row = np.pad(ids, (0, 20 - len(ids))).astype(np.int32)
-        batch = {'tokens': row[None], 'segments': (np.arange(20) < len(ids)).astype(np.int32)[None]}
+        batch = {'tokens': row[None], 'segment_ids': (np.arange(20) < len(ids)).astype(np.int32)[None]}
         ids.append(int(whole(params, batch)[0, len(ids) - 1].argmax()))
     assert np.asarray(run(params).tokens[0]).tolist() == ids[len(prompt) :]
 

@@ -278,9 +278,9 @@ def test_numbers_go_into_rows_and_come_back(seed, packing, unit):
         rows.gather(followed), [np.pad(made.tokens[i, made.start[i] : made.end[i]], (0, WIDTH))[:WIDTH] for i in chosen]
     )
     found = []
-    for row, segments in enumerate(fields['segments']):
-        for segment in range(1, segments.max(initial=0) + 1):
-            here = segments == segment
+    for row, segment_ids in enumerate(fields['segment_ids']):
+        for segment in range(1, segment_ids.max(initial=0) + 1):
+            here = segment_ids == segment
             assert (np.flatnonzero(here) == np.flatnonzero(here)[0] + np.arange(here.sum())).all()
             np.testing.assert_array_equal(fields['positions'][row, here], np.arange(here.sum()))
             found.append(tuple(fields['tokens'][row, here].tolist()))

@@ -222,7 +222,7 @@ def test_packing_keeps_every_trained_token(examples):
         # The token that a scored position predicts is the next one of the same example.
         row, at = np.nonzero(batch['weights'])
         np.testing.assert_array_equal(batch['targets'][row, at], batch['tokens'][row, at + 1])
-        np.testing.assert_array_equal(batch['segments'][row, at], batch['segments'][row, at + 1])
+        np.testing.assert_array_equal(batch['segment_ids'][row, at], batch['segment_ids'][row, at + 1])
 
 
 @pytest.mark.parametrize('implementation', ['xla', 'reference', 'splash'])
@@ -250,16 +250,16 @@ def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implemen
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def _splash(q, k, v, *, q_positions, k_positions, q_segments, k_segments, scale, **_):
-    places = Places(q_positions, k_positions, q_segments, k_segments)
+def _splash(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):
+    places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids)
     return flash.splash(q, k, v, places, Pattern(scale=scale, budget=2**21), interpret=True)
 
 
-def _plain_attention(q, k, v, *, q_positions, k_positions, q_segments, k_segments, scale, **_):
+def _plain_attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):
     """Attention as its formula has it: all scores at once."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum('bqhd,bkhd->bhqk', q, k) * scale
-    seen = (q_segments[:, :, None] == k_segments[:, None]) & (q_positions[:, :, None] >= k_positions[:, None])
+    seen = (q_segment_ids[:, :, None] == k_segment_ids[:, None]) & (q_positions[:, :, None] >= k_positions[:, None])
     scores = jnp.where(seen[:, None], scores, -1e30)
     return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores), v)
 
@@ -302,17 +302,17 @@ def test_exact_answers_are_those_that_greedy_decoding_repeats(examples):
         for pair in ((0, 1), (2, 3))
     ]
     paired = {name: np.concatenate([row[name] for row in rows]) for name in single}
-    paired['segments'][:, 32:] *= 2 * (paired['segments'][:, 32:] > 0)
+    paired['segment_ids'][:, 32:] *= 2 * (paired['segment_ids'][:, 32:] > 0)
     sums = sft.loss(_settings(), model, params, paired, None)[2]
     assert (float(sums['answers']), float(sums['exact_match'])) == (4.0, float(sum(exact[:4])))
 
 
 def test_neftune_is_uniform_within_its_bound_and_off_in_evaluation(examples):
     batch = _batch(ExampleRows(examples, 32, True))
-    noise = np.asarray(sft.neftune(jax.random.key(0), jnp.asarray(batch['segments']), 32, 5.0))
-    for row, segments in enumerate(batch['segments']):
-        for segment in set(segments.tolist()):
-            found = noise[row, segments == segment]
+    noise = np.asarray(sft.neftune(jax.random.key(0), jnp.asarray(batch['segment_ids']), 32, 5.0))
+    for row, segment_ids in enumerate(batch['segment_ids']):
+        for segment in set(segment_ids.tolist()):
+            found = noise[row, segment_ids == segment]
             bound = 5.0 / np.sqrt(len(found) * 32) if segment else 0.0
             assert np.abs(found).max() <= bound
             if segment and found.size > 200:

@@ -42,7 +42,7 @@ def test_rows_of_texts_and_of_pairs(tmp_path):
     first, second = rows(config)
     assert bytes(first['tokens'].tolist()) == b'a longer text th'
     assert second['tokens'].tolist() == [97, 98] + 14 * [0]
-    assert second['segments'].tolist() == [1, 1] + 14 * [0]
+    assert second['segment_ids'].tolist() == [1, 1] + 14 * [0]
     assert second['positions'].tolist() == [0, 1] + 14 * [0]
     assert (first['labels'], second['labels']) == (1, 0)
     for name, field in objectives.get('classification').row(config).items():
@@ -151,7 +151,7 @@ def test_losses_equal_transformers_in_pytorch(corpus, tmp_path):
         for group in optimizer.param_groups:
             group['lr'] = LR * min((t + 1) / warmup, 1 - (t - warmup) / (STEPS - warmup))
         loss = model(
-            batch['tokens'].long(), batch['segments'], batch['token_types'], labels=batch['labels'].long()
+            batch['tokens'].long(), batch['segment_ids'], batch['token_types'], labels=batch['labels'].long()
         ).loss
         optimizer.zero_grad()
         loss.backward()

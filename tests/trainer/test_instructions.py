@@ -111,7 +111,7 @@ def _trl_inputs(torch, case, batch):
         ids, weights = torch.tensor(batch['tokens']).long(), torch.tensor(batch['weights'])
         labels = torch.full_like(ids, -100)
         labels[:, 1:] = torch.where(weights[:, :-1] > 0, torch.tensor(batch['targets'][:, :-1]).long(), -100)
-        return {'input_ids': ids, 'attention_mask': torch.tensor(batch['segments']), 'labels': labels}
+        return {'input_ids': ids, 'attention_mask': torch.tensor(batch['segment_ids']), 'labels': labels}
     ids, masks, answers = [], [], []
     for side in ('chosen', 'rejected'):
         places = np.arange(batch[side].shape[1])[None]
@@ -167,9 +167,9 @@ def test_a_reward_model_scores_the_same_in_transformers(pairs, tmp_path):
         batch = Loader(rows, len(rows), shuffle=False).rows(0, 0, len(rows))
         inputs = stacked({name: jax.numpy.asarray(value) for name, value in batch.items()}, SIDES)
         ours = np.asarray(reward.rewards(parts.model, parts.params, inputs))
-    ids = np.where(np.asarray(inputs['segments']) > 0, np.asarray(inputs['tokens']), theirs.config.pad_token_id)
+    ids = np.where(np.asarray(inputs['segment_ids']) > 0, np.asarray(inputs['tokens']), theirs.config.pad_token_id)
     with torch.no_grad():
-        logits = theirs(torch.tensor(ids).long(), torch.tensor(np.asarray(inputs['segments'])).long()).logits[:, 0]
+        logits = theirs(torch.tensor(ids).long(), torch.tensor(np.asarray(inputs['segment_ids'])).long()).logits[:, 0]
     np.testing.assert_allclose(ours, logits.numpy(), atol=2e-5)
 
 

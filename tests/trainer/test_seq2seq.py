@@ -28,8 +28,11 @@ def texts(corpus, split):
 def parts(row):
     """`(source, target)` tokens of each segment of a row."""
     return [
-        (row['tokens'][row['segments'] == segment].tolist(), row['targets'][row['target_segments'] == segment].tolist())
-        for segment in range(1, row['segments'].max() + 1)
+        (
+            row['tokens'][row['segment_ids'] == segment].tolist(),
+            row['targets'][row['target_segment_ids'] == segment].tolist(),
+        )
+        for segment in range(1, row['segment_ids'].max() + 1)
     ]
 
 
@@ -69,10 +72,10 @@ def test_rows_give_the_documents_back_and_whole_chunks_fill_theirs(corpus, tmp_p
         }
         chunks = uncut(row)
         if len(chunks[0]) == 70:
-            assert (row['segments'] == 1).all()  # the source fills its row exactly
-            assert row['target_segments'].sum() == 14  # of 70 tokens: 10 hidden, 3 sentinels, EOS
+            assert (row['segment_ids'] == 1).all()  # the source fills its row exactly
+            assert row['target_segment_ids'].sum() == 14  # of 70 tokens: 10 hidden, 3 sentinels, EOS
         packed += len(chunks) > 1
-        places += np.count_nonzero(row['segments'])
+        places += np.count_nonzero(row['segment_ids'])
         found += chunks
     assert sorted(found) == chunks_of(corpus, 'train', 70)
     assert packed
@@ -107,7 +110,7 @@ def test_other_modes_fit_their_rows(corpus, tmp_path, mode):
 
 def test_without_packing_rows_are_chunks(corpus, tmp_path):
     rows = span_corruption.dataset(config_of(corpus, data__packing=False), 'eval', BYTES, tmp_path)
-    assert all(rows[number]['segments'].max() == 1 for number in range(len(rows)))
+    assert all(rows[number]['segment_ids'].max() == 1 for number in range(len(rows)))
     assert sorted(uncut(rows[number])[0] for number in range(len(rows))) == chunks_of(corpus, 'eval', 70)
 
 
@@ -119,7 +122,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_their_own(corpus, tm
     config = config_of(corpus, objective, data__seq_len=256, data__target_len=256)
     model, _ = open_model(config, BYTES)
     params = jax.jit(model.init)(jax.random.key(0))
-    row = next(row for row in module.dataset(config, 'eval', BYTES, tmp_path) if row['segments'].max() > 1)
+    row = next(row for row in module.dataset(config, 'eval', BYTES, tmp_path) if row['segment_ids'].max() > 1)
     alone = [
         seq2seq_batch.fill_row([pair], len(row['tokens']), len(row['targets']))
         for pair in ([np.asarray(side) for side in part] for part in parts(row))
@@ -227,8 +230,8 @@ def test_losses_of_20_steps_equal_transformers(corpus, tmp_path, objective):
         batch = loader.rows(t, 0, 16)
         for name in ('tokens', 'targets'):
             batch[name] = np.where(batch[name] < 0, model.config.vocab_size + batch[name], batch[name])
-        labels = torch.tensor(np.where(batch['target_segments'] > 0, batch['targets'], -100)).long()
-        inputs = {'input_ids': torch.tensor(batch['tokens']), 'attention_mask': torch.tensor(batch['segments'])}
+        labels = torch.tensor(np.where(batch['target_segment_ids'] > 0, batch['targets'], -100)).long()
+        inputs = {'input_ids': torch.tensor(batch['tokens']), 'attention_mask': torch.tensor(batch['segment_ids'])}
         loss = theirs(**inputs, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
