@@ -31,7 +31,7 @@ def check(path: str, name: str) -> None:
             return
         except Exception as error:  # network, names, rights: each raises its own
             said = reason(error)
-    import datasets  # slow to import
+    from datasets import config  # slow to import
 
-    if not (pathlib.Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace('/', '___')).is_dir():
+    if not (pathlib.Path(config.HF_DATASETS_CACHE) / dataset.replace('/', '___')).is_dir():
         raise UserError(f'{name}: no such file or folder, and the hub gives no dataset of that id: {said}')

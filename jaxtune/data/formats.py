@@ -182,7 +182,7 @@ def chat(format_name: str, place: str, record: Any, answered: bool = True) -> Ch
     Raises:
       FormatError: it is not of the format.
     """
-    found = _READERS[format_name or detect(record)](place, record, answered)
+    found = _READERS[format_name or detect(record) or ''](place, record, answered)
     _check_unread(record, _UNREAD_IN_RECORD, 'the record')
     _check_order(found.turns, answered)
     _check_values(found)

@@ -43,8 +43,9 @@ class Loader:
             # Grain adds the number of the pass to the seed; mixed first, neighbouring seeds do not share their passes.
             mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
             dataset = dataset.shuffle(seed=mixed).repeat()
-        self._dataset = dataset
-        self._padding = {name: np.zeros_like(value) for name, value in dataset[0].items()}
+        self._dataset: Any = dataset
+        first: Any = dataset[0]
+        self._padding = {name: np.zeros_like(value) for name, value in first.items()}
 
     def __len__(self) -> int:
         """Batches a pass, the last one included."""

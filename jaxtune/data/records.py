@@ -383,9 +383,11 @@ def _hub_dataset(path: str, name: str, key: str, columns: Mapping[str, str] | No
     wanted = [split] if split else ['validation', 'eval', 'test'] if key == 'data.eval' else ['train']
     chosen = next((splits[option] for option in wanted if option in splits), None)
     if chosen is None:
-        raise UserError(f'{name}: expected a split, as {dataset_id}:CONFIG:SPLIT; the dataset has {", ".join(splits)}')
+        raise UserError(
+            f'{name}: expected a split, as {dataset_id}:CONFIG:SPLIT; the dataset has {", ".join(map(str, splits))}'
+        )
     selected = _check_columns(columns, chosen.column_names, name)
-    table = chosen if selected is None else chosen.select_columns(selected)
+    table: Any = chosen if selected is None else chosen.select_columns(selected)
 
     def read() -> Iterator[Placed]:
         for row, record in enumerate(table, 1):

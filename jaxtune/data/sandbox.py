@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, BinaryIO, NoReturn
+from typing import IO, Any, NoReturn
 
 SECONDS = 2  # of the processor, to compile a template or to render a conversation
 MEMORY = 1 << 29  # bytes of the process
@@ -57,6 +57,9 @@ class Renderer:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             process = self._process
+            assert process is not None
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
                 _write(process.stdin, data)
                 return json.loads(_read(process.stdout))
@@ -78,7 +81,7 @@ class Renderer:
         process, self._process = self._process, None
         if process is None:
             return 0
-        for stream in (process.stdin, process.stdout):
+        for stream in filter(None, (process.stdin, process.stdout)):
             with contextlib.suppress(OSError):  # what was not yet written is lost with the process
                 stream.close()
         return process.wait()
@@ -109,17 +112,17 @@ def _failure(kind: str, error: BaseException) -> dict[str, str]:
     return {'error': kind, 'message': message}
 
 
-def _write(stream: BinaryIO, data: bytes) -> None:
+def _write(stream: IO[bytes], data: bytes) -> None:
     stream.write(len(data).to_bytes(8, 'little') + data)
     stream.flush()
 
 
-def _read(stream: BinaryIO) -> bytes:
+def _read(stream: IO[bytes]) -> bytes:
     size = int.from_bytes(_exactly(stream, 8), 'little')
     return _exactly(stream, size)
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytes:
+def _exactly(stream: IO[bytes], size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:
         raise EOFError

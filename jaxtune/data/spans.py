@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -237,7 +238,7 @@ class Encoder:
     def _finish(self, text: str, spans: Spans, ended: bool) -> tuple[str, Spans]:
         """The text up to its last trained character; where no token ends the last answer, EOS does."""
         start, _ = spans[-1]
-        eos = self.tokenizer.eos_token
+        eos: Any = self.tokenizer.eos_token
         if eos and not ended:
             text += eos
             spans = [*spans[:-1], (start, len(text))]
@@ -249,7 +250,8 @@ class Encoder:
         if tail is None:
             return None
         ends = (token for token in (*self.special, *self.added) if tail.end.endswith(token))
-        return max(ends, key=len, default=self.tokenizer.eos_token)
+        eos: Any = self.tokenizer.eos_token
+        return max(ends, key=len, default=eos)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +285,8 @@ def end_of_turn(template: Template, tokenizer: PreTrainedTokenizerBase) -> int |
         token = Encoder(template, tokenizer).end_token()
     except UserError:
         return None  # a template that cannot be trained with may still be written with
-    return None if token is None else tokenizer.convert_tokens_to_ids(token)
+    found: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return found
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, edges: Sequence[int]) -> tuple[list[int], np.ndarray]:
@@ -333,5 +336,5 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, edges: Sequence[int])
 @functools.lru_cache(maxsize=8)
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
     """What to put before a piece where the tokenizer would begin it with a space of its own; '' where not."""
-    first = tokenizer.convert_ids_to_tokens(tokenizer('a', add_special_tokens=False).input_ids[0])
+    first: Any = tokenizer.convert_ids_to_tokens(tokenizer('a', add_special_tokens=False).input_ids[0])
     return '\n' if first.startswith(('▁', 'Ġ')) else ''

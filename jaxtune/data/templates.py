@@ -146,11 +146,12 @@ class Template:
         Raises:
           FormatError, UserError: as `render`, for the first that fails.
         """
-        found = self.try_all(chats)
-        for one in found:
+        rendered = []
+        for one in self.try_all(chats):
             if isinstance(one, Exception):
                 raise one
-        return found
+            rendered.append(one)
+        return rendered
 
     def try_all(self, chats: Sequence[tuple[Chat, bool]]) -> list[Rendered | FormatError | UserError]:
         """As `render_all`, with the error in the place of what cannot be rendered."""
@@ -286,7 +287,7 @@ def _checked(template: Template) -> Template:
 @functools.lru_cache(maxsize=64)
 def _check(source: str, name: str) -> None:
     for problem in sandbox.render(source, []):
-        raise _result(name, problem)
+        raise _result(name, problem)  # pyright: ignore[reportGeneralTypeIssues]: nothing is rendered, so all are errors
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...]:
@@ -297,4 +298,5 @@ def _tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, str], ...]:
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the tokenizer begins a text with."""
     first = tokenizer('a').input_ids[:1]
-    return tokenizer.bos_token if first and first[0] == tokenizer.bos_token_id and tokenizer.bos_token else ''
+    bos: Any = tokenizer.bos_token
+    return bos if first and first[0] == tokenizer.bos_token_id and bos else ''

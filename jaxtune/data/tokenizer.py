@@ -3,10 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]: a name that is made when it is asked for
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from jaxtune.common import hub, paths, stderr
 from jaxtune.common.hub import TOKENIZER_FILES, is_id
@@ -130,7 +136,8 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
             return None
         tokenizer.pad_token = tokenizer.unk_token
-    return tokenizer.pad_token_id
+    padding: Any = tokenizer.pad_token_id
+    return padding
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

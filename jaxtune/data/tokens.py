@@ -70,7 +70,9 @@ class Tokens:
             files = [folder / 'tokens.bin']
             if len(counts := meta.get('shards') or [meta['tokens']]) > 1:
                 files = [folder / f'tokens-{i:05d}.bin' for i in range(len(counts))]
-            parts = [np.memmap(file, dtype, 'r', shape=(count,)) for file, count in zip(files, counts, strict=True)]
+            parts: list[np.ndarray] = [
+                np.memmap(file, dtype, 'r', shape=(count,)) for file, count in zip(files, counts, strict=True)
+            ]
             sizes = all(file.stat().st_size == part.nbytes for file, part in zip(files, parts, strict=True))
             whole = sizes and offsets[-1] == meta['tokens'] == sum(counts)
             tokens = parts[0] if len(parts) == 1 else Shards(parts)
@@ -186,6 +188,7 @@ class TokenWriter:
             self.gzip = None
             return
         first = not self.lengths and not self.pending
+        assert self.gzip is not None
         self.gzip_bytes += len(self.gzip.compress(data if first else b'\n' + data))
 
     def _flush(self) -> None:

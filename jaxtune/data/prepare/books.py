@@ -27,7 +27,7 @@ def epub(data: bytes, limit: int) -> str:
     Raises:
       DamagedError: no EPUB, or larger than the limit.
     """
-    from lxml import etree
+    from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]: compiled, without types
 
     try:
         book = zipfile.ZipFile(io.BytesIO(data))
@@ -62,7 +62,7 @@ _BREAK = {'p', 'div', 'h1', 'h2', 'h3', 'h4', 'h5', 'h6', 'li', 'blockquote', 'p
 
 def page_text(page: bytes) -> str:
     """All text of an XHTML page, paragraphs apart."""
-    from lxml import etree
+    from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]: compiled, without types
     from lxml import html as pages
 
     if not page.strip():
@@ -109,7 +109,7 @@ def wikipedia(stream: BufferedIOBase, limit: int) -> Iterator[tuple[str, str]]:
     Raises:
       DamagedError: it breaks off, or is no XML.
     """
-    from lxml import etree
+    from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]: compiled, without types
 
     title, bounded = '', _Bounded(stream, limit)
     try:

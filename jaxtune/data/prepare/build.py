@@ -56,7 +56,7 @@ class Part:
         self.texts = {side: (self.temporary / f'{side}.jsonl').open('w', encoding='utf-8') for side in _SIDES}
         self.bins = {side: (self.temporary / f'{side}.bin').open('wb') for side in _SIDES}
         self.lengths: dict[str, list[int]] = {side: [] for side in _SIDES}
-        self.text_bytes = dict.fromkeys(_SIDES, 0)
+        self.text_bytes: dict[str, int] = dict.fromkeys(_SIDES, 0)
         self.pending: list[tuple[str, str, int, str]] = []
         self.characters = 0
         return self

@@ -60,7 +60,9 @@ def _ftfy() -> tuple[Callable[..., str], Callable[[str], bool], Any]:
         normalization=None,
         explain=False,
     )
-    return ftfy.fix_text, ftfy.is_bad, config
+    from ftfy.badness import is_bad
+
+    return ftfy.fix_text, is_bad, config
 
 
 def plain_unicode(text: str) -> str:

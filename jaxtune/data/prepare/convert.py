@@ -122,9 +122,12 @@ def _documented() -> Iterator[tuple[str, str, str, str, str]]:
             yield module, name, kind, _signature(node), doc
 
 
-def _public(body: list, prefix: str, kind: str = 'function') -> Iterator[tuple[str, str, ast.AST]]:
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _public(body: list[ast.stmt], prefix: str, kind: str = 'function') -> Iterator[tuple[str, str, _Definition]]:
     for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith('_'):
+        if isinstance(node, _Definition) and not node.name.startswith('_'):
             name = f'{prefix}.{node.name}'
             if isinstance(node, ast.ClassDef):
                 yield name, 'class', node
@@ -133,7 +136,7 @@ def _public(body: list, prefix: str, kind: str = 'function') -> Iterator[tuple[s
                 yield name, kind, node
 
 
-def _signature(node: ast.AST) -> str:
+def _signature(node: _Definition) -> str:
     if isinstance(node, ast.ClassDef):
         return ''
     arguments = ast.unparse(node.args)

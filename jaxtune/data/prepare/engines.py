@@ -112,7 +112,7 @@ def _local(task: Task, count: int, logs: pathlib.Path, workers: int) -> Pipeline
 
 
 def _ray(task: Task, count: int, logs: pathlib.Path, workers: int) -> PipelineExecutor:
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]: an extra of its own
     from datatrove.executor import RayPipelineExecutor
 
     if not ray.is_initialized():
@@ -182,13 +182,15 @@ def submit(phases: list[Phase], work: Work, settings: Settings, workers: int) ->
             'data.engine=slurm: no sbatch on this machine; expected a login node, or data.slurm.dry_run=True'
         )
 
+    names = [f'jaxtune-{phase.name}' for phase in phases]
+
     class DryRun(SlurmPipelineExecutor):
         """Writes what it would submit."""
 
         job_id = None
 
         def launch_job(self) -> None:
-            number = str(phases.index(self.pipeline[0].phase) + 1)
+            number = str(names.index(self.job_name) + 1)
             if self.depends is not None:
                 self.depends_job_id = self.depends.job_id
             script = self.get_launch_file_contents(
@@ -223,7 +225,7 @@ def submit(phases: list[Phase], work: Work, settings: Settings, workers: int) ->
         if settings.dry_run:
             before.launch_job()
         scripts.append(logs / 'launch_script.slurm')
-    if not settings.dry_run:
+    if before is not None and not settings.dry_run:
         before.run()
     return scripts
 

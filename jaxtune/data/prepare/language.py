@@ -112,7 +112,7 @@ def _latin(sample: str, share: float) -> tuple[str, float]:
 @functools.cache
 def _model(path: str) -> Any:
     try:
-        import fasttext
+        import fasttext  # pyright: ignore[reportMissingImports]: whoever has a model installs it
     except ImportError:
         raise UserError(f'data.steps.language.model={path}: expected fasttext: pip install fasttext-numpy2') from None
     try:

@@ -109,7 +109,7 @@ def needed(data: Settings, defaults: Settings) -> bool:
     return structured or steps or data.engine != 'local' or data.format in RECORDS
 
 
-def flat(node: Mapping, prefix: str = '') -> dict[str, Any]:
+def flat(node: Mapping[str, Any] | ConfigDict, prefix: str = '') -> dict[str, Any]:
     """`{'dedup.near': 0.8, ...}`."""
     found = {}
     for name, value in node.items():
@@ -156,14 +156,17 @@ def make(data: Settings, tokenizer: str) -> Plan:
         sources = tuple(_source(label, value) for label, value in sorted(data.sources.items()))
     if not sources:
         raise UserError("data.train='': expected a path, a glob, a folder, a dataset id or python-stdlib")
-    keys = {name: data[name] for name in ('text_key', 'min_chars', 'eval_fraction', 'vocab_size', 'append_eos')}
+    keys = {name: getattr(data, name) for name in _KEYS}
     form = data.format if data.format in RECORDS else 'text'
-    steps = {name: _texts(value) if name in _TUPLES else value for name, value in flat(data.steps).items()}
+    steps: dict[str, Any] = {
+        name: _texts(value) if name in _TUPLES else value for name, value in flat(data.steps).items()
+    }
     if 0 < (length := steps['dedup.substring']) < _SHORTEST:
         raise UserError(f'data.steps.dedup.substring={length}: expected 0 (off) or at least {_SHORTEST} words')
     return Plan(sources, steps, form, tokenizer, keys, tuple(filter(None, _texts(data.custom_steps))))
 
 
+_KEYS = ('text_key', 'min_chars', 'eval_fraction', 'vocab_size', 'append_eos')
 _SHORTEST = 10  # fewer words in a row are language, not a copy
 _TUPLES = ('language.keep', 'decontaminate.against', 'tokenizer.special_tokens')
 

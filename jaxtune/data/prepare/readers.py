@@ -40,14 +40,9 @@ def read(unit: Unit, plan: Plan, set_aside: SetAside) -> Iterator[Document]:
         set_aside(unit.path, f'{type(error).__name__}: {reason}' if isinstance(error, KeyError) else reason)
 
 
-def _open(path: str) -> io.BufferedIOBase:
+def _open(path: str) -> Any:
     """The bytes of a file, unpacked as a stream."""
-    if is_url(path):
-        import fsspec
-
-        raw = fsspec.open(path, 'rb').open()
-    else:
-        raw = pathlib.Path(path).expanduser().open('rb')
+    raw: Any = _raw(path)
     name = path.lower()
     if name.endswith('.gz'):
         return gzip.GzipFile(fileobj=raw)
@@ -282,11 +277,12 @@ def _quietly(records: Iterator) -> Iterator:
         yield record
 
 
-def _raw(path: str) -> io.BufferedIOBase:
+def _raw(path: str) -> Any:
     if is_url(path):
         import fsspec
 
-        return fsspec.open(path, 'rb').open()
+        file: Any = fsspec.open(path, 'rb')
+        return file.open()
     return pathlib.Path(path).expanduser().open('rb')
 
 

@@ -80,7 +80,7 @@ def save(path: pathlib.Path, **arrays: np.ndarray) -> None:
     """Writes arrays whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with io.atomic_file(path, sync=False) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]: none of the arrays is called allow_pickle
 
 
 def load(path: pathlib.Path) -> dict[str, np.ndarray]:

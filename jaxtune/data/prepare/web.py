@@ -57,6 +57,7 @@ def decode(data: bytes, declared: str = '', html: bool = False) -> str:
 def _guessed(data: bytes, names: list[str]) -> str:
     from charset_normalizer import from_bytes
 
+    where = ''
     try:
         data.decode('utf-8')
     except UnicodeDecodeError as error:

@@ -107,7 +107,8 @@ def _share(executor: LocalExecutor, ranks: Sequence[int], count: int) -> None:
     context.set_forkserver_preload(list(_PRELOADED))
     waiting = list(reversed(ranks))
     workers = [_Worker(context, executor) for _ in range(count)]
-    phase = executor.pipeline[0].name
+    task: Any = executor.pipeline[0]
+    phase = task.name
     try:
         while waiting or any(worker.rank is not None for worker in workers):
             for worker in workers:
