@@ -18,14 +18,15 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns its exit status."""
     with preemption.handled():
+        from jaxtune.common import console
+
+        console.quiet_logs()  # read by libraries when they are imported, which the check of a plug-in's name does
         from jaxtune.recipe import flags
 
         try:
             command = flags.parse(argv)
-            from jaxtune.common import console
             from jaxtune.parallel import hosts
 
-            console.quiet_logs()
             with hosts.pod():
                 console.set_primary(hosts.is_primary())
                 from jaxtune.tasks import pipeline
