@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -92,6 +93,17 @@ def attention(
     Raises:
       UserError: `flash` was asked for and cannot run here; names `model.attention`.
     """
+    batch, length, _, head_dim = q.shape
+    chex.assert_shape(k, (batch, None, None, head_dim), custom_message='k')
+    chex.assert_shape(v, k.shape, custom_message='v')
+    for name, value, shape in (
+        ('q_positions', q_positions, (batch, length)),
+        ('k_positions', k_positions, k.shape[:2]),
+        ('q_segment_ids', q_segment_ids, (batch, length)),
+        ('k_segment_ids', k_segment_ids, k.shape[:2]),
+    ):
+        chex.assert_shape(value, shape, custom_message=name)
+        chex.assert_type(value, int, custom_message=name)
     call = flash.Call(
         dtype=q.dtype,
         length=q.shape[1],

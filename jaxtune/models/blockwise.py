@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -87,6 +88,14 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern:
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of `q`; rows that see no key are 0.
     """
+    batch, length, _, head_dim = q.shape
+    chex.assert_shape(k, (batch, None, None, head_dim), custom_message='k')
+    chex.assert_shape(v, k.shape, custom_message='v')
+    chex.assert_is_divisible(q.shape[2], k.shape[2], custom_message='heads of q by those of k')
+    for name, shape in (('q', (batch, length)), ('k', k.shape[:2])):
+        positions, segment_ids = getattr(places, f'{name}_positions'), getattr(places, f'{name}_segment_ids')
+        chex.assert_shape(positions, shape, custom_message=f'places.{name}_positions')
+        chex.assert_shape(segment_ids, shape, custom_message=f'places.{name}_segment_ids')
     q, k, v = (checkpoint_name(x, f'attention_{name}') for x, name in zip((q, k, v), 'qkv', strict=True))
     return _attention(pattern, q, k, v, places)
 

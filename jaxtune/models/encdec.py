@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,12 @@ def biased_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array |
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of `q`.
     """
+    batch, length, heads, head_dim = q.shape
+    chex.assert_shape(k, (batch, None, heads, head_dim), custom_message='k')
+    chex.assert_shape(v, k.shape, custom_message='v')
+    chex.assert_shape(visible, ({1, batch}, length, k.shape[1]), custom_message='visible')
+    if bias is not None:
+        chex.assert_shape(bias, ({1, batch}, heads, length, k.shape[1]), custom_message='bias')
     scores = jnp.einsum('bqhd,bkhd->bhqk', q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias

@@ -11,6 +11,7 @@ single token does with them.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,9 @@ def attend_one(
     Returns:
       `[batch, 1, heads, head_dim]` in the dtype of `q`.
     """
+    chex.assert_shape(q, (k.shape[0], 1, None, k.shape[3]), custom_message='q')
+    chex.assert_shape(v, k.shape, custom_message='v')
+    chex.assert_shape(visible, (k.shape[0], k.shape[2]), custom_message='visible')
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
     scores = jnp.einsum('bhgd,bhsd->bhgs', grouped, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +172,9 @@ def angles(rope: Rope, positions: jax.Array, segment_ids: jax.Array | None = Non
         decides which frequencies it gets, so that it depends on no other row and on no neighbour in its row.
         What all segments see (below 0) and padding (0) go by the longest of the row.
     """
+    chex.assert_rank(positions, 2, custom_message='positions')
+    if segment_ids is not None:
+        chex.assert_shape(segment_ids, positions.shape, custom_message='segment_ids')
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     if rope.long_frequencies is not None:
         beyond = positions >= rope.original_positions
@@ -200,6 +204,9 @@ def rotate(x: jax.Array, angles: Angles | None) -> jax.Array:
     if angles is None:
         return x
     cos, sin = angles
+    chex.assert_rank(x, 4, custom_message='x')
+    chex.assert_shape(cos, (*x.shape[:2], None), custom_message='angles: the cosine')
+    chex.assert_shape(sin, cos.shape, custom_message='angles: the sine')
     half = cos.shape[-1]
     turn = _turn_pairs if platform() == 'cpu' else _turn_halves
     turned = turn(x[..., : 2 * half].astype(jnp.float32), cos[:, :, None], sin[:, :, None]).astype(x.dtype)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -52,6 +53,7 @@ def _blocks(shape: tuple[int, ...], dims: int) -> tuple[tuple[int, ...], int]:
 
 def encode(value: jax.Array, signed: bool, dims: int = 2) -> Moment:
     """A float32 array in eight bits; its last `dims` dimensions are one layer's."""
+    chex.assert_type(value, jnp.float32, custom_message='value')
     leading, count = _blocks(value.shape, dims)
     blocks = -(-count // BLOCK)
     flat = value.reshape(*leading, count)
@@ -68,6 +70,8 @@ def wide(moment: Moment | jax.Array, signed: bool, dims: int = 2) -> jax.Array:
     if not isinstance(moment, Moment):
         return moment
     leading, count = _blocks(moment.codes.shape, dims)
+    chex.assert_type(moment.codes, jnp.uint8, custom_message='moment.codes')
+    chex.assert_shape(moment.scales, (*leading, -(-count // BLOCK)), custom_message='moment.scales')
     scales = jnp.repeat(moment.scales, BLOCK, axis=-1)[..., :count]
     return (decode(moment.codes, signed).reshape(*leading, count) * scales).reshape(moment.codes.shape)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -231,4 +232,5 @@ def make_optimizer(
 
 def clip_factor(norm: jax.Array, limit: float) -> jax.Array | float:
     """What gradients of a global norm are multiplied by, so that it is `limit` at most; 0 = off."""
+    chex.assert_rank(norm, 0, custom_message='norm')
     return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-16)) if limit else 1.0

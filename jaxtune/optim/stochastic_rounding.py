@@ -9,6 +9,7 @@ import functools
 import zlib
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,6 +27,7 @@ def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
     """
 
     def add(path: tuple, param: jax.Array, update: jax.Array) -> jax.Array:
+        chex.assert_shape(update, param.shape, custom_message=f'updates: {path_name(path)}')
         if param.dtype != jnp.bfloat16:
             return (param + update).astype(param.dtype)
         number = jax.random.bits(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), (), jnp.uint32)
@@ -41,6 +43,9 @@ def to_bfloat16(value: jax.Array, number: jax.Array) -> jax.Array:
       value: float32.
       number: uint32 scalar that the random bits are made from.
     """
+    chex.assert_type(value, jnp.float32, custom_message='value')
+    chex.assert_shape(number, (), custom_message='number')
+    chex.assert_type(number, jnp.uint32, custom_message='number')
     bits = lax.bitcast_convert_type(value, jnp.uint32)
     # bfloat16 is float32 without its last 16 bits: of two neighbours the sum reaches the further one in proportion.
     rounded = (bits + (_noise(value.shape, number) >> 16)) >> 16

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -77,6 +78,7 @@ def dot(x: jax.Array, kernel: jax.Array | Weight, rng: jax.Array | None = None) 
       kernel: an array or a typed leaf.
       rng: key for dropout in the leaf, or None.
     """
+    chex.assert_equal(kernel.shape[:-1], x.shape[-1:], custom_message='kernel: [in, out] for x [..., in]')
     if isinstance(kernel, Weight):
         return kernel.dot(x, rng)
     return _dot(x, kernel.astype(x.dtype))
@@ -115,6 +117,8 @@ def kernel_gradient(x: jax.Array, d_y: jax.Array) -> jax.Array:
 
 def lookup(embedding: jax.Array | Weight, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of an embedding `[vocab, d_model]` for integer `ids` of any shape; returns `[*ids.shape, d_model]`."""
+    chex.assert_type(ids, int, custom_message='ids')
+    chex.assert_equal(len(embedding.shape), 2, custom_message='embedding: [vocab, d_model]')
     if isinstance(embedding, Weight):
         return embedding.lookup(ids, dtype)
     if embedding.dtype == jnp.float32:

@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +98,8 @@ class NF4(Weight):
 
     def dequantise(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """`[out, in]` of one layer; float32 arithmetic, rounded to `dtype` at the end."""
+        chex.assert_rank(self.codes, 2, custom_message='codes')
+        chex.assert_type(self.codes, jnp.uint8, custom_message='codes')
         widen = functools.partial(_widen, block=self.block, dtype=dtype)
         codes, scales = self.pieces()
         one = len(codes) == 1
@@ -227,6 +230,7 @@ class Codec:
 
     def encode(self, matrix: jax.Array) -> NF4:
         """Quantises one layer's weights `[out, in]`; a jittable function."""
+        chex.assert_rank(matrix, 2, custom_message='matrix')
         outputs, inputs = matrix.shape
         wide = matrix.astype(self.dtype).astype(jnp.float32)
         rows = outputs if inputs % self.block == 0 else 1
