@@ -146,9 +146,9 @@ class Source:
 
 
 def open_data(path: str, key: str, suits: tuple[str, ...]) -> Records:
-    """The records of a recipe's key; `python-stdlib` stands for lessons made of it."""
+    """The records of a recipe's key; `python-stdlib` stands for instructions made of its documentation."""
     if path == 'python-stdlib':
-        return stdlib_instructions.open_lessons(key, 'preference' in suits)
+        return stdlib_instructions.open_instructions(key, 'preference' in suits)
     return open_records(path, key)
 
 

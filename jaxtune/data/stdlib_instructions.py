@@ -1,4 +1,4 @@
-"""Lessons made of `python-stdlib`, so that every machine has instructions and preferences at hand.
+"""Instructions and preferences made of `python-stdlib`, so that every machine has some at hand.
 
 An instruction shows a function of the library, its answer is the first sentence of the function's documentation. A
 preference sets that sentence, after the function's first line, against itself with its words in another order. Modules
@@ -20,7 +20,7 @@ _MOST_CODE = 400  # characters of a function that is shown
 _QUESTION = 'What does this function do?'
 
 
-def open_lessons(key: str, pairs: bool) -> Records:
+def open_instructions(key: str, pairs: bool) -> Records:
     """Alpaca records, or pairs, of the modules for `data.train` or those for `data.eval`.
 
     Raises:
@@ -69,11 +69,11 @@ def _functions(held_out: bool) -> Iterator[tuple[str, str, str]]:
             continue  # a few modules are in another encoding or dialect on purpose
         lines = text.splitlines()
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and (found := _lesson(node, lines)):
+            if isinstance(node, ast.FunctionDef) and (found := _instruction(node, lines)):
                 yield f'{file}:{node.lineno}', *found
 
 
-def _lesson(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str] | None:
+def _instruction(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str] | None:
     documentation = ast.get_docstring(node)
     if not documentation or len(node.body) < 2:
         return None

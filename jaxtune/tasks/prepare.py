@@ -6,14 +6,13 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import Any, cast
 
 from jaxtune import report
 from jaxtune.common import console
 from jaxtune.common.formatting import size
 from jaxtune.common.io import read_json, write_json
+from jaxtune.common.settings import Settings
 from jaxtune.data.cache import once
 from jaxtune.data.prepare import Phase, Work, sources, steps, streaming
 from jaxtune.data.prepare import plan as plans
@@ -24,7 +23,7 @@ from jaxtune.recipe.flags import Command
 from jaxtune.training.run_info import RunInfo
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
+def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
     """Prepares `data.train` (or `data.sources`) in the workdir; returns `result.json`'s content.
 
     Leaves `tokenizer/` (where one was trained, or a copy of the one named), `train/` and `eval/` (tokens), and
@@ -42,14 +41,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, command: Command) -> dict[str
     return read_json(results) or {'task': 'prepare', 'status': 'submitted', 'step': 0, 'metrics': {}}
 
 
-def check(config: ConfigDict) -> plans.Plan | None:
+def check(config: Settings) -> plans.Plan | None:
     """The plan of a recipe with steps, kinds of sources or another engine; None where documents are streamed.
 
     Raises:
       UserError: the recipe is wrong, packages are missing, or a step of the user's own is none.
     """
-    data = config.data
-    if not plans.needed(data, recipes.defaults().data):
+    data, defaults = config.data, cast(Settings, recipes.defaults())
+    if not plans.needed(data, defaults.data):
         _check_raw('data.train', data.train)
         return None
     plans.check_installed(data.engine)
@@ -82,19 +81,19 @@ def _check_raw(key: str, path: str) -> None:
         )
 
 
-def _stream(config: ConfigDict, workdir: pathlib.Path, command: Command) -> None:
+def _stream(config: Settings, workdir: pathlib.Path, command: Command) -> None:
     info = RunInfo(command, config)
     documents = streaming.collect(config.data)
     stream = streaming.Streaming(documents, config.data, config.tokenizer.path, workdir)
     console.note(f'reading {documents.name}; writing to {workdir}')
-    _run_phases(stream.pipeline, info, lambda phase: phase.run(None, 0))
+    _run_phases(stream.pipeline, info, lambda phase: phase.run())
     metrics = stream.metrics()
     info.write(workdir)
     report.finish(workdir, 'prepare', 0, metrics)
     _say(metrics, workdir, staged=getattr(command, 'workdir', workdir) != workdir)
 
 
-def _by_steps(config: ConfigDict, plan: plans.Plan, workdir: pathlib.Path, command: Command) -> None:
+def _by_steps(config: Settings, plan: plans.Plan, workdir: pathlib.Path, command: Command) -> None:
     from jaxtune.data.prepare import engines, phases
 
     info, engine = RunInfo(command, config), config.data.engine
@@ -149,7 +148,7 @@ def _begin(folder: pathlib.Path, tasks: Sequence[Sequence[sources.Unit]], identi
     write_json(folder / 'identity.json', identity)
 
 
-def _submit(pipeline: list[Phase], work: Work, data: ConfigDict) -> None:
+def _submit(pipeline: list[Phase], work: Work, data: Settings) -> None:
     from jaxtune.data.prepare import engines
 
     mark = work.folder / 'submitted'

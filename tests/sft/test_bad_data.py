@@ -313,19 +313,19 @@ def test_a_system_prompt_and_demonstrations_come_first_and_are_never_trained(tmp
     assert tokenizer.decode(one.ids[one.trained]) == 'Hello<eos>'
 
 
-def test_lessons_of_the_interpreters_library(tmp_path):
+def test_instructions_of_the_interpreters_library(tmp_path):
     config = recipes.defaults()
     recipes.apply_overrides(
         config, {'objective': 'reward', 'data.train': 'python-stdlib', 'data.eval': 'python-stdlib'}
     )
-    from jaxtune.data.stdlib_instructions import open_lessons
+    from jaxtune.data.stdlib_instructions import open_instructions
 
-    held_out = list(open_lessons('data.eval', pairs=True))
+    held_out = list(open_instructions('data.eval', pairs=True))
     assert len(held_out) > 100
     for _, pair in held_out[:50]:
         assert pair['chosen'] != pair['rejected']
         assert sorted(pair['chosen'].replace('.', ' ').split()) == sorted(pair['rejected'].replace('.', ' ').split())
-    train = list(open_lessons('data.train', pairs=False))
+    train = list(open_instructions('data.train', pairs=False))
     assert not {place.rsplit(':')[0] for place, _ in train} & {place.rsplit(':')[0] for place, _ in held_out}
     assert all(set(record) == {'instruction', 'input', 'output'} for _, record in train[:50])
 

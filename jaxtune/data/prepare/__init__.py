@@ -99,13 +99,14 @@ class Phase(NamedTuple):
     Attributes:
       name: in progress bars, logs and names of jobs.
       about: what it does, in a line.
-      run: does the task of a number; what it leaves appears whole or not at all.
+      run: does a task, `run(work, rank)`; what it leaves appears whole or not at all. Those of `streaming` are one task
+        each, `run()`.
       tasks: how many there are.
     """
 
     name: str
     about: str
-    run: Callable[[Work, int], None]
+    run: Callable[..., None]
     tasks: Callable[[Work], int] = one_task
 
 

@@ -126,10 +126,10 @@ class Streaming:
             Phase('tokenise', 'documents become tokens', self._tokenise),
         ]
 
-    def _collect(self, *task: Any) -> None:
+    def _collect(self) -> None:
         self.splits = Splits(self.documents, self.data.min_chars, self.data.eval_fraction)
 
-    def _make_tokenizer(self, *task: Any) -> None:
+    def _make_tokenizer(self) -> None:
         folder = self.workdir / 'tokenizer'
         if self.tokenizer_path:
             tokenizer = tokenizers.load(self.tokenizer_path)
@@ -143,7 +143,7 @@ class Streaming:
         replace_folder(temporary, folder)
         self.tokenizer = tokenizers.load(str(folder))
 
-    def _tokenise(self, *task: Any) -> None:
+    def _tokenise(self) -> None:
         """Writes the two folders of tokens, and the held-out documents as text."""
         splits, append_eos = self.splits, self.data.append_eos
         train = TokenWriter(self.workdir / 'train', self.tokenizer, append_eos, self.documents.name)
