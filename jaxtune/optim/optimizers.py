@@ -7,8 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
 from jaxtune.optim.adam8bit import scale_by_adam_8bit
 from jaxtune.parallel.rules import path_name
@@ -19,7 +19,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 DECAYED = ('kernel', 'embedding', '/a', '/b')
 
 
-def schedule(config: ConfigDict, steps: int) -> Schedule:
+def schedule(config: Settings, steps: int) -> Schedule:
     """Learning rate at update 0, 1, …: linear warm-up to `lr`, then the course that `schedule` names.
 
     `cosine` ends at `min_ratio` of the peak (SGDR, arXiv:1608.03983), `linear` at 0, `constant` stays; `wsd` stays and
@@ -62,7 +62,7 @@ PAPERS = {
 }
 
 
-def betas(config: ConfigDict) -> Betas:
+def betas(config: Settings) -> Betas:
     """Those of a recipe's `optimizer`: its paper's where it says `auto`."""
     given = (config.b1, config.b2, config.eps)
     return Betas(*(own if value == 'auto' else value for value, own in zip(given, PAPERS[config.name], strict=True)))
@@ -185,7 +185,7 @@ def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def make_optimizer(
-    config: ConfigDict,
+    config: Settings,
     steps: int,
     newly_initialized: frozenset[str] = frozenset(),
     rate: Callable[[str], float] | None = None,
