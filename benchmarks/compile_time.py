@@ -18,6 +18,7 @@ def seconds(layers: int) -> float:
     from jaxtune import models
     from jaxtune.parallel import make_mesh
     from jaxtune.recipe import recipes
+    from jaxtune.tasks import specs
     from jaxtune.training.program import abstract_params, make_program, with_shardings
 
     config = recipes.defaults()
@@ -25,8 +26,10 @@ def seconds(layers: int) -> float:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = models.build(models.read_config(CONFIG | {'num_hidden_layers': layers}), remat=config.model.remat)
-        trainable, frozen = abstract_params(config, mesh, model)
-        program = make_program(config, mesh, model, trainable, 10)
+        trainable, frozen = abstract_params(specs.method(config), mesh, model)
+        program = make_program(
+            mesh, model, trainable, specs.objective(config), optimizer=config.optimizer, steps=10, batch_size=8
+        )
         start = time.perf_counter()
         state = with_shardings(program.shapes, program.placed)
         program.train_step(1).lower(state, frozen, program.batch_shapes()).compile()

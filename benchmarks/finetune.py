@@ -15,13 +15,13 @@ import jax
 import numpy as np
 from recipe_runs import run_recipe
 
-from jaxtune import objectives
 from jaxtune.data.loader import Loader
 from jaxtune.generation.text_metrics import scores
 from jaxtune.models import hf
 from jaxtune.parallel import make_mesh
-from jaxtune.pretrained.load import assemble
+from jaxtune.pretrained.load import load_model
 from jaxtune.recipe import recipes
+from jaxtune.tasks import specs
 
 CURVE = 50
 LR, WARMUP, DECAY, CLIP = 1e-3, 30, 0.01, 1.0
@@ -31,12 +31,12 @@ def start(config, folder: pathlib.Path) -> None:
     """Writes the model with its freshly made head, which both sides begin with."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        parts = assemble(config, mesh)
+        parts = load_model(specs.model_spec(config), mesh)
         hf.save(folder, parts.model, parts.params, add_files=parts.tokenizer.save_pretrained)
 
 
 def rows_of(config, split: str, tokenizer, workdir: pathlib.Path):
-    return objectives.get(config.objective).dataset(config, split, tokenizer, workdir / 'cache')
+    return specs.objective(config).dataset(split, tokenizer, workdir / 'cache')
 
 
 def logits_and_labels(model, objective: str, batch: dict):

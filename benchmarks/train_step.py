@@ -43,6 +43,7 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     from jaxtune.methods import apply
     from jaxtune.parallel import make_mesh, place
     from jaxtune.recipe import recipes
+    from jaxtune.tasks import specs
     from jaxtune.training.program import make_program
 
     config = recipes.defaults()
@@ -53,12 +54,14 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         model = models.build(models.read_config(CONFIG), remat=config.model.remat)
-        codecs = apply.codecs(config, model)
+        tuning = specs.method(config)
+        codecs = apply.codecs(tuning, model)
         params = jax.jit(lambda key: apply.encoded(model.init(key), codecs))(jax.random.key(0))
-        params = apply.attach(lambda params: apply.begin(config, model, params, frozenset()), params, mesh)
-        trainable, frozen = apply.partition(config, params, frozenset())
+        params = apply.attach(lambda params: apply.begin(tuning, model, params, frozenset()), params, mesh)
+        trainable, frozen = apply.partition(tuning.method, params, frozenset())
         del params
-        program = make_program(config, mesh, model, trainable, steps)
+        keys = {'optimizer': config.optimizer, 'batch_size': batch_size, 'method': tuning}
+        program = make_program(mesh, model, trainable, specs.objective(config), steps=steps, **keys)
         state = program.init_state(trainable)
         step = program.train_step(accumulate).lower(state, frozen, program.batch_shapes()).compile()
         tokens = np.random.default_rng(0).integers(0, CONFIG['vocab_size'], (batch_size, length)).astype(np.int32)

@@ -42,28 +42,29 @@ class Chat:
 
         from jaxtune.data import templates
         from jaxtune.data.spans import Encoder, end_of_turn
-        from jaxtune.generation.sampling import Stream, from_config
+        from jaxtune.generation.sampling import Stream, from_settings
         from jaxtune.parallel import make_mesh
-        from jaxtune.pretrained.load import assemble
+        from jaxtune.pretrained.load import load_model
+        from jaxtune.tasks import specs
 
         if not config.model.path:
             raise UserError("--model='': expected a model folder, a hub id or a workdir")
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
-            parts = assemble(config, mesh, '--model')
-        if parts.model.kind != 'decoder' or 'score' in parts.params:
+            bundle = load_model(specs.model_spec(config, '--model'), mesh)
+        if bundle.model.kind != 'decoder' or 'score' in bundle.params:
             raise UserError(
-                f'--model={config.model.path}: {parts.model.architecture} does not chat; expected a decoder'
+                f'--model={config.model.path}: {bundle.model.architecture} does not chat; expected a decoder'
             )
-        self.tokenizer = parts.tokenizer
+        self.tokenizer = bundle.tokenizer
         self.template = templates.open_template(config.data.template, self.tokenizer)
         self.encode = Encoder(self.template, self.tokenizer)
         end = end_of_turn(self.template, self.tokenizer)
-        sampling = from_config(config.generate, self.tokenizer, parts.end_ids + (() if end is None else (end,)))
-        self.limit = parts.model.config.max_positions
+        sampling = from_settings(config.generate, self.tokenizer, bundle.end_ids + (() if end is None else (end,)))
+        self.limit = bundle.model.config.max_positions
         self.room, self.stops = sampling.max_new_tokens, set(sampling.stop_ids)
-        self.stream = Stream(parts.model, sampling, parts.params)
-        self.adapters = parts.adapters
+        self.stream = Stream(bundle.model, sampling, bundle.params)
+        self.adapters = bundle.adapters
         self.key, self.turns = jax.random.key(config.seed), []
         self.system = config.sft.system
 

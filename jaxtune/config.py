@@ -15,6 +15,7 @@ from jaxtune.common.checks import (
     path,
     path_list,
     path_names,
+    plugin,
     ranks,
     template,
     text,
@@ -40,13 +41,23 @@ class OpenSubtree:
 _dtype = one_of('float32', 'bfloat16')
 _WIDE, _LONG = 2**20, 2**24  # limits of rows and of tokens per row, beyond what any machine holds
 
-REWARDED = ('ppo', 'grpo')  # tasks that learn from rewards
-TRAINING = ('train', *REWARDED)  # tasks that change weights
+TASKS = ('prepare', 'train', 'evaluate', 'generate', 'export', 'compile')  # beside the algorithms of `rl`
+
+
+def is_rewarded(task: str) -> bool:
+    """Whether a task learns from rewards: it names an algorithm, or `module:NAME`."""
+    return task not in TASKS
+
+
+def trains(task: str) -> bool:
+    """Whether a task changes weights."""
+    return task == 'train' or is_rewarded(task)
+
 
 SCHEMA: dict[str, Key | OpenSubtree] = {
     'task': Key(
         'train',
-        one_of('prepare', *TRAINING, 'evaluate', 'generate', 'export', 'compile'),
+        plugin('prepare', 'train', 'jaxtune.rl:ALGORITHMS', 'evaluate', 'generate', 'export', 'compile'),
         'the task to run',
     ),
     'seed': Key(0, integer(0, high=2**32 - 1), 'seed of initialisation, data order and sampling'),
@@ -62,7 +73,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'tokenizer.path': Key('', path, "default: the model's own; @prepare; bytes = UTF-8 bytes, no file needed"),
     'objective': Key(
         'causal_lm',
-        one_of('causal_lm', 'masked_lm', 'span_corruption', 'seq2seq', 'classification', 'sft', 'reward', 'dpo'),
+        plugin('jaxtune.objectives:OBJECTIVES'),
         'training objective',
     ),
     'masked_lm.probability': Key(0.15, number(above=0, high=1), 'masked_lm: share of the tokens that are masked'),
@@ -90,7 +101,8 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'dpo.gamma': Key(0.5, number(0), 'simpo: reward margin'),
     'dpo.chosen_weight': Key(1.0, number(0), 'kto: weight of desirable answers'),
     'dpo.rejected_weight': Key(1.0, number(0), 'kto: weight of undesirable answers'),
-    'method.name': Key('full', one_of('full', 'lora', 'qlora', 'adapter', 'prompt'), 'tuning method'),
+    'custom': OpenSubtree('settings of your own objective or algorithm, named as module:NAME'),
+    'method.name': Key('full', plugin('jaxtune.methods:METHODS'), 'tuning method'),
     'method.rank': Key(16, integer(1, high=_WIDE), 'LoRA: rank of the update'),
     'method.alpha': Key(32.0, number(above=0), 'LoRA: the update is scaled by alpha / rank'),
     'method.dropout': Key(0.0, number(0, 0.99), 'LoRA: dropout on the input of the update'),

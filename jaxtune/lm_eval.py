@@ -23,8 +23,9 @@ from jaxtune.errors import UserError
 from jaxtune.generation.sampling import Sampling, pad_prompts, sample
 from jaxtune.models import Model
 from jaxtune.parallel import make_mesh, place_all
-from jaxtune.pretrained.load import assemble
+from jaxtune.pretrained.load import load_model
 from jaxtune.recipe import recipes
+from jaxtune.tasks import specs
 
 _MULTIPLE = 64  # lengths are padded to a multiple of it, so that few shapes are compiled
 _LONGEST = 2048  # for a model without a limit of its own
@@ -72,11 +73,11 @@ class JaxtuneLM(TemplateLM):
         recipes.apply_overrides(config, keys | {'mesh.fsdp': fsdp, 'mesh.tensor': tensor, **(recipe or {})})
         self.mesh = make_mesh(config.mesh)
         with jax.set_mesh(self.mesh):
-            parts = assemble(config, self.mesh)
-        if parts.model.kind != 'decoder' or 'score' in parts.params:
-            raise UserError(f'path={path}: {parts.model.architecture} writes no text; expected a decoder')
-        self.model, self.params, self.tokenizer = parts.model, parts.params, parts.tokenizer
-        self.stop_ids = parts.end_ids
+            bundle = load_model(specs.model_spec(config), self.mesh)
+        if bundle.model.kind != 'decoder' or 'score' in bundle.params:
+            raise UserError(f'path={path}: {bundle.model.architecture} writes no text; expected a decoder')
+        self.model, self.params, self.tokenizer = bundle.model, bundle.params, bundle.tokenizer
+        self.stop_ids = bundle.end_ids
         per = self.mesh.shape['data'] * self.mesh.shape['fsdp']
         self.batch_size = -(-(8 if batch_size == 'auto' else int(batch_size)) // per) * per
         self.max_length = int(max_length or min(self.model.config.max_positions or _LONGEST, 2**20))

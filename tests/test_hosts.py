@@ -15,6 +15,7 @@ from jaxtune import models
 from jaxtune.common import preemption
 from jaxtune.parallel import hosts, make_mesh, match_rules, place, shardings
 from jaxtune.recipe import recipes
+from jaxtune.tasks import specs
 from jaxtune.training.program import make_program
 
 # tests/trainer/test_pod.py runs the whole command on two hosts.
@@ -48,7 +49,9 @@ def updates(mesh):
     with jax.set_mesh(mesh):
         placed = shardings(match_rules(model.shapes, mesh), mesh)
         params = jax.jit(model.init, out_shardings=placed)(jax.random.key(0))
-        program = make_program(config, mesh, model, params, 100)
+        program = make_program(
+            mesh, model, params, specs.objective(config), optimizer=config.optimizer, steps=100, batch_size=ROWS
+        )
         state, step, frozen = program.init_state(params), program.train_step(1), jax.tree.map(lambda _: None, params)
         done = 0
         while True:

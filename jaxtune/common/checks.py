@@ -103,7 +103,7 @@ def number(low: float | None = None, high: float | None = None, *words: str, abo
     expected += ''.join(f" or '{word}'" for word in words)
 
     def check(value: Any) -> float | str:
-        if value in words:
+        if isinstance(value, str) and value in words:
             return value
         if words and isinstance(value, str):  # a flag's, whose default is a word
             try:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from jaxtune.common import stderr
 
@@ -161,7 +162,7 @@ def name() -> str:
     return _NAMES[_received or signal.SIGTERM]
 
 
-def leave() -> None:
+def leave() -> NoReturn:
     """Ends the program with its status: by the usual way, or if that hangs, without.
 
     Raises:

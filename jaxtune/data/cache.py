@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from jaxtune.common import console
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.documents import Documents, open_documents
+from jaxtune.data.spec import DataSpec
 from jaxtune.data.tokens import Tokens, TokenWriter
 from jaxtune.errors import UserError
 from jaxtune.parallel.hosts import many_processes
@@ -20,30 +20,27 @@ from jaxtune.parallel.hosts import many_processes
 _PATIENCE_MS = 7 * 24 * 3600 * 1000
 
 
-def open_tokens(
-    path: str, split: str, tokenizer: PreTrainedTokenizerBase, config: ConfigDict, cache: pathlib.Path
-) -> Tokens:
+def open_tokens(data: DataSpec, split: str, tokenizer: PreTrainedTokenizerBase, cache: pathlib.Path) -> Tokens:
     """The tokens of `data.train` or `data.eval`.
 
     Args:
-      path: a prepare stage's workdir, or any documents (`jaxtune.data.documents.open_documents`).
+      data: names a prepare stage's workdir, or any documents (`jaxtune.data.documents.open_documents`).
       split: `'train'` or `'eval'`.
       tokenizer: what encodes; a prepared folder must have been made with the same.
-      config: the recipe; `data.append_eos` and `data.text_key` are read.
       cache: documents are tokenised into a folder of their own in here, and found again while they, the tokenizer and
         these keys stay the same. Of several processes the first does it for all that see its disk.
 
     Raises:
       UserError: no such data, no text in it, or a prepared folder of another tokenizer.
     """
-    key = f'data.{split}'
+    key, path = f'data.{split}', data.path(split)
     prepared = prepared_tokens(path, key)
     if prepared is not None:
-        return _checked(Tokens.open(prepared), f'{key}={path}', tokenizer, config.data.append_eos)
-    documents = open_documents(path, key, config.data.text_key)
-    settings = [documents.identity, tokenizers.fingerprint(tokenizer), config.data.append_eos, split == 'eval']
+        return _checked(Tokens.open(prepared), f'{key}={path}', tokenizer, data.append_eos)
+    documents = open_documents(path, key, data.text_key)
+    settings = [documents.identity, tokenizers.fingerprint(tokenizer), data.append_eos, split == 'eval']
     folder = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    once(lambda: (folder / 'meta.json').is_file(), lambda: _tokenise(documents, folder, tokenizer, config, split), key)
+    once(lambda: (folder / 'meta.json').is_file(), lambda: _tokenise(documents, folder, tokenizer, data, split), key)
     return Tokens.open(folder)
 
 
@@ -115,10 +112,10 @@ def _checked(tokens: Tokens, name: str, tokenizer: PreTrainedTokenizerBase, appe
 
 
 def _tokenise(
-    documents: Documents, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, config: ConfigDict, split: str
+    documents: Documents, folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase, data: DataSpec, split: str
 ) -> None:
     count, _ = documents.measure()  # finds a broken line before an hour of work, and how much there is to do
-    writer = TokenWriter(folder, tokenizer, config.data.append_eos, documents.name, gzip=split == 'eval')
+    writer = TokenWriter(folder, tokenizer, data.append_eos, documents.name, gzip=split == 'eval')
     with console.progress(count, f'tokenise data.{split}', 'document') as bar, writer:
         for text in documents:
             writer.add(text)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from jaxtune.common import console
@@ -23,6 +22,7 @@ from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.packing import Row, pack
 from jaxtune.data.records import Records, open_records
 from jaxtune.data.spans import Encoded, Encoder
+from jaxtune.data.spec import DataSpec
 from jaxtune.data.templates import Template
 from jaxtune.errors import UserError
 
@@ -102,7 +102,7 @@ class Source:
     """The conversations of `data.train` or `data.eval`, and the template that they are read with.
 
     Args:
-      config: the recipe.
+      data: where they are, and how they are read.
       split: `train` or `eval`.
       tokenizer: of the run; gets the template as its own, so that the exported folder carries it.
       suits: formats that the objective reads.
@@ -111,20 +111,18 @@ class Source:
       UserError: no such data or template, or data of another format.
     """
 
-    def __init__(
-        self, config: ConfigDict, split: str, tokenizer: PreTrainedTokenizerBase, suits: tuple[str, ...]
-    ) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.records = open_data(config.data[split], f'data.{split}', suits)
-        found = formats.find(self.records, config.data.format, self.records.name, suits)
+    def __init__(self, data: DataSpec, split: str, tokenizer: PreTrainedTokenizerBase, suits: tuple[str, ...]) -> None:
+        self.data, self.tokenizer = data, tokenizer
+        self.records = open_data(data.path(split), f'data.{split}', suits)
+        found = formats.find(self.records, data.format, self.records.name, suits)
         self.formats = ', '.join(f'{name} ({count:,})' for name, count in found.items())
         self.format = next(iter(found), '') if len(found) == 1 else ''
-        self.template = open_template(config, tokenizer, self.format, self.records)
-        self.demonstrations = demonstrations(config)
+        self.template = open_template(data.template, tokenizer, self.format, self.records)
+        self.demonstrations = demonstrations(data.demonstrations)
 
     def prepared(self, chat: Chat) -> Chat:
         """A conversation with the recipe's system prompt and demonstrations."""
-        return prepare(chat, self.config.sft.system, self.demonstrations)
+        return prepare(chat, self.data.system, self.demonstrations)
 
     def encoder(self, last: bool) -> Encoder:
         """Encodes prepared conversations."""
@@ -134,7 +132,7 @@ class Source:
     def cached(self, cache: pathlib.Path, key: str, settings: list, build: Callable[[], Examples]) -> Examples:
         """What `build` makes, from the cache if these settings made it before."""
         identity = [_VERSION, self.records.identity, tokenizers.fingerprint(self.tokenizer), self.template.source]
-        identity += [list(self.template.tokens), self.format, self.config.sft.system, settings]
+        identity += [list(self.template.tokens), self.format, self.data.system, settings]
         identity += [json.dumps(list(self.demonstrations), sort_keys=True)]
         folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         once(lambda: (folder / 'meta.json').is_file(), lambda: build().save(folder), key)
@@ -152,16 +150,14 @@ def open_data(path: str, key: str, suits: tuple[str, ...]) -> Records:
     return open_records(path, key)
 
 
-def open_template(
-    config: ConfigDict, tokenizer: PreTrainedTokenizerBase, format_name: str, records: Iterable
-) -> Template:
-    """The template of a recipe, which becomes the tokenizer's own.
+def open_template(wanted: str, tokenizer: PreTrainedTokenizerBase, format_name: str, records: Iterable) -> Template:
+    """The template that `data.template` wants, which becomes the tokenizer's own.
 
     Raises:
       UserError: there is no such template, or it does not compile.
     """
-    template = templates.open_template(config.data.template, tokenizer, format_name, is_raw(format_name, records))
-    if config.data.template == 'auto' and not tokenizer.chat_template:
+    template = templates.open_template(wanted, tokenizer, format_name, is_raw(format_name, records))
+    if wanted == 'auto' and not tokenizer.chat_template:
         marks = ', '.join(templates.unknown_marks(template, tokenizer))
         console.note(
             f'data.template=auto: the tokenizer has no chat template, so {template.name} is taken'
@@ -184,15 +180,15 @@ def is_raw(format_name: str, records: Iterable) -> bool:
     return False
 
 
-def demonstrations(config: ConfigDict) -> tuple[dict, ...]:
+def demonstrations(path: str) -> tuple[dict, ...]:
     """The turns of `sft.demonstrations`, which stand before every conversation.
 
     Raises:
       UserError: they are no conversations.
     """
-    if not config.sft.demonstrations:
+    if not path:
         return ()
-    records = open_records(config.sft.demonstrations, 'sft.demonstrations')
+    records = open_records(path, 'sft.demonstrations')
     formats.find(records, 'auto', records.name, formats.CHATS)
     chats = formats.read(records, lambda place, record: formats.chat('', place, record), records.name)
     return tuple(turn for _, chat in chats for turn in chat.turns if turn['role'] != 'system')

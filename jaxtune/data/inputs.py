@@ -3,8 +3,7 @@
 import hashlib
 import pathlib
 
-from ml_collections import ConfigDict
-
+from jaxtune.common.settings import Settings
 from jaxtune.data.cache import prepared_tokens
 from jaxtune.data.records import find_files
 from jaxtune.errors import UserError
@@ -17,7 +16,7 @@ _BUDGET = (
 _PIECES = 16
 
 
-def fingerprints(config: ConfigDict) -> dict[str, str]:
+def fingerprints(config: Settings) -> dict[str, str]:
     """A fingerprint of the content of each file that a recipe's data keys name: `{'KEY: FILE': fingerprint}`.
 
     Nothing for what another stage makes, for datasets of the hub, and for what is not there: reading it says so.

@@ -1,10 +1,9 @@
 """The prompts of a recipe's data: texts to go on from, sources to answer, or conversations; with what was expected."""
 
+import dataclasses
 import itertools
 import pathlib
 from typing import Any, NamedTuple
-
-from ml_collections import ConfigDict
 
 from jaxtune.common import console
 from jaxtune.data import formats
@@ -12,8 +11,9 @@ from jaxtune.data.examples import demonstrations, open_data, open_template, prep
 from jaxtune.data.prepare import HELD_OUT
 from jaxtune.data.records import Records, field, open_records
 from jaxtune.data.spans import Encoder
+from jaxtune.data.spec import DataSpec
 from jaxtune.errors import UserError
-from jaxtune.pretrained.load import Assembly
+from jaxtune.pretrained.load import ModelBundle
 
 
 class Prompt(NamedTuple):
@@ -30,70 +30,89 @@ class Prompt(NamedTuple):
     reference: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptSpec:
+    """Which prompts are read.
+
+    Attributes:
+      data: where they are.
+      max_new_tokens: room that each needs after it.
+      count: at most so many; 0 = all.
+      prompt_tokens: the first so many tokens of each text are the prompt; 0 = the whole text.
+      prefix: before each source of an encoder-decoder.
+      limit: tokens of prompt and completion at most, where that is less than the model's positions; None = no limit.
+    """
+
+    data: DataSpec
+    max_new_tokens: int
+    count: int = 0
+    prompt_tokens: int = 0
+    prefix: str = ''
+    limit: int | None = None
+
+
 def read_prompts(
-    config: ConfigDict,
-    parts: Assembly,
+    spec: PromptSpec,
+    bundle: ModelBundle,
     chats: bool = False,
     fitting: bool = False,
     split: str = 'eval',
-    limit: int | None = None,
     needed: bool = True,
 ) -> list[Prompt]:
     """The prompts of `data.eval`, cut to `generate.prompt_tokens`; or the questions of conversations.
 
     Args:
-      config: the recipe.
-      parts: model and tokenizer.
+      spec: which.
+      bundle: model and tokenizer.
       chats: the data holds conversations, whatever it looks like.
       fitting: leave out those that are empty or too long instead of refusing them, and say how many.
       split: `eval`, or `train` for those of `data.train`.
-      limit: tokens of prompt and completion at most, where that is less than the model's positions.
       needed: there must be one that fits.
 
     Raises:
       UserError: none, where one is needed; an empty one, or one that leaves no room for the completion in the model's
         positions.
     """
-    source, key = None, f'data.{split}'
+    source, key, path = None, f'data.{split}', spec.data.path(split)
     if chats:
-        source = open_data(config.data[split], key, formats.CHATS)
-    elif parts.model.kind == 'decoder':
-        source = _conversations(config, split)
-    prompts = _texts(config, parts, split) if source is None else _questions(config, parts, source)
-    limits = [size for size in (parts.model.config.max_positions, limit) if size]
-    room, limit = config.generate.max_new_tokens, min(limits, default=None)
+        source = open_data(path, key, formats.CHATS)
+    elif bundle.model.kind == 'decoder':
+        source = _conversations(spec, split)
+    prompts = _texts(spec, bundle, split) if source is None else _questions(spec, bundle, source)
+    limits = [size for size in (bundle.model.config.max_positions, spec.limit) if size]
+    room, limit = spec.max_new_tokens, min(limits, default=None)
     if fitting:
         found = len(prompts)
         prompts = [prompt for prompt in prompts if prompt.ids and not (limit and len(prompt.ids) + room > limit)]
         if needed and len(prompts) < found:
             console.note(
-                f'{key}={config.data[split]}: {found - len(prompts):,} of {found:,} prompts are left out: empty, or '
+                f'{key}={path}: {found - len(prompts):,} of {found:,} prompts are left out: empty, or '
                 f'too long to have generate.max_new_tokens={room} after them in {limit} tokens'
             )
     for number, prompt in enumerate(prompts, 1):
         if not prompt.ids:
-            raise UserError(f'{key}={config.data[split]}: prompt {number} is empty; expected at least one token')
+            raise UserError(f'{key}={path}: prompt {number} is empty; expected at least one token')
         if limit and len(prompt.ids) + room > limit:
             raise UserError(
-                f'{key}={config.data[split]}: prompt {number} has {len(prompt.ids)} tokens; expected at most the '
+                f'{key}={path}: prompt {number} has {len(prompt.ids)} tokens; expected at most the '
                 f"model's {limit} positions less generate.max_new_tokens={room} (generate.prompt_tokens cuts prompts)"
             )
     if not prompts and needed:
         fits = f' of at most {limit} tokens with generate.max_new_tokens={room}' if fitting and limit else ''
-        raise UserError(f'{key}={config.data[split]}: holds no prompt{fits}; expected at least one')
+        raise UserError(f'{key}={path}: holds no prompt{fits}; expected at least one')
     return prompts
 
 
-def _texts(config: ConfigDict, parts: Assembly, split: str) -> list[Prompt]:
-    data, limit = config.data, config.generate.prompt_tokens
+def _texts(spec: PromptSpec, bundle: ModelBundle, split: str) -> list[Prompt]:
+    data, limit = spec.data, spec.prompt_tokens
     # What an encoder reads ends, and was introduced in training.
-    answers = parts.model.kind == 'encdec'
-    prefix, eos = (config.seq2seq.prefix, parts.tokenizer.eos_token_id) if answers else ('', None)
-    held_out = pathlib.Path(data[split]).expanduser() / HELD_OUT
-    path = str(held_out) if held_out.is_file() else data[split]
+    answers = bundle.model.kind == 'encdec'
+    prefix, eos = (spec.prefix, bundle.tokenizer.eos_token_id) if answers else ('', None)
+    held_out = pathlib.Path(data.path(split)).expanduser() / HELD_OUT
+    path = str(held_out) if held_out.is_file() else data.path(split)
     prompts = []
     records = open_records(path, f'data.{split}', None, data.text_key)
-    for place, record in itertools.islice(records, config.generate.prompts or None):
+    for place, record in itertools.islice(records, spec.count or None):
         text_key, named, reference_key = _text_keys(data, record)
         text = field(record, place, text_key, named)
         reference = record.get(reference_key) if reference_key else None
@@ -101,17 +120,17 @@ def _texts(config: ConfigDict, parts: Assembly, split: str) -> list[Prompt]:
             # A token is rarely longer than this; tokenising whole books for their first words takes long.
             text = text[: 64 * limit]
         text = prefix + text
-        ids = parts.tokenizer(text).input_ids
+        ids = bundle.tokenizer(text).input_ids
         if limit and len(ids) > limit:
             ids = ids[:limit]
-            text = parts.tokenizer.decode(ids, skip_special_tokens=True)
+            text = bundle.tokenizer.decode(ids, skip_special_tokens=True)
         if answers and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         prompts.append(Prompt(text, ids, reference if isinstance(reference, str) else None))
     return prompts
 
 
-def _text_keys(data: ConfigDict, record: Any) -> tuple[str, str, str]:
+def _text_keys(data: DataSpec, record: Any) -> tuple[str, str, str]:
     """Where a record's prompt stands, the recipe's key that says so, and where its reference does; '' = nowhere."""
     held = record if isinstance(record, dict) else {}
     guessed = data.format == 'auto' and data.text_key not in held
@@ -123,12 +142,12 @@ def _text_keys(data: ConfigDict, record: Any) -> tuple[str, str, str]:
     return data.text_key, 'data.text_key', ''
 
 
-def _conversations(config: ConfigDict, split: str) -> Records | None:
+def _conversations(spec: PromptSpec, split: str) -> Records | None:
     """The records of a split where they are conversations; None where they are texts to go on from."""
-    name, path = config.data.format, config.data[split]
+    name, path = spec.data.format, spec.data.path(split)
     if name not in ('auto', *formats.CHATS):
         return None
-    if path == 'python-stdlib' and (name == 'auto' or config.generate.prompt_tokens):
+    if path == 'python-stdlib' and (name == 'auto' or spec.prompt_tokens):
         return None
     if (pathlib.Path(path).expanduser() / HELD_OUT).is_file():
         return None
@@ -138,22 +157,22 @@ def _conversations(config: ConfigDict, split: str) -> Records | None:
         if kind not in formats.CHATS:
             return None
         asked = kind == 'prompt' and isinstance(record.get(formats.prompt_fields(record)[0]), str)
-        return None if asked and config.data.template == 'auto' else records
+        return None if asked and spec.data.template == 'auto' else records
     return None
 
 
-def _questions(config: ConfigDict, parts: Assembly, records: Records) -> list[Prompt]:
+def _questions(spec: PromptSpec, bundle: ModelBundle, records: Records) -> list[Prompt]:
     """Each conversation without the answer that ends it, as turns and as ids up to where the assistant writes."""
-    chosen = list(itertools.islice(records, config.generate.prompts or None))
-    found = formats.find(chosen, config.data.format, records.name, formats.CHATS)
+    chosen = list(itertools.islice(records, spec.count or None))
+    found = formats.find(chosen, spec.data.format, records.name, formats.CHATS)
     kind = next(iter(found)) if len(found) == 1 else ''
-    encode = Encoder(open_template(config, parts.tokenizer, kind, chosen), parts.tokenizer)
-    shown = demonstrations(config)
+    encode = Encoder(open_template(spec.data.template, bundle.tokenizer, kind, chosen), bundle.tokenizer)
+    shown = demonstrations(spec.data.demonstrations)
     chats = formats.read(chosen, lambda place, record: formats.chat(kind, place, record, False), records.name)
     prompts = []
     for where, chat in chats:
         last = max(i for i, turn in enumerate(chat.turns) if turn['role'] != 'assistant')
-        asked = prepare(chat.before(last + 1), config.sft.system, shown)
+        asked = prepare(chat.before(last + 1), spec.data.system, shown)
         try:
             _, ids = encode.prompt(asked)
         except formats.FormatError as error:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.models import Model
 
 
@@ -34,7 +34,7 @@ class Sampling:
     pad_id: int = 0
 
 
-def from_config(config: ConfigDict, tokenizer, stops: Iterable[int]) -> Sampling:
+def from_settings(config: Settings, tokenizer: Any, stops: Iterable[int]) -> Sampling:
     """The sampling of a recipe's `generate`, which the tokens `stops` end."""
     pad = tokenizer.pad_token_id
     return Sampling(

@@ -1,39 +1,135 @@
-"""Tuning methods: functions from parameter tree to parameter tree. A new one is a module here and a line below.
+"""Tuning methods: functions from parameter tree to parameter tree.
 
-A method is a module with
-
-- `init(params, model, config, rng) -> params`: the tree with what the method adds, from the recipe's `method` subtree;
-- `trains(path) -> bool`: which leaves train;
-- `merge(params) -> params`: plain arrays in the model's own places;
-
-and may hold
-
-- `check(config)`: refuses settings that do not go together, before anything is loaded;
-- `codecs(model, config) -> {path: codec}`: how kernels are stored instead of as arrays; they are, while loading;
-- `rate(path, config) -> float`: factor on the learning rate of a leaf;
-- `MERGES = False`: what it adds cannot be merged into the model, so that no `export/` is written.
+A new one is a module here with a `Method`, and a line in `METHODS`; a recipe may name another as `module:NAME`.
 """
 
-import importlib
-from types import ModuleType
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
-from jaxtune.errors import UserError
+import jax
+import numpy as np
 
-METHODS = {
-    'full': 'jaxtune.methods.full',
-    'lora': 'jaxtune.methods.lora',
-    'qlora': 'jaxtune.methods.qlora',
-    'adapter': 'jaxtune.methods.adapter',
-    'prompt': 'jaxtune.methods.prompt',
-}
+from jaxtune.common.registry import Registry
+from jaxtune.common.settings import Settings
+from jaxtune.models.model import Model
+from jaxtune.models.safetensors import Entry
+from jaxtune.weights import Codec, merge_weights
 
 
-def get(name: str) -> ModuleType:
-    """The module of a method.
+class AdapterArrays(NamedTuple):
+    """An adapter's numbers: what it adds, by path, and the model's own leaves that it brings along whole."""
 
-    Raises:
-      UserError: this version does not have it.
+    added: Mapping[str, Any]
+    whole: Mapping[str, np.ndarray]
+
+
+# `(params, arrays) -> params`: the tree of a base with an adapter.
+Attach = Callable[[Any, AdapterArrays], Any]
+
+
+class ReadAdapter(Protocol):
+    """Reads an adapter folder: its config, its tensors by name without PEFT's prefix; for a model."""
+
+    def __call__(
+        self, folder: pathlib.Path, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
+    ) -> tuple[Attach, AdapterArrays]:
+        """See the class."""
+        ...
+
+
+class SaveAdapter(Protocol):
+    """Writes what a method trained as an adapter folder; `whole` are paths of leaves that were trained whole."""
+
+    def __call__(
+        self, folder: pathlib.Path, params: Any, model: Model, settings: Settings, base: str, whole: Iterable[str]
+    ) -> None:
+        """See the class."""
+        ...
+
+
+def _accept(settings: Settings) -> None:
+    return None
+
+
+def _no_codecs(model: Model, settings: Settings) -> dict[str, Codec]:
+    return {}
+
+
+def _no_refinement(settings: Settings) -> None:
+    return None
+
+
+def _no_tokens(settings: Settings) -> int:
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A tuning method. Its functions get the recipe's `method` subtree.
+
+    Attributes:
+      name: what a recipe calls it.
+      init: `(params, model, settings, rng, tokenizer) -> params`, the tree with what the method adds; traced.
+      trains: whether the leaf at a path trains.
+      check: refuses settings that do not go together, before anything is loaded.
+      codecs: `(model, settings) -> {path: codec}`, how kernels are stored instead of as arrays, from loading on.
+      refine: of the settings: `(params, read) -> params`, what looks at the kernels of the model's folder after `init`
+        (`read(path, layer)` gives one), or None.
+      rate: `(path, settings) -> factor` on the learning rate of a leaf.
+      virtual_tokens: how many positions it takes before a text.
+      virtual_embeddings: whether these are embeddings, which the first layer reads.
+      merge: plain arrays in the model's own places.
+      merges: whether that can be; if not, no `export/` is written.
+      flops_share: of full training's FLOPs, what a step takes: a frozen kernel has two products instead of three.
+      save_adapter: writes `adapter/`.
+      read_adapter: kind of adapter (PEFT's `peft_type`) -> what reads it.
     """
-    if name not in METHODS:
-        raise UserError(f'method.name={name!r}: not in this version; expected one of {", ".join(METHODS)}')
-    return importlib.import_module(METHODS[name])
+
+    name: str
+    init: Callable[[Any, Model, Settings, jax.Array, Any], Any]
+    trains: Callable[[str], bool]
+    check: Callable[[Settings], None] = _accept
+    codecs: Callable[[Model, Settings], dict[str, Codec]] = _no_codecs
+    refine: Callable[[Settings], Callable[[Any, Callable[[str, int], np.ndarray]], Any] | None] = _no_refinement
+    rate: Callable[[str, Settings], float] | None = None
+    virtual_tokens: Callable[[Settings], int] = _no_tokens
+    virtual_embeddings: Callable[[Settings], bool] = lambda settings: False
+    merge: Callable[[Any], Any] = merge_weights
+    merges: bool = True
+    flops_share: float = 2 / 3
+    save_adapter: SaveAdapter | None = None
+    read_adapter: Mapping[str, ReadAdapter] = dataclasses.field(default_factory=dict)
+
+
+METHODS = Registry(
+    'method.name',
+    Method,
+    {
+        'full': 'jaxtune.methods.full:METHOD',
+        'lora': 'jaxtune.methods.lora:METHOD',
+        'qlora': 'jaxtune.methods.qlora:METHOD',
+        'adapter': 'jaxtune.methods.adapter:METHOD',
+        'prompt': 'jaxtune.methods.prompt:METHOD',
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundMethod:
+    """A method with the settings of a recipe.
+
+    Attributes:
+      method: which weights are trained.
+      settings: the recipe's `method` subtree.
+      seed: of what it adds.
+    """
+
+    method: Method
+    settings: Settings
+    seed: int = 0
+
+    def rate(self, path: str) -> float:
+        """Factor on the learning rate of a leaf."""
+        return self.method.rate(path, self.settings) if self.method.rate else 1.0

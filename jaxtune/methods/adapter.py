@@ -5,40 +5,47 @@ the attention to the source too; `pfeiffer`: after the feed-forward layer only (
 Their projection up begins at zero, so that training begins at the model itself.
 """
 
+import pathlib
+import re
 import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+import numpy as np
 
+from jaxtune.common.settings import Settings
+from jaxtune.methods import AdapterArrays, Attach, Method, peft
 from jaxtune.models.model import Model, leaf_paths
+from jaxtune.models.safetensors import Entry
 from jaxtune.weights.tree import nested
 
-MERGES = False
+BOTTLENECK = 'JAXTUNE_BOTTLENECK'  # PEFT has no such kind of adapter
+_PLACES = ('mlp_adapter', 'attention_adapter', 'cross_adapter')
 _STDDEV = 1e-2  # Houlsby et al., section 2.1
 
 
-def init(params: Any, model: Model, config: ConfigDict, rng: jax.Array) -> Any:
+def init(params: Any, model: Model, settings: Settings, rng: jax.Array, tokenizer: Any = None) -> Any:
     """The tree with adapters in every block that `method.layers` does not leave out."""
     leaves = leaf_paths(params)
     ending = '/mlp/down_proj/kernel'
     for path in [path for path in leaves if path.endswith(ending)]:
         block, (*stack, _, width) = path.removesuffix(ending), leaves[path].shape
-        for name in _names(leaves, block, config.placement):
+        for name in _names(leaves, block, settings.placement):
             key = jax.random.fold_in(rng, zlib.crc32(f'{block}/{name}'.encode()))
-            down = _STDDEV * jax.random.truncated_normal(key, -2, 2, (*stack, width, config.bottleneck), jnp.float32)
+            down = _STDDEV * jax.random.truncated_normal(key, -2, 2, (*stack, width, settings.bottleneck), jnp.float32)
             added = {
                 'down/kernel': down,
-                'down/bias': jnp.zeros((*stack, config.bottleneck), jnp.float32),
-                'up/kernel': jnp.zeros((*stack, config.bottleneck, width), jnp.float32),
+                'down/bias': jnp.zeros((*stack, settings.bottleneck), jnp.float32),
+                'up/kernel': jnp.zeros((*stack, settings.bottleneck, width), jnp.float32),
                 'up/bias': jnp.zeros((*stack, width), jnp.float32),
             }
             leaves |= {f'{block}/{name}/{part}': leaf for part, leaf in added.items()}
     return nested(leaves)
 
 
-def _names(leaves, block: str, placement: str) -> list[str]:
+def _names(leaves: Mapping[str, Any], block: str, placement: str) -> list[str]:
     names = ['mlp_adapter']
     if placement == 'houlsby':
         names.append('attention_adapter')
@@ -50,3 +57,61 @@ def _names(leaves, block: str, placement: str) -> list[str]:
 def trains(path: str) -> bool:
     """Whether the leaf at a path trains: those of adapters."""
     return '_adapter/' in path
+
+
+def read(
+    folder: pathlib.Path, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
+) -> tuple[Attach, AdapterArrays]:
+    """Reads an adapter of bottlenecks under their paths; see `peft.reader`."""
+    added = {key: peft.float_values(entry) for key, entry in entries.items() if '_adapter/' in key}
+    rest = {name: entry for name, entry in entries.items() if name not in added}
+    whole = peft.whole_leaves(folder, rest, model)
+    _check_bottlenecks(folder, added, model)
+    return peft.put_in, AdapterArrays(added, whole)
+
+
+def _check_bottlenecks(folder: pathlib.Path, added: Mapping[str, np.ndarray], model: Model) -> None:
+    """Refuses arrays that are no whole adapters of this model's blocks."""
+    shapes = leaf_paths(model.shapes)
+    for path in added:
+        if not re.fullmatch(rf'.+/({"|".join(_PLACES)})/(down|up)/(kernel|bias)', path):
+            raise peft.wrong_base(folder, f'{path} is no part of an adapter')
+    for adapter in sorted({path.rsplit('/', 2)[0] for path in added}):
+        block = adapter.rsplit('/', 1)[0]
+        kernel = shapes.get(f'{block}/mlp/down_proj/kernel')
+        if kernel is None:
+            raise peft.wrong_base(folder, f'this model has no {block}')
+        (*stack, _, width), size = kernel.shape, added.get(f'{adapter}/down/bias', np.zeros(0)).shape[-1]
+        expected = {
+            'down/kernel': (*stack, width, size),
+            'down/bias': (*stack, size),
+            'up/kernel': (*stack, size, width),
+            'up/bias': (*stack, width),
+        }
+        for part, shape in expected.items():
+            value = added.get(f'{adapter}/{part}')
+            if value is None:
+                raise peft.wrong_base(folder, f'{adapter} has no {part}')
+            if value.shape != shape:
+                raise peft.wrong_base(folder, f'{adapter}/{part} {list(value.shape)} does not fit, expected {shape}')
+
+
+def save(
+    folder: pathlib.Path, params: Any, model: Model, settings: Settings, base: str, whole: Iterable[str] = ()
+) -> None:
+    """Writes a tree's bottleneck adapters under their paths; arguments as for `lora_peft.save`."""
+    leaves = leaf_paths(params)
+    added = {path: peft.host_array(leaf) for path, leaf in leaves.items() if '_adapter/' in path}
+    kept = peft.whole_tensors(leaves, whole, model)
+    fields = {'peft_type': BOTTLENECK, 'bottleneck': settings.bottleneck, 'placement': settings.placement}
+    peft.write(folder, fields, added | kept, model, base)
+
+
+METHOD = Method(
+    name='adapter',
+    init=init,
+    trains=trains,
+    merges=False,
+    save_adapter=save,
+    read_adapter={BOTTLENECK: read},
+)

@@ -1,15 +1,13 @@
 """From a model's parameters to a tuning method's: stored as it asks, with what it adds, divided by what trains."""
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
-from jaxtune import methods
+from jaxtune.methods import BoundMethod, Method
 from jaxtune.models import value_head
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.parallel import match_rules, shardings
@@ -20,11 +18,10 @@ from jaxtune.weights import Codec, tree
 _TASK_HEADS = ('classifier', 'score', value_head.NAME)
 
 
-def codecs(config: ConfigDict, model: Model, fresh: frozenset[str] = frozenset()) -> dict[str, Codec]:
-    """How the recipe's method stores kernels: path -> codec, but for weights that the folder lacks."""
-    make = getattr(methods.get(config.method.name), 'codecs', None)
-    found = make(model, config.method) if make else {}
-    return {path: codec for path, codec in found.items() if path not in fresh}
+def codecs(method: BoundMethod, model: Model, fresh: frozenset[str] = frozenset()) -> dict[str, Codec]:
+    """How a method stores kernels: path -> codec, but for weights that the folder lacks."""
+    chosen = method.method.codecs(model, method.settings)
+    return {path: codec for path, codec in chosen.items() if path not in fresh}
 
 
 def encoded(params: Any, chosen: Mapping[str, Codec]) -> Any:
@@ -48,7 +45,7 @@ def attach(init: Callable[..., Any], params: Any, mesh: Mesh, *extra: Any) -> An
     origin: list[int | None] = []
     made: list[Any] = []
 
-    def new(leaves, extra):
+    def new(leaves: list, extra: tuple) -> list:
         out, out_structure = jax.tree.flatten(init(jax.tree.unflatten(structure, leaves), *extra))
         numbers = {id(leaf): i for i, leaf in enumerate(leaves)}
         origin[:], made[:] = [numbers.get(id(leaf)) for leaf in out], [out_structure]
@@ -65,26 +62,26 @@ def attach(init: Callable[..., Any], params: Any, mesh: Mesh, *extra: Any) -> An
     return jax.tree.unflatten(made[0], [next(added) if i is None else given[i] for i in origin])
 
 
-def begin(config: ConfigDict, model: Model, params: Any, fresh: frozenset[str]) -> Any:
+def begin(method: BoundMethod, model: Model, params: Any, fresh: frozenset[str], tokenizer: Any = None) -> Any:
     """What the method makes of the loaded parameters; weights that the folder lacked are left to be trained whole."""
-    rng = jax.random.key(config.seed)
+    rng = jax.random.key(method.seed)
     leaves = leaf_paths(params)
     pretrained = tree.nested({path: leaf for path, leaf in leaves.items() if path not in fresh})
-    tuned = leaf_paths(methods.get(config.method.name).init(pretrained, model, config.method, rng))
+    tuned = leaf_paths(method.method.init(pretrained, model, method.settings, rng, tokenizer))
     return tree.nested(tuned | {path: leaf for path, leaf in leaves.items() if path in fresh})
 
 
-def partition(config: ConfigDict, params: Any, fresh: frozenset[str]) -> tuple[Any, Any]:
+def partition(method: Method, params: Any, fresh: frozenset[str]) -> tuple[Any, Any]:
     """`(trainable, frozen)` halves of the method's tree."""
-    return tree.partition(params, trains(methods.get(config.method.name), fresh))
+    return tree.partition(params, trains(method, fresh))
 
 
-def trains(method: ModuleType, fresh: frozenset[str]) -> Callable[[str], bool]:
+def trains(method: Method, fresh: frozenset[str]) -> Callable[[str], bool]:
     """Whether a leaf trains: the method says so, the model lacked it, or it is the task's own head."""
     return lambda path: method.trains(path) or path in fresh or path.split('/')[0] in _TASK_HEADS
 
 
-def whole_paths(params: Any, method: ModuleType, fresh: frozenset[str]) -> tuple[str, ...]:
+def whole_paths(params: Any, method: Method, fresh: frozenset[str]) -> tuple[str, ...]:
     """Paths of the model's own leaves that train whole beside what the method adds."""
     test = trains(method, fresh)
     return tuple(path for path, leaf in leaf_paths(params).items() if test(path) and not method.trains(path))

@@ -1,16 +1,17 @@
 """Full tuning: every weight trains."""
 
+from typing import Any
 
-def init(params, model, config, rng):
+import jax
+
+from jaxtune.common.settings import Settings
+from jaxtune.methods import Method
+from jaxtune.models.model import Model
+
+
+def init(params: Any, model: Model, settings: Settings, rng: jax.Array, tokenizer: Any) -> Any:
     """The tree as it is."""
     return params
 
 
-def trains(path: str) -> bool:
-    """Whether the leaf at a path trains: all do."""
-    return True
-
-
-def merge(params):
-    """The tree as it is."""
-    return params
+METHOD = Method(name='full', init=init, trains=lambda path: True, merge=lambda params: params, flops_share=1.0)

@@ -15,32 +15,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
+from jaxtune.methods import Method, lora_peft
 from jaxtune.methods import targets as select_targets
+from jaxtune.methods.lora_init import chosen_layers, loftq_init, principal_factors
 from jaxtune.models.model import Model, leaf_paths
-from jaxtune.weights import NF4, LoRA, materialise
+from jaxtune.weights import LoRA, materialise
 from jaxtune.weights.tree import nested
 
 _TRAINED = re.compile(r'/(kernel|embedding)/(a|b|magnitude)$')
 
 
-def check(config: ConfigDict) -> None:
+def check(settings: Settings) -> None:
     """Refuses settings that do not go together.
 
     Raises:
       UserError: names the key.
     """
-    if config.init == 'loftq' and config.name != 'qlora':
+    if settings.init == 'loftq' and settings.name != 'qlora':
         raise UserError('method.init=loftq: makes up for quantisation; expected method.name=qlora')
-    if config.init == 'pissa' and config.name == 'qlora':
+    if settings.init == 'pissa' and settings.name == 'qlora':
         raise UserError('method.init=pissa: expected method.init=loftq or default with method.name=qlora')
-    if config.init != 'default' and config.dora:
-        raise UserError(f'method.dora=True: expected method.init=default with it, not {config.init}')
+    if settings.init != 'default' and settings.dora:
+        raise UserError(f'method.dora=True: expected method.init=default with it, not {settings.init}')
 
 
-def init(params: Any, model: Model, config: ConfigDict, rng: jax.Array) -> Any:
+def init(params: Any, model: Model, settings: Settings, rng: jax.Array, tokenizer: Any = None) -> Any:
     """The tree with a `LoRA` leaf around every targeted weight.
 
     Raises:
@@ -48,26 +50,26 @@ def init(params: Any, model: Model, config: ConfigDict, rng: jax.Array) -> Any:
     """
     leaves = leaf_paths(params)
     names = select_targets.modules(model)
-    for path, numbers in select_targets.select(model, config.targets, config.layers).items():
+    for path, numbers in select_targets.select(model, settings.targets, settings.layers).items():
         if path not in leaves:  # such as a head that trains whole
             continue
-        leaves[path] = _wrap(path, leaves[path], [names[path][i] for i in numbers], numbers, config, rng)
+        leaves[path] = _wrap(path, leaves[path], [names[path][i] for i in numbers], numbers, settings, rng)
     return nested(leaves)
 
 
-def _wrap(path: str, base: Any, names: list[str], numbers: tuple[int, ...], config: ConfigDict, rng: jax.Array) -> LoRA:
+def _wrap(path: str, base: Any, names: list[str], numbers: tuple[int, ...], settings: Settings, rng: jax.Array) -> LoRA:
     stack, (inputs, outputs) = base.shape[:-2], base.shape[-2:]
-    ranks = [rank_of(name, config) for name in names]
+    ranks = [rank_of(name, settings) for name in names]
     for name, rank in zip(names, ranks, strict=True):
         if not 1 <= rank <= min(inputs, outputs):
             raise UserError(
                 f'method.rank={rank}: expected 1 to {min(inputs, outputs)} for {name}, which is {inputs} x {outputs}'
             )
-    scales = [scale_of(rank, config) for rank in ranks]
+    scales = [scale_of(rank, settings) for rank in ranks]
     layers = numbers if stack and len(numbers) < stack[0] else None
     count, rank = stack and (len(numbers),), max(ranks)
     embedding = path.endswith('embedding')
-    if embedding and (config.dora or config.init != 'default'):
+    if embedding and (settings.dora or settings.init != 'default'):
         raise UserError(f'method.targets: {names[0]} is an embedding; expected method.dora=False, method.init=default')
 
     keep = np.arange(rank) < np.asarray(ranks)[:, None]  # [layers, rank]
@@ -81,96 +83,28 @@ def _wrap(path: str, base: Any, names: list[str], numbers: tuple[int, ...], conf
         a = jax.random.uniform(key, (*count, inputs, rank), jnp.float32, -bound, bound) * keep[..., None, :]
         b = jnp.zeros((*count, rank, outputs), jnp.float32)
     scale = jnp.asarray(scales if stack else scales[0], jnp.float32)
-    leaf = LoRA(base, a, b, scale, dropout=config.dropout, layers=layers)
-    if config.dora:
-        wide = _chosen(materialise(base), layers)
+    leaf = LoRA(base, a, b, scale, dropout=settings.dropout, layers=layers)
+    if settings.dora:
+        wide = chosen_layers(materialise(base), layers)
         return dataclasses.replace(leaf, magnitude=jnp.sqrt(jnp.square(wide.astype(jnp.float32)).sum(-2)))
-    if config.init == 'pissa':
-        a, b = _principal(_chosen(materialise(base), layers), rank, keep, scale)
+    if settings.init == 'pissa':
+        a, b = principal_factors(chosen_layers(materialise(base), layers), rank, keep, scale)
         return dataclasses.replace(leaf, a=a, b=b, a_start=a, b_start=b)
     return leaf
 
 
-def begun(leaf: LoRA, how: str) -> LoRA:
-    """A leaf of which PEFT took the beginning off the base, with what it began with: as that follows from the base.
-
-    Args:
-      leaf: with trained factors over the base.
-      how: `pissa`, or `olora`, the first rows of a QR decomposition (Büyükakyüz 2024, arXiv:2406.01775).
-
-    Raises:
-      UserError: the base is quantised, and is not what training began with.
-    """
-    if isinstance(leaf.base, NF4):
-        raise UserError(
-            f'method.name=qlora: the adapter began as {how} of a base that was not quantised; expected lora'
-        )
-    wide = _chosen(leaf.base, leaf.layers).astype(jnp.float32)
-    rank, scale = leaf.a.shape[-1], jnp.asarray(leaf.scale)
-    keep = (jnp.abs(leaf.a).max(-2) > 0).astype(jnp.float32)  # a smaller rank than the stack's is filled with zeros
-    if how == 'pissa':
-        a, b = _principal(wide, rank, keep, scale)
-    else:
-        q, r = jnp.linalg.qr(wide.swapaxes(-1, -2))
-        a, b = (r[..., :rank, :] * keep[..., None]).swapaxes(-1, -2), q[..., :rank].swapaxes(-1, -2)
-    return dataclasses.replace(leaf, a_start=a, b_start=b)
-
-
-def _chosen(wide: jax.Array, layers: tuple[int, ...] | None) -> jax.Array:
-    return wide if layers is None else wide[jnp.asarray(layers)]
-
-
-def _principal(
-    wide: jax.Array, rank: int, keep: np.ndarray | jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Factors `a [.., in, rank]`, `b [.., rank, out]` whose scaled product is the best of that rank."""
-    u, s, v = jnp.linalg.svd(wide.astype(jnp.float32), full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / scale[..., None]) * keep
-    return u[..., :rank] * root[..., None, :], v[..., :rank, :] * root[..., :, None]
-
-
-def make_up(params: Any, read: Callable[[str, int], np.ndarray]) -> Any:
-    """LoftQ: factors of what quantisation took from every targeted weight, one layer after the other.
-
-    Args:
-      params: the tree with LoRA leaves over NF4 ones.
-      read: path and number in the stack -> the weight `[in, out]` before quantisation.
-    """
-    leaves = leaf_paths(params)
-    for path, leaf in leaves.items():
-        if not isinstance(leaf, LoRA) or not isinstance(leaf.base, NF4):
-            continue
-        stacked = leaf.a.ndim > 2
-        rows = (leaf.layers or range(leaf.a.shape[0])) if stacked else (0,)
-        factors = []
-        for row, number in enumerate(rows):
-            one = jax.tree.map(lambda x, row=row: x[row], (leaf.a, leaf.scale)) if stacked else (leaf.a, leaf.scale)
-            base = jax.tree.map(lambda x, number=number: x[number], leaf.base) if stacked else leaf.base
-            factors.append(_of_what_is_lost(read(path, number), base, *one))
-        a, b = (jnp.stack(parts) if stacked else parts[0] for parts in zip(*factors, strict=True))
-        a, b = jax.device_put((a, b), (leaf.a.sharding, leaf.b.sharding))
-        leaves[path] = dataclasses.replace(leaf, a=a, b=b)
-    return nested(leaves)
-
-
-@jax.jit
-def _of_what_is_lost(weight, base: NF4, a, scale):
-    keep = (jnp.abs(a).max(-2) > 0).astype(jnp.float32)
-    return _principal(weight - base.materialise().astype(jnp.float32), a.shape[-1], keep, scale)
-
-
-def rank_of(name: str, config: ConfigDict) -> int:
+def rank_of(name: str, settings: Settings) -> int:
     """The rank of a module: that of the first pattern which its name ends with, else `method.rank`."""
-    for pair in filter(None, config.ranks.split(',')):
+    for pair in filter(None, settings.ranks.split(',')):
         pattern, _, rank = pair.partition('=')
         if re.fullmatch(rf'(.*\.)?({pattern})', name):
             return int(rank)
-    return config.rank
+    return settings.rank
 
 
-def scale_of(rank: int, config: ConfigDict) -> float:
+def scale_of(rank: int, settings: Settings) -> float:
     """`alpha / rank`, or with rsLoRA `alpha / sqrt(rank)`."""
-    return config.alpha / (rank**0.5 if config.rslora else rank)
+    return settings.alpha / (rank**0.5 if settings.rslora else rank)
 
 
 def trains(path: str) -> bool:
@@ -178,20 +112,23 @@ def trains(path: str) -> bool:
     return _TRAINED.search(path) is not None
 
 
-def rate(path: str, config: ConfigDict) -> float:
+def rate(path: str, settings: Settings) -> float:
     """LoRA+: factor on the learning rate of `b`."""
-    return config.lr_ratio if path.endswith(('kernel/b', 'embedding/b')) else 1.0
+    return settings.lr_ratio if path.endswith(('kernel/b', 'embedding/b')) else 1.0
 
 
-def merge(params: Any) -> Any:
-    """Plain arrays, updates added: from NF4, to the dequantised weights that the update was trained against."""
-
-    def plain(node):
-        if isinstance(node, dict):
-            return {name: plain(part) for name, part in node.items()}
-        return _materialised(node) if isinstance(node, LoRA | NF4) else node
-
-    return plain(params)
+def refine(settings: Settings) -> Callable[[Any, Callable[[str, int], np.ndarray]], Any] | None:
+    """With LoftQ, the factors begin as what quantisation lost of the folder's kernels."""
+    return loftq_init if settings.init == 'loftq' else None
 
 
-_materialised = jax.jit(materialise)
+METHOD = Method(
+    name='lora',
+    init=init,
+    trains=trains,
+    check=check,
+    refine=refine,
+    rate=rate,
+    save_adapter=lora_peft.save,
+    read_adapter={'LORA': lora_peft.read},
+)

@@ -68,7 +68,7 @@ def change(config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
     return 'one' if all(_alike(table, head) for table in tables) else 'apart'
 
 
-def as_here(folder, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model) -> dict[str, Entry]:
+def as_here(folder: str, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model) -> dict[str, Entry]:
     """An adapter's tensors under the names of this tree: one for what several modules share.
 
     Raises:
@@ -87,7 +87,7 @@ def as_here(folder, config: Mapping[str, Any], entries: Mapping[str, Entry], mod
             )
         entries = {name: entry for name, entry in entries.items() if not name.startswith('decoder.embed_tokens.')}
         entries = {name.replace('encoder.embed_tokens.', 'shared.', 1): entry for name, entry in entries.items()}
-    if changed == 'one':
+    if changed == 'one' and model.tie:
         head = model.tie.name.removesuffix('weight')
         entries = {name: entry for name, entry in entries.items() if not name.startswith(head)}
     return entries

@@ -4,30 +4,37 @@ As embeddings (Lester et al. 2021, arXiv:2104.08691), or with `method.prefix` as
 Liang 2021, arXiv:2101.00190). They begin as a text (`method.init_text`), or as tokens drawn from the vocabulary.
 """
 
+import pathlib
 import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+import numpy as np
 
+from jaxtune.common.settings import Settings
+from jaxtune.errors import UserError
+from jaxtune.methods import AdapterArrays, Attach, Method, peft
 from jaxtune.models.model import Model, leaf_paths
+from jaxtune.models.safetensors import Entry
 from jaxtune.weights import lookup
 from jaxtune.weights.tree import nested
 
-MERGES = False
+PREFIX = 'JAXTUNE_PREFIX'  # the kind of adapter that PEFT does not have: prefixes of encoders
 _STDDEV = 2e-2
 
 
-def init(params: Any, model: Model, config: ConfigDict, rng: jax.Array) -> Any:
-    """The tree with tokens before the text; `config.init_ids`, where given, are repeated to fill them."""
-    count = config.virtual_tokens
-    ids = config.get('init_ids', ())
+def init(params: Any, model: Model, settings: Settings, rng: jax.Array, tokenizer: Any = None) -> Any:
+    """The tree with tokens before the text; those of `method.init_text`, if any, are repeated to fill them."""
+    count, ids = settings.virtual_tokens, ()
+    if settings.init_text and tokenizer is not None:
+        ids = tokenizer(settings.init_text, add_special_tokens=False).input_ids
     if ids:
         chosen = jnp.resize(jnp.asarray(ids, jnp.int32), (count,))
     else:
         chosen = jax.random.randint(rng, (count,), 0, model.config.vocab_size)
-    if config.prefix:
+    if settings.prefix:
         return _with_prefix(params, model, chosen, rng)
     leaves = leaf_paths(params)
     table = leaves['shared/embedding' if model.kind == 'encdec' else 'embed_tokens/embedding']
@@ -44,6 +51,7 @@ def _with_prefix(params: Any, model: Model, tokens: jax.Array, rng: jax.Array) -
     heads = (count, getattr(c, 'num_kv_heads', c.num_heads), c.head_dim)
     if model.kind == 'decoder':
         read = model.apply(params, {'tokens': tokens[None]}, cache=model.init_cache(1, count)).cache
+        assert read is not None  # a cache was handed in
         added = {f'layers/self_attn/prefix/{name}': read[name][:, 0].swapaxes(1, 2) for name in ('k', 'v')}
         return nested(leaves | {path: leaf.astype(jnp.float32) for path, leaf in added.items()})
     for path in [path for path in leaves if path.endswith('_attn/o_proj/kernel')]:
@@ -57,3 +65,100 @@ def _with_prefix(params: Any, model: Model, tokens: jax.Array, rng: jax.Array) -
 def trains(path: str) -> bool:
     """Whether the leaf at a path trains: the prompt, or the prefixes."""
     return path.startswith('prompt/') or '/prefix/' in path
+
+
+def read_prompt(
+    folder: pathlib.Path, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
+) -> tuple[Attach, AdapterArrays]:
+    """Reads an adapter of `peft_type=PROMPT_TUNING`; see `peft.reader`."""
+    prompt, whole = _prompt_embeddings(folder, entries, model)
+    if prompt.shape[1] != model.config.d_model:
+        raise peft.wrong_base(
+            folder, f'its tokens have {prompt.shape[1]} dimensions, this model has {model.config.d_model}'
+        )
+    prompt = prompt[: config['num_virtual_tokens']]  # PEFT's own for an encoder-decoder has the decoder's too
+    return peft.put_in, AdapterArrays({'prompt/embedding': prompt}, whole)
+
+
+def read_prefix(
+    folder: pathlib.Path, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
+) -> tuple[Attach, AdapterArrays]:
+    """Reads an adapter of `peft_type=PREFIX_TUNING`; see `peft.reader`."""
+    if model.kind != 'decoder':
+        raise peft.wrong_base(folder, f"PEFT's prefix tuning is read for decoders, and this model is an {model.kind}")
+    flat, whole = _prompt_embeddings(folder, entries, model)
+    c = model.config
+    shape = (c.num_layers, 2, c.num_kv_heads, c.head_dim)
+    if flat.shape[1] != np.prod(shape):
+        raise peft.wrong_base(
+            folder, f'its keys and values are {flat.shape[1]} numbers a token, this model has {np.prod(shape)}'
+        )
+    k, v = flat.reshape(-1, *shape).transpose(2, 1, 0, 3, 4)  # each [layers, virtual, kv_heads, head_dim]
+    return peft.put_in, AdapterArrays({'layers/self_attn/prefix/k': k, 'layers/self_attn/prefix/v': v}, whole)
+
+
+def _prompt_embeddings(
+    folder: pathlib.Path, entries: Mapping[str, Entry], model: Model
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What PEFT's prompt methods store, `[virtual, ...]`, and the leaves of the model beside it."""
+    rest = dict(entries)
+    if 'prompt_embeddings' not in rest:
+        raise UserError(f'{folder}/{peft.WEIGHTS}: expected prompt_embeddings')
+    return peft.float_values(rest.pop('prompt_embeddings')), peft.whole_leaves(folder, rest, model)
+
+
+def read_own_prefix(
+    folder: pathlib.Path, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
+) -> tuple[Attach, AdapterArrays]:
+    """Reads an adapter of prefixes under this tree's own names; see `peft.reader`."""
+    added = {key: peft.float_values(entry) for key, entry in entries.items() if '/prefix/' in key}
+    rest = {name: entry for name, entry in entries.items() if name not in added}
+    whole = peft.whole_leaves(folder, rest, model)
+    _check_prefixes(folder, added, model)
+    return peft.put_in, AdapterArrays(added, whole)
+
+
+def _check_prefixes(folder: pathlib.Path, added: Mapping[str, np.ndarray], model: Model) -> None:
+    shapes = leaf_paths(model.shapes)
+    for path, value in added.items():
+        kernel = shapes.get(path.rsplit('/', 2)[0] + '/o_proj/kernel')
+        if kernel is None or (*value.shape[:-3], value.shape[-2] * value.shape[-1]) != kernel.shape[:-1]:
+            raise peft.wrong_base(folder, f'{path} {list(value.shape)} does not fit its attention layer')
+
+
+def save(
+    folder: pathlib.Path, params: Any, model: Model, settings: Settings, base: str, whole: Iterable[str] = ()
+) -> None:
+    """Writes a tree's prompt as PEFT's prompt tuning, or its prefixes; arguments as for `lora_peft.save`."""
+    leaves = leaf_paths(params)
+    kept = peft.whole_tensors(leaves, whole, model)
+    fields = {'num_transformer_submodules': 1, 'modules_to_save': peft.modules_to_save(kept) or None}
+    if 'prompt/embedding' in leaves:
+        prompt = peft.host_array(leaves['prompt/embedding'])
+        fields |= {'peft_type': 'PROMPT_TUNING', 'prompt_tuning_init': 'RANDOM', 'token_dim': prompt.shape[1]}
+        fields['num_attention_heads'] = model.config.num_heads
+        fields['num_layers'] = getattr(model.config, 'num_decoder_layers', model.config.num_layers)
+    elif model.kind == 'decoder':
+        both = np.stack([peft.host_array(leaves[f'layers/self_attn/prefix/{name}']) for name in ('k', 'v')])
+        _, layers, count, heads, head_dim = both.shape
+        prompt = both.transpose(2, 1, 0, 3, 4).reshape(count, -1)
+        fields |= {'peft_type': 'PREFIX_TUNING', 'prefix_projection': False, 'token_dim': heads * head_dim}
+        fields |= {'num_attention_heads': heads, 'num_layers': layers}
+    else:
+        prefixes = {path: peft.host_array(leaf) for path, leaf in leaves.items() if '/prefix/' in path}
+        peft.write(folder, {'peft_type': PREFIX}, prefixes | kept, model, base)
+        return
+    fields['num_virtual_tokens'] = prompt.shape[0]
+    peft.write(folder, fields, {'prompt_embeddings': prompt} | kept, model, base)
+
+
+METHOD = Method(
+    name='prompt',
+    init=init,
+    trains=trains,
+    virtual_tokens=lambda settings: settings.virtual_tokens,
+    virtual_embeddings=lambda settings: not settings.prefix,
+    merges=False,
+    save_adapter=save,
+    read_adapter={'PROMPT_TUNING': read_prompt, 'PREFIX_TUNING': read_prefix, PREFIX: read_own_prefix},
+)

@@ -4,26 +4,19 @@ All linear kernels become `NF4` while they are read; the wide model is never in 
 answers here: `optimizer.name=adamw8bit` and `optimizer.offload`.
 """
 
-from typing import Any
+import dataclasses
 
-import jax
-from ml_collections import ConfigDict
-
+from jaxtune.common.settings import Settings
 from jaxtune.methods import lora
-from jaxtune.methods.lora import check, merge, rate, trains
 from jaxtune.methods.targets import linear
 from jaxtune.models.model import Model
 from jaxtune.weights import Codec
 
-__all__ = ['check', 'codecs', 'init', 'merge', 'rate', 'trains']
 
-
-def codecs(model: Model, config: ConfigDict) -> dict[str, Codec]:
+def codecs(model: Model, settings: Settings) -> dict[str, Codec]:
     """Every linear kernel but the output's is stored as NF4."""
-    codec = Codec(config.block_size, config.double_quant, str(model.param_dtype))
+    codec = Codec(settings.block_size, settings.double_quant, str(model.param_dtype))
     return dict.fromkeys(linear(model), codec)
 
 
-def init(params: Any, model: Model, config: ConfigDict, rng: jax.Array) -> Any:
-    """The tree with a `LoRA` leaf around every targeted NF4 weight."""
-    return lora.init(params, model, config, rng)
+METHOD = dataclasses.replace(lora.METHOD, name='qlora', codecs=codecs, read_adapter={})

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jaxtune.errors import UserError
 from jaxtune.models.model import Model, leaf_paths
@@ -40,7 +41,7 @@ def layer_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def chosen_layers(layers) -> Callable[[int | None], bool]:
+def chosen_layers(layers: Any) -> Callable[[int | None], bool]:
     """What `method.layers` says of a layer's number: `all`, a range such as `4:8`, or numbers."""
     if layers == 'all':
         return lambda number: True
@@ -52,7 +53,7 @@ def chosen_layers(layers) -> Callable[[int | None], bool]:
     return lambda number: number is not None and number in numbers
 
 
-def select(model: Model, targets: str | Sequence[str], layers='all') -> dict[str, tuple[int, ...]]:
+def select(model: Model, targets: str | Sequence[str], layers: Any = 'all') -> dict[str, tuple[int, ...]]:
     """Paths of the weights to change -> numbers in the stack of the layers to change (`(0,)` without a stack).
 
     Args:

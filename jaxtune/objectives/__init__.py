@@ -1,80 +1,193 @@
-"""Training objectives: how examples become a batch, and a loss as sums. A new one is a module here and a line below.
+"""Training objectives: how examples become a batch, and a loss as sums.
 
-An objective is a module with
-
-- `row(config) -> {field: jax.ShapeDtypeStruct}`: what one row of a batch holds;
-- `dataset(config, split, tokenizer, cache) -> rows`: numbered dicts of arrays, a `grain` source or `MapDataset`;
-- `loss(config, model, params, batch, rng) -> (sum, count, metrics)`: the summed loss and the number of what it was
-  summed over (float32 scalars), so that accumulation and many devices give exactly the big batch's mean; `metrics` are
-  further sums over the same count (`accuracy`: correct predictions), or pairs of a sum and a count of its own; `rng` is
-  None in evaluation: nothing is drawn;
-
-and may hold
-
-- `KINDS`: the kinds of model that it suits (`decoder`, `encoder`, `encdec`); without it, all;
-- `HEAD`: what follows the model's last layer, where not a language model's head (`classification`), and with it
-  `label_fields(config) -> fields`: Hugging Face's `id2label` and `label2id`;
-- `spare_tokens(config, tokenizer) -> int`: how many ids the model must have beyond the tokenizer's;
-- `SEQUENCES`: how many rows of the model one row of a batch is, where not one;
-- `COUNTED`: what the count of its loss counts, where not tokens (`pairs`);
-- `complete(config, rows, model, params, mesh, cache, split) -> rows`: rows with what only the model at the start of
-  training can tell of them;
-- `summarise(sums, count) -> metrics`: what evaluation makes of its metrics' sums, where not their means;
-- `statistics(config) -> function`, or None: `(model, params, batch) -> {name: (sum, count)}` of what the loss must know
-  of the whole batch (in evaluation: of all held-out rows) before it; it finds the means in its batch, by these names,
-  and no gradient goes through them;
-- `preview(rows, tokenizer) -> [(text, trained)]`: an example as the model will see it, shown before training;
-
-Its rows may have `facts` (counts, for the log) and `baselines` (metrics that need no model, to compare with).
+A new one is a module here with an `Objective`, and a line in `OBJECTIVES`; a recipe may name another as `module:NAME`.
 """
 
+import dataclasses
 import functools
-import importlib
-from types import ModuleType
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-from jaxtune.errors import UserError
+import jax
 
-OBJECTIVES = {
-    'causal_lm': 'jaxtune.objectives.causal_lm',
-    'masked_lm': 'jaxtune.objectives.masked_lm',
-    'span_corruption': 'jaxtune.objectives.span_corruption',
-    'seq2seq': 'jaxtune.objectives.seq2seq',
-    'classification': 'jaxtune.objectives.classification',
-    'sft': 'jaxtune.objectives.sft',
-    'reward': 'jaxtune.objectives.reward',
-    'dpo': 'jaxtune.objectives.dpo',
-}
+from jaxtune.common.registry import Registry
+from jaxtune.common.settings import Settings
+from jaxtune.data.spec import DataSpec
+from jaxtune.models import Model
+
+Batch = Mapping[str, jax.Array]
+BatchSpec = dict[str, jax.ShapeDtypeStruct]
+# A summed loss, the number of what it was summed over (float32 scalars), and further sums over the same count, or pairs
+# of a sum and a count of its own: so accumulation and many devices give exactly the big batch's mean.
+Sums = tuple[jax.Array, jax.Array, dict[str, Any]]
+# `(params, batch) -> {name: (sum, count)}`
+Statistics = Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]
 
 
-def get(name: str) -> ModuleType:
-    """The module of an objective.
+class Rows(Protocol):
+    """Numbered rows, dicts of arrays: a `grain` source or `MapDataset`.
 
-    Raises:
-      UserError: this version does not have it.
+    They may have `facts` (counts, for the log), `baselines` (metrics that need no model) and `tokens` (their source).
     """
-    if name not in OBJECTIVES:
-        raise UserError(f'objective={name!r}: not in this version; expected one of {", ".join(OBJECTIVES)}')
-    return importlib.import_module(OBJECTIVES[name])
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """The row with a number."""
+        ...
 
 
-def statistics(objective: ModuleType, config, model):
-    """An objective's `(params, batch) -> {name: (sum, count)}` of this model; None where it has none."""
-    make = getattr(objective, 'statistics', None)
-    found = make(config) if make else None
-    return None if found is None else functools.partial(found, model)
+class BatchSpecOf(Protocol):
+    """What one row of a batch holds, without the batch's axis."""
+
+    def __call__(self, settings: Settings, data: DataSpec) -> BatchSpec:
+        """See the class."""
+        ...
 
 
-def complete(config, rows, model, params, mesh, cache, split):
-    """The rows with what their objective asks the model about them before training; most ask nothing.
+class DatasetOf(Protocol):
+    """Rows of a split, `train` or `eval`; what is made once is kept in the folder `cache`."""
 
-    Args:
-      config: the recipe.
-      rows: of `dataset`.
-      model: the model.
-      params: its parameters at the start.
-      mesh: where they are.
-      cache: folder in the workdir; what was asked once is found there.
-      split: `train` or `eval`.
+    def __call__(self, settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> Any:
+        """See the class."""
+        ...
+
+
+class LossOf(Protocol):
+    """The summed loss of a batch; `rng` is None in evaluation, where nothing is drawn."""
+
+    def __call__(self, settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
+        """See the class."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a loss must know of a reference model, asked once for all rows before training.
+
+    Attributes:
+      path: of the settings: the model's folder, workdir or hub id; '' = the model as training begins; None = none.
+      key: of the recipe, that names it.
+      sides: of the settings: suffixes of the fields `reference_SIDE`.
+      logps: `(model, params, batch, sides) -> [rows, sides]`, what becomes these fields.
     """
-    function = getattr(get(config.objective), 'complete', None)
-    return rows if function is None else function(config, rows, model, params, mesh, cache, split)
+
+    path: Callable[[Settings], str | None]
+    key: str
+    sides: Callable[[Settings], tuple[str, ...]]
+    logps: Callable[[Model, Any, Batch, tuple[str, ...]], jax.Array]
+
+
+def _no_statistics(settings: Settings) -> None:
+    return None
+
+
+def _no_extra_vocab(settings: Settings, data: DataSpec, tokenizer: Any) -> int:
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A training objective. Its functions get the recipe's subtree of its name.
+
+    Attributes:
+      name: what a recipe calls it.
+      batch_spec: what one row of a batch holds.
+      dataset: rows of a split.
+      loss: the summed loss.
+      kinds: of models that it suits.
+      head: what follows the model's last layer: `lm`, `classification` or `reward`.
+      label_fields: where the head has labels: Hugging Face's `id2label` and `label2id`.
+      extra_vocab: how many ids the model must have beyond the tokenizer's.
+      statistics: of the settings: what the loss must know of the whole batch (in evaluation: of all held-out rows)
+        before it, `(model, params, batch) -> {name: (sum, count)}`, or None; the loss finds the means in its batch by
+        these names, and no gradient goes through them.
+      reference: what it must know of a reference model.
+      summarise: `(sums, count) -> metrics` of an evaluation, where not the means.
+      preview: `(rows, tokenizer) -> [(text, trained)]`, an example as the model will see it.
+      rows_per_example: rows of the model that one row of a batch is.
+      counted: what the count of the loss counts.
+      prompt_tokens: for `eval.samples`: the first so many tokens of a text are its prompt, 0 = the text's own prompt;
+        None = its models do not write.
+      auto_class: `AutoModelFor…` of `transformers` that loads what it trains.
+      titles: of its own metrics, for the report.
+      higher_is_better: those of its own metrics of which a higher value is better.
+    """
+
+    name: str
+    batch_spec: BatchSpecOf
+    dataset: DatasetOf
+    loss: LossOf
+    kinds: tuple[str, ...] = ('decoder', 'encoder', 'encdec')
+    head: str = 'lm'
+    label_fields: Callable[[Settings, DataSpec], dict[str, Any]] | None = None
+    extra_vocab: Callable[[Settings, DataSpec, Any], int] = _no_extra_vocab
+    statistics: Callable[[Settings], Callable[[Model, Any, Batch], dict[str, Any]] | None] = _no_statistics
+    reference: Reference | None = None
+    summarise: Callable[[dict[str, float], float], dict[str, float]] | None = None
+    preview: Callable[[Any, Any], Sequence[tuple[str, bool]]] | None = None
+    rows_per_example: int = 1
+    counted: str = 'tokens'
+    prompt_tokens: int | None = None
+    auto_class: str = 'CausalLM'
+    titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    higher_is_better: tuple[str, ...] = ()
+
+
+OBJECTIVES = Registry(
+    'objective',
+    Objective,
+    {
+        'causal_lm': 'jaxtune.objectives.causal_lm:OBJECTIVE',
+        'masked_lm': 'jaxtune.objectives.masked_lm:OBJECTIVE',
+        'span_corruption': 'jaxtune.objectives.span_corruption:OBJECTIVE',
+        'seq2seq': 'jaxtune.objectives.seq2seq:OBJECTIVE',
+        'classification': 'jaxtune.objectives.classification:OBJECTIVE',
+        'sft': 'jaxtune.objectives.sft:OBJECTIVE',
+        'reward': 'jaxtune.objectives.reward:OBJECTIVE',
+        'dpo': 'jaxtune.objectives.dpo:OBJECTIVE',
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundObjective:
+    """An objective with the settings and the data of a recipe.
+
+    Attributes:
+      objective: what is learnt.
+      settings: its subtree of the recipe.
+      data: which records, and how they become rows.
+    """
+
+    objective: Objective
+    settings: Settings
+    data: DataSpec
+
+    def batch_spec(self) -> BatchSpec:
+        """What one row of a batch holds."""
+        return self.objective.batch_spec(self.settings, self.data)
+
+    def dataset(self, split: str, tokenizer: Any, cache: pathlib.Path) -> Any:
+        """Rows of `train` or `eval`."""
+        return self.objective.dataset(self.settings, self.data, split, tokenizer, cache)
+
+    def loss(self, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
+        """The summed loss of a batch."""
+        return self.objective.loss(self.settings, model, params, batch, rng)
+
+    def statistics(self, model: Model) -> Statistics | None:
+        """What the loss must know of the whole batch before it."""
+        function = self.objective.statistics(self.settings)
+        return None if function is None else functools.partial(function, model)
+
+    def extra_vocab(self, tokenizer: Any) -> int:
+        """How many ids the model must have beyond the tokenizer's."""
+        return self.objective.extra_vocab(self.settings, self.data, tokenizer)
+
+    def label_fields(self) -> dict[str, Any]:
+        """Hugging Face's fields of the labels, where the head has some."""
+        return self.objective.label_fields(self.settings, self.data) if self.objective.label_fields else {}

@@ -1,39 +1,51 @@
 """Causal language modelling: every token predicts the next one of its document (GPT, Radford et al. 2018)."""
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.data import open_tokens
 from jaxtune.data.packing import Rows, concat_rows, window_rows
+from jaxtune.data.spec import DataSpec
+from jaxtune.models import Model
+from jaxtune.objectives import Batch, Objective, Sums
 from jaxtune.objectives.cross_entropy import cross_entropy
 
-KINDS = ('decoder',)
 
-
-def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds."""
-    shape = (config.data.seq_len,)
+    shape = (data.seq_len,)
     dtypes = dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), np.int32) | {'weights': np.float32}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
-def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> Rows:
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> Rows:
     """Rows of `data.train` or `data.eval`.
 
     Training with packing cuts the stream of documents every `seq_len` tokens; evaluation cuts each document into
     windows of its own, so that the loss of a document does not depend on its neighbours.
     """
-    tokens = open_tokens(config.data[split], split, tokenizer, config, cache)
-    if split == 'train' and config.data.packing:
-        return concat_rows(tokens, config.data.seq_len)
-    return window_rows(tokens, config.data.seq_len, config.data.packing)
+    tokens = open_tokens(data, split, tokenizer, cache)
+    if split == 'train' and data.packing:
+        return concat_rows(tokens, data.seq_len)
+    return window_rows(tokens, data.seq_len, data.packing)
 
 
-def loss(config, model, params, batch, rng):
+def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed negative log-likelihood of the targets in nats, their number, and how many were predicted right."""
     outputs = model.apply(params, batch, rng=rng)
     nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], batch['weights'])
     return nll, batch['weights'].sum(), {'accuracy': correct}
+
+
+OBJECTIVE = Objective(
+    name='causal_lm',
+    batch_spec=batch_spec,
+    dataset=dataset,
+    loss=loss,
+    kinds=('decoder',),
+    prompt_tokens=32,
+)

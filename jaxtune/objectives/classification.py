@@ -8,40 +8,41 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxtune.common import hub
+from jaxtune.common.settings import Settings
 from jaxtune.data.packing import Row
 from jaxtune.data.records import field, open_records
+from jaxtune.data.spec import DataSpec
 from jaxtune.errors import UserError
+from jaxtune.models import Model
+from jaxtune.objectives import Batch, Objective, Sums
 from jaxtune.objectives.cross_entropy import cross_entropy
-
-KINDS = ('encoder',)
-HEAD = 'classification'
 
 _BATCH = 4096  # texts that are tokenised together
 
 
-def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds: `labels` and `weights` are one number each."""
-    fields = dict.fromkeys(('tokens', 'positions', 'segment_ids', 'token_types'), ((config.data.seq_len,), np.int32))
+    fields = dict.fromkeys(('tokens', 'positions', 'segment_ids', 'token_types'), ((data.seq_len,), np.int32))
     fields |= {'labels': ((), np.int32), 'weights': ((), np.float32)}
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in fields.items()}
 
 
-def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> 'Examples':
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> 'Examples':
     """One example a row, cut to `data.seq_len` tokens.
 
     Raises:
       UserError: `file:line` of a record that is not one, or whose label is unknown.
     """
-    return Examples(config, split, tokenizer, Labels.of(config))
+    return Examples(data, split, tokenizer, Labels.of(data))
 
 
-def loss(config, model, params, batch, rng):
+def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed negative log-likelihood of the labels in nats, their number, and how many were predicted right."""
     outputs = model.apply(params, batch, rng=rng)
     labels, weights = batch['labels'][:, None], batch['weights'][:, None]
@@ -49,13 +50,13 @@ def loss(config, model, params, batch, rng):
     return nll, batch['weights'].sum(), {'accuracy': correct}
 
 
-def label_fields(config: ConfigDict) -> dict[str, dict]:
+def label_fields(settings: Settings, data: DataSpec) -> dict[str, dict]:
     """Hugging Face's config fields that name the labels.
 
     Raises:
       UserError: there are no labels.
     """
-    names = Labels.of(config).names
+    names = Labels.of(data).names
     return {
         'id2label': {str(number): name for number, name in enumerate(names)},
         'label2id': {name: number for number, name in enumerate(names)},
@@ -75,24 +76,24 @@ class Labels:
     numbered: bool = False
 
     @classmethod
-    def of(cls, config: ConfigDict) -> 'Labels':
+    def of(cls, data: DataSpec) -> 'Labels':
         """The labels of a recipe.
 
         Raises:
           UserError: neither data nor model name any.
         """
-        known = _folder_names(config.model.path) if config.model.path else ()
-        if config.data.train:
-            found = {label for _, _, label in _read(config, 'train')}
+        known = _folder_names(data.labels_of) if data.labels_of else ()
+        if data.train:
+            found = {label for _, _, label in _read(data, 'train')}
             names = tuple(map(str, sorted(found, key=lambda label: (isinstance(label, str), label))))
             if not set(names) <= set(known):
                 ids = all(isinstance(label, int) and 0 <= label < len(known) for label in found)
                 return cls(known, True) if ids and known else cls(names)
-        elif not known and config.task == 'compile':
-            known = ('0', '1')
+        elif not known:
+            known = data.default_labels
         if not known:
             raise UserError(
-                f'model.path={config.model.path!r}: its config.json names no labels (id2label); expected a classifier, '
+                f'model.path={data.labels_of!r}: its config.json names no labels (id2label); expected a classifier, '
                 'or data.train with labels'
             )
         return cls(known, not any(name.isdigit() for name in known))
@@ -125,14 +126,14 @@ def _folder_names(path: str) -> tuple[str, ...]:
         return ()  # opening the model says what is wrong with it
 
 
-def _read(config: ConfigDict, split: str) -> Iterator[tuple[str, tuple[str, ...], str | int]]:
+def _read(data: DataSpec, split: str) -> Iterator[tuple[str, tuple[str, ...], str | int]]:
     """`(place, texts, label)` of every record."""
     key = f'data.{split}'
-    for place, record in open_records(config.data[split], key):
+    for place, record in open_records(data.path(split), key):
         if isinstance(record, dict) and 'text1' in record:
             texts = (field(record, place, 'text1'), field(record, place, 'text2'))
         else:
-            texts = (field(record, place, config.data.text_key, 'data.text_key'),)
+            texts = (field(record, place, data.text_key, 'data.text_key'),)
         yield place, texts, field(record, place, 'label', kind=(str, int))
 
 
@@ -140,7 +141,7 @@ class Examples:
     """Rows by number, for `grain.MapDataset.source`; all of them are tokenised at the start and kept in memory.
 
     Args:
-      config: the recipe.
+      data: where they are.
       split: `train` or `eval`.
       tokenizer: which encodes a text, or a pair, with its own special tokens.
       labels: of the recipe.
@@ -149,10 +150,10 @@ class Examples:
       UserError: as for `dataset`.
     """
 
-    def __init__(self, config: ConfigDict, split: str, tokenizer, labels: Labels):
-        self.seq_len = config.data.seq_len
+    def __init__(self, data: DataSpec, split: str, tokenizer: Any, labels: Labels) -> None:
+        self.seq_len = data.seq_len
         self.examples: list[tuple[np.ndarray, np.ndarray, int]] = []
-        records = _read(config, split)
+        records = _read(data, split)
         while chunk := list(itertools.islice(records, _BATCH)):
             if len({len(texts) for _, texts, _ in chunk}) > 1:
                 first = next(place for place, texts, _ in chunk if len(texts) != len(chunk[0][1]))
@@ -179,3 +180,15 @@ class Examples:
         row['tokens'][:size], row['token_types'][:size] = ids, types
         row['positions'][:size], row['segment_ids'][:size] = np.arange(size), 1
         return row | {'labels': np.asarray(label, np.int32), 'weights': np.ones((), np.float32)}
+
+
+OBJECTIVE = Objective(
+    name='classification',
+    batch_spec=batch_spec,
+    dataset=dataset,
+    loss=loss,
+    kinds=('encoder',),
+    head='classification',
+    label_fields=label_fields,
+    auto_class='SequenceClassification',
+)

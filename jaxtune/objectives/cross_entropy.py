@@ -15,6 +15,7 @@ where rows of logits would lie a multiple of 4 KiB apart: Eigen's product is hal
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -147,7 +148,7 @@ def _plan(hidden: jax.Array, head: Any, chunk: int | None) -> _Plan:
     return _Plan(chunk, bool(head.vocab_major), scale, softcap, *axes, across, padding)
 
 
-def _per_device(plan: _Plan, function, in_specs, out_specs):
+def _per_device(plan: _Plan, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """Runs a function on each device's tokens and vocabulary, the mesh axes in the plan being manual."""
     axes = set(plan.token_axes + plan.vocab_axes)
     if not axes:
@@ -155,7 +156,7 @@ def _per_device(plan: _Plan, function, in_specs, out_specs):
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
-def _specs(plan: _Plan, bias) -> tuple[P, P, P | None, P]:
+def _specs(plan: _Plan, bias: jax.Array | None) -> tuple[P, P, P | None, P]:
     """Specs of hidden, kernel, bias and of what has one value a token."""
     tokens = P(plan.batch_axes, plan.length_axes)
     return P(*tokens, None), plan.kernel_spec, None if bias is None else P(plan.vocab_axes), tokens
@@ -167,7 +168,7 @@ def _chunks(plan: _Plan, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     count = max(1, math.ceil(tokens / plan.chunk))
     size = math.ceil(tokens / count)
 
-    def cut(x):
+    def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(tokens, *x.shape[2:])
         if count * size != tokens:
             x = jnp.pad(x, ((0, count * size - tokens),) + ((0, 0),) * (x.ndim - 1))
@@ -182,7 +183,9 @@ def _uncut(x: jax.Array, batch: int, length: int) -> jax.Array:
     return x[: batch * length].reshape(batch, length, *x.shape[1:])
 
 
-def _readied(plan: _Plan, dtype, kernel, bias):
+def _readied(
+    plan: _Plan, dtype: Any, kernel: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """`(kernel, the kernel that logits are computed from, bias)`, with `plan.padding` more tokens."""
     kernel = kernel.astype(dtype)
     if plan.padding:
@@ -195,7 +198,7 @@ def _readied(plan: _Plan, dtype, kernel, bias):
     return kernel, kernel, bias
 
 
-def _logits(plan: _Plan, hidden, kernel, bias):
+def _logits(plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Float32 logits `[tokens, vocab on this device]`."""
     dims = (((1,), (1 if plan.vocab_major and not plan.across else 0,)), ((), ()))
     logits = lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32)
@@ -208,12 +211,12 @@ def _logits(plan: _Plan, hidden, kernel, bias):
     return logits
 
 
-def _local_targets(plan: _Plan, targets, kernel):
+def _local_targets(plan: _Plan, targets: jax.Array, kernel: jax.Array) -> jax.Array:
     """Target ids counted from this device's first token of the vocabulary; those elsewhere fall outside."""
     return targets - lax.axis_index(plan.vocab_axes) * _vocab(plan, kernel) if plan.vocab_axes else targets
 
 
-def _score(plan: _Plan, logits, targets):
+def _score(plan: _Plan, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`(largest logit, exp(logits - largest), their sum, the target's logit)` over the whole vocabulary."""
     vocab = logits.shape[-1]
     inside = (targets >= 0) & (targets < vocab)
@@ -229,7 +232,9 @@ def _score(plan: _Plan, logits, targets):
     return largest, exps, total, picked
 
 
-def _logit_gradient(plan: _Plan, logits, probabilities, targets, weights):
+def _logit_gradient(
+    plan: _Plan, logits: jax.Array, probabilities: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Gradient of `sum(weights * nll)` in the product of hidden and kernel, and in the bias's place."""
     onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
     grad = (probabilities - onehot) * weights[:, None]
@@ -238,7 +243,14 @@ def _logit_gradient(plan: _Plan, logits, probabilities, targets, weights):
     return grad * plan.scale if plan.scale != 1.0 else grad, grad
 
 
-def _pull(plan: _Plan, grad, hidden, kernel, sums, wanted):
+def _pull(
+    plan: _Plan,
+    grad: tuple[jax.Array, jax.Array],
+    hidden: jax.Array,
+    kernel: jax.Array,
+    sums: Any,
+    wanted: Sequence[bool],
+) -> tuple[jax.Array | None, Any]:
     """Gradient of one chunk's hidden; adds its kernel's and bias's to `sums`."""
     (product, plain), (d_kernel, d_bias) = grad, sums
     product = product.astype(hidden.dtype)
@@ -254,12 +266,16 @@ def _pull(plan: _Plan, grad, hidden, kernel, sums, wanted):
     return d_hidden, (d_kernel, d_bias)
 
 
-def _zeros(kernel, bias, wanted):
+def _zeros(
+    kernel: jax.Array, bias: jax.Array | None, wanted: Sequence[bool]
+) -> tuple[jax.Array | None, jax.Array | None]:
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
     return d_kernel, jnp.zeros(bias.shape, jnp.float32) if wanted[2] else None
 
 
-def _collect(plan: _Plan, d_hidden, sums, shape, wanted):
+def _collect(
+    plan: _Plan, d_hidden: Any, sums: Any, shape: tuple[int, ...], wanted: Sequence[bool]
+) -> tuple[jax.Array | None, ...]:
     """Sums the gradients over the devices that share them, once."""
     d_kernel, d_bias = sums
     if plan.padding and wanted[1]:
@@ -282,14 +298,24 @@ def _collect(plan: _Plan, d_hidden, sums, shape, wanted):
     return d_hidden, d_kernel, d_bias
 
 
-def _loss_and_gradients(plan: _Plan, wanted, hidden, kernel, bias, targets, weights):
+def _loss_and_gradients(
+    plan: _Plan,
+    wanted: Sequence[bool],
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    targets: jax.Array,
+    weights: jax.Array,
+) -> tuple[Any, ...]:
     """`(loss, correct, nll [batch, length], (d_hidden, d_kernel, d_bias))`, a gradient being None if not wanted."""
 
-    def device(hidden, kernel, bias, targets, weights):
+    def device(
+        hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array
+    ) -> tuple[Any, ...]:
         targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
-        def step(carry, chunk):
+        def step(carry: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             loss, correct, sums = carry
             hidden, targets, weights = chunk
             logits = _logits(plan, hidden, across, bias)
@@ -320,13 +346,17 @@ def _loss_and_gradients(plan: _Plan, wanted, hidden, kernel, bias, targets, weig
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(plan, hidden, kernel, bias, targets, weights):
+def _cross_entropy(
+    plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return _loss_and_gradients(plan, (False,) * 3, hidden, kernel, bias, targets, weights)[:2]
 
 
-def _cross_entropy_forward(plan, hidden, kernel, bias, targets, weights):
+def _cross_entropy_forward(
+    plan: _Plan, hidden: Any, kernel: Any, bias: Any, targets: Any, weights: Any
+) -> tuple[Any, Any]:
     wanted = (hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed)
-    arrays = [None if x is None else x.value for x in (hidden, kernel, bias, targets, weights)]
+    arrays: list[Any] = [None if x is None else x.value for x in (hidden, kernel, bias, targets, weights)]
     loss, correct, nll, gradients = _loss_and_gradients(plan, wanted, *arrays)
     gradients = tuple(
         None if gradient is None else gradient.astype(x.dtype)
@@ -335,7 +365,7 @@ def _cross_entropy_forward(plan, hidden, kernel, bias, targets, weights):
     return (loss, correct), (gradients, nll if weights.perturbed else None)
 
 
-def _cross_entropy_backward(plan, residuals, cotangents):
+def _cross_entropy_backward(plan: _Plan, residuals: Any, cotangents: Any) -> tuple[jax.Array | None, ...]:
     gradients, nll = residuals
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
@@ -347,14 +377,16 @@ def _cross_entropy_backward(plan, residuals, cotangents):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
-def _logprobs(plan: _Plan, hidden, kernel, bias, targets):
+def _logprobs(
+    plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`(log-probability, logsumexp, whether the target's logit is the largest)`, each `[batch, length]`."""
 
-    def device(hidden, kernel, bias, targets):
+    def device(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array) -> tuple[Any, ...]:
         targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
-        def step(_, chunk):
+        def step(_: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             hidden, targets = chunk
             largest, _, total, picked = _score(plan, _logits(plan, hidden, across, bias), targets)
             lse = jnp.log(total) + largest
@@ -368,30 +400,39 @@ def _logprobs(plan: _Plan, hidden, kernel, bias, targets):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logprobs(plan, hidden, kernel, bias, targets):
+def _token_logprobs(
+    plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array
+) -> jax.Array:
     return _logprobs(plan, hidden, kernel, bias, targets)[0]
 
 
-def _token_logprobs_forward(plan, hidden, kernel, bias, targets):
+def _token_logprobs_forward(plan: _Plan, hidden: Any, kernel: Any, bias: Any, targets: Any) -> tuple[Any, Any]:
     # `wanted` is told to the backward pass by the structure of the residuals: a bool would be traced.
     wanted = (hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed)
     marks = tuple(() if want else None for want in wanted)
-    arrays = [None if x is None else x.value for x in (hidden, kernel, bias, targets)]
+    arrays: list[Any] = [None if x is None else x.value for x in (hidden, kernel, bias, targets)]
     logprobs, lse, _ = _logprobs(plan, *arrays)
     return logprobs, (*arrays, lse, marks)
 
 
-def _token_logprobs_backward(plan, residuals, cotangent):
+def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tuple[jax.Array | None, ...]:
     hidden, kernel, bias, targets, lse, marks = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return (None,) * 4
     wanted = tuple(mark is not None for mark in marks)
 
-    def device(hidden, kernel, bias, targets, lse, cotangent):
+    def device(
+        hidden: jax.Array,
+        kernel: jax.Array,
+        bias: jax.Array | None,
+        targets: jax.Array,
+        lse: jax.Array,
+        cotangent: jax.Array,
+    ) -> tuple[Any, ...]:
         targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
-        def step(sums, chunk):
+        def step(sums: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             hidden, targets, lse, cotangent = chunk
             logits = _logits(plan, hidden, across, bias)
             # Filled-up tokens have lse 0; their cotangent is 0, but exp of their logits must stay finite.

@@ -18,7 +18,9 @@ def score(
     """Summed negative log-likelihood of the scored targets in nats, and the sums that `summarise` makes metrics of.
 
     Args:
-      hidden, head, targets: as for `cross_entropy`.
+      hidden: `[batch, length, d_model]`, after the final norm.
+      head: as for `cross_entropy`.
+      targets: `[batch, length]` int32; any value where the weight is 0.
       weights: `[batch, length]`, 1 where a target is scored, else 0.
       segment_ids: `[batch, length]` int32: one answer, or the answers of one conversation; 0 = padding.
       rng: None at evaluation, which alone looks at whole answers.

@@ -4,21 +4,20 @@ The mask is dynamic (RoBERTa, arXiv:1907.11692): every pass over the data hides 
 """
 
 import pathlib
+from typing import Any
 
 import grain
-from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.data import open_tokens
 from jaxtune.data.masking import Masking
 from jaxtune.data.packing import concat_rows, window_rows
-from jaxtune.objectives.causal_lm import loss, row
-
-__all__ = ['KINDS', 'dataset', 'loss', 'row']
-
-KINDS = ('encoder',)
+from jaxtune.data.spec import DataSpec
+from jaxtune.objectives import Objective
+from jaxtune.objectives.causal_lm import batch_spec, loss
 
 
-def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> grain.MapDataset:
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> grain.MapDataset:
     """Rows of `data.train` or `data.eval`: the targets are the tokens before some were hidden, and only those count.
 
     Training with packing cuts the stream of documents every `seq_len` tokens; evaluation cuts each document into
@@ -28,11 +27,21 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> g
       UserError: the tokenizer has no mask token.
     """
     # Held-out rows must not share their masks with those rows of training that have their numbers.
-    seed = (config.seed, int(split == 'eval'))
-    masking = Masking(tokenizer, config.masked_lm.probability, config.masked_lm.whole_word, seed)
-    tokens = open_tokens(config.data[split], split, tokenizer, config, cache)
-    if split == 'train' and config.data.packing:
-        rows = concat_rows(tokens, config.data.seq_len)
+    seed = (data.seed, int(split == 'eval'))
+    masking = Masking(tokenizer, settings.probability, settings.whole_word, seed)
+    tokens = open_tokens(data, split, tokenizer, cache)
+    if split == 'train' and data.packing:
+        rows = concat_rows(tokens, data.seq_len)
     else:
-        rows = window_rows(tokens, config.data.seq_len, config.data.packing)
+        rows = window_rows(tokens, data.seq_len, data.packing)
     return grain.MapDataset.source(rows).map_with_index(masking)
+
+
+OBJECTIVE = Objective(
+    name='masked_lm',
+    batch_spec=batch_spec,
+    dataset=dataset,
+    loss=loss,
+    kinds=('encoder',),
+    auto_class='MaskedLM',
+)

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxtune.data import formats
 from jaxtune.data.examples import Examples, Source, encode_all, pieces
 from jaxtune.data.packing import Row
 from jaxtune.data.spans import Encoded
+from jaxtune.data.spec import DataSpec
 from jaxtune.errors import UserError
-from jaxtune.objectives import completion_mask
+from jaxtune.objectives import Batch, completion_mask
 
 SIDES = ('chosen', 'rejected')
 _NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, bool))
@@ -41,7 +41,7 @@ class Pairs:
       mismatched: each row has a third side too, its prompt with the next pair's answer.
     """
 
-    def __init__(self, examples: Examples, seq_len: int, mismatched: bool = False):
+    def __init__(self, examples: Examples, seq_len: int, mismatched: bool = False) -> None:
         self.examples, self.seq_len, self.mismatched = examples, seq_len, mismatched
         self.sides = (*SIDES, 'mismatched') if mismatched else SIDES
         self.more: dict[str, np.ndarray] = {}  # further fields by name, `[pairs]`
@@ -82,7 +82,7 @@ class Pairs:
 
 
 def dataset(
-    config: ConfigDict, split: str, tokenizer, cache: pathlib.Path, unpaired: bool = False, mismatched: bool = False
+    data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path, unpaired: bool = False, mismatched: bool = False
 ) -> Pairs:
     """Pairs of `data.train` or `data.eval`, each answer after its prompt cut to `data.seq_len` tokens.
 
@@ -91,7 +91,7 @@ def dataset(
     Raises:
       UserError: no such data, records that are no pairs (with `file:line` and a count), a template that fails.
     """
-    source = Source(config, split, tokenizer, ('preference',))
+    source = Source(data, split, tokenizer, ('preference',))
 
     def build() -> Examples:
         pairs = formats.read(source.records, formats.preference, source.records.name)
@@ -101,14 +101,14 @@ def dataset(
                 f"{single[0]}: expected the fields 'chosen' and 'rejected'; found an answer with a label, which only "
                 f'dpo.loss=kto learns from ({len(single):,} of {len(pairs):,} records are like this)'
             )
-        return _encode(config, source, pairs, f'tokenise data.{split}')
+        return _encode(data.seq_len, source, pairs, f'tokenise data.{split}')
 
-    settings = ['preference', config.data.seq_len, unpaired]
+    settings = ['preference', data.seq_len, unpaired]
     examples = source.cached(cache, f'data.{split}', settings, build)
-    return Pairs(examples, config.data.seq_len, mismatched)
+    return Pairs(examples, data.seq_len, mismatched)
 
 
-def _encode(config: ConfigDict, source: Source, pairs: list[tuple[str, formats.Preference]], title: str) -> Examples:
+def _encode(seq_len: int, source: Source, pairs: list[tuple[str, formats.Preference]], title: str) -> Examples:
     encode, chats = source.encoder(last=True), []
     same = [place for place, pair in pairs if pair.chosen == pair.rejected]
     pairs = [(place, pair) for place, pair in pairs if pair.chosen != pair.rejected]
@@ -118,7 +118,7 @@ def _encode(config: ConfigDict, source: Source, pairs: list[tuple[str, formats.P
         raise UserError(
             f'{same[0]}: chosen and rejected are the same, here and in all {len(same):,} records; expected two answers'
         )
-    encoded, notes = encode_all(chats, encode, config.data.seq_len, title)
+    encoded, notes = encode_all(chats, encode, seq_len, title)
     found, kept, margins, alike, without = iter(encoded), [], [], [], 0
     for place, pair in pairs:
         sides = [None if chat is None else next(found) for chat in (pair.chosen, pair.rejected)]
@@ -126,7 +126,7 @@ def _encode(config: ConfigDict, source: Source, pairs: list[tuple[str, formats.P
         if sum(side is not None for side in sides) < wanted:
             without += 1
             continue
-        if wanted == 2 and np.array_equal(sides[0].ids, sides[1].ids):
+        if wanted == 2 and np.array_equal(*(side.ids for side in sides if side is not None)):
             alike.append(place)
             continue
         kept += [_NOTHING if side is None else side for side in sides]
@@ -136,17 +136,17 @@ def _encode(config: ConfigDict, source: Source, pairs: list[tuple[str, formats.P
     if alike:
         notes.append(
             f'{len(alike):,} pairs are left out: chosen and rejected are the same in the first '
-            f'data.seq_len={config.data.seq_len} tokens, first {alike[0]}'
+            f'data.seq_len={seq_len} tokens, first {alike[0]}'
         )
     if not kept:
         raise UserError(
-            f'{(alike or [pairs[0][0]])[0]}: data.seq_len={config.data.seq_len} leaves no pair whose answers differ; '
+            f'{(alike or [pairs[0][0]])[0]}: data.seq_len={seq_len} leaves no pair whose answers differ; '
             'expected a larger one'
         )
     return Examples.of(kept, {'margin': np.asarray(margins, np.float32)}, notes)
 
 
-def stacked(batch: dict[str, jax.Array], sides: tuple[str, ...]) -> dict[str, jax.Array]:
+def stacked(batch: Batch, sides: tuple[str, ...]) -> dict[str, jax.Array]:
     """All sides of a batch as rows of a model's batch (`answer_rows.inputs`): a pair's answers are neighbours."""
 
     def stack(suffix: str) -> jax.Array:
@@ -156,7 +156,7 @@ def stacked(batch: dict[str, jax.Array], sides: tuple[str, ...]) -> dict[str, ja
     return completion_mask.inputs(stack(''), stack('_start'), stack('_end'))
 
 
-def preview(rows: Pairs, tokenizer) -> list[tuple[str, bool]]:
+def preview(rows: Pairs, tokenizer: Any) -> list[tuple[str, bool]]:
     """The first pair as text: each answer stands out after its prompt."""
     shown: list[tuple[str, bool]] = []
     for number, side in enumerate(SIDES):

@@ -4,40 +4,36 @@ The number is read off the last real token of an answer. The exported folder is 
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from jaxtune.objectives import preferences
+from jaxtune.common.settings import Settings
+from jaxtune.data.spec import DataSpec
+from jaxtune.models import Model
+from jaxtune.objectives import Batch, Objective, Sums, preferences
 from jaxtune.objectives.preferences import SIDES, Pairs, preview
-
-__all__ = ['COUNTED', 'HEAD', 'KINDS', 'SEQUENCES', 'dataset', 'label_fields', 'loss', 'preview', 'row', 'summarise']
-
-KINDS = ('decoder',)
-HEAD = 'reward'
-COUNTED = 'pairs'
-SEQUENCES = 2
 
 _BINS = 10  # of confidence, for the calibration error
 
 
-def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds: a pair."""
-    return preferences.make_row(config.data.seq_len)
+    return preferences.make_row(data.seq_len)
 
 
-def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> Pairs:
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> Pairs:
     """Pairs of `data.train` or `data.eval`; see `preferences.dataset`."""
-    return preferences.dataset(config, split, tokenizer, cache)
+    return preferences.dataset(data, split, tokenizer, cache)
 
 
-def label_fields(config: ConfigDict) -> dict[str, dict]:
+def label_fields(settings: Settings, data: DataSpec) -> dict[str, dict]:
     """Hugging Face's config fields of a classifier with one label."""
     return {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
 
 
-def rewards(model, params, inputs, rng=None) -> jax.Array:
+def rewards(model: Model, params: Any, inputs: Batch, rng: jax.Array | None = None) -> jax.Array:
     """The reward of each row, `[rows]` float32.
 
     Args:
@@ -52,7 +48,7 @@ def rewards(model, params, inputs, rng=None) -> jax.Array:
     return (last.astype(jnp.float32) * model.head(params).kernel[:, 0].astype(jnp.float32)).sum(-1)
 
 
-def loss(config, model, params, batch, rng):
+def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed Bradley-Terry loss of the pairs, their number, and how often the better answer has the higher reward.
 
     `-log sigmoid(chosen - rejected - margin)` (margins: Llama 2, arXiv:2307.09288), smoothed by
@@ -60,14 +56,16 @@ def loss(config, model, params, batch, rng):
     """
     found = rewards(model, params, preferences.stacked(batch, SIDES), rng).reshape(-1, 2)
     weights = batch['chosen_weight']
-    losses, metrics = pair_losses(config.reward, found[:, 0], found[:, 1], batch['margin'])
+    losses, metrics = pair_losses(settings, found[:, 0], found[:, 1], batch['margin'])
     if rng is None:
         metrics |= calibration(found[:, 0] - found[:, 1])
     sums = {name: (values * weights).sum() for name, values in metrics.items()}
     return (losses * weights).sum(), weights.sum(), sums
 
 
-def pair_losses(settings: ConfigDict, chosen: jax.Array, rejected: jax.Array, margin: jax.Array):
+def pair_losses(
+    settings: Settings, chosen: jax.Array, rejected: jax.Array, margin: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Losses `[pairs]` and metrics of pairs of rewards; `settings` are the recipe's `reward`."""
     difference = chosen - rejected
     smooth = settings.label_smoothing
@@ -98,3 +96,19 @@ def summarise(sums: dict[str, float], count: float) -> dict[str, float]:
     bins = [name for name in sums if name.startswith('calibration_')]
     means = {name: value / count for name, value in sums.items() if name not in bins}
     return means | {'calibration_error': sum(abs(sums[name]) for name in bins) / count}
+
+
+OBJECTIVE = Objective(
+    name='reward',
+    batch_spec=batch_spec,
+    dataset=dataset,
+    loss=loss,
+    kinds=('decoder',),
+    head='reward',
+    label_fields=label_fields,
+    summarise=summarise,
+    preview=preview,
+    rows_per_example=2,
+    counted='pairs',
+    auto_class='SequenceClassification',
+)

@@ -3,32 +3,32 @@
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxtune.common import console
+from jaxtune.common.settings import Settings
 from jaxtune.data import Tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.cache import once
 from jaxtune.data.packing import Bins, Row
 from jaxtune.data.records import Records, field, open_records
+from jaxtune.data.spec import DataSpec
 from jaxtune.data.tokens import TokenWriter
 from jaxtune.errors import UserError
-from jaxtune.objectives import seq2seq_batch
+from jaxtune.models import Model
+from jaxtune.objectives import Batch, Objective, Sums, seq2seq_batch
 from jaxtune.objectives.exact_match import score, summarise
-from jaxtune.objectives.seq2seq_batch import KINDS
-
-__all__ = ['KINDS', 'Pairs', 'dataset', 'loss', 'row', 'summarise']
 
 
-def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds: a source of `data.seq_len` places, a target of `data.target_len`."""
-    return seq2seq_batch.make_row(config.data.seq_len, config.data.target_len or config.data.seq_len)
+    return seq2seq_batch.make_row(data.seq_len, data.target_len or data.seq_len)
 
 
-def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> 'Pairs':
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> 'Pairs':
     """Rows of `data.train` or `data.eval`: records, `seq2seq.prefix` before each source; several a row with packing.
 
     Both sides are tokenised once into the cache, each with the tokenizer's EOS at its end.
@@ -36,16 +36,16 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> '
     Raises:
       UserError: no such data, records without the two texts (with `file:line`), or a tokenizer without EOS.
     """
-    if config.data.format not in ('auto', 'pair'):
-        raise UserError(f'data.format={config.data.format!r}: expected auto or pair for objective=seq2seq')
-    key, data = f'data.{split}', config.data
+    if data.format not in ('auto', 'pair'):
+        raise UserError(f'data.format={data.format!r}: expected auto or pair for objective=seq2seq')
+    key = f'data.{split}'
     columns = {data.source_key: 'data.source_key', data.target_key: 'data.target_key'}
-    records = open_records(data[split], key, columns)
-    settings = [records.identity, tokenizers.fingerprint(tokenizer), list(columns), config.seq2seq.prefix]
-    folder = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    records = open_records(data.path(split), key, columns)
+    identity = [records.identity, tokenizers.fingerprint(tokenizer), list(columns), settings.prefix]
+    folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     once(
         lambda: all((folder / side / 'meta.json').is_file() for side in ('source', 'target')),
-        lambda: _tokenise(records, folder, tokenizer, config, key),
+        lambda: _tokenise(records, folder, tokenizer, data, settings.prefix, key),
         key,
     )
     source, target = Tokens.open(folder / 'source'), Tokens.open(folder / 'target')
@@ -59,19 +59,19 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> '
     return pairs
 
 
-def _tokenise(records: Records, folder: pathlib.Path, tokenizer, config: ConfigDict, key: str) -> None:
-    data, count = config.data, sum(1 for _ in records)
+def _tokenise(records: Records, folder: pathlib.Path, tokenizer: Any, data: DataSpec, prefix: str, key: str) -> None:
+    count = sum(1 for _ in records)
     if not count:
         raise UserError(f'{records.name}: the data is empty; expected at least one pair')
     source, target = (TokenWriter(folder / side, tokenizer, True, records.name) for side in ('source', 'target'))
     with console.progress(count, f'tokenise {key}', 'pair') as bar, target, source:
         for place, record in records:
-            source.add(config.seq2seq.prefix + field(record, place, data.source_key, 'data.source_key'))
+            source.add(prefix + field(record, place, data.source_key, 'data.source_key'))
             target.add(field(record, place, data.target_key, 'data.target_key'))
             bar.advance(1)
 
 
-def loss(config, model, params, batch, rng):
+def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed negative log-likelihood of the targets in nats, their number, and sums for `summarise`."""
     hidden, targets, weights = seq2seq_batch.decode(model, params, batch, rng)
     nll, sums = score(hidden, model.head(params), targets, weights, batch['target_segment_ids'], rng)
@@ -84,7 +84,7 @@ class Pairs:
     A source that is too long is cut before its EOS. A target that is too long has none: it does not end there.
     """
 
-    def __init__(self, source: Tokens, target: Tokens, eos: int, seq_len: int, target_len: int, packing: bool):
+    def __init__(self, source: Tokens, target: Tokens, eos: int, seq_len: int, target_len: int, packing: bool) -> None:
         self.source, self.target, self.eos = source, target, eos
         self.seq_len, self.target_len = seq_len, target_len
         sources, targets = np.diff(source.offsets), np.diff(target.offsets)
@@ -107,3 +107,15 @@ class Pairs:
         source = self.source.document(int(number))[: self.seq_len].copy()
         source[-1] = self.eos
         return source, self.target.document(int(number))[: self.target_len]
+
+
+OBJECTIVE = Objective(
+    name='seq2seq',
+    batch_spec=batch_spec,
+    dataset=dataset,
+    loss=loss,
+    kinds=('encdec',),
+    summarise=summarise,
+    prompt_tokens=0,
+    auto_class='Seq2SeqLM',
+)

@@ -1,12 +1,13 @@
 """What encoder-decoder objectives share: the shape of a row, and the targets that the decoder reads shifted."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-KINDS = ('encdec',)
+from jaxtune.models import Model
 
 
 def make_row(seq_len: int, target_len: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -40,11 +41,19 @@ def pair_sizes(sources: np.ndarray, targets: np.ndarray, seq_len: int, target_le
     Args:
       sources: `[pairs]` lengths, at most `seq_len`.
       targets: `[pairs]` lengths, at most `target_len`.
+      seq_len: places of a row's source.
+      target_len: places of a row's target.
     """
     return np.maximum(sources, -(-targets * seq_len // target_len))
 
 
-def decode(model, params, batch, rng, name_ids: Callable[[jax.Array], jax.Array] = lambda ids: ids):
+def decode(
+    model: Model,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array | None,
+    name_ids: Callable[[jax.Array], jax.Array] = lambda ids: ids,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The decoder's states before each target, the targets, and which of them are scored.
 
     Args:

@@ -4,20 +4,22 @@ Only the tokens that the assistant writes are scored, with the one that ends its
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.data import formats
 from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all, pieces
-from jaxtune.objectives.causal_lm import KINDS, row
+from jaxtune.data.spec import DataSpec
+from jaxtune.models import Model
+from jaxtune.objectives import Batch, Objective, Sums
+from jaxtune.objectives.causal_lm import batch_spec
 from jaxtune.objectives.exact_match import score, summarise
 
-__all__ = ['KINDS', 'dataset', 'loss', 'preview', 'row', 'summarise']
 
-
-def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> ExampleRows:
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> ExampleRows:
     """Rows of `data.train` or `data.eval`: conversations of at most `seq_len` tokens, packed or one a row.
 
     The template becomes the tokenizer's own.
@@ -25,27 +27,27 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> E
     Raises:
       UserError: no such data, conversations that are none (with `file:line` and a count), or a template that fails.
     """
-    source = Source(config, split, tokenizer, formats.CHATS)
+    source = Source(data, split, tokenizer, formats.CHATS)
 
     def build() -> Examples:
         chats = formats.read(
             source.records, lambda place, record: formats.chat(source.format, place, record), source.records.name
         )
         chats = [(place, source.prepared(chat)) for place, chat in chats]
-        encode = source.encoder(config.sft.train_on == 'last')
-        encoded, notes = encode_all(chats, encode, config.data.seq_len, f'tokenise data.{split}')
+        encode = source.encoder(settings.train_on == 'last')
+        encoded, notes = encode_all(chats, encode, data.seq_len, f'tokenise data.{split}')
         return Examples.of((one for one in encoded if one is not None), notes=notes)
 
-    settings = ['sft', config.sft.train_on, config.data.seq_len]
-    examples = source.cached(cache, f'data.{split}', settings, build)
-    return ExampleRows(examples, config.data.seq_len, config.data.packing)
+    key = ['sft', settings.train_on, data.seq_len]
+    examples = source.cached(cache, f'data.{split}', key, build)
+    return ExampleRows(examples, data.seq_len, data.packing)
 
 
-def loss(config, model, params, batch, rng):
+def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed negative log-likelihood of the answers' tokens in nats, their number, and sums for `summarise`."""
-    if config.sft.neftune_alpha and rng is not None:
+    if settings.neftune_alpha and rng is not None:
         rng, key = jax.random.split(rng)
-        noise = neftune(key, batch['segment_ids'], model.config.d_model, config.sft.neftune_alpha)
+        noise = neftune(key, batch['segment_ids'], model.config.d_model, settings.neftune_alpha)
         batch = {**batch, 'noise': noise}
     outputs = model.apply(params, batch, rng=rng)
     weights = batch['weights']
@@ -71,9 +73,21 @@ def neftune(key: jax.Array, segment_ids: jax.Array, d_model: int, alpha: float) 
     return jax.random.uniform(key, (*segment_ids.shape, d_model), minval=-1.0, maxval=1.0) * scale[..., None]
 
 
-def preview(rows: ExampleRows, tokenizer) -> list[tuple[str, bool]]:
+def preview(rows: ExampleRows, tokenizer: Any) -> list[tuple[str, bool]]:
     """The first example as text, in runs of trained tokens and others."""
     one = rows.examples[0]
     trained = one.trained.copy()
     trained[:1] = False  # no position predicts it
     return pieces(tokenizer, one.ids, trained)
+
+
+OBJECTIVE = Objective(
+    name='sft',
+    batch_spec=batch_spec,
+    dataset=dataset,
+    loss=loss,
+    kinds=('decoder',),
+    summarise=summarise,
+    preview=preview,
+    prompt_tokens=0,
+)

@@ -11,23 +11,23 @@ none, and needs none: a model made for it gets rows for them at the end of its v
 
 import functools
 import pathlib
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.data import open_tokens
 from jaxtune.data.denoising import MODES, Denoiser, denoisers
 from jaxtune.data.packing import Bins, Row, cut_documents
+from jaxtune.data.spec import DataSpec
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
-from jaxtune.objectives import seq2seq_batch
+from jaxtune.models import Model
+from jaxtune.objectives import Batch, Objective, Sums, seq2seq_batch
 from jaxtune.objectives.cross_entropy import cross_entropy
-from jaxtune.objectives.seq2seq_batch import KINDS
-
-__all__ = ['KINDS', 'dataset', 'loss', 'row', 'spare_tokens']
 
 SENTINELS = 100  # as many as T5's tokenizer has
 _WHOLE = 8  # targets are padded to a multiple, so that a mesh can divide them
@@ -36,8 +36,8 @@ _WHOLE = 8  # targets are padded to a multiple, so that a mesh can divide them
 class Plan:
     """The sizes that a recipe's denoisers have: `raw` tokens a row, and `target_len` places in its target."""
 
-    def __init__(self, config: ConfigDict):
-        settings, self.seq_len = config.span_corruption, config.data.seq_len
+    def __init__(self, settings: Settings, data: DataSpec) -> None:
+        self.seq_len = data.seq_len
         self.denoisers = denoisers(settings.mode, settings.density, settings.mean_length)
         self.raw = min(denoiser.raw_length(self.seq_len) for denoiser in self.denoisers)
         longest = max(denoiser.lengths(self.raw)[1] for denoiser in self.denoisers)
@@ -52,24 +52,24 @@ class Plan:
         return seq2seq_batch.pair_sizes(longest[:, 0], longest[:, 1], self.seq_len, self.target_len)
 
 
-def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds."""
-    return seq2seq_batch.make_row(config.data.seq_len, Plan(config).target_len)
+    return seq2seq_batch.make_row(data.seq_len, Plan(settings, data).target_len)
 
 
-def spare_tokens(config: ConfigDict, tokenizer) -> int:
+def extra_vocab(settings: Settings, data: DataSpec, tokenizer: Any) -> int:
     """How many ids the model must have beyond the tokenizer's: the sentinels that the tokenizer lacks."""
-    return 0 if _own_sentinels(tokenizer) else max(SENTINELS, Plan(config).sentinels)
+    return 0 if _own_sentinels(tokenizer) else max(SENTINELS, Plan(settings, data).sentinels)
 
 
-def _own_sentinels(tokenizer) -> list[int]:
+def _own_sentinels(tokenizer: Any) -> list[int]:
     vocab, ids = tokenizer.get_vocab(), []
     while (name := f'<extra_id_{len(ids)}>') in vocab:
         ids.append(vocab[name])
     return ids
 
 
-def _sentinels(config: ConfigDict, tokenizer, needed: int) -> list[int]:
+def _sentinels(seq_len: int, tokenizer: Any, needed: int) -> list[int]:
     """The sentinels' ids in a row of data.
 
     Raises:
@@ -78,13 +78,13 @@ def _sentinels(config: ConfigDict, tokenizer, needed: int) -> list[int]:
     own = _own_sentinels(tokenizer)
     if own and len(own) < needed:
         raise UserError(
-            f'data.seq_len={config.data.seq_len}: makes up to {needed} sentinels, and the tokenizer has {len(own)}; '
+            f'data.seq_len={seq_len}: makes up to {needed} sentinels, and the tokenizer has {len(own)}; '
             'expected shorter rows, or fewer or longer spans (span_corruption.density, .mean_length)'
         )
     return own or [-1 - i for i in range(max(SENTINELS, needed))]
 
 
-def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> grain.MapDataset:
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> grain.MapDataset:
     """Rows of `data.train` or `data.eval`.
 
     Each document is cut into chunks of as many tokens as fill a row; with `data.packing` shorter ones share rows, as
@@ -93,21 +93,21 @@ def dataset(config: ConfigDict, split: str, tokenizer, cache: pathlib.Path) -> g
     Raises:
       UserError: the tokenizer has no EOS, or too few sentinels.
     """
-    plan = Plan(config)
+    plan = Plan(settings, data)
     if tokenizer.eos_token_id is None:
         raise UserError('objective=span_corruption: the tokenizer has no EOS token; expected one that has')
-    sentinels = _sentinels(config, tokenizer, plan.sentinels)
-    tokens = open_tokens(config.data[split], split, tokenizer, config, cache)
+    sentinels = _sentinels(data.seq_len, tokenizer, plan.sentinels)
+    tokens = open_tokens(data, split, tokenizer, cache)
     # Held-out rows are cut alike whatever the run's seed is.
-    seed = (config.seed, 0) if split == 'train' else (0, 1)
+    seed = (data.seed, 0) if split == 'train' else (0, 1)
     cut = functools.partial(_cut, plan=plan, sentinels=sentinels, eos=tokenizer.eos_token_id, seed=seed)
-    return grain.MapDataset.source(Chunks(tokens, plan, config.data.packing)).map_with_index(cut)
+    return grain.MapDataset.source(Chunks(tokens, plan, data.packing)).map_with_index(cut)
 
 
 class Chunks:
     """Pieces of documents by row, a list of `[tokens]`."""
 
-    def __init__(self, tokens: Tokens, plan: Plan, packing: bool):
+    def __init__(self, tokens: Tokens, plan: Plan, packing: bool) -> None:
         self.tokens = tokens
         self.starts, self.sizes = cut_documents(tokens, plan.raw)
         self.bins = Bins(plan.sizes()[self.sizes], plan.seq_len, packing)
@@ -134,10 +134,21 @@ def _cut(
     return seq2seq_batch.fill_row(map(pair, chunks), plan.seq_len, plan.target_len)
 
 
-def loss(config, model, params, batch, rng):
+def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed negative log-likelihood of the targets (sentinels and EOS too), their number, and the accuracy's sum."""
     vocab_size = model.config.vocab_size
     name_ids = lambda ids: jnp.where(ids < 0, vocab_size + ids, ids)  # noqa: E731
     hidden, targets, weights = seq2seq_batch.decode(model, params, batch, rng, name_ids)
     nll, correct = cross_entropy(hidden, model.head(params), targets, weights)
     return nll, weights.sum(), {'accuracy': correct}
+
+
+OBJECTIVE = Objective(
+    name='span_corruption',
+    batch_spec=batch_spec,
+    dataset=dataset,
+    loss=loss,
+    kinds=('encdec',),
+    extra_vocab=extra_vocab,
+    auto_class='Seq2SeqLM',
+)

@@ -36,7 +36,7 @@ def generation_config(folder: str) -> dict[str, Any]:
     return values
 
 
-def end_ids(tokenizer, model: Model, folder: str) -> tuple[int, ...]:
+def end_ids(tokenizer: Any, model: Model, folder: str) -> tuple[int, ...]:
     """Tokens that end a text: the tokenizer's, and those that the model's config and generation config name.
 
     Args:
@@ -54,7 +54,7 @@ def end_ids(tokenizer, model: Model, folder: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def write(new: pathlib.Path, tokenizer, folder: str) -> None:
+def write(new: pathlib.Path, tokenizer: Any, folder: str) -> None:
     """Writes tokenizer, chat template and generation config into a model's folder, and nothing of another tokenizer.
 
     Args:
@@ -81,7 +81,7 @@ def write(new: pathlib.Path, tokenizer, folder: str) -> None:
     write_json(new / GENERATION, values)
 
 
-def _is_own(tokenizer, folder: str) -> bool:
+def _is_own(tokenizer: Any, folder: str) -> bool:
     """Whether a tokenizer makes the same ids as the one in a model's folder; also where the folder holds none."""
     path = hub.resolve(folder)
     source = pathlib.Path(str(tokenizer.name_or_path))

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 from jaxtune.common import paths
 from jaxtune.common.checks import ExpectedError, plain
 from jaxtune.common.imports import of_file
+from jaxtune.common.settings import Settings
 from jaxtune.config import SCHEMA, Key, OpenSubtree
 from jaxtune.errors import UserError, blamed_on, shown
 from jaxtune.recipe.aliases import nearest
@@ -69,7 +70,7 @@ def flatten(config: Mapping | ConfigDict, prefix: str = '') -> dict[str, Any]:
     return flat
 
 
-def apply_overrides(config: ConfigDict, changes: Mapping[str, Any], prefix: str = '') -> None:
+def apply_overrides(config: Settings, changes: Mapping[str, Any], prefix: str = '') -> None:
     """Sets flat `{'train.steps': 10}` changes in place, checking names and values.
 
     Args:
@@ -111,7 +112,7 @@ def placeholder() -> config_dict.FieldReference:
     return config_dict.placeholder(object)
 
 
-def config_get(config: ConfigDict, path: str) -> Any:
+def config_get(config: Settings, path: str) -> Any:
     """The value at a dotted path."""
     node: Any = config
     for name in path.split('.'):
@@ -224,7 +225,7 @@ REFERENCES = (
 )
 
 
-def _source_paths(config: ConfigDict) -> dict[str, Any]:
+def _source_paths(config: Settings) -> dict[str, Any]:
     """Key of every path inside `data.sources` -> its value."""
     values = {}
     for label, source in config.data.sources.items():
@@ -235,38 +236,29 @@ def _source_paths(config: ConfigDict) -> dict[str, Any]:
     return values
 
 
-def _check_sources(config: ConfigDict, prefix: str) -> None:
+def _check_sources(config: Settings, prefix: str) -> None:
     for key, value in _source_paths(config).items():
         if isinstance(value, str) and (problem := paths.wrong(value)):
             raise UserError(f'{prefix}{key}={shown(value)}: expected {problem}')
 
 
-def _references(config: ConfigDict) -> dict[str, str]:
+def references_by_key(config: Settings) -> dict[str, str]:
     """Path of every key that names an earlier stage -> `@NAME`, those inside `data.sources` among them."""
     values = {path: config_get(config, path) for path in REFERENCES} | _source_paths(config)
     return {path: value for path, value in values.items() if isinstance(value, str) and value.startswith('@')}
 
 
-def _check_references(config: ConfigDict, earlier: tuple[str, ...], prefix: str) -> None:
-    for path, value in _references(config).items():
+def _check_references(config: Settings, earlier: tuple[str, ...], prefix: str) -> None:
+    for path, value in references_by_key(config).items():
         if value[1:] not in earlier:
             names = ', '.join(f'@{name}' for name in earlier) or 'none'
             expected = f'the name of an earlier stage, of this run or done in the workdir ({names})'
             raise UserError(f'{prefix}{path}={value!r}: expected {expected}')
 
 
-def references(config: ConfigDict) -> set[str]:
+def references(config: Settings) -> set[str]:
     """Names of the earlier stages whose output a recipe reads."""
-    return {value[1:] for value in _references(config).values()}
-
-
-def point_to_stages(config: ConfigDict, root: pathlib.Path) -> ConfigDict:
-    """A copy in which `@NAME` is the folder of the stage NAME below `root`."""
-    config = copy.deepcopy(config)
-    for path, value in _references(config).items():
-        parent, last = path.rsplit('.', 1)
-        config_get(config, parent)[last] = str(root / value[1:])
-    return config
+    return {value[1:] for value in references_by_key(config).values()}
 
 
 def differing(old: Mapping, new: ConfigDict) -> list[str]:
@@ -286,7 +278,7 @@ def differing(old: Mapping, new: ConfigDict) -> list[str]:
     return names
 
 
-def changed(config: ConfigDict) -> dict[str, Any]:
+def changed(config: Settings) -> dict[str, Any]:
     """What differs from the defaults, flat."""
     base = flatten(defaults())
     return {path: value for path, value in flatten(config).items() if base.get(path) != value}

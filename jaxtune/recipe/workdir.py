@@ -11,10 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from jaxtune.common import console
 from jaxtune.common.io import read_json, write_json
+from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
 from jaxtune.recipe import ownership
 from jaxtune.recipe.recipes import MAY_CHANGE, defaults, differing, flatten
@@ -84,7 +83,7 @@ def _others(workdir: pathlib.Path, own: Mapping[str, Any], known: bool) -> Itera
 def _differences(
     workdir: pathlib.Path,
     stored: Mapping[str, Any] | None,
-    config: ConfigDict,
+    config: Settings,
     recipe: Mapping[str, Any],
     inputs: Mapping[str, str],
     data: Mapping[str, str],
@@ -116,7 +115,7 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 def check_workdir(
     workdir: pathlib.Path,
-    config: ConfigDict,
+    config: Settings,
     overwrite: bool,
     inputs: Mapping[str, str] | None = None,
     data: Mapping[str, str] | None = None,
@@ -131,7 +130,7 @@ def check_workdir(
 
 def _checked(
     workdir: pathlib.Path,
-    config: ConfigDict,
+    config: Settings,
     recipe: Mapping[str, Any],
     overwrite: bool,
     inputs: Mapping[str, str],
@@ -154,7 +153,7 @@ def _checked(
 
 def open_workdir(
     workdir: pathlib.Path,
-    config: ConfigDict,
+    config: Settings,
     overwrite: bool,
     inputs: Mapping[str, str] | None = None,
     data: Mapping[str, str] | None = None,

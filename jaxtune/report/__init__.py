@@ -9,7 +9,7 @@ from typing import Any
 from jaxtune.common import console
 from jaxtune.common.formatting import duration
 from jaxtune.common.io import read_json, write_text
-from jaxtune.config import TRAINING
+from jaxtune.config import trains
 from jaxtune.recipe.workdir import make_result, write_result
 from jaxtune.report import sections
 from jaxtune.report.preparation import preparation
@@ -89,7 +89,7 @@ def _contents(workdir: pathlib.Path, given: Mapping[str, Any] | None) -> dict[st
 
 def _main(stages: list[Source]) -> Source:
     """The stage in the page's head: the last that trained, else the last with a loss, else the last."""
-    trained = [stage for stage in stages if stage.task in TRAINING]
+    trained = [stage for stage in stages if trains(stage.task)]
     scored = [stage for stage in stages if stage.metric('eval/loss') is not None]
     return (trained or scored or stages)[-1]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtune.common.io import read_json
-from jaxtune.config import REWARDED, SCHEMA, OpenSubtree
+from jaxtune.config import SCHEMA, OpenSubtree, is_rewarded
 from jaxtune.metrics.samples import read_samples
 from jaxtune.metrics.writer import read_metrics
 
@@ -43,7 +43,7 @@ class Source:
     @property
     def rewarded(self) -> bool:
         """Whether it trained on rewards."""
-        return self.task in REWARDED
+        return self.task != 'stages' and is_rewarded(self.task)
 
     @property
     def algorithm(self) -> str:

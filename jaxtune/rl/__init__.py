@@ -1,21 +1,96 @@
 """Reinforcement learning: a policy answers prompts, a reward scores the answers, and losses learn from both.
 
-An algorithm is a module here and a line below. It holds what an objective does (`row`, `loss`; see `objectives`), and
-
-- `VALUE`: whether its model has a value head;
-- `group(config) -> int`: how many answers each prompt gets;
-- `learn(config, found) -> (fields, metrics)`: what its rows hold beside the answers, made of `policy.Found`.
+A new algorithm is a module here with an `Algorithm`, and a line in `ALGORITHMS`; a recipe may name another as its task,
+`module:NAME`.
 """
 
-import importlib
-from types import ModuleType
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-ALGORITHMS = {
-    'ppo': 'jaxtune.rl.ppo',
-    'grpo': 'jaxtune.rl.grpo',
-}
+import jax
+import numpy as np
+
+from jaxtune.common.registry import Registry
+from jaxtune.common.settings import Settings
+
+Sums = tuple[jax.Array, jax.Array, dict[str, Any]]
 
 
-def get(task: str) -> ModuleType:
-    """The module of an algorithm, by the task's name."""
-    return importlib.import_module(ALGORITHMS[task])
+class RolloutBatch(NamedTuple):
+    """A batch of answers, and what the policy that wrote them, the reference and the reward say of them.
+
+    Attributes:
+      old: `[answers, width]` float32, the policy's log-probability of each token of an answer; 0 after its end.
+      reference: `[answers, width]`, the reference's.
+      values: `[answers, width]`, the value head's before each token was written; 0 without a head.
+      mask: `[answers, width]`, 1 where the answer has a token, else 0.
+      scores: `[answers]` float32, the reward of each.
+    """
+
+    old: jax.Array | np.ndarray
+    reference: jax.Array | np.ndarray
+    values: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
+    scores: jax.Array | np.ndarray
+
+
+class LossOf(Protocol):
+    """A loss over the answers' tokens.
+
+    Args are the recipe's `rl` subtree; `[rows, length]` float32 log-probabilities of the policy as it is now, at the
+    place before each token and 0 outside the answers; the value head's outputs likewise; and the batch: what
+    `RolloutPacker.fields` makes, and the algorithm's token fields. Returns the sum, the count, and sums of metrics.
+    """
+
+    def __call__(self, settings: Settings, logps: jax.Array, values: jax.Array, batch: Mapping[str, jax.Array]) -> Sums:
+        """See the class."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """A way to learn from rewards. Its functions get the recipe's `rl` subtree.
+
+    Attributes:
+      name: what a recipe calls it; its metrics are `NAME/…`.
+      token_fields: numbers `[answers, width]` for each token that the loss reads, made by `compute_advantages`.
+      compute_advantages: `(settings, rollouts) -> (fields, metrics)`.
+      loss: of a batch of rows.
+      group: how many answers each prompt gets; those of one prompt follow each other.
+      value_head: whether its model has one.
+      titles: of its own metrics, for the report.
+      higher_is_better: those of its own metrics of which a higher value is better.
+    """
+
+    name: str
+    token_fields: tuple[str, ...]
+    compute_advantages: Callable[[Settings, RolloutBatch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+    loss: LossOf
+    group: Callable[[Settings], int] = lambda settings: 1
+    value_head: bool = False
+    titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    higher_is_better: tuple[str, ...] = ()
+
+
+ALGORITHMS = Registry(
+    'task',
+    Algorithm,
+    {
+        'ppo': 'jaxtune.rl.ppo:ALGORITHM',
+        'grpo': 'jaxtune.rl.grpo:ALGORITHM',
+    },
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """What scores answers.
+
+    Attributes:
+      name: for messages.
+      score: `(prompts, completions) -> [answers]` float32.
+    """
+
+    name: str
+    score: Callable[[Sequence[Any], Sequence[str]], np.ndarray]

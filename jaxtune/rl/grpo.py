@@ -1,34 +1,30 @@
-"""Group relative policy optimisation: no value head, an answer is measured by its siblings (Shao et al. 2024,
-arXiv:2402.03300).
+"""Group relative policy optimisation: no value head, an answer is measured by its siblings.
+
+Shao et al. 2024, arXiv:2402.03300.
 """
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
-from jaxtune.rl.policy import Found, divergence, make_row, ratio_losses, read
-
-__all__ = ['VALUE', 'group', 'learn', 'loss', 'relative', 'row']
-
-VALUE = False
+from jaxtune.common.settings import Settings
+from jaxtune.rl import Algorithm, RolloutBatch, Sums
+from jaxtune.rl.policy import divergence, ratio_losses
 
 
-def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """What one row of a batch holds."""
-    return make_row(config, 'old', 'reference', 'advantages')
-
-
-def group(config: ConfigDict) -> int:
+def group(settings: Settings) -> int:
     """How many answers each prompt gets; those of one prompt follow each other."""
-    return config.rl.group
+    return settings.group
 
 
-def learn(config: ConfigDict, found: Found) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Every token has the advantage of its answer; with how many groups have nothing to tell apart."""
-    scores = found.scores.reshape(-1, group(config))
-    gains = relative(scores).reshape(-1, 1) * found.weights
+def compute_advantages(settings: Settings, rollouts: RolloutBatch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Every token has the advantage of its answer; with the share of groups that have nothing to tell apart."""
+    scores = rollouts.scores.reshape(-1, group(settings))
+    gains = relative(scores).reshape(-1, 1) * rollouts.mask
     same = (scores.max(-1) == scores.min(-1)).astype(jnp.float32).mean()
-    return {'old': found.old, 'reference': found.reference, 'advantages': gains}, {'groups_alike': same}
+    fields = {'old': rollouts.old, 'reference': rollouts.reference, 'advantages': gains}
+    return fields, {'frac_reward_zero_std': same}
 
 
 def relative(scores: jax.Array) -> jax.Array:
@@ -39,12 +35,20 @@ def relative(scores: jax.Array) -> jax.Array:
     return jnp.where(same, 0.0, (scores - scores.mean(-1, keepdims=True)) / (spread + 1e-4))
 
 
-def loss(config, model, params, batch, rng):
+def loss(settings: Settings, logps: jax.Array, values: jax.Array, batch: Mapping[str, jax.Array]) -> Sums:
     """Summed loss of the answers, each the mean over its tokens, their number, and metrics."""
-    logprobs, _ = read(config, model, params, batch, rng)
-    losses, metrics = ratio_losses(config.rl, logprobs, batch['old'], batch['advantages'], batch['weights'])
-    away = divergence(batch['reference'], logprobs) * batch['weights']
-    metrics |= {'policy_loss': losses, 'reference_kl': away}
+    losses, metrics = ratio_losses(settings, logps, batch['old'], batch['advantages'], batch['weights'])
+    kl = divergence(batch['reference'], logps) * batch['weights']
+    metrics |= {'policy_loss': losses, 'reference_kl': kl}
     shares = batch['shares']
     sums = {name: (each * shares).sum() for name, each in metrics.items()}
-    return ((losses + config.rl.kl_coef * away) * shares).sum(), shares.sum(), sums
+    return ((losses + settings.kl_coef * kl) * shares).sum(), shares.sum(), sums
+
+
+ALGORITHM = Algorithm(
+    name='grpo',
+    token_fields=('old', 'reference', 'advantages'),
+    compute_advantages=compute_advantages,
+    loss=loss,
+    group=group,
+)

@@ -6,7 +6,7 @@ from jaxtune.data.packing import pack
 from jaxtune.rl.rollouts import Rollouts
 
 
-class Packed:
+class RolloutPacker:
     """Where some answers lie in rows, and numbers of their tokens there and back.
 
     A number of a token stands at the place before it, where it is predicted.
@@ -24,7 +24,7 @@ class Packed:
         answers alone would need, where that is less.
     """
 
-    def __init__(self, made: Rollouts, chosen: np.ndarray, length: int, packing: bool, unit: int = 1):
+    def __init__(self, made: Rollouts, chosen: np.ndarray, length: int, packing: bool, unit: int = 1) -> None:
         self.start, self.end = made.start[chosen], made.end[chosen]
         self.tokens = made.tokens[chosen]
         self.width = made.logprobs.shape[1]

@@ -1,41 +1,32 @@
-"""Proximal policy optimisation with a value head, as in InstructGPT (Schulman et al. 2017, arXiv:1707.06347; Ouyang et
-al. 2022, arXiv:2203.02155).
+"""Proximal policy optimisation with a value head, as in InstructGPT.
+
+Schulman et al. 2017, arXiv:1707.06347; Ouyang et al. 2022, arXiv:2203.02155.
 
 Every token costs `rl.kl_coef` times its log-probability above the reference's; the last one brings the reward.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from ml_collections import ConfigDict
 
-from jaxtune.rl.policy import Found, make_row, ratio_losses, read
-
-__all__ = ['VALUE', 'advantages', 'group', 'learn', 'loss', 'row', 'value_losses', 'whiten']
-
-VALUE = True
+from jaxtune.common.settings import Settings
+from jaxtune.rl import Algorithm, RolloutBatch, Sums
+from jaxtune.rl.policy import ratio_losses
 
 
-def row(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """What one row of a batch holds."""
-    return make_row(config, 'old', 'values', 'advantages', 'returns')
-
-
-def group(config: ConfigDict) -> int:
-    """Each prompt is answered once."""
-    return 1
-
-
-def learn(config: ConfigDict, found: Found) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def compute_advantages(settings: Settings, rollouts: RolloutBatch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Advantages, whitened over all tokens, and returns; with how well the value head foresaw these."""
-    settings, weights = config.rl, found.weights
-    last = weights * (1.0 - jnp.pad(weights[:, 1:], ((0, 0), (0, 1))))
-    rewards = -settings.kl_coef * (found.old - found.reference) + last * found.scores[:, None]
-    gains = advantages(rewards, found.values, weights, settings.gamma, settings.gae_lambda)
-    returns = (gains + found.values) * weights
-    explained = 1.0 - _variance(returns - found.values, weights) / jnp.maximum(_variance(returns, weights), 1e-8)
-    fields = {'old': found.old, 'values': found.values, 'advantages': whiten(gains, weights), 'returns': returns}
-    return fields, {'value_explained': explained, 'value': (found.values * weights).sum() / weights.sum()}
+    mask = rollouts.mask
+    last = mask * (1.0 - jnp.pad(mask[:, 1:], ((0, 0), (0, 1))))
+    rewards = -settings.kl_coef * (rollouts.old - rollouts.reference) + last * rollouts.scores[:, None]
+    gains = advantages(rewards, rollouts.values, mask, settings.gamma, settings.gae_lambda)
+    returns = (gains + rollouts.values) * mask
+    explained = 1.0 - _variance(returns - rollouts.values, mask) / jnp.maximum(_variance(returns, mask), 1e-8)
+    fields = {'old': rollouts.old, 'values': rollouts.values, 'advantages': whiten(gains, mask), 'returns': returns}
+    return fields, {'explained_variance': explained, 'value': (rollouts.values * mask).sum() / mask.sum()}
 
 
 def advantages(rewards: jax.Array, values: jax.Array, weights: jax.Array, gamma: float, decay: float) -> jax.Array:
@@ -49,7 +40,7 @@ def advantages(rewards: jax.Array, values: jax.Array, weights: jax.Array, gamma:
       decay: lambda.
     """
 
-    def back(after, here):
+    def back(after: tuple[jax.Array, jax.Array], here: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         gain, value_after = after
         reward, value, weight = here
         gain = (reward + gamma * value_after - value + gamma * decay * gain) * weight
@@ -75,23 +66,25 @@ def whiten(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(variance > jnp.square(rounding), (x - mean) * lax.rsqrt(variance + 1e-8) * weights, 0.0)
 
 
-def loss(config, model, params, batch, rng):
+def loss(settings: Settings, logps: jax.Array, values: jax.Array, batch: Mapping[str, jax.Array]) -> Sums:
     """Summed loss of the answers' tokens, their number, and metrics."""
-    logprobs, values = read(config, model, params, batch, rng)
-    weights = batch['weights']
-    losses, metrics = ratio_losses(config.rl, logprobs, batch['old'], batch['advantages'], weights)
-    off, clipped = value_losses(config.rl, values, batch['values'], batch['returns'])
+    mask = batch['weights']
+    losses, metrics = ratio_losses(settings, logps, batch['old'], batch['advantages'], mask)
+    off, clipped = value_losses(settings, values, batch['values'], batch['returns'])
     metrics |= {'policy_loss': losses, 'value_loss': off, 'value_clip_fraction': clipped}
-    total = losses + config.rl.value_coef * off
-    return (total * weights).sum(), weights.sum(), {name: (each * weights).sum() for name, each in metrics.items()}
+    total = losses + settings.value_coef * off
+    return (total * mask).sum(), mask.sum(), {name: (each * mask).sum() for name, each in metrics.items()}
 
 
-def value_losses(settings: ConfigDict, values: jax.Array, before: jax.Array, returns: jax.Array):
+def value_losses(
+    settings: Settings, values: jax.Array, before: jax.Array, returns: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Half the squared error of each value, the worse of it and of the value kept near what it was; and where that was.
 
     Args:
       settings: the recipe's `rl`.
-      values, before: of each token now, and when the answer was written.
+      values: of each token, now.
+      before: of each token, when the answer was written.
       returns: what they should be.
     """
     free = jnp.square(values - returns)
@@ -100,3 +93,12 @@ def value_losses(settings: ConfigDict, values: jax.Array, before: jax.Array, ret
     near = jnp.clip(values, before - settings.value_clip, before + settings.value_clip)
     kept = jnp.square(near - returns)
     return 0.5 * jnp.maximum(free, kept), (kept > free).astype(jnp.float32)
+
+
+ALGORITHM = Algorithm(
+    name='ppo',
+    token_fields=('old', 'values', 'advantages', 'returns'),
+    compute_advantages=compute_advantages,
+    loss=loss,
+    value_head=True,
+)

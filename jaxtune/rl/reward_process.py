@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
@@ -43,7 +44,7 @@ class RewardProcess:
       UserError: there is none, or importing it fails or takes too long.
     """
 
-    def __init__(self, name: str, seconds: float):
+    def __init__(self, name: str, seconds: float) -> None:
         self.name, self.seconds = f'rl.reward={name}', seconds
         self._connection, theirs = Pipe()
         with theirs:
@@ -125,10 +126,8 @@ def _ask(function: Callable, name: str, given: Mapping[str, Sequence]) -> tuple[
         found = call(function, given)
         return '', [float(value) for value in itertools.islice(found, len(given['completions']) + 1)]
     except BaseException as error:  # the culprit is known, also where it leaves with sys.exit
-        trace = error.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        where = f'{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}'
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f'{frame.filename}:{frame.lineno}'
         return f'{name}: {where}: {reason(error)}', []
     finally:
         with contextlib.suppress(OSError, ValueError, AttributeError):

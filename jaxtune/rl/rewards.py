@@ -1,17 +1,15 @@
 """Rewards of answers: a reward model's, or those of a person's own function."""
 
-import copy
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from jaxtune.common import hub
 from jaxtune.data.formats import Chat, FormatError
@@ -22,20 +20,22 @@ from jaxtune.generation.prompts import Prompt
 from jaxtune.generation.sampling import pad_prompts
 from jaxtune.objectives import completion_mask, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
-from jaxtune.pretrained.load import assemble_other, model_folder
+from jaxtune.pretrained.load import ModelSpec, load_model, model_folder
+from jaxtune.rl import Reward
 from jaxtune.rl.reward_process import RewardProcess
-
-# `(prompts, completions) -> [rewards]`, float32.
-Reward = Callable[[Sequence[Prompt], Sequence[str]], np.ndarray]
 
 _MULTIPLE = 64  # rows of the reward model are filled up to it, so that few shapes are compiled
 
 
-def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int, *, weights: bool = True) -> Reward:
+def open_reward(
+    name: str, seconds: float, model: ModelSpec, mesh: Mesh, batch_size: int, *, weights: bool = True
+) -> Reward:
     """What `rl.reward` names.
 
     Args:
-      config: the recipe.
+      name: a function, or a reward model's folder.
+      seconds: that a call of a function may take.
+      model: how a reward model is opened.
       mesh: where a reward model goes.
       batch_size: rows that it reads at a time.
       weights: False reads none of a reward model's, which then scores nothing.
@@ -43,25 +43,24 @@ def open_reward(config: ConfigDict, mesh: Mesh, batch_size: int, *, weights: boo
     Raises:
       UserError: there is no such thing.
     """
-    if _is_function(config.rl.reward):
-        return ByFunction(config.rl.reward, config.rl.reward_timeout)
-    check(config)
-    return ByModel(config, mesh, batch_size, weights)
+    if _is_function(name):
+        return Reward(name, ByFunction(name, seconds))
+    check(name, seconds)
+    return Reward(name, ByModel(model, mesh, batch_size, weights))
 
 
-def check(config: ConfigDict) -> None:
+def check(name: str, seconds: float) -> None:
     """Imports the function, or finds the folder, that `rl.reward` names.
 
     Raises:
       UserError: there is no such thing.
     """
-    name = config.rl.reward
     if not name:
         raise UserError(
             "rl.reward='': expected a reward model's workdir or folder, @STAGE, module:function or file.py:function"
         )
     if _is_function(name):
-        ByFunction(name, config.rl.reward_timeout)
+        ByFunction(name, seconds)
     else:
         hub.resolve(model_folder(name, 'rl.reward'), 'rl.reward')
 
@@ -85,7 +84,7 @@ class ByFunction:
       UserError: there is none; or, when called, it fails, takes too long or returns something else.
     """
 
-    def __init__(self, name: str, seconds: float):
+    def __init__(self, name: str, seconds: float) -> None:
         self.name = f'rl.reward={name}'
         hosts.from_primary(functools.partial(self._open, name, seconds))
 
@@ -93,6 +92,7 @@ class ByFunction:
         self._function = RewardProcess(name, seconds)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """Scores `[answers]` float32."""
         return np.asarray(hosts.from_primary(lambda: self._ask(prompts, completions)), np.float32)
 
     def _ask(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
@@ -101,18 +101,18 @@ class ByFunction:
             'completions': list(completions),
             'references': [prompt.reference for prompt in prompts],
         }
-        found = self._function(given)
-        if len(found) != len(completions):
-            count = f'{len(found)}' if len(found) < len(completions) else f'more than {len(completions)}'
+        scores = self._function(given)
+        if len(scores) != len(completions):
+            count = f'{len(scores)}' if len(scores) < len(completions) else f'more than {len(completions)}'
             raise UserError(
                 f'{self.name}: returned {count} numbers for {len(completions)} completions; expected one each'
             )
-        wrong = next((number for number, value in enumerate(found) if not math.isfinite(value)), None)
+        wrong = next((number for number, value in enumerate(scores) if not math.isfinite(value)), None)
         if wrong is not None:
             raise UserError(
-                f'{self.name}: returned {found[wrong]} for {completions[wrong]!r:.60}; expected finite numbers'
+                f'{self.name}: returned {scores[wrong]} for {completions[wrong]!r:.60}; expected finite numbers'
             )
-        return found
+        return scores
 
 
 class ByModel:
@@ -122,21 +122,19 @@ class ByModel:
       UserError: it is no reward model.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, batch_size: int, weights: bool = True):
+    def __init__(self, spec: ModelSpec, mesh: Mesh, batch_size: int, weights: bool = True) -> None:
         self.mesh, self.batch_size = mesh, batch_size
-        config = copy.deepcopy(config)
-        config.data.seq_len = 2  # its rows are as long as what it reads
-        parts = assemble_other(config, mesh, 'rl.reward', 'reward', weights=weights)
-        if 'score' not in parts.params or any(path.startswith('score/') for path in parts.fresh):
+        bundle = load_model(spec, mesh, weights=weights)
+        if 'score' not in bundle.params or any(path.startswith('score/') for path in bundle.newly_initialized):
             raise UserError(
-                f'rl.reward={config.rl.reward}: holds no reward model; expected the workdir of objective=reward '
+                f'rl.reward={spec.path}: holds no reward model; expected the workdir of objective=reward '
                 '(configs/reward_model.py), or a sequence classifier with one label'
             )
-        self.model, self.params, self.tokenizer = parts.model, parts.params, parts.tokenizer
+        self.model, self.params, self.tokenizer = bundle.model, bundle.params, bundle.tokenizer
         self.limit = self.model.config.max_positions
         self._encoders: dict[bool, Encoder] = {}  # for prompts that are texts, and for conversations
 
-        def score(params, batch):
+        def score(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             inputs = completion_mask.inputs(batch['tokens'], batch['end'], batch['end'])
             return reward.rewards(self.model, params, inputs)
 
@@ -144,16 +142,17 @@ class ByModel:
         self._score = jax.jit(score, out_shardings=whole, compiler_options=compiler_options())
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """Scores `[answers]` float32."""
         rows = [self._row(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         # Those of like length together, so that little is padding.
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-        found = []
+        parts = []
         for low in range(0, len(rows), self.batch_size):
             some = [rows[number] for number in order[low : low + self.batch_size]]
             tokens, ends = pad_prompts(some + some[-1:] * (self.batch_size - len(some)), 0, _MULTIPLE)
-            found.append(self._score(self.params, place_all({'tokens': tokens, 'end': ends}, self.mesh)))
+            parts.append(self._score(self.params, place_all({'tokens': tokens, 'end': ends}, self.mesh)))
         scores = np.zeros(len(rows), np.float32)
-        scores[order] = np.concatenate([np.asarray(part) for part in found])[: len(rows)]
+        scores[order] = np.concatenate([np.asarray(part) for part in parts])[: len(rows)]
         return scores
 
     def _row(self, prompt: Prompt, completion: str) -> list[int]:

@@ -1,21 +1,21 @@
 """Rollouts: answers that a policy writes, as texts to be scored and as rows to learn from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.generation.generator import decode_continuation, end_of_answer
 from jaxtune.generation.prompts import Prompt
-from jaxtune.generation.sampling import Completions, from_config, pad_prompts, sample
+from jaxtune.generation.sampling import Completions, from_settings, pad_prompts, sample
 from jaxtune.models import value_head
 from jaxtune.parallel import compiler_options, place_all
-from jaxtune.pretrained.load import Assembly
+from jaxtune.pretrained.load import ModelBundle
 from jaxtune.weights import eval_mode
 from jaxtune.weights.tree import combine
 
@@ -47,23 +47,33 @@ class Sampler:
     """Answers prompts as a recipe's `generate` says, `generate.batch_size` at a time; one compile.
 
     Args:
-      config: the recipe.
+      settings: the recipe's `generate` subtree.
       mesh: where the batches go.
-      parts: model and tokenizer; its parameters are not used.
-      prompts: all that it will be asked, none with more tokens than `data.seq_len` less `generate.max_new_tokens`.
+      bundle: model and tokenizer; its parameters are not used.
+      prompts: all that it will be asked, none with more tokens than `seq_len` less `generate.max_new_tokens`.
+      seq_len: tokens of prompt and answer at most.
+      seed: of what is drawn.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, parts: Assembly, prompts: Sequence[Prompt]):
-        self.config, self.mesh, self.tokenizer = config, mesh, parts.tokenizer
-        self.batch_size, self.longest = config.generate.batch_size, max(len(prompt.ids) for prompt in prompts)
-        stops = (*parts.end_ids, *end_of_answer(parts.tokenizer))
-        self.sampling = sampling = from_config(config.generate, parts.tokenizer, stops)
-        root = jax.random.key(config.seed)
+    def __init__(
+        self,
+        settings: Settings,
+        mesh: Mesh,
+        bundle: ModelBundle,
+        prompts: Sequence[Prompt],
+        seq_len: int,
+        seed: int,
+    ) -> None:
+        self.seq_len, self.mesh, self.tokenizer = seq_len, mesh, bundle.tokenizer
+        self.batch_size, self.longest = settings.batch_size, max(len(prompt.ids) for prompt in prompts)
+        stops = (*bundle.end_ids, *end_of_answer(bundle.tokenizer))
+        self.sampling = sampling = from_settings(settings, bundle.tokenizer, stops)
+        root, model = jax.random.key(seed), bundle.model
 
-        def run(trainable, frozen, batch):
+        def run(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Completions:
             params = eval_mode(value_head.policy(combine(trainable, frozen)))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch['number'])
-            return sample(parts.model, sampling, params, batch['prompts'], batch['lengths'], keys)
+            return sample(model, sampling, params, batch['prompts'], batch['lengths'], keys)
 
         self._run = jax.jit(run, out_shardings=NamedSharding(mesh, P()), compiler_options=compiler_options())
 
@@ -74,11 +84,11 @@ class Sampler:
         ids, lengths = self._padded(filled)
         numbers = np.arange(first, first + len(filled), dtype=np.int32)
         arrays = {'prompts': ids, 'lengths': lengths, 'number': numbers}
-        made = []
+        parts = []
         for low in range(0, len(filled), size):
             part = {name: array[low : low + size] for name, array in arrays.items()}
-            made.append(self._run(trainable, frozen, place_all(part, self.mesh)))
-        whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(x) for x in parts])[:count], *made)
+            parts.append(self._run(trainable, frozen, place_all(part, self.mesh)))
+        whole = jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs])[:count], *parts)
         return self._rollouts(prompts, whole)
 
     def _padded(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
@@ -87,9 +97,9 @@ class Sampler:
         width = -(-self.longest // 32) * 32
         return np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=self.sampling.pad_id), lengths
 
-    def _rollouts(self, prompts: Sequence[Prompt], made: Completions) -> Rollouts:
-        new, counts = made.tokens, made.lengths
-        tokens = np.full((len(prompts), self.config.data.seq_len), self.sampling.pad_id, np.int32)
+    def _rollouts(self, prompts: Sequence[Prompt], completions: Completions) -> Rollouts:
+        new, counts = completions.tokens, completions.lengths
+        tokens = np.full((len(prompts), self.seq_len), self.sampling.pad_id, np.int32)
         texts, starts = [], np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
         for row, prompt in enumerate(prompts):
             answer = new[row, : counts[row]]
@@ -97,4 +107,4 @@ class Sampler:
             tokens[row, starts[row] : starts[row] + counts[row]] = answer
             texts.append(decode_continuation(self.tokenizer, prompt.ids, answer.tolist()))
         ended = np.isin(new[np.arange(len(new)), counts - 1], self.sampling.stop_ids)
-        return Rollouts(prompts, texts, tokens, starts, starts + counts, ended, made.logprobs)
+        return Rollouts(prompts, texts, tokens, starts, starts + counts, ended, np.asarray(completions.logprobs))

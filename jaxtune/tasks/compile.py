@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from jaxtune import objectives, report
+from jaxtune import report
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.common.io import write_json
+from jaxtune.common.settings import Settings
 from jaxtune.models import Model
 from jaxtune.parallel import copied_bytes, make_mesh
 from jaxtune.parallel.aot import available_bytes, try_compile
@@ -24,8 +24,11 @@ from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
 from jaxtune.pretrained.load import open_model, open_tokenizer
-from jaxtune.training import run_info
+from jaxtune.recipe.flags import Command
+from jaxtune.tasks import setup, specs
+from jaxtune.training.flops import flops_per_token
 from jaxtune.training.program import Program, abstract_params, make_program
+from jaxtune.training.run_info import compiled_memory
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
@@ -56,7 +59,7 @@ class Attempt:
     text: str
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
     """Compiles, reports, and returns `result.json`'s content; `compile.json` holds its metrics.
 
     No weights are read and no parameter is allocated. That it does not fit is a result, not an error.
@@ -68,12 +71,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     mesh = target_mesh(config)
     limit = usable_bytes(name) if name else int(0.92 * available_bytes())
     check(config, mesh)
-    info = run_info.RunInfo(command, config, mesh)
+    info = setup.run_info(config, command, mesh)
     model, trainable, frozen, program = open_program(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         opt_state = with_shardings(program.shapes['opt_state'], program.placed['opt_state'])
+        info.flops_per_token = setup.training_flops(config, model, specs.objective(config))
         info.describe_model(model, (trainable, frozen), trainable, opt_state)
         copied = copied_bytes((trainable, frozen, opt_state))
+        attempt = None
         for count in _micro_batches(config, mesh):
             with info.timed('compile'):
                 attempt = compile_for(program, frozen, count, limit)
@@ -83,6 +88,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
             )
             if attempt.fits:
                 break
+        assert attempt is not None  # there is one micro-batch at least
     metrics = {
         'fits': attempt.fits,
         'peak_bytes_per_device': attempt.peak_bytes,
@@ -90,7 +96,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
         'temp_bytes': attempt.temp_bytes,
         'seconds_to_compile': round(attempt.seconds, 2),
         # XLA's own count has the body of the scan over layers once.
-        'flops_per_step': run_info.flops_per_token(config, model) * info.tokens_per_step,
+        'flops_per_step': _flops_per_token(config, model) * info.tokens_per_step,
     }
     if not console.is_primary():
         return {'task': 'compile', 'status': 'done', 'step': 0, 'metrics': metrics}
@@ -112,33 +118,49 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     return result
 
 
-def target_mesh(config: ConfigDict) -> Mesh:
+def target_mesh(config: Settings) -> Mesh:
     """The mesh that the recipe compiles for, of devices that need not be there."""
     name = config.compile.topology
     return make_mesh(config.mesh, topology_devices(name) if name else None)
 
 
-def check(config: ConfigDict, mesh: Mesh) -> None:
+def check(config: Settings, mesh: Mesh) -> None:
     """Refuses what the recipe alone shows to be wrong.
 
     Raises:
       UserError: sizes that the mesh cannot divide.
     """
-    row = objectives.get(config.objective).row(config)
+    row = specs.objective(config).batch_spec()
     check_batch(mesh, config.train.batch_size, next(_micro_batches(config, mesh)), row)
 
 
-def open_program(config: ConfigDict, mesh: Mesh) -> tuple[Model, Any, Any, Program]:
+def open_program(config: Settings, mesh: Mesh) -> tuple[Model, Any, Any, Program]:
     """The model, its trainable and frozen half as shapes, and its step."""
     # Before the mesh is set: nothing could run on devices that are not there, not even the making of a random key.
-    model, _ = open_model(config, _tokenizer(config))
+    model, _ = open_model(specs.model_spec(config), _tokenizer(config))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        trainable, frozen = abstract_params(config, mesh, model)
-        program = make_program(config, mesh, model, trainable, config.train.steps or _SOME_STEPS)
+        method = specs.method(config)
+        trainable, frozen = abstract_params(method, mesh, model)
+        program = make_program(
+            mesh,
+            model,
+            trainable,
+            specs.objective(config),
+            optimizer=config.optimizer,
+            steps=config.train.steps or _SOME_STEPS,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            method=method,
+        )
     return model, trainable, frozen, program
 
 
-def _micro_batches(config: ConfigDict, mesh: Mesh) -> Iterator[int]:
+def _flops_per_token(config: Settings, model: Model) -> float:
+    batch_spec = specs.objective(config).batch_spec()
+    return flops_per_token(model, specs.method(config).method, config.data.seq_len, batch_spec)
+
+
+def _micro_batches(config: Settings, mesh: Mesh) -> Iterator[int]:
     """The numbers of micro-batches to try: the recipe's, or each that divides a device's rows."""
     if config.train.accumulate != 'auto':
         yield config.train.accumulate
@@ -147,10 +169,10 @@ def _micro_batches(config: ConfigDict, mesh: Mesh) -> Iterator[int]:
     yield from (n for n in range(1, max(rows, 1) + 1) if rows % n == 0)
 
 
-def _tokenizer(config: ConfigDict) -> Any:
+def _tokenizer(config: Settings) -> Any:
     """The tokenizer, where the recipe names one or the model's vocabulary depends on it; else None."""
     known = config.model.path or 'vocab_size' in config.model.config
-    return open_tokenizer(config) if config.tokenizer.path or not known else None
+    return open_tokenizer(specs.model_spec(config)) if config.tokenizer.path or not known else None
 
 
 def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> Attempt:
@@ -170,13 +192,13 @@ def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> A
     if compiled is None:
         argument = _bytes_on_a_device(args)
         return Attempt(accumulate, False, needed, argument, max(needed - argument, 0), seconds, '')
-    memory = compiled.memory_analysis()
+    memory = compiled_memory(compiled)
     return Attempt(
         accumulate,
         needed <= limit,
         needed,
-        int(memory.argument_size_in_bytes),
-        int(memory.temp_size_in_bytes),
+        memory['argument_bytes'],
+        memory['temp_bytes'],
         seconds,
         _text(compiled),
     )
@@ -184,7 +206,7 @@ def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> A
 
 def _text(compiled: jax.stages.Compiled) -> str:
     try:
-        return compiled.as_text()
+        return compiled.as_text() or ''
     except jax.errors.JaxRuntimeError:
         console.note('collectives: not listed, for this jaxlib cannot read what the compiler made')
         return ''
@@ -233,7 +255,7 @@ def collectives(text: str) -> dict[str, Collective]:
 
 
 def _show(
-    config,
+    config: Settings,
     mesh: Mesh,
     model: Model,
     attempt: Attempt,

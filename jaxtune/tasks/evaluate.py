@@ -1,28 +1,27 @@
 """`task=evaluate`: the objective's loss and accuracy on `data.eval`, by document."""
 
-import functools
 import math
 import pathlib
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from jaxtune import objectives, report
+from jaxtune import report
 from jaxtune.common import console
+from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
-from jaxtune.pretrained.load import Assembly, assemble
-from jaxtune.tasks import present
-from jaxtune.training import run_info
+from jaxtune.pretrained.load import ModelBundle, load_model
+from jaxtune.recipe.flags import Command
+from jaxtune.tasks import present, setup, specs
 from jaxtune.training.evaluator import Evaluator, make_evaluator
 from jaxtune.training.step import make_eval_step
 
 
-def check(config: ConfigDict, mesh: Mesh) -> None:
+def check(config: Settings, mesh: Mesh) -> None:
     """Refuses what the recipe alone shows to be wrong.
 
     Raises:
@@ -31,25 +30,25 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     if not config.data.eval:
         raise UserError("data.eval='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
     batch_size = config.eval.batch_size or config.train.batch_size
-    check_batch(mesh, batch_size, 1, objectives.get(config.objective).row(config))
+    check_batch(mesh, batch_size, 1, specs.objective(config).batch_spec())
     present.check(config)
 
 
-def open_evaluator(config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, parts: Assembly) -> Evaluator:
+def open_evaluator(config: Settings, workdir: pathlib.Path, mesh: Mesh, bundle: ModelBundle) -> Evaluator:
     """What scores `data.eval` by the recipe's objective, for `score`.
 
     Raises:
       UserError: the data is wrong, or the mesh does not divide the batch.
     """
     check(config, mesh)
-    objective = objectives.get(config.objective)
+    objective, model = specs.objective(config), bundle.model
     batch_size = config.eval.batch_size or config.train.batch_size
-    rows = objective.dataset(config, 'eval', parts.tokenizer, workdir / 'cache')
-    rows = objectives.complete(config, rows, parts.model, parts.params, mesh, workdir / 'cache', 'eval')
-    loss = functools.partial(objective.loss, config, parts.model)
-    step = jax.jit(make_eval_step(loss), compiler_options=compiler_options())
-    statistics = objectives.statistics(objective, config, parts.model)
-    return make_evaluator(config, mesh, rows, step, batch_size, statistics)
+    rows = objective.dataset('eval', bundle.tokenizer, workdir / 'cache')
+    rows = setup.reference_logps(config, mesh, bundle, workdir / 'cache').complete(rows, 'eval')
+    step = make_eval_step(lambda params, batch, rng: objective.loss(model, params, batch, rng))
+    step = jax.jit(step, compiler_options=compiler_options())
+    statistics = objective.statistics(model)
+    return make_evaluator(objective.objective, mesh, rows, step, batch_size, statistics, config.eval.batches)
 
 
 def score(evaluator: Evaluator, params: Any) -> dict[str, float]:
@@ -58,7 +57,7 @@ def score(evaluator: Evaluator, params: Any) -> dict[str, float]:
         return evaluator.run(params, jax.tree.map(lambda leaf: None, params), bar.advance)
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
     """Scores every held-out document; returns `result.json`'s content.
 
     Raises:
@@ -66,15 +65,16 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     """
     mesh = make_mesh(config.mesh)
     check(config, mesh)
-    info = run_info.RunInfo(command, config, mesh)
+    info = setup.run_info(config, command, mesh)
     with jax.set_mesh(mesh):
         with info.timed('load'):
-            parts = assemble(config, mesh)
+            bundle = load_model(specs.model_spec(config), mesh)
         with info.timed('data'):
-            evaluator = open_evaluator(config, workdir, mesh, parts)
-        info.describe_model(parts.model, parts.params, None, None)
+            evaluator = open_evaluator(config, workdir, mesh, bundle)
+        info.flops_per_token = setup.training_flops(config, bundle.model, specs.objective(config))
+        info.describe_model(bundle.model, bundle.params, None, None)
         with info.timed('eval'):
-            metrics = score(evaluator, parts.params)
+            metrics = score(evaluator, bundle.params)
     if not math.isfinite(metrics['eval/loss']):
         raise UserError(
             f'model.path={config.model.path}: eval/loss is {metrics["eval/loss"]}; expected weights that are finite '

@@ -9,25 +9,26 @@ from collections.abc import Iterable
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from jaxtune import report
 from jaxtune.common import console
+from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
-from jaxtune.generation.generator import Completer, sample_record
+from jaxtune.generation.generator import Generator, sample_record
 from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.generation.text_metrics import scores
 from jaxtune.metrics.writer import peak_memory_bytes
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_rows
-from jaxtune.pretrained.load import Assembly, assemble
-from jaxtune.tasks import present
-from jaxtune.training import run_info
+from jaxtune.pretrained.load import ModelBundle, load_model
+from jaxtune.recipe.flags import Command
+from jaxtune.tasks import present, setup, specs
+from jaxtune.training.run_info import RunInfo
 
 SHOWN = 2  # completions printed at the end
 
 
-def check(config: ConfigDict, mesh: Mesh) -> None:
+def check(config: Settings, mesh: Mesh) -> None:
     """Refuses what the recipe alone shows to be wrong.
 
     Raises:
@@ -41,34 +42,35 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
     present.check(config)
 
 
-def check_writes(config: ConfigDict, parts: Assembly) -> None:
+def check_writes(config: Settings, bundle: ModelBundle) -> None:
     """Refuses a model that writes no text."""
-    if parts.model.kind == 'decoder' and 'score' in parts.params:
+    if bundle.model.kind == 'decoder' and 'score' in bundle.params:
         raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a language model')
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict:
     """Completes every prompt; returns `result.json`'s content. A stopped run goes on after its last whole batch.
 
     Raises:
       UserError: the recipe, the prompts or the model is wrong.
     """
     mesh = make_mesh(config.mesh)
-    info = run_info.RunInfo(command, config, mesh)
+    info = setup.run_info(config, command, mesh)
     check(config, mesh)
     with jax.set_mesh(mesh):
         with info.timed('load'):
-            parts = assemble(config, mesh)
-        check_writes(config, parts)
-        info.describe_model(parts.model, parts.params, None, None)
-        prompts = read_prompts(config, parts)
-        complete = Completer(config, mesh, parts, config.generate.batch_size)
+            bundle = load_model(specs.model_spec(config), mesh)
+        check_writes(config, bundle)
+        info.flops_per_token = setup.training_flops(config, bundle.model, specs.objective(config))
+        info.describe_model(bundle.model, bundle.params, None, None)
+        prompts = read_prompts(specs.prompt_spec(config), bundle)
+        complete = Generator(config.generate, mesh, bundle, config.generate.batch_size, config.seed)
         started = time.perf_counter()
-        tokens = _complete(config, workdir, complete, parts, prompts, info)
+        tokens = _complete(config, workdir, complete, bundle, prompts, info)
         seconds = time.perf_counter() - started
     metrics = {
         'generate/prompts': len(prompts),
-        'generate/completions': len(prompts) * config.generate.samples * max(1, len(parts.adapters)),
+        'generate/completions': len(prompts) * config.generate.samples * max(1, len(bundle.adapters)),
         'generate/tokens': tokens,
         'generate/tokens_per_second': tokens / seconds,
         'memory/peak_bytes': peak_memory_bytes(),
@@ -76,7 +78,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
     if not console.is_primary():
         return {'task': 'generate', 'status': 'done', 'step': 0, 'metrics': metrics}
     os.replace(_partial(workdir), workdir / 'samples.jsonl')
-    metrics |= _scores(workdir / 'samples.jsonl', config.generate.bleu_tokenize, tuple(parts.adapters))
+    metrics |= _scores(workdir / 'samples.jsonl', config.generate.bleu_tokenize, tuple(bundle.adapters))
     info.write(workdir)
     result = report.finish(workdir, 'generate', 0, metrics)
     _show(workdir / 'samples.jsonl')
@@ -100,22 +102,22 @@ def _finished_lines(path: pathlib.Path, ends: Iterable[int]) -> list[dict]:
 
 
 def _complete(
-    config: ConfigDict,
+    config: Settings,
     workdir: pathlib.Path,
-    complete: Completer,
-    parts: Assembly,
+    complete: Generator,
+    bundle: ModelBundle,
     prompts: list[Prompt],
-    info: run_info.RunInfo,
+    info: RunInfo,
 ) -> int:
     """Samples batch by batch, appending to the partial file; returns the number of tokens sampled."""
     size = complete.batch_size
     work = [prompt for prompt in prompts for _ in range(config.generate.samples)]
     # Batches as (adapter, first prompt, one after the last): adapters follow each other.
     bounds = [(first, min(first + size, len(work))) for first in range(0, len(work), size)]
-    batches = [(name, *bound) for name in parts.adapters or ('',) for bound in bounds]
+    batches = [(name, *bound) for name in bundle.adapters or ('',) for bound in bounds]
     ends = list(itertools.accumulate(last - first for _, first, last in batches))
     done = _finished_lines(_partial(workdir), ends)
-    tokens = sum(len(parts.tokenizer(line['completion']).input_ids) for line in done)
+    tokens = sum(len(bundle.tokenizer(line['completion']).input_ids) for line in done)
     with (
         open(_partial(workdir) if console.is_primary() else os.devnull, 'a', encoding='utf-8') as file,
         console.progress(ends[-1], 'generate', 'completion', initial=len(done)) as bar,
@@ -125,7 +127,7 @@ def _complete(
                 continue
             chosen = work[first:last]
             with info.timed('generate'):
-                made = complete(parts.adapters.get(name, parts.params), chosen, first)
+                made = complete(bundle.adapters.get(name, bundle.params), chosen, first)
             for prompt, (completion, count) in zip(chosen, made, strict=True):
                 tokens += count
                 line = sample_record(prompt, completion, 0) | ({'adapter': name} if name else {})
@@ -144,7 +146,8 @@ def _scores(path: pathlib.Path, tokenize: str, adapters: tuple[str, ...]) -> dic
         pairs = [(line['completion'], line['reference']) for line in lines if line.get('adapter') == adapter]
         if not pairs:
             continue
-        found = scores(*zip(*pairs, strict=True), tokenize)
+        completions, references = zip(*pairs, strict=True)
+        found = scores(completions, references, tokenize)
         words = ', '.join(f'{name.replace("_", " ")} {value:.3f}' for name, value in found.items())
         console.note(f'{f"{adapter} " if adapter else ""}against {len(pairs):,} references: {words}')
         end = f'/{adapter}' if adapter else ''

@@ -1,39 +1,29 @@
 """Running the tasks of a recipe in order, each in its own folder, and finding one stage's output from another."""
 
 import contextlib
+import copy
 import functools
 import importlib
 import pathlib
 from collections.abc import Mapping
-
-from ml_collections import ConfigDict
+from types import ModuleType
 
 from jaxtune import report
 from jaxtune.common import console, io
-from jaxtune.errors import UserError
+from jaxtune.common.settings import Settings
+from jaxtune.config import is_rewarded
 from jaxtune.parallel import hosts
 from jaxtune.recipe import ownership, recipes, workdir
 from jaxtune.recipe.flags import Command
 
-# Each task is `run(config, workdir, command) -> metrics of result.json`, in the module named here.
-TASKS = {
-    'prepare': 'jaxtune.tasks.prepare',
-    'train': 'jaxtune.tasks.train',
-    'ppo': 'jaxtune.rl.trainer',
-    'grpo': 'jaxtune.rl.trainer',
-    'evaluate': 'jaxtune.tasks.evaluate',
-    'generate': 'jaxtune.tasks.generate',
-    'export': 'jaxtune.tasks.export',
-    'compile': 'jaxtune.tasks.compile',
-}
+
+def module_of(task: str) -> ModuleType:
+    """The module of a task, with `run(config, workdir, command)`, which returns `result.json`'s content."""
+    return importlib.import_module(f'jaxtune.tasks.{"rewarded" if is_rewarded(task) else task}')
 
 
 def run(command: Command) -> None:
     """Runs every stage that has not finished yet; or with `command.check`, checks them all."""
-    for name in command.configs:
-        if command.configs[name].task not in TASKS:
-            prefix = f'{name}.' if name else ''
-            raise UserError(f'{prefix}task={command.configs[name].task!r}: expected one of {", ".join(TASKS)}')
     if command.check:
         from jaxtune.tasks import preflight
 
@@ -55,9 +45,8 @@ def _run_stages(command: Command, held: contextlib.ExitStack) -> None:
             console.note(f'stage {name} ({config.task}) in {folder}')
         finished = hosts.from_primary(functools.partial(_open, command, folder, config, held))
         if finished is None:
-            module = importlib.import_module(TASKS[config.task])
             with workdir.working(folder):
-                finished = module.run(recipes.point_to_stages(config, command.workdir), folder, command)
+                finished = module_of(config.task).run(point_to_stages(config, command.workdir), folder, command)
         else:
             console.note(f'already done: {folder}/result.json (another --workdir starts anew)')
         results[name] = finished
@@ -70,7 +59,7 @@ def _open_root(command: Command, held: contextlib.ExitStack) -> None:
     workdir.open_root(command.workdir, command.overwrite)
 
 
-def _open(command: Command, folder: pathlib.Path, config: ConfigDict, held: contextlib.ExitStack) -> dict | None:
+def _open(command: Command, folder: pathlib.Path, config: Settings, held: contextlib.ExitStack) -> dict | None:
     """Locks and opens a task's folder; returns its result where it is done."""
     from jaxtune.data.inputs import fingerprints  # slow to import
 
@@ -90,3 +79,12 @@ def _finish_root(folder: pathlib.Path, results: Mapping[str, dict]) -> None:
     result['stages'] = list(results)
     report.write_report(folder, result)
     io.write_json(folder / 'result.json', result)
+
+
+def point_to_stages(config: Settings, root: pathlib.Path) -> Settings:
+    """A copy in which `@NAME` is the folder of the stage NAME below `root`."""
+    config = copy.deepcopy(config)
+    for path, value in recipes.references_by_key(config).items():
+        parent, last = path.rsplit('.', 1)
+        recipes.config_get(config, parent)[last] = str(root / value[1:])
+    return config

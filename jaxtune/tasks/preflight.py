@@ -6,32 +6,28 @@ Of weights only the headers are read, so that a large model takes no more memory
 import contextlib
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from jaxtune import objectives
 from jaxtune.common.formatting import amount
-from jaxtune.config import REWARDED
+from jaxtune.common.settings import Settings
+from jaxtune.config import is_rewarded
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.inputs import fingerprints
 from jaxtune.data.prepare import streaming
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
-from jaxtune.generation.generator import Completer
+from jaxtune.generation.generator import Generator
 from jaxtune.generation.prompts import read_prompts
-from jaxtune.methods import apply
 from jaxtune.parallel import make_mesh
 from jaxtune.pretrained import load
+from jaxtune.pretrained.save import merged
 from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
 from jaxtune.recipe.flags import Command
-from jaxtune.rl import trainer
-from jaxtune.rl.rewards import open_reward
-from jaxtune.tasks import compile, evaluate, export, generate, prepare, train
-from jaxtune.training import sample_callback
-from jaxtune.training.program import make_program
+from jaxtune.tasks import compile, evaluate, export, generate, pipeline, prepare, rewarded, setup, specs, train
+from jaxtune.training.program import Learning
 from jaxtune.weights import tree
 
 
@@ -52,7 +48,7 @@ def check(command: Command) -> str:
             if waits:
                 found = _without_stages(config)
             else:
-                found = _TASKS[config.task](recipes.point_to_stages(config, command.workdir), pathlib.Path(cache))
+                found = _check_of(config.task)(pipeline.point_to_stages(config, command.workdir), pathlib.Path(cache))
         found += [f'the rest when {" and ".join(waits)} is done'] if waits else []
         said.append(f'{f"{name}: " if name else ""}{config.task} ({", ".join(found)})')
     return f'checked, nothing is wrong: {"; ".join(said)}'
@@ -67,7 +63,7 @@ def _named(stage: str) -> Iterator[None]:
         raise UserError(f'stage {stage}: {error}' if stage else str(error)) from None
 
 
-def _check_folder(command: Command, name: str, config: ConfigDict) -> None:
+def _check_folder(command: Command, name: str, config: Settings) -> None:
     """Refuses a workdir that the run would be refused in."""
     folder = command.workdir / name
     ownership.check_owned(command.workdir)
@@ -81,116 +77,112 @@ def _done(folder: pathlib.Path) -> bool:
     return (folder / 'result.json').is_file()
 
 
-def _without_stages(config: ConfigDict) -> list[str]:
+def _without_stages(config: Settings) -> list[str]:
     """Checks what can be of a stage before those that it reads are done: its keys, and what it reads beside them."""
     if config.task == 'prepare':
         prepare.check(config)
         return ['keys']
     module = {'train': train, 'evaluate': evaluate, 'generate': generate, 'export': export, 'compile': compile}
-    config = _as_run(config)
     mesh = compile.target_mesh(config) if config.task == 'compile' else make_mesh(config.mesh)
-    module.get(config.task, trainer).check(config, mesh)
+    module.get(config.task, rewarded).check(config, mesh)
     given = {key: recipes.config_get(config, key) for key in recipes.REFERENCES}
     given = {key: value for key, value in given.items() if value and not value.startswith('@')}
     if 'tokenizer.path' in given:
-        tokenizers.load(load.tokenizer_folder(config))
+        tokenizers.load(load.tokenizer_folder(specs.model_spec(config)))
     for key in ('data.train', 'data.eval', 'sft.demonstrations'):
         if given.get(key, 'python-stdlib') != 'python-stdlib':
             next(iter(open_records(given[key], key)), None)
     if ':' in given.get('rl.reward', ''):
-        open_reward(config, mesh, config.generate.batch_size, weights=False)
+        rewarded.reward(config, mesh, weights=False)
     return ['keys', *(key for key in given if key not in ('model.path', 'method.path', 'dpo.reference'))]
 
 
-def _as_run(config: ConfigDict) -> ConfigDict:
-    """The recipe as its task reads it."""
-    return trainer.as_policy(config) if config.task in REWARDED else config
+def _described(bundle: load.ModelBundle) -> list[str]:
+    family = bundle.model.hf_config.get('model_type', bundle.model.kind)
+    found = [f'a {family} of {amount(tree.count(bundle.params)).strip()} parameters', f'{len(bundle.tokenizer)} tokens']
+    return [*found, *(f'adapter {name}' for name in bundle.adapters)]
 
 
-def _described(parts: load.Assembly) -> list[str]:
-    family = parts.model.hf_config.get('model_type', parts.model.kind)
-    found = [f'a {family} of {amount(tree.count(parts.params)).strip()} parameters', f'{len(parts.tokenizer)} tokens']
-    return [*found, *(f'adapter {name}' for name in parts.adapters)]
-
-
-def _train(config: ConfigDict, cache: pathlib.Path) -> list[str]:
+def _train(config: Settings, cache: pathlib.Path) -> list[str]:
     mesh = make_mesh(config.mesh)
     train.check(config, mesh)
     with jax.set_mesh(mesh):
-        parts = load.assemble(config, mesh, weights=False)
-        rows = _rows(config, parts, cache, ('train', 'eval'))
-        if sample_callback.wanted(config):
-            sample_callback.Witness(config, cache, mesh, parts)
-        if config.objective == 'dpo' and config.dpo.reference:
-            objectives.get('dpo').load_reference(config, mesh, weights=False)
-        _trace(config, mesh, parts)
-    return [*_described(parts), *rows]
+        bundle = load.load_model(specs.model_spec(config), mesh, weights=False)
+        rows = _rows(config, bundle, cache, ('train', 'eval'))
+        setup.sample_callback(config, mesh, bundle, cache)
+        objective = specs.objective(config)
+        reference = objective.objective.reference
+        if reference and (path := reference.path(objective.settings)):
+            load.load_model(specs.other_model_spec(config, reference.key, path), mesh, weights=False)
+        _trace(config, mesh, bundle, objective)
+    return [*_described(bundle), *rows]
 
 
-def _rows(config: ConfigDict, parts: load.Assembly, cache: pathlib.Path, splits: tuple[str, ...]) -> list[str]:
-    objective = objectives.get(config.objective)
+def _rows(config: Settings, bundle: load.ModelBundle, cache: pathlib.Path, splits: tuple[str, ...]) -> list[str]:
+    objective = specs.objective(config)
     found = []
     for split in splits:
         if config.data[split]:
-            rows = objective.dataset(config, split, parts.tokenizer, cache)
+            rows = objective.dataset(split, bundle.tokenizer, cache)
             found.append(f'{len(rows):,} rows of data.{split}')
     return found
 
 
-def _trace(config: ConfigDict, mesh: Mesh, parts: load.Assembly, objective=None) -> None:
+def _trace(config: Settings, mesh: Mesh, bundle: load.ModelBundle, learning: Learning) -> None:
     """Traces an update: shapes that do not go together fail here. Nothing is compiled."""
-    trainable, frozen = apply.partition(config, parts.params, parts.whole)
-    program = make_program(config, mesh, parts.model, trainable, max(1, config.train.steps), parts.fresh, objective)
-    accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
-    jax.eval_shape(program.train_step(accumulate), program.shapes, frozen, program.batch_shapes())
+    trainable, frozen = setup.split(config, bundle)
+    program = setup.program(config, mesh, bundle, trainable, learning, max(1, config.train.steps))
+    jax.eval_shape(
+        program.train_step(specs.accumulate_at_least(config)), program.shapes, frozen, program.batch_shapes()
+    )
 
 
-def _learn_from_rewards(config: ConfigDict, cache: pathlib.Path) -> list[str]:
-    mesh, config = make_mesh(config.mesh), _as_run(config)
-    trainer.check(config, mesh)
+def _learn_from_rewards(config: Settings, cache: pathlib.Path) -> list[str]:
+    mesh = make_mesh(config.mesh)
+    rewarded.check(config, mesh)
     with jax.set_mesh(mesh):
-        parts = load.assemble(config, mesh, weights=False)
-        trainer.check_policy(config, parts)
-        open_reward(config, mesh, config.generate.batch_size, weights=False)
-        prompts, held_out = trainer.all_prompts(config, parts)
-        _trace(config, mesh, parts, trainer.rl.get(config.task))
+        bundle = load.load_model(specs.model_spec(config), mesh, weights=False)
+        rewarded.check_policy(config, bundle)
+        rewarded.reward(config, mesh, weights=False)
+        prompts, held_out = rewarded.all_prompts(config, bundle)
+        _trace(config, mesh, bundle, specs.bound_algorithm(config))
     found = [f'{len(prompts):,} prompts of data.train', f'rl.reward={config.rl.reward}']
-    return [*_described(parts), *found, *([f'{len(held_out):,} of data.eval'] if held_out else [])]
+    return [*_described(bundle), *found, *([f'{len(held_out):,} of data.eval'] if held_out else [])]
 
 
-def _evaluate(config: ConfigDict, cache: pathlib.Path) -> list[str]:
+def _evaluate(config: Settings, cache: pathlib.Path) -> list[str]:
     mesh = make_mesh(config.mesh)
     evaluate.check(config, mesh)
     with jax.set_mesh(mesh):
-        parts = load.assemble(config, mesh, weights=False)
-        return [*_described(parts), *_rows(config, parts, cache, ('eval',))]
+        bundle = load.load_model(specs.model_spec(config), mesh, weights=False)
+        return [*_described(bundle), *_rows(config, bundle, cache, ('eval',))]
 
 
-def _generate(config: ConfigDict, cache: pathlib.Path) -> list[str]:
+def _generate(config: Settings, cache: pathlib.Path) -> list[str]:
     mesh = make_mesh(config.mesh)
     generate.check(config, mesh)
     with jax.set_mesh(mesh):
-        parts = load.assemble(config, mesh, weights=False)
-        generate.check_writes(config, parts)
-        prompts = read_prompts(config, parts)
-        Completer(config, mesh, parts, config.generate.batch_size)
-    return [*_described(parts), f'{len(prompts):,} prompts of data.eval']
+        bundle = load.load_model(specs.model_spec(config), mesh, weights=False)
+        generate.check_writes(config, bundle)
+        prompts = read_prompts(specs.prompt_spec(config), bundle)
+        Generator(config.generate, mesh, bundle, config.generate.batch_size, config.seed)
+    return [*_described(bundle), f'{len(prompts):,} prompts of data.eval']
 
 
-def _export(config: ConfigDict, cache: pathlib.Path) -> list[str]:
+def _export(config: Settings, cache: pathlib.Path) -> list[str]:
     mesh = make_mesh(config.mesh)
     export.check(config, mesh)
     with jax.set_mesh(mesh):
         source = pathlib.Path(config.model.path)
         if export.unfinished(source):
-            parts = load.assemble(export.stored_recipe(source), mesh, weights=False)
+            bundle = load.load_model(specs.model_spec(export.stored_recipe(source)), mesh, weights=False)
         else:
-            parts = load.assemble(config, mesh, weights=False)
-        jax.eval_shape(lambda params: export.merged(params, f'model.path={source}'), parts.params)
-        return [*_described(parts), *(_rows(config, parts, cache, ('eval',)) if config.export.requantise else [])]
+            bundle = load.load_model(specs.model_spec(config), mesh, weights=False)
+        jax.eval_shape(lambda params: merged(params, f'model.path={source}'), bundle.params)
+        return [*_described(bundle), *(_rows(config, bundle, cache, ('eval',)) if config.export.requantise else [])]
 
 
-def _compile(config: ConfigDict, cache: pathlib.Path) -> list[str]:
+def _compile(config: Settings, cache: pathlib.Path) -> list[str]:
     mesh = compile.target_mesh(config)
     compile.check(config, mesh)
     model, trainable, frozen, _ = compile.open_program(config, mesh)
@@ -198,7 +190,7 @@ def _compile(config: ConfigDict, cache: pathlib.Path) -> list[str]:
     return [f'a {family} of {size.strip()} parameters', f'{mesh.size} x {mesh.devices.flat[0].device_kind}']
 
 
-def _prepare(config: ConfigDict, cache: pathlib.Path) -> list[str]:
+def _prepare(config: Settings, cache: pathlib.Path) -> list[str]:
     plan = prepare.check(config)
     if config.tokenizer.path:
         tokenizers.load(config.tokenizer.path)
@@ -209,10 +201,13 @@ def _prepare(config: ConfigDict, cache: pathlib.Path) -> list[str]:
             raise UserError(f'{documents.name}: holds no document; expected at least one')
         return [documents.name]
     units = prepare.find_units(plan)
-    return [f'{len(units):,} files or parts of them in {len(plan.sources)} sources']
+    return [f'{len(units):,} files or bundle of them in {len(plan.sources)} sources']
 
 
-_TASKS = {
-    'prepare': _prepare, 'train': _train, 'ppo': _learn_from_rewards, 'grpo': _learn_from_rewards,
-    'evaluate': _evaluate, 'generate': _generate, 'export': _export, 'compile': _compile,
-}  # fmt: skip
+def _check_of(task: str) -> Callable[[Settings, pathlib.Path], list[str]]:
+    if is_rewarded(task):
+        return _learn_from_rewards
+    return {
+        'prepare': _prepare, 'train': _train, 'evaluate': _evaluate, 'generate': _generate, 'export': _export,
+        'compile': _compile,
+    }[task]  # fmt: skip

@@ -82,7 +82,7 @@ def _check_raw(key: str, path: str) -> None:
 
 
 def _stream(config: Settings, workdir: pathlib.Path, command: Command) -> None:
-    info = RunInfo(command, config)
+    info = RunInfo('prepare', command.argv, str(command.recipe))
     documents = streaming.collect(config.data)
     stream = streaming.Streaming(documents, config.data, config.tokenizer.path, workdir)
     console.note(f'reading {documents.name}; writing to {workdir}')
@@ -96,7 +96,7 @@ def _stream(config: Settings, workdir: pathlib.Path, command: Command) -> None:
 def _by_steps(config: Settings, plan: plans.Plan, workdir: pathlib.Path, command: Command) -> None:
     from jaxtune.data.prepare import engines, phases
 
-    info, engine = RunInfo(command, config), config.data.engine
+    info, engine = RunInfo('prepare', command.argv, str(command.recipe)), config.data.engine
     units = find_units(plan)
     empty = [source for source in plan.sources if not any(plan.sources[unit.source] is source for unit in units)]
     for source in empty:

@@ -1,136 +1,243 @@
-"""The training loop: `task=train`.
+"""`task=train`: a loader's batches, one update each."""
 
-The step is pure and compiled once; everything with a side effect (reading data, logging, saving, stopping) is here.
-"""
-
-import functools
+import contextlib
 import math
 import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from jaxtune import objectives
-from jaxtune.common import console, preemption
+from jaxtune.common import console
+from jaxtune.common.settings import Settings
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
+from jaxtune.metrics.writer import MetricsWriter
+from jaxtune.objectives import OBJECTIVES
 from jaxtune.parallel import make_mesh, place
 from jaxtune.parallel.batches import check_batch
-from jaxtune.pretrained.load import assemble
-from jaxtune.tasks import present
-from jaxtune.training import run_info, sample_callback, trainer
+from jaxtune.pretrained.load import load_model
+from jaxtune.pretrained.save import save_tuned
+from jaxtune.recipe.flags import Command
+from jaxtune.tasks import present, setup, specs
+from jaxtune.training import announce, divergence
 from jaxtune.training.evaluator import Evaluator, make_evaluator
-from jaxtune.training.logger import Watch
+from jaxtune.training.logger import Diagnose, TrainLogger
+from jaxtune.training.run_info import RunInfo, compiled_memory, data_facts
+from jaxtune.training.sample_callback import SampleCallback
+from jaxtune.training.step import State
+from jaxtune.training.trainer import Trainer
 from jaxtune.weights import tree
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, command) -> dict:
+def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
     """Trains to the end, or until it is to stop; returns `result.json`'s content.
 
     Raises:
       UserError: the recipe, the data or the model is wrong, or the loss is no longer finite.
       SystemExit: status 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
-    mesh = make_mesh(config.mesh)
+    return run_on(make_mesh(config.mesh), config, workdir, command)
+
+
+def run_on(mesh: Mesh, config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
+    """Runs on a mesh."""
     with jax.set_mesh(mesh):
-        run = Run(config, workdir, mesh, command)
-        return run.to_the_end()
+        trainer, first_lines, last_lines = open_trainer(config, workdir, mesh, command)
+        return trainer.run(first_lines, last_lines)
 
 
-def check(config: ConfigDict, mesh: Mesh) -> None:
+def check(config: Settings, mesh: Mesh) -> None:
     """Refuses what the recipe alone shows to be wrong.
 
     Raises:
       UserError: sizes that the mesh cannot divide, or keys that are missing.
     """
-    accumulate = 1 if config.train.accumulate == 'auto' else config.train.accumulate
-    check_batch(mesh, config.train.batch_size, accumulate, objectives.get(config.objective).row(config))
-    sample_callback.check(config)
+    objective = specs.objective(config)
+    check_batch(mesh, config.train.batch_size, specs.accumulate_at_least(config), objective.batch_spec())
+    if config.eval.samples and objective.objective.prompt_tokens is None:
+        writing = [name for name in OBJECTIVES.names if OBJECTIVES.get(name).prompt_tokens is not None]
+        raise UserError(f'eval.samples={config.eval.samples}: expected an objective of {", ".join(writing)}, or 0')
     if not config.data.train:
         raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
     present.check(config)
 
 
-class Run(trainer.Run):
-    """One training run over a loader's batches."""
+class TrainTask:
+    """What a run of training does in a step; a `training.trainer.Task`.
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, command):
-        super().__init__(config, workdir, mesh, command, config.eval.metric)
-        self.info = run_info.RunInfo(command, config, mesh)
-        self.objective = objectives.get(config.objective)
-        check(config, mesh)
-        with self.info.timed('load'):
-            parts = assemble(config, mesh)
-        with self.info.timed('data'):
-            self.rows = rows = self.objective.dataset(config, 'train', parts.tokenizer, workdir / 'cache')
-        self.steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(rows) / config.train.batch_size))
+    Args:
+      step: the compiled update.
+      frozen: the half of the tree that stays.
+      loader: the training data.
+      batch_size: sequences an update.
+      mesh: where batches go.
+      info: of the run.
+      evaluator: of held-out data, or None.
+      samples: answers some prompts before and after, or None.
+      export: writes the model.
+      counted: what the loss is a mean over.
+      diagnose: what a loss that is not finite comes from.
+    """
 
-        self._complete = functools.partial(
-            objectives.complete, config, model=parts.model, params=parts.params, mesh=mesh, cache=workdir / 'cache'
+    title = 'train'
+
+    def __init__(
+        self,
+        step: Callable,
+        frozen: Any,
+        loader: Loader,
+        batch_size: int,
+        mesh: Mesh,
+        info: RunInfo,
+        evaluator: Evaluator | None,
+        samples: SampleCallback | None,
+        export: Callable[[Any], None],
+        counted: str,
+        diagnose: Diagnose,
+    ) -> None:
+        self.step, self.frozen, self.loader, self.batch_size, self.mesh = step, frozen, loader, batch_size, mesh
+        self.info, self.evaluator, self.samples, self._export = info, evaluator, samples, export
+        self.counted, self.diagnose = counted, diagnose
+        self.evaluation_batches = len(evaluator) if evaluator else 0
+
+    def batches(self, start: int, steps: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
+        """Batches on the mesh, read ahead."""
+        return self.loader.prefetch(start, steps, lambda rows: place(rows, self.batch_size, self.mesh))
+
+    def update(self, state: State, batch: Any) -> tuple[State, Mapping[str, Any]]:
+        """One update, begun: its metrics are still being computed."""
+        with self.info.timed('step'):
+            return self.step(state, self.frozen, batch)
+
+    def evaluate(self, state: State, step: int, advance: Callable[[], None]) -> dict[str, float]:
+        """Metrics of the held-out rows."""
+        assert self.evaluator is not None
+        return self.evaluator.run(state['trainable'], self.frozen, advance)
+
+    def logger(self, writer: MetricsWriter, bar: console.Bar) -> TrainLogger:
+        """Logs `train/…`."""
+        return TrainLogger(
+            self.info,
+            writer,
+            bar,
+            group=lambda name: 'train',
+            shown={'loss': '.3f'},
+            unit='update',
+            counted=self.counted,
+            diagnose=self.diagnose,
         )
-        with self.info.timed('data'):
-            self.rows = rows = self._complete(rows, split='train')
-        self.loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
-        self._open_program(parts, self.steps)
-        self.gzip_bits_per_byte: float | None = None  # of the held-out documents, to compare with
-        self.evaluator = self._evaluator()
-        del self._complete  # and with it the weights of the start
-        self.witness = (
-            sample_callback.Witness(config, workdir, mesh, self.parts) if sample_callback.wanted(config) else None
-        )
-        self._open_checkpoints()
 
-    def _evaluator(self) -> Evaluator | None:
-        config = self.config
-        if not config.data.eval:
-            return None
-        with self.info.timed('data'):
-            rows = self.objective.dataset(config, 'eval', self.parts.tokenizer, self.workdir / 'cache')
-            rows = self._complete(rows, split='eval')
-        self.gzip_bits_per_byte = getattr(getattr(rows, 'tokens', None), 'gzip_bits_per_byte', None)
-        program, rows_a_batch = self.program, config.train.batch_size // self.accumulate
-        return make_evaluator(config, self.mesh, rows, program.eval_step(), rows_a_batch, program.statistics)
+    def begin(self, state: State, writer: MetricsWriter) -> None:
+        """Samples of the model as it begins."""
+        self._sample(state['trainable'], 0)
 
-    def _begin(self) -> None:
-        self._witness(self.state['trainable'], 0)
+    def export(self, trainable: Any, step: int) -> None:
+        """Samples of the model as it ended, and the model."""
+        self._sample(trainable, step)
+        with self.info.timed('export'):
+            self._export(tree.combine(trainable, self.frozen))
 
-    def _end(self, trainable, step: int) -> None:
-        self._witness(trainable, step)
-
-    def _witness(self, trainable, step: int) -> None:
-        """Writes down what the model answers now."""
-        if self.witness:
+    def _sample(self, trainable: Any, step: int) -> None:
+        if self.samples:
             with self.info.timed('generate'):
-                self.witness.write(tree.combine(trainable, self.frozen), step)
+                self.samples.write(tree.combine(trainable, self.frozen), step)
 
-    def _measure(self, step: int, advance) -> dict[str, float]:
-        return self.evaluator.run(self.state['trainable'], self.frozen, advance)
 
-    def _loop(self) -> int:
-        config, pending = self.config, None
-        ahead = self.loader.prefetch(
-            self.start, self.steps, lambda rows: place(rows, config.train.batch_size, self.mesh)
+def open_trainer(
+    config: Settings, workdir: pathlib.Path, mesh: Mesh, command: Command
+) -> tuple[Trainer, Callable[[], None], Callable[[int, Mapping[str, Any]], None]]:
+    """The trainer of a recipe, and what prints its first and its last lines."""
+    info = setup.run_info(config, command, mesh)
+    check(config, mesh)
+    objective, method, cache = specs.objective(config), specs.method(config), workdir / 'cache'
+    with info.timed('load'):
+        bundle = load_model(specs.model_spec(config), mesh)
+    reference = setup.reference_logps(config, mesh, bundle, cache)
+    with info.timed('data'):
+        rows = objective.dataset('train', bundle.tokenizer, cache)
+        rows_per_epoch = len(rows)
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * rows_per_epoch / config.train.batch_size))
+    with info.timed('data'):
+        rows = reference.complete(rows, 'train')
+    loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
+
+    trainable, frozen = setup.split(config, bundle)
+    program = setup.program(config, mesh, bundle, trainable, objective, steps)
+    state = program.init_state(trainable)
+    info.flops_per_token = setup.training_flops(config, bundle.model, objective)
+    info.describe_model(bundle.model, bundle.params, trainable, state['opt_state'])
+    with info.timed('compile'):
+        accumulate, step = setup.compiled_step(config, mesh, program, state, frozen)
+
+    evaluator = gzip = None
+    if config.data.eval:
+        with info.timed('data'):
+            held_out = reference.complete(objective.dataset('eval', bundle.tokenizer, cache), 'eval')
+        gzip = getattr(getattr(held_out, 'tokens', None), 'gzip_bits_per_byte', None)
+        size = config.eval.batch_size or config.train.batch_size // accumulate
+        evaluator = make_evaluator(
+            objective.objective, mesh, held_out, program.eval_step(), size, program.statistics, config.eval.batches
         )
-        with ahead as batches, console.progress(self.steps, 'train', 'step', initial=self.start) as bar:
-            watch = Watch(self, bar)
-            for done in range(self.start + 1, self.steps + 1):
-                with self.info.timed('data'):
-                    batch = next(batches)
-                with self.info.timed('step'):
-                    self.state, metrics = self.step(self.state, self.frozen, batch)
-                if pending:  # read one update late, so that the devices never wait for the host
-                    watch.see(*pending)
-                pending = (done, metrics)
-                due, stop = self._due(done), preemption.received(done)
-                if any(due.values()) or stop:
-                    watch.see(*pending)
-                    pending = None
-                if due['log']:
-                    watch.log(done)
-                ended, paused = self._settle(done, due, stop)
-                if paused:
-                    watch.restart()
-                if ended:
-                    return done
-        return self.steps
+    samples = setup.sample_callback(config, mesh, bundle, workdir)
+    metric = config.eval.metric
+    checkpoints = setup.checkpoints(config, workdir, metric)
+
+    def diagnose(number: int, what: str, before: list[dict[str, float]]) -> str:
+        cause = divergence.cause(number, before, config.optimizer, config.model.path)
+        return f'{cause}; {divergence.last_good(checkpoints, workdir)}'
+
+    # The trainer alone owns the weights from here on: each update consumes them.
+    bundle = setup.without_params(bundle)
+    task = TrainTask(
+        step,
+        frozen,
+        loader,
+        config.train.batch_size,
+        mesh,
+        info,
+        evaluator,
+        samples,
+        lambda params: save_tuned(workdir, method, bundle, params, config.export.dtype),
+        objective.objective.counted,
+        diagnose,
+    )
+    trainer = Trainer(
+        task,
+        setup.schedule(config, steps, metric),
+        program,
+        state,
+        checkpoints,
+        info,
+        workdir,
+        wandb=config.log.wandb,
+    )
+    preview = objective.objective.preview
+    pieces = list(preview(rows, bundle.tokenizer)) if preview else []
+    data, memory = data_facts(rows), compiled_memory(step)
+    kernels = bundle.model.kernels
+    if titles := setup.declared(config).titles:
+        info.facts['titles'] = dict(titles)
+    info.facts |= {'steps': steps, 'accumulate': accumulate, 'gzip_bits_per_byte': gzip}
+
+    def first_lines() -> None:
+        updates = announce.updates_line(
+            steps, accumulate, config.train.batch_size, info.tokens_per_step, config.data.seq_len, data['rows']
+        )
+        announce.announce(
+            info,
+            workdir,
+            data=data,
+            kernels=kernels,
+            memory=memory,
+            updates=updates,
+            optimizer=config.optimizer,
+        )
+        if pieces:
+            announce.show_example(info, pieces)
+
+    def last_lines(exported: int, metrics: Mapping[str, Any]) -> None:
+        announce.conclude(info, workdir, exported, metrics, gzip=gzip, auto_class=objective.objective.auto_class)
+
+    return trainer, first_lines, last_lines

@@ -31,7 +31,7 @@ class Checkpoints:
       folder: made if it is not there.
       keep: how many of the newest stay.
       metric: the best by this metric stays beside them.
-      rises: whether a larger value of it is better.
+      higher_is_better: whether a higher value of it is.
       signature: of the recipe, saved in each (`workdir.signature`).
       read_only: of a run that may be going on; nothing is saved, made or removed.
     """
@@ -41,13 +41,13 @@ class Checkpoints:
         folder: pathlib.Path,
         keep: int,
         metric: str,
-        rises: bool,
+        higher_is_better: bool,
         signature: Mapping[str, Any] | None = None,
         read_only: bool = False,
-    ):
+    ) -> None:
         self._folder, self._metric, self._signature = folder, metric, dict(signature or {})
         self._saving: int | None = None
-        sign = 1.0 if rises else -1.0
+        sign = 1.0 if higher_is_better else -1.0
 
         def score(metrics: dict[str, float] | None) -> float:
             return sign * metrics[metric] if metrics and metric in metrics else -float('inf')
@@ -113,7 +113,7 @@ class Checkpoints:
             # Without checksums a damaged file shows here, in one of many ways.
             kind = UserError if signed else DamagedError
             raise kind(f'{name}: expected the state of this very model and optimizer: {error}') from None
-        return restored.state, restored.loop
+        return restored['state'], restored['loop']
 
     def restore_newest(self, shapes: Any, shardings: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Step, state and notes of the newest whole checkpoint, None where there is none; damaged newer ones go.

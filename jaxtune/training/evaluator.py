@@ -9,28 +9,19 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from jaxtune import objectives
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
+from jaxtune.objectives import Objective
 from jaxtune.parallel import compiler_options, place
 from jaxtune.parallel.batches import check_rows
-from jaxtune.training.step import make_statistics
+from jaxtune.training.step import Statistics, make_statistics
 
 # What has to be in data for a loss to be one.
 NOTHING = (
     'records with something to predict: texts of two tokens at least, answers that data.seq_len does not cut off, or '
     'more of them in a batch'
 )
-
-# Measures for which more is better; all others are losses.
-_RISING = ('accuracy', 'reward', 'bleu', 'f1', 'exact_match', 'margin')
-
-
-def rises(metric: str) -> bool:
-    """Whether a larger value of a metric is better."""
-    return any(word in metric for word in _RISING)
 
 
 @dataclasses.dataclass
@@ -64,7 +55,7 @@ class Evaluator:
     def __len__(self) -> int:
         return min(self.batches, len(self.loader)) if self.batches else len(self.loader)
 
-    def run(self, trainable, frozen, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def run(self, trainable: Any, frozen: Any, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Metrics `eval/loss` (nats a scored token), `eval/perplexity`, `eval/tokens` and the objective's own.
 
         Where the objective counts something else (`pairs`), `eval/pairs` stands for the last two.
@@ -73,8 +64,9 @@ class Evaluator:
           UserError: there is nothing that could be scored.
         """
         means = {}
-        if self.statistics is not None:
-            sums = self._sums(lambda batch: self.statistics(trainable, frozen, batch))
+        statistics = self.statistics
+        if statistics is not None:
+            sums = self._sums(lambda batch: statistics(trainable, frozen, batch))
             means = {name: np.float32(total / max(count, 1.0)) for name, (total, count) in sums.items()}
         return self._metrics(self._sums(lambda batch: self.step(trainable, frozen, batch | means), advance))
 
@@ -117,31 +109,44 @@ def _added(totals: Any, sums: Any) -> Any:
 
 
 def make_evaluator(
-    config: ConfigDict, mesh: Mesh, rows, step: Callable, batch_size: int, statistics: Callable | None = None
+    objective: Objective,
+    mesh: Mesh,
+    rows: Any,
+    step: Callable,
+    batch_size: int,
+    statistics: Statistics | None = None,
+    batches: int = 0,
 ) -> Evaluator:
-    """An `Evaluator` over held-out rows, in batches of `eval.batch_size` or the size given.
+    """An `Evaluator` over held-out rows.
+
+    Args:
+      objective: whose loss it is.
+      mesh: where batches go.
+      rows: the held-out rows.
+      step: compiled `(trainable, frozen, batch) -> sums`.
+      batch_size: sequences a batch.
+      statistics: what the loss must know of all rows before it.
+      batches: at most so many; 0 = all.
 
     Raises:
       UserError: the mesh does not divide the batch.
     """
-    batch_size = config.eval.batch_size or batch_size
     check_rows(mesh, 'eval.batch_size', batch_size)
-    loader = Loader(rows, batch_size, config.seed, shuffle=False)
+    loader = Loader(rows, batch_size, shuffle=False)
     source = getattr(rows, 'tokens', None)
     text_bytes = unscored = 0
     if source is not None:
         text_bytes = source.text_bytes
         unscored = rows.unscored_tokens * math.log2(source.vocab_size)
-    objective = objectives.get(config.objective)
     return Evaluator(
         step,
         loader,
         mesh,
-        config.eval.batches,
+        batches,
         text_bytes,
         unscored,
-        counted=getattr(objective, 'COUNTED', 'tokens'),
-        summarise=getattr(objective, 'summarise', None),
+        counted=objective.counted,
+        summarise=objective.summarise,
         constants=getattr(rows, 'baselines', {}),
         statistics=statistics and jax.jit(make_statistics(statistics), compiler_options=compiler_options()),
     )

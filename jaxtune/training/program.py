@@ -1,64 +1,82 @@
-"""The training step of a recipe on a mesh, made from shapes alone: the same for training, resuming and compiling ahead.
+"""The training step of a run on a mesh, made from shapes alone: the same for training, resuming and compiling ahead.
 
 Nothing here touches data or allocates a parameter; `train` gives it arrays, `compile` and `export` give it shapes.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
-from jaxtune import methods, objectives
-from jaxtune.methods import apply
+from jaxtune.common.settings import Settings
+from jaxtune.methods import BoundMethod, apply
 from jaxtune.models import Model
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
 from jaxtune.parallel.rules import with_shardings
-from jaxtune.training.step import State, init_state, make_eval_step, make_train_step
+from jaxtune.training.step import State, Statistics, Sums, init_state, make_eval_step, make_train_step
+
+
+class Learning(Protocol):
+    """What an update learns: a `BoundObjective`, or a `BoundAlgorithm` of reinforcement learning."""
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What one row of a batch holds."""
+        ...
+
+    def loss(self, model: Model, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None) -> Sums:
+        """The summed loss of a batch."""
+        ...
+
+    def statistics(self, model: Model) -> Statistics | None:
+        """What the loss must know of the whole batch before it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One recipe's step and state.
+    """One run's step and state.
 
     Attributes:
-      config: the recipe.
       mesh: where it runs.
       model: without its parameters.
-      objective: its module.
+      learning: what is learnt.
+      settings: the recipe's `optimizer` subtree.
       optimizer: the update rule.
       steps: updates of the whole run.
+      batch_size: sequences an update.
+      seed: of what an update draws.
       shapes: the state as `jax.ShapeDtypeStruct`s.
       placed: the state's shardings.
     """
 
-    config: ConfigDict
     mesh: Mesh
     model: Model
-    objective: ModuleType
+    learning: Learning
+    settings: Settings
     optimizer: optax.GradientTransformation
     steps: int
+    batch_size: int
+    seed: int
     shapes: Any
     placed: Any
 
-    def loss(self, params, batch, rng):
-        """The objective's loss of this model, as sums."""
-        return self.objective.loss(self.config, self.model, params, batch, rng)
+    def loss(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None) -> Sums:
+        """The loss of this model, as sums."""
+        return self.learning.loss(self.model, params, batch, rng)
 
     @property
-    def statistics(self) -> Callable | None:
-        """What the objective's loss must know of the whole batch; see `objectives`."""
-        return objectives.statistics(self.objective, self.config, self.model)
+    def statistics(self) -> Statistics | None:
+        """What the loss must know of the whole batch."""
+        return self.learning.statistics(self.model)
 
-    def init_state(self, trainable) -> State:
+    def init_state(self, trainable: Any) -> State:
         """The state before the first update, on the mesh."""
         opt_state = jax.jit(self.optimizer.init, out_shardings=self.placed['opt_state'])(trainable)
         step = jax.device_put(np.zeros((), np.int32), self.placed['step'])
@@ -66,33 +84,32 @@ class Program:
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The global batch of an update, with where it lies."""
-        rows = self.config.train.batch_size
         return {
             name: jax.ShapeDtypeStruct(
-                (rows, *field.shape), field.dtype, sharding=batch_sharding(self.mesh, 1 + len(field.shape))
+                (self.batch_size, *field.shape), field.dtype, sharding=batch_sharding(self.mesh, 1 + len(field.shape))
             )
-            for name, field in self.objective.row(self.config).items()
+            for name, field in self.learning.batch_spec().items()
         }
 
-    def train_step(self, accumulate: int) -> Callable:
+    def train_step(self, accumulate: int) -> Any:
         """The jitted update `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
         step = make_train_step(
             self.loss,
             self.optimizer,
-            schedule(self.config.optimizer, self.steps),
-            seed=self.config.seed,
+            schedule(self.settings, self.steps),
+            seed=self.seed,
             accumulate=accumulate,
-            clip_norm=self.config.optimizer.clip_norm,
+            clip_norm=self.settings.clip_norm,
             statistics=self.statistics,
         )
         jit = functools.partial(
             jax.jit, donate_argnums=0, out_shardings=(self.placed, None), compiler_options=compiler_options()
         )
-        if not self.config.optimizer.offload:
+        if not self.settings.offload:
             return jit(step)
         on_device = jax.tree.map(lambda place: place.with_memory_kind('device'), self.placed['opt_state'])
 
-        def offloaded(state, frozen, batch):
+        def offloaded(state: State, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
             return step({**state, 'opt_state': jax.device_put(state['opt_state'], on_device)}, frozen, batch)
 
         return jit(offloaded)
@@ -103,48 +120,51 @@ class Program:
 
 
 def make_program(
-    config: ConfigDict,
     mesh: Mesh,
     model: Model,
     trainable: Any,
+    learning: Learning,
+    *,
+    optimizer: Settings,
     steps: int,
-    fresh: frozenset[str] = frozenset(),
-    objective: ModuleType | None = None,
+    batch_size: int,
+    seed: int = 0,
+    method: BoundMethod | None = None,
+    newly_initialized: frozenset[str] = frozenset(),
 ) -> Program:
-    """The program of a recipe.
+    """The program of a run.
 
     Args:
-      config: the recipe.
       mesh: the mesh that is set.
       model: the model.
       trainable: the half of the tree that trains: arrays or shapes.
+      learning: what is learnt.
+      optimizer: the recipe's `optimizer` subtree.
       steps: updates of the whole run.
-      fresh: paths of parameters that the loaded model lacked.
-      objective: what is learnt (see `objectives`), where not `config.objective`.
+      batch_size: sequences an update.
+      seed: of what an update draws.
+      method: which may have learning rates of its own.
+      newly_initialized: paths of parameters that the loaded model lacked.
 
     Raises:
-      UserError: an objective, optimizer or sharding that cannot be.
+      UserError: an optimizer or sharding that cannot be.
     """
-    rate = getattr(methods.get(config.method.name), 'rate', None)
-    factors = {
-        'newly_initialized': fresh,
-        'rate': None if rate is None else functools.partial(rate, config=config.method),
-    }
-    optimizer = make_optimizer(config.optimizer, steps, **factors)
+    rate = method.rate if method and method.method.rate else None
+    rule = make_optimizer(optimizer, steps, newly_initialized=newly_initialized, rate=rate)
     specs = match_rules(trainable, mesh)
-    shapes = jax.eval_shape(lambda tree: init_state(tree, optimizer), trainable)
+    shapes = jax.eval_shape(lambda tree: init_state(tree, rule), trainable)
     opt_specs = state_specs(shapes['opt_state'], trainable, specs)
     placed = shardings({'step': P(), 'trainable': specs, 'opt_state': opt_specs}, mesh)
-    if config.optimizer.offload:
+    if optimizer.offload:
         placed['opt_state'] = jax.tree.map(lambda place: place.with_memory_kind('pinned_host'), placed['opt_state'])
-    objective = objective or objectives.get(config.objective)
-    return Program(config, mesh, model, objective, optimizer, steps, shapes, placed)
+    return Program(mesh, model, learning, optimizer, rule, steps, batch_size, seed, shapes, placed)
 
 
-def abstract_params(config: ConfigDict, mesh: Mesh, model: Model) -> tuple[Any, Any]:
-    """`(trainable, frozen)` of a recipe as `jax.ShapeDtypeStruct`s with their shardings."""
-    codecs = apply.codecs(config, model)
+def abstract_params(method: BoundMethod, mesh: Mesh, model: Model) -> tuple[Any, Any]:
+    """`(trainable, frozen)` of a method as `jax.ShapeDtypeStruct`s with their shardings."""
+    codecs = apply.codecs(method, model)
     params = jax.eval_shape(
-        lambda params: apply.begin(config, model, apply.encoded(params, codecs), frozenset()), model.shapes
+        lambda params: apply.begin(method, model, apply.encoded(params, codecs), frozenset()), model.shapes
     )
-    return apply.partition(config, with_shardings(params, shardings(match_rules(params, mesh), mesh)), frozenset())
+    placed = with_shardings(params, shardings(match_rules(params, mesh), mesh))
+    return apply.partition(method.method, placed, frozenset())

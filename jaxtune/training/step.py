@@ -1,7 +1,7 @@
 """The pure functions that are jitted: one update, one evaluated batch."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,25 +17,27 @@ from jaxtune.weights.tree import combine
 
 # {'step': int32, 'trainable': tree, 'opt_state': tree}: what an update changes, and so what a checkpoint holds.
 State = dict[str, Any]
-Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]
+Batch = Mapping[str, jax.Array]
+Sums = tuple[jax.Array, jax.Array, dict[str, Any]]
+Loss = Callable[[Any, Batch, jax.Array | None], Sums]
 # `(params, batch) -> {name: (sum, count)}`; see `objectives`.
-Statistics = Callable[[Any, dict[str, jax.Array]], dict[str, tuple[jax.Array, jax.Array]]]
+Statistics = Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]
 
 _ROUNDING = zlib.crc32(b'rounding')  # what its key is folded with, apart from those of the loss
 
 
-def init_state(trainable, optimizer: optax.GradientTransformation) -> State:
+def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> State:
     """The state before the first update."""
     return {'step': jnp.zeros((), jnp.int32), 'trainable': trainable, 'opt_state': optimizer.init(trainable)}
 
 
-def _micro_batches(batch: dict[str, jax.Array], accumulate: int) -> dict[str, jax.Array]:
+def _micro_batches(batch: Batch, accumulate: int) -> Batch:
     """`[batch, ...]` as `[accumulate, batch / accumulate, ...]`.
 
     Every `accumulate`-th row goes to one micro-batch: then each device cuts up its own rows and none of them moves.
     """
 
-    def cut(x):
+    def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
@@ -46,13 +48,13 @@ def _micro_batches(batch: dict[str, jax.Array], accumulate: int) -> dict[str, ja
     return jax.tree.map(cut, batch)
 
 
-def mean(value, count):
+def mean(value: Any, count: jax.Array) -> jax.Array:
     """The mean of a metric: its sum over `count`, or over the count that comes with it; NaN of nothing."""
     total, count = value if isinstance(value, tuple) else (value, count)
     return total / count
 
 
-def _whole_means(statistics: Statistics, params, batches, accumulate: int) -> dict[str, jax.Array]:
+def _whole_means(statistics: Statistics, params: Any, batches: Batch, accumulate: int) -> dict[str, jax.Array]:
     """Means over all micro-batches, which no gradient goes through."""
     params = jax.lax.stop_gradient(eval_mode(params))
     if accumulate == 1:
@@ -62,7 +64,15 @@ def _whole_means(statistics: Statistics, params, batches, accumulate: int) -> di
     return {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.items()}
 
 
-def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int, statistics: Statistics | None = None):
+def gradients(
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    rng: jax.Array,
+    accumulate: int,
+    statistics: Statistics | None = None,
+) -> tuple[Any, Sums]:
     """Gradient of the summed loss with its sums, over micro-batches.
 
     Returns:
@@ -70,7 +80,7 @@ def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int, statis
       float32.
     """
 
-    def summed(trainable, batch, rng):
+    def summed(trainable: Any, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Sums]:
         total, count, metrics = loss(combine(trainable, frozen), batch, rng)
         return total, (total, count, metrics)
 
@@ -78,15 +88,15 @@ def gradients(loss: Loss, trainable, frozen, batch, rng, accumulate: int, statis
     micro = batch if accumulate == 1 else _micro_batches(batch, accumulate)
     means = _whole_means(statistics, combine(trainable, frozen), micro, accumulate) if statistics else {}
     if accumulate == 1:
-        return grad(trainable, batch | means, rng)
+        return grad(trainable, {**batch, **means}, rng)
     rngs = jax.random.split(rng, accumulate)
-    shapes = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], micro) | means, rng)
+    shapes = jax.eval_shape(grad, trainable, {**jax.tree.map(lambda x: x[0], micro), **means}, rng)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
 
-    def add(sums, xs):
+    def add(sums: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         batch, rng = xs
         return jax.tree.map(
-            lambda total, part: total + part.astype(total.dtype), sums, grad(trainable, batch | means, rng)
+            lambda total, part: total + part.astype(total.dtype), sums, grad(trainable, {**batch, **means}, rng)
         ), None
 
     return jax.lax.scan(add, zeros, (micro, rngs))[0]
@@ -101,7 +111,7 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float = 0.0,
     statistics: Statistics | None = None,
-) -> Callable[[State, Any, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """One update as a pure function `(state, frozen, batch) -> (state, metrics)`.
 
     Args:
@@ -114,7 +124,7 @@ def make_train_step(
       statistics: of the objective, or None.
     """
 
-    def train_step(state: State, frozen, batch):
+    def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state['step'])
         grads, (total, count, sums) = gradients(loss, state['trainable'], frozen, batch, rng, accumulate, statistics)
         scale = 1.0 / jnp.maximum(count, 1.0)
@@ -135,15 +145,15 @@ def make_train_step(
     return train_step
 
 
-def make_statistics(statistics: Statistics) -> Callable[[Any, Any, dict[str, jax.Array]], dict]:
+def make_statistics(statistics: Statistics) -> Callable[[Any, Any, Batch], dict[str, Any]]:
     """An objective's statistics of one evaluated batch `(trainable, frozen, batch) -> {name: (sum, count)}`."""
     return lambda trainable, frozen, batch: statistics(eval_mode(combine(trainable, frozen)), batch)
 
 
-def make_eval_step(loss: Loss) -> Callable[[Any, Any, dict[str, jax.Array]], dict[str, Any]]:
+def make_eval_step(loss: Loss) -> Callable[[Any, Any, Batch], dict[str, Any]]:
     """One evaluated batch as a pure function `(trainable, frozen, batch) -> sums` (`loss`, `count`, metrics)."""
 
-    def eval_step(trainable, frozen, batch):
+    def eval_step(trainable: Any, frozen: Any, batch: Batch) -> dict[str, Any]:
         total, count, sums = loss(eval_mode(combine(trainable, frozen)), batch, None)
         return {'loss': total, 'count': count, **sums}
 

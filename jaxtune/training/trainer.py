@@ -1,113 +1,178 @@
-"""What every task that changes weights has in common: resuming, evaluating, saving, stopping, and the end of a run."""
+"""The one loop of every task that changes weights: update, log, evaluate, save, stop."""
 
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
-
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from jaxtune import report
 from jaxtune.common import console, preemption
 from jaxtune.errors import UserError
-from jaxtune.methods import apply
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
-from jaxtune.parallel.aot import compile_step
-from jaxtune.pretrained.load import Assembly
-from jaxtune.recipe.workdir import stored_signature
-from jaxtune.tasks import export
 from jaxtune.training.checkpoint import Checkpoints
-from jaxtune.training.evaluator import rises
-from jaxtune.training.program import Program, make_program
+from jaxtune.training.logger import TrainLogger
+from jaxtune.training.program import Program
 from jaxtune.training.run_info import RunInfo
 from jaxtune.training.step import State
-from jaxtune.weights import tree
 
 
-class Run:
-    """One run, from its recipe to its exported model.
+class Task(Protocol):
+    """What a run does in a step, and between steps."""
 
-    A task's own run sets what is named here, and has `_loop`.
+    title: str  # of the progress bar
+    evaluation_batches: int  # of an evaluation; 0 = none
+
+    def batches(self, start: int, steps: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
+        """What `update` takes for the steps after `start`."""
+        ...
+
+    def update(self, state: State, batch: Any) -> tuple[State, Mapping[str, Any]]:
+        """One step: the new state and its metrics; the old state is donated.
+
+        Raises:
+          preemption.Interrupted: it was told to stop while the state was still untouched.
+        """
+        ...
+
+    def evaluate(self, state: State, step: int, advance: Callable[[], None]) -> dict[str, float]:
+        """Metrics of held-out data."""
+        ...
+
+    def logger(self, writer: MetricsWriter, bar: console.Bar) -> TrainLogger:
+        """What reads the steps' metrics."""
+        ...
+
+    def begin(self, state: State, writer: MetricsWriter) -> None:
+        """Before the first step of a run."""
+        ...
+
+    def export(self, trainable: Any, step: int) -> None:
+        """After the last step, with the weights to export and the step that they are of."""
+        ...
+
+
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    evaluation: bool
+    checkpoint: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When a run does what.
 
     Attributes:
-      config, workdir, mesh, command: as they are handed in.
-      info: its first and last lines, and where the time goes.
-      parts: model and tokenizer; their parameters belong to the state.
-      program: its update.
-      step: that, compiled; of `accumulate` micro-batches.
-      state: what an update changes; the only owner of the trained weights, for it is donated.
-      frozen: the half of the tree that stays.
       steps: of the whole run.
-      evaluator: has a length, in batches; or None.
-      checkpoints: where the state is saved.
-      start: the step to go on from.
-      memory: what the loop remembers beside the state: the best value so far, evaluations since, why it ended.
+      log_every, eval_every, save_every: steps between; 0 = only at the end.
+      patience: evaluations without a better value before it stops; 0 = never.
+      metric: what "better" means.
+      higher_is_better: whether a higher value of it is.
     """
 
-    config: ConfigDict
-    mesh: Mesh
-    info: RunInfo
-    parts: Assembly
-    program: Program
-    step: Callable
-    accumulate: int
-    state: State
-    frozen: Any
     steps: int
-    evaluator: Any = None
-    start = 0
+    log_every: int
+    eval_every: int
+    save_every: int
+    patience: int
+    metric: str
+    higher_is_better: bool
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path, mesh: Mesh, command, metric: str):
-        self.config, self.workdir, self.mesh, self.command = config, workdir, mesh, command
-        self.metric = metric  # what "better" means
-        self.memory: dict[str, Any] = {'best': None, 'bad_evaluations': 0, 'stopped': False, 'metrics': {}}
+    def due(self, step: int, evaluates: bool) -> Due:
+        """What is to be done after a step, in a run that evaluates or not."""
+        last = step == self.steps
+        every = (self.log_every, self.eval_every if evaluates else 0, self.save_every)
+        log, evaluation, checkpoint = (last or bool(n and step % n == 0) for n in every)
+        return Due(log, evaluation and evaluates, checkpoint)
 
-    def _open_checkpoints(self) -> None:
-        self.checkpoints = Checkpoints(
-            self.workdir / 'checkpoints',
-            self.config.checkpoint.keep,
-            self.metric,
-            rises(self.metric),
-            stored_signature(self.workdir),
-        )
 
-    def _open_program(self, parts: Assembly, updates: int, objective: ModuleType | None = None) -> None:
-        """Makes the state and compiles the update of it.
+@dataclasses.dataclass
+class Best:
+    """What a run remembers of its evaluations.
+
+    Attributes:
+      best: the best value so far.
+      bad_evaluations: evaluations since.
+      stopped: whether the run ended for them.
+      metrics: of the newest evaluation.
+    """
+
+    best: float | None = None
+    bad_evaluations: int = 0
+    stopped: bool = False
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def update(self, metrics: dict[str, float], schedule: Schedule) -> bool:
+        """Takes an evaluation; returns whether it is the best so far.
+
+        Raises:
+          UserError: it has no such metric.
+        """
+        metric = schedule.metric
+        if metric not in metrics:
+            raise UserError(f'eval.metric={metric!r}: expected one of {", ".join(sorted(metrics))}')
+        value = metrics[metric]
+        better = self.best is None or (value > self.best if schedule.higher_is_better else value < self.best)
+        self.best = value if better else self.best
+        self.bad_evaluations = 0 if better else self.bad_evaluations + 1
+        self.stopped = bool(schedule.patience and self.bad_evaluations >= schedule.patience)
+        self.metrics = metrics
+        return better
+
+
+class Trainer:
+    """Runs a task from where its newest checkpoint is to its result.
+
+    Args:
+      task: what it does in a step.
+      schedule: when it does what.
+      program: whose state it owns.
+      state: of the start; nobody else may hold it, for it is donated.
+      checkpoints: where the state is saved.
+      info: what the run is.
+      workdir: of the run.
+      wandb: metrics go to Weights & Biases too.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        schedule: Schedule,
+        program: Program,
+        state: State,
+        checkpoints: Checkpoints,
+        info: RunInfo,
+        workdir: pathlib.Path,
+        wandb: bool = False,
+    ) -> None:
+        self.task, self.schedule, self.program, self.checkpoints = task, schedule, program, checkpoints
+        self.info, self.workdir, self.wandb = info, workdir, wandb
+        self.state: State = state
+        self.start, self.best = 0, Best()
+
+    def run(self, announce: Callable[[], None], conclude: Callable[[int, Mapping[str, Any]], None]) -> dict[str, Any]:
+        """Resumes, trains, exports, reports; returns `result.json`'s content.
 
         Args:
-          parts: with the parameters of the start.
-          updates: of the whole run.
-          objective: what is learnt, where not `config.objective`.
-        """
-        config, mesh = self.config, self.mesh
-        trainable, self.frozen = apply.partition(config, parts.params, parts.whole)
-        self.program = make_program(config, mesh, parts.model, trainable, updates, parts.fresh, objective)
-        self.state = self.program.init_state(trainable)
-        # The state alone owns the trained weights from here on: it is donated to each update.
-        self.parts = dataclasses.replace(parts, params=None)
-        self.info.describe_model(parts.model, parts.params, trainable, self.state['opt_state'])
-        with self.info.timed('compile'):
-            args = (self.state, self.frozen, self.program.batch_shapes())
-            micro_rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
-            self.accumulate, self.step = compile_step(
-                self.program.train_step, args, config.train.accumulate, micro_rows
-            )
+          announce: prints the first lines.
+          conclude: prints the last lines, of the step that was exported and the final metrics.
 
-    def to_the_end(self) -> dict:
-        """Resumes where a checkpoint is, trains, exports, reports; returns `result.json`'s content."""
+        Raises:
+          UserError: the data or the weights are wrong, or the loss is no longer finite.
+          SystemExit: it was told to stop, and has saved a checkpoint.
+        """
         self._resume()
-        self.writer = MetricsWriter(self.workdir, resume_step=self.start or None, wandb=self.config.log.wandb)
-        self.info.announce(self)
+        self.writer = MetricsWriter(self.workdir, resume_step=self.start or None, wandb=self.wandb)
+        announce()
         step = self.start
         if not step:
-            self._begin()
+            self.task.begin(self.state, self.writer)
         try:
             with preemption.deferred():
-                if step < self.steps and not self.memory['stopped']:
-                    step = self._loop()
+                if step < self.schedule.steps and not self.best.stopped:
+                    step = self.fit()
                 self.checkpoints.wait()
                 if preemption.waiting():
                     self._leave(step)
@@ -121,89 +186,74 @@ class Run:
         finally:
             self.writer.close()
             self.info.write(self.workdir)
-        result = self._finish(step)
+        result = self._finish(step, conclude)
         self.checkpoints.close()
         return result
 
-    def _begin(self) -> None:
-        """Before the first step."""
-
-    def _loop(self) -> int:
-        """Trains; returns the last step."""
-        raise NotImplementedError
-
-    def _end(self, trainable: Any, step: int) -> None:
-        """After the last step, with the weights that are exported and the step that they are of."""
-
-    def _measure(self, step: int, advance: Callable[[], None]) -> dict[str, float]:
-        """Metrics of an evaluation."""
-        raise NotImplementedError
-
-    def _model(self, trainable: Any) -> Any:
-        """The parameters to export."""
-        return tree.combine(trainable, self.frozen)
+    def fit(self) -> int:
+        """The loop; returns the last step."""
+        task, schedule, steps = self.task, self.schedule, self.schedule.steps
+        bar_of_steps = console.progress(steps, task.title, 'step', initial=self.start)
+        with task.batches(self.start, steps) as batches, bar_of_steps as bar:
+            logger = task.logger(self.writer, bar)
+            for step in range(self.start + 1, steps + 1):
+                with self.info.timed('data'):
+                    batch = next(batches)
+                try:
+                    self.state, metrics = task.update(self.state, batch)
+                except preemption.Interrupted:
+                    self._leave_inside(step - 1)
+                logger.add(step, metrics)
+                due, stop = schedule.due(step, bool(task.evaluation_batches)), preemption.received(step)
+                if any(due) or stop:
+                    logger.flush()
+                if due.log:
+                    logger.write(step)
+                improved, scores = self._evaluate(step) if due.evaluation else (False, {})
+                ended = step == steps or self.best.stopped
+                saves = due.checkpoint or stop or ended or improved or (due.evaluation and not schedule.save_every)
+                if saves:
+                    self._save(step, scores)
+                if stop and not ended:
+                    self._leave(step)
+                if due.evaluation or saves:
+                    logger.restart()
+                if ended:
+                    return step
+        return steps
 
     def _resume(self) -> None:
         if self.checkpoints.newest() is None:
             return
-        self.state = None  # frees its memory for the one that is read
+        self.state = {}  # frees its memory for the one that is read
         with self.info.timed('checkpoint'):
-            found = self.checkpoints.restore_newest(self.program.shapes, self.program.placed)
-        self.start, self.state, self.memory = found
-        if self.start < self.steps and not self.memory['stopped']:
-            console.note(f'continuing from checkpoint {self.start} of {self.steps}')
-
-    def _due(self, step: int) -> dict[str, bool]:
-        """What is to be done after a step: `log`, `eval`, `save`."""
-        config = self.config
-        every = {'log': config.log.every, 'save': config.checkpoint.every}
-        every['eval'] = config.eval.every if self.evaluator else 0
-        last = step == self.steps
-        return {name: last or bool(n and step % n == 0) for name, n in every.items()}
-
-    def _settle(self, step: int, due: dict[str, bool], stop: bool) -> tuple[bool, bool]:
-        """Evaluates and saves after a step, and leaves if it is to stop.
-
-        Returns:
-          `(ended, paused)`: whether this was the last step, and whether it took time that was no training.
-        """
-        improved, scores = False, {}
-        if evaluates := due['eval'] and bool(self.evaluator):
-            improved, scores = self._evaluate(step)
-        ended = step == self.steps or self.memory['stopped']
-        saves = due['save'] or stop or ended or improved or (due['eval'] and not self.config.checkpoint.every)
-        if saves:
-            if not self.workdir.is_dir():
-                raise FileNotFoundError(self.workdir)  # Orbax would make it anew
-            with self.info.timed('checkpoint'):
-                self.checkpoints.save(step, self.state, self.memory, scores)
-        if stop and not ended:
-            self._leave(step)
-        return ended, evaluates or saves
+            restored = self.checkpoints.restore_newest(self.program.shapes, self.program.placed)
+        assert restored is not None  # there is a newest one
+        self.start, self.state, best = restored
+        self.best = Best(**best)
+        if self.start < self.schedule.steps and not self.best.stopped:
+            console.note(f'continuing from checkpoint {self.start} of {self.schedule.steps}')
 
     def _evaluate(self, step: int) -> tuple[bool, dict[str, float]]:
         """Evaluates and writes the metrics; returns whether they are the best so far, and them."""
-        config = self.config
-        with self.info.timed('eval'), console.progress(len(self.evaluator), 'evaluate', 'batch') as bar:
-            metrics = self._measure(step, bar.advance)
-        if self.metric not in metrics:
-            raise UserError(f'eval.metric={self.metric!r}: expected one of {", ".join(sorted(metrics))}')
-        value, memory = metrics[self.metric], self.memory
-        best = memory['best']
-        better = best is None or (value > best if rises(self.metric) else value < best)
-        memory['best'] = value if better else best
-        memory['bad_evaluations'] = 0 if better else memory['bad_evaluations'] + 1
-        memory['stopped'] = bool(config.eval.patience and memory['bad_evaluations'] >= config.eval.patience)
-        memory['metrics'] = metrics
+        with self.info.timed('eval'), console.progress(self.task.evaluation_batches, 'evaluate', 'batch') as bar:
+            metrics = self.task.evaluate(self.state, step, bar.advance)
+        better = self.best.update(metrics, self.schedule)
         self.writer.write(step, metrics)
-        if memory['stopped']:
+        if self.best.stopped:
             console.note(
-                f'stopping at update {step}: {memory["bad_evaluations"]} evaluations without a better '
-                f'{self.metric} than {memory["best"]:.4f}'
+                f'stopping at update {step}: {self.best.bad_evaluations} evaluations without a better '
+                f'{self.schedule.metric} than {self.best.best:.4f}'
             )
         return better, metrics
 
-    def _leave(self, step: int) -> None:
+    def _save(self, step: int, scores: dict[str, float]) -> None:
+        if not self.workdir.is_dir():
+            raise FileNotFoundError(self.workdir)  # Orbax would make it anew
+        with self.info.timed('checkpoint'):
+            self.checkpoints.save(step, self.state, dataclasses.asdict(self.best), scores)
+
+    def _leave(self, step: int) -> NoReturn:
         """Ends the program after a step whose state is saved, or is being saved."""
         self.checkpoints.wait()
         saved = 'checkpoint saved, the same command continues' if step else 'the same command begins anew'
@@ -212,27 +262,24 @@ class Run:
         report.write_report(self.workdir)
         preemption.leave()
 
-    def _leave_inside(self, step: int) -> None:
+    def _leave_inside(self, step: int) -> NoReturn:
         """Ends the program in the middle of the step after this one, whose state is untouched."""
         if step and self.checkpoints.newest() != step:
-            self.checkpoints.save(step, self.state, self.memory, {})
+            self.checkpoints.save(step, self.state, dataclasses.asdict(self.best), {})
         self._leave(step)
 
-    def _finish(self, step: int) -> dict:
+    def _finish(self, step: int, conclude: Callable[[int, Mapping[str, Any]], None]) -> dict[str, Any]:
         """Exports the model and writes the result and the report."""
-        config, task = self.config, self.config.task
         exported, trainable = step, self.state['trainable']
-        best = self.checkpoints.best() if self.evaluator else None
-        if config.eval.patience and best is not None and best != step:
+        best = self.checkpoints.best() if self.task.evaluation_batches else None
+        if self.schedule.patience and best is not None and best != step:
             state, _ = self.checkpoints.restore(best, self.program.shapes, self.program.placed)
             exported, trainable = best, state['trainable']
-        self._end(trainable, exported)
-        with self.info.timed('export'):
-            export.save_tuned(self.workdir, config, self.parts, self._model(trainable))
-        metrics = {**self.writer.latest(), **self.memory['metrics'], 'memory/peak_bytes': peak_memory_bytes()}
+        self.task.export(trainable, exported)
+        metrics = {**self.writer.latest(), **self.best.metrics, 'memory/peak_bytes': peak_memory_bytes()}
         if not console.is_primary():
-            return {'task': task, 'status': 'done', 'step': step, 'metrics': metrics}
+            return {'task': self.info.task, 'status': 'done', 'step': step, 'metrics': metrics}
         self.info.write(self.workdir)
-        result = report.finish(self.workdir, task, step, metrics)
-        self.info.close(self, exported, metrics)
+        result = report.finish(self.workdir, self.info.task, step, metrics)
+        conclude(exported, metrics)
         return result

@@ -1,7 +1,19 @@
 """Leaves of the parameter tree and the one product that accepts any of them."""
 
-from jaxtune.weights.leaf import Weight, dot, eval_mode, expand, is_weight, lookup, materialise
+from jaxtune.weights.leaf import Weight, dot, eval_mode, expand, is_weight, lookup, materialise, merge_weights
 from jaxtune.weights.lora import LoRA
 from jaxtune.weights.nf4 import NF4, Codec
 
-__all__ = ['NF4', 'Codec', 'LoRA', 'Weight', 'dot', 'eval_mode', 'expand', 'is_weight', 'lookup', 'materialise']
+__all__ = [
+    'NF4',
+    'Codec',
+    'LoRA',
+    'Weight',
+    'dot',
+    'eval_mode',
+    'expand',
+    'is_weight',
+    'lookup',
+    'materialise',
+    'merge_weights',
+]

@@ -56,6 +56,11 @@ class Weight:
         """How its arrays lie on a mesh, where a plain kernel would lie as `spec`: the same leaf of `PartitionSpec`s."""
         raise NotImplementedError
 
+    @property
+    def original(self) -> 'jax.Array | Weight':
+        """The weight that a method has wrapped, without what it added."""
+        return self
+
     def expand(self) -> 'Weight':
         """The leaf with all its arrays stacked over all layers, as a scan needs it."""
         return self
@@ -161,3 +166,14 @@ def expand(tree: Any) -> Any:
 def eval_mode(tree: Any) -> Any:
     """A tree without what only training does, such as dropout."""
     return jax.tree.map(lambda leaf: leaf.eval_mode() if is_weight(leaf) else leaf, tree, is_leaf=is_weight)
+
+
+def merge_weights(tree: Any) -> Any:
+    """A tree with plain arrays for its typed leaves, updates added.
+
+    From NF4, that is the dequantised weights that the update was trained against.
+    """
+    return jax.tree.map(lambda leaf: _materialised(leaf) if is_weight(leaf) else leaf, tree, is_leaf=is_weight)
+
+
+_materialised = jax.jit(materialise)

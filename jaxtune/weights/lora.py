@@ -70,6 +70,11 @@ class LoRA(Weight):
         """Number of parameters among its arrays that are there."""
         return sum(leaf.size for leaf in (self.base, self.a, self.b, self.magnitude) if leaf is not None)
 
+    @property
+    def original(self) -> jax.Array | Weight:
+        """The base."""
+        return self.base
+
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """`[..., in] -> [..., out]` in the dtype of `x`."""
         drops = self.dropout and rng is not None

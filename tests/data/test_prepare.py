@@ -6,6 +6,7 @@ from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.documents import open_documents
 from jaxtune.data.prepare import streaming
+from jaxtune.data.spec import DataSpec
 from jaxtune.errors import UserError
 from jaxtune.recipe import workdir as workdirs
 from jaxtune.recipe.flags import Command
@@ -44,7 +45,7 @@ def test_what_is_made(corpus, prepared, recipe, tmp_path, capsys):
     tokenizer = tokenizers.load(str(tmp_path / 'a' / 'tokenizer'))
     sides = {}
     for split in ('train', 'eval'):
-        tokens = open_tokens(str(tmp_path / 'a'), split, tokenizer, recipe({}), tmp_path / 'cache')
+        tokens = open_tokens(DataSpec(f'{tmp_path}/a', f'{tmp_path}/a'), split, tokenizer, tmp_path / 'cache')
         documents = [tokens.document(i).tolist() for i in range(tokens.documents)]
         assert all(ids[-1] == tokenizer.eos_token_id for ids in documents)
         sides[split] = [tokenizer.decode(ids[:-1]) for ids in documents]

@@ -6,6 +6,7 @@ import pytest
 
 from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.spec import DataSpec
 from jaxtune.data.tokens import Tokens, TokenWriter
 from jaxtune.errors import UserError
 
@@ -89,7 +90,7 @@ def test_damage_is_noticed(tmp_path):
         Tokens.open(tmp_path / 'a')
 
 
-def test_documents_are_tokenised_once(tmp_path, recipe, monkeypatch):
+def test_documents_are_tokenised_once(tmp_path, monkeypatch):
     file, cache = tmp_path / 'a.txt', tmp_path / 'cache'
     file.write_text('some text')
     calls = []
@@ -97,8 +98,7 @@ def test_documents_are_tokenised_once(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(tokenizers, 'encode_batch', lambda *arguments: calls.append(1) or real(*arguments))
 
     def opened(split='train', **changes):
-        config = recipe({f'data.{name}': value for name, value in changes.items()})
-        return open_tokens(str(file), split, BYTES, config, cache)
+        return open_tokens(DataSpec(str(file), str(file), **changes), split, BYTES, cache)
 
     assert opened().tokens.tolist() == [*b'some text', 257]
     assert opened().tokens.tolist() == [*b'some text', 257]
@@ -112,30 +112,30 @@ def test_documents_are_tokenised_once(tmp_path, recipe, monkeypatch):
     assert len(calls) == 4
 
 
-def test_broken_data_leaves_no_cache(tmp_path, recipe):
+def test_broken_data_leaves_no_cache(tmp_path):
     file, cache = tmp_path / 'a.jsonl', tmp_path / 'cache'
     file.write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=r'a\.jsonl:2: expected one JSON object'):
-        open_tokens(str(file), 'train', BYTES, recipe({}), cache)
+        open_tokens(DataSpec(str(file), str(file)), 'train', BYTES, cache)
     assert not cache.exists() or not list(cache.iterdir())
     file.write_text('')
     with pytest.raises(UserError, match=r'data\.eval=.*: the data is empty'):
-        open_tokens(str(file), 'eval', BYTES, recipe({}), cache)
+        open_tokens(DataSpec(str(file), str(file)), 'eval', BYTES, cache)
 
 
-def test_a_prepared_folder_must_fit(tmp_path, recipe):
+def test_a_prepared_folder_must_fit(tmp_path):
     write(tmp_path / 'train', ['a'])
     path, cache = str(tmp_path), tmp_path / 'cache'
-    assert open_tokens(path, 'train', BYTES, recipe({}), cache).tokens.tolist() == [97, 257]
+    assert open_tokens(DataSpec(path, path), 'train', BYTES, cache).tokens.tolist() == [97, 257]
     assert not cache.exists()
     other = tokenizers.train_bpe(['some text'], 300)
     with pytest.raises(UserError, match=r'data\.train=.*another tokenizer.*tokenizer\.path'):
-        open_tokens(path, 'train', other, recipe({}), cache)
+        open_tokens(DataSpec(path, path), 'train', other, cache)
     with pytest.raises(UserError, match=r'append_eos=True; expected the same here, not False'):
-        open_tokens(path, 'train', BYTES, recipe({'data.append_eos': False}), cache)
+        open_tokens(DataSpec(path, path, append_eos=False), 'train', BYTES, cache)
     with pytest.raises(UserError, match=r'data\.eval=.*no eval/'):
-        open_tokens(path, 'eval', BYTES, recipe({}), cache)
+        open_tokens(DataSpec(path, path), 'eval', BYTES, cache)
     (tmp_path / 'unfinished').mkdir()
     (tmp_path / 'unfinished' / 'config.json').write_text(json.dumps({'task': 'prepare'}))
     with pytest.raises(UserError, match='has not finished'):
-        open_tokens(str(tmp_path / 'unfinished'), 'train', BYTES, recipe({}), cache)
+        open_tokens(DataSpec(str(tmp_path / 'unfinished'), str(tmp_path / 'unfinished')), 'train', BYTES, cache)

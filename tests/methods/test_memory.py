@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_methods import Objective, batch_of, build, one_device, settings, tuned
+from test_methods import TARGETS, batch_of, build, one_device, settings, tuned
 
-from jaxtune import models, objectives
+from jaxtune import models
 from jaxtune.methods import apply
 from jaxtune.optim.adam8bit import encode, wide
 from jaxtune.parallel import place
+from jaxtune.tasks import specs
 from jaxtune.training.program import make_program
 from jaxtune.weights import tree
 
@@ -19,16 +20,12 @@ from jaxtune.weights import tree
 FAST_CODE = {'xla_backend_optimization_level': 1}
 
 
-@pytest.fixture(autouse=True)
-def any_objective(monkeypatch):
-    monkeypatch.setattr(objectives, 'get', lambda name: Objective)
-
-
 def program_of(config, model, params):
     mesh = one_device()
     _, params = tuned(config, model, params, mesh)
-    trainable, frozen = apply.partition(config, params, frozenset())
-    return make_program(config, mesh, model, trainable, 300), trainable, frozen
+    trainable, frozen = apply.partition(specs.method(config).method, params, frozenset())
+    keys = {'optimizer': config.optimizer, 'batch_size': config.train.batch_size, 'method': specs.method(config)}
+    return make_program(mesh, model, trainable, TARGETS, steps=300, **keys), trainable, frozen
 
 
 def test_eight_bit_state_follows_adamw_at_a_quarter_of_the_bytes():

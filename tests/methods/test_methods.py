@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import methods, models, objectives
+from jaxtune import models
+from jaxtune.errors import UserError
 from jaxtune.methods import apply as tuning
-from jaxtune.methods import targets
+from jaxtune.methods import lora, targets
 from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.parallel import make_mesh, match_rules, place, shardings
 from jaxtune.recipe import recipes
+from jaxtune.tasks import specs
 from jaxtune.tasks.export import merged
 from jaxtune.training.program import make_program
 from jaxtune.weights import eval_mode, is_weight, tree
@@ -69,10 +71,11 @@ def one_device():
 
 def tuned(config, model, params, mesh):
     """`(stored, tuned)`: the model as the method stores it, and with what it adds."""
-    codecs = tuning.codecs(config, model)
+    method = specs.method(config)
+    codecs = tuning.codecs(method, model)
     stored = jax.jit(lambda params: tuning.encoded(params, codecs))(params)
     stored = jax.device_put(stored, shardings(match_rules(stored, mesh), mesh))
-    return stored, tuning.attach(lambda params: tuning.begin(config, model, params, frozenset()), stored, mesh)
+    return stored, tuning.attach(lambda params: tuning.begin(method, model, params, frozenset()), stored, mesh)
 
 
 def batch_of(kind):
@@ -83,15 +86,23 @@ def batch_of(kind):
     return {name: value.astype(np.int32) for name, value in batch.items()}
 
 
-class Objective:
-    """Any targets for any kind of model."""
+class Targets:
+    """Any targets for any kind of model: something to learn."""
 
-    @staticmethod
-    def loss(config, model, params, batch, rng):
+    def batch_spec(self):
+        return {'tokens': jax.ShapeDtypeStruct((16,), np.int32)}
+
+    def statistics(self, model):
+        return None
+
+    def loss(self, model, params, batch, rng):
         outputs = model.apply(params, {k: v for k, v in batch.items() if k != 'targets'}, rng=rng)
         weights = jnp.ones(batch['targets'].shape, jnp.float32)
         nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], weights)
         return nll, weights.sum(), {'accuracy': correct}
+
+
+TARGETS = Targets()
 
 
 def outputs(model, params, kind):
@@ -99,8 +110,13 @@ def outputs(model, params, kind):
     return np.asarray(jax.jit(lambda params: model.logits(params, model.apply(params, inputs).hidden))(params))
 
 
+def program_of(config, mesh, model, trainable, steps):
+    keys = {'optimizer': config.optimizer, 'batch_size': 8, 'method': specs.method(config)}
+    return make_program(mesh, model, trainable, TARGETS, steps=steps, **keys)
+
+
 def moved(config, params):
-    trainable, frozen = tuning.partition(config, params, frozenset())
+    trainable, frozen = tuning.partition(specs.method(config).method, params, frozenset())
     keys = iter(jax.random.split(jax.random.key(3), 200))
     return tree.combine(jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), trainable), frozen)
 
@@ -120,12 +136,12 @@ def test_begins_at_the_model_and_merges_into_the_same_function(kind, name):
     params = moved(config, params)
     found = outputs(model, params, kind)
     assert np.abs(found - reference).max() > 1e-3
-    if getattr(methods.get(config.method.name), 'MERGES', True):
+    if specs.method(config).method.merges:
         plain = merged(params, '')
         assert not any(is_weight(leaf) for leaf in jax.tree.leaves(plain, is_leaf=is_weight))
         np.testing.assert_allclose(outputs(model, plain, kind), found, rtol=1e-5, atol=1e-5 * np.abs(found).max())
     else:
-        with pytest.raises(methods.UserError, match='cannot be merged'):
+        with pytest.raises(UserError, match='cannot be merged'):
             merged(params, 'model.path=x')
 
 
@@ -139,17 +155,16 @@ def test_begins_at_the_model_and_merges_into_the_same_function(kind, name):
         for name in VARIANTS
     ],
 )
-def test_trains_its_own_leaves_alike_on_any_mesh(kind, name, monkeypatch):
-    monkeypatch.setattr(objectives, 'get', lambda name: Objective)
+def test_trains_its_own_leaves_alike_on_any_mesh(kind, name):
     config, (model, params) = settings(**VARIANTS[name]), build(kind)
     losses = {}
     eight = make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2, 'sequence': 1})
     for mesh in (one_device(), eight):
         with jax.set_mesh(mesh):
             stored, whole = tuned(config, model, params, mesh)
-            trainable, frozen = tuning.partition(config, whole, frozenset())
+            trainable, frozen = tuning.partition(specs.method(config).method, whole, frozenset())
             before = jax.tree.map(np.asarray, (trainable, frozen, stored))
-            program = make_program(config, mesh, model, trainable, 10)
+            program = program_of(config, mesh, model, trainable, 10)
             state, step = program.init_state(trainable), program.train_step(1)
             batch = place(lambda low, high: {k: v[low:high] for k, v in batch_of(kind).items()}, 8, mesh)
             found = []
@@ -166,16 +181,15 @@ def test_trains_its_own_leaves_alike_on_any_mesh(kind, name, monkeypatch):
             jax.tree.leaves(before[0]),
             strict=True,
         ):
-            assert methods.get(config.method.name).trains(path)
+            assert specs.method(config).method.trains(path)
             assert np.any(np.asarray(now) != then), path
         assert found[-1] < found[0]
     np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['qlora', pytest.param('lora', marks=pytest.mark.exhaustive)])
-def test_wide_factors_train_alike_on_a_mesh_of_one_dividing_axis(name, monkeypatch):
+def test_wide_factors_train_alike_on_a_mesh_of_one_dividing_axis(name):
     """Factors of 2^20 numbers, which their rules' own axes leave whole where the mesh has only the other."""
-    monkeypatch.setattr(objectives, 'get', lambda name: Objective)
     fields = KINDS['decoder'] | {'hidden_size': 64, 'intermediate_size': 8192, 'num_key_value_heads': 4}
     model = models.build(models.read_config(fields))
     params = jax.jit(model.init)(jax.random.key(0))
@@ -188,12 +202,12 @@ def test_wide_factors_train_alike_on_a_mesh_of_one_dividing_axis(name, monkeypat
             mesh = make_mesh(sizes, jax.devices()[:4])
         with jax.set_mesh(mesh):
             _, whole = tuned(config, model, params, mesh)
-            trainable, frozen = tuning.partition(config, whole, frozenset())
+            trainable, frozen = tuning.partition(specs.method(config).method, whole, frozenset())
             mlp = trainable['layers']['mlp']
             factors = mlp['down_proj']['kernel'].a, mlp['up_proj']['kernel'].b
             assert [factor.size for factor in factors] == [2**20, 2**20]
             assert not axis or not any(factor.sharding.is_fully_replicated for factor in factors)
-            program = make_program(config, mesh, model, trainable, 3)
+            program = program_of(config, mesh, model, trainable, 3)
             state, step = program.init_state(trainable), program.train_step(1)
             batch = place(lambda low, high: {k: v[low:high] for k, v in batch_of('decoder').items()}, 8, mesh)
             losses[axis] = []
@@ -267,8 +281,8 @@ def test_more_than_all_linear(given):
 )
 def test_impossible_settings_are_one_line(changes, words):
     config, (model, params) = settings(**changes), build('decoder')
-    with pytest.raises(methods.UserError) as caught:
-        methods.get('lora').init(params, model, config.method, jax.random.key(0))
+    with pytest.raises(UserError) as caught:
+        lora.METHOD.init(params, model, config.method, jax.random.key(0))
     assert '\n' not in str(caught.value)
     for word in words:
         assert word in str(caught.value)

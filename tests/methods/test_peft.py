@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import models, objectives
-from jaxtune.methods import apply, lora, peft
+from jaxtune import models
+from jaxtune.methods import apply, lora, lora_peft, peft, prompt
 from jaxtune.models import hf
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import make_mesh, match_rules, shardings
+from jaxtune.pretrained.save import merged
 from jaxtune.recipe import recipes
-from jaxtune.tasks.export import merged
+from jaxtune.tasks import specs
 from jaxtune.training.step import init_state, make_train_step
 from jaxtune.weights import LoRA, tree
 
@@ -46,7 +47,7 @@ def base(folder, method='lora'):
     config = recipes.defaults()
     recipes.apply_overrides(config, {'method.name': method})
     model = models.build(models.read_config(str(folder)))
-    codecs = apply.codecs(config, model)
+    codecs = apply.codecs(specs.method(config), model)
     shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), model.shapes)
     placed = shardings(match_rules(shapes, mesh()), mesh())
     return config, model, hf.load(folder, model, placed, codecs=codecs)[0]
@@ -67,10 +68,10 @@ def train(config, model, params):
         config, {'optimizer.lr': LR, 'optimizer.schedule': 'constant', 'optimizer.weight_decay': 0.0}
     )
     optimizer = make_optimizer(config.optimizer, STEPS)
-    trainable, frozen = apply.partition(config, params, frozenset())
-    objective = objectives.get('causal_lm')
+    trainable, frozen = apply.partition(specs.method(config).method, params, frozenset())
+    objective = specs.objective(config)
     step = make_train_step(
-        lambda params, batch, rng: objective.loss(config, model, params, batch, rng),
+        lambda params, batch, rng: objective.loss(model, params, batch, rng),
         optimizer, schedule(config.optimizer, STEPS), seed=0,
     )  # fmt: skip
     batch = {
@@ -132,7 +133,7 @@ def test_lora_goes_there_and_back_and_trains_alike(variant, llama, tmp_path):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
     recipes.apply_overrides(config, {'method.rslora': settings.get('use_rslora', False)})
-    peft.save_lora(tmp_path / 'ours', params, model, config.method, str(llama))
+    lora_peft.save(tmp_path / 'ours', params, model, config.method, str(llama))
     again = theirs.PeftModel.from_pretrained(torch_base(llama), tmp_path / 'ours')
     ours = logits(model, params)
     np.testing.assert_allclose(torch_logits(again), ours, rtol=1e-4, atol=1e-4)
@@ -143,12 +144,12 @@ def test_lora_goes_there_and_back_and_trains_alike(variant, llama, tmp_path):
 def test_lora_made_here_loads_there(changes, llama, tmp_path):
     config, model, params = base(llama)
     recipes.apply_overrides(config, {'method.rank': 3, **changes})
-    params = apply.attach(lambda params: apply.begin(config, model, params, frozenset()), params, mesh())
+    params = apply.attach(lambda params: apply.begin(specs.method(config), model, params, frozenset()), params, mesh())
     key = iter(jax.random.split(jax.random.key(0), 99))
-    trainable, frozen = apply.partition(config, params, frozenset())
+    trainable, frozen = apply.partition(specs.method(config).method, params, frozenset())
     moved = jax.tree.map(lambda leaf: leaf + 0.02 * jax.random.normal(next(key), leaf.shape), trainable)
     params = tree.combine(moved, frozen)
-    peft.save_lora(tmp_path / 'ours', params, model, config.method, str(llama))
+    lora_peft.save(tmp_path / 'ours', params, model, config.method, str(llama))
     there = torch_logits(theirs.PeftModel.from_pretrained(torch_base(llama), tmp_path / 'ours'))
     np.testing.assert_allclose(there, logits(model, params), rtol=1e-4, atol=1e-4)
 
@@ -187,7 +188,7 @@ def test_loftq_makes_up_for_quantisation(llama):
     config, model, params = base(llama, 'qlora')
     exact = logits(model, hf.load(llama, model)[0])
     recipes.apply_overrides(config, {'method.rank': 16, 'method.init': 'loftq', 'method.layers': '0:2'})
-    tuned = apply.attach(lambda params: apply.begin(config, model, params, frozenset()), params, mesh())
+    tuned = apply.attach(lambda params: apply.begin(specs.method(config), model, params, frozenset()), params, mesh())
     plain = np.abs(logits(model, tuned) - exact).mean()
     made_up = np.abs(logits(model, lora.make_up(tuned, hf.kernels(llama, model))) - exact).mean()
     assert made_up < 0.9 * plain
@@ -207,7 +208,7 @@ def test_prompts_go_there_and_back_and_train_alike(kind, before, llama, tmp_path
     np.testing.assert_allclose(logits(model, params), torch_logits(model_theirs)[:, before:], rtol=1e-4, atol=1e-4)
     losses, params = train(config, model, params)
     np.testing.assert_allclose(losses, train_theirs(model_theirs), rtol=1e-4)
-    peft.save_prompt(tmp_path / 'ours', params, model, config.method, str(llama))
+    prompt.save(tmp_path / 'ours', params, model, config.method, str(llama))
     again = theirs.PeftModel.from_pretrained(torch_base(llama), tmp_path / 'ours')
     np.testing.assert_allclose(torch_logits(again)[:, before:], logits(model, params), rtol=1e-4, atol=1e-4)
 
@@ -219,7 +220,7 @@ def test_prefixes_that_peft_does_not_have_come_back(kind, tmp_path):
     config = settings(**{'method.name': 'prompt', 'method.prefix': True, 'method.virtual_tokens': 3})
     model, params = build(kind)
     _, prefixed = tuned(config, model, params, one_device())
-    peft.save_prompt(tmp_path / 'ours', prefixed, model, config.method, 'base')
+    prompt.save(tmp_path / 'ours', prefixed, model, config.method, 'base')
     again = read(tmp_path / 'ours', model, params)
     np.testing.assert_array_equal(outputs(model, again, kind), outputs(model, prefixed, kind))
 

@@ -6,15 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import methods
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
-from jaxtune.methods import peft
+from jaxtune.methods import lora, lora_peft, peft
 from jaxtune.models import hf
 from jaxtune.parallel import AXES, make_mesh
-from jaxtune.pretrained import load
+from jaxtune.pretrained import load, save
 from jaxtune.recipe import recipes
-from jaxtune.tasks import export
+from jaxtune.tasks import specs
 from jaxtune.weights import LoRA, tree
 
 torch = pytest.importorskip('torch')
@@ -84,7 +83,7 @@ def opened(folder, kind, adapter='', **changes):
     keys = {'task': 'evaluate', 'model.path': str(folder), 'method.path': str(adapter), 'objective': objective}
     keys |= {'data.seq_len': 16, **{name.replace('__', '.'): value for name, value in changes.items()}}
     recipes.apply_overrides(config, keys)
-    return config, load.assemble(config, mesh())
+    return config, load.load_model(specs.model_spec(config), mesh())
 
 
 def batch(kind):
@@ -152,13 +151,13 @@ def test_an_adapter_of_peft_changes_what_it_changes_there(kind, way, bases, tmp_
     _, parts = opened(bases(kind), kind, tmp_path / 'theirs')
     assert_same(logits(parts.model, parts.params, kind), expected)
     assert (parts.model.tie is None) == (kind != 'llama' or 'tied' not in way)
-    export.save(tmp_path / 'out', parts.model, export.merged(parts.params, ''), parts.tokenizer, parts.folder)
+    save.save(tmp_path / 'out', parts.model, save.merged(parts.params, ''), parts.tokenizer, parts.folder)
     assert_same(torch_logits(torch_base(tmp_path / 'out', kind), kind), expected)
     # What it brings along whole is trained further, and goes out with it.
     assert bool(parts.brought) == ('whole' in way)
     again = tmp_path / 'again'
-    whole = sorted(parts.whole & set(parts.model.tensors))
-    peft.save_lora(again, parts.params, parts.model, recipes.defaults().method, str(bases(kind)), whole)
+    whole = sorted(parts.trained_whole & set(parts.model.tensors))
+    lora_peft.save(again, parts.params, parts.model, recipes.defaults().method, str(bases(kind)), whole)
     assert_same(
         torch_logits(theirs.PeftModel.from_pretrained(torch_base(bases(kind), kind), again).eval(), kind), expected
     )
@@ -169,20 +168,20 @@ def test_a_table_trained_here_is_one_weight_everywhere(kind, bases, tmp_path):
     _, table, _, other, _ = KINDS[kind]
     target = 'shared' if kind == 't5' else last(table)
     config, parts = opened(bases(kind), kind, method__rank=2, method__targets=f'{other},{target}')
-    params = methods.get('lora').init(parts.params, parts.model, config.method, jax.random.key(0))
-    trainable, frozen = tree.partition(params, methods.get('lora').trains)
+    params = lora.METHOD.init(parts.params, parts.model, config.method, jax.random.key(0))
+    trainable, frozen = tree.partition(params, lora.METHOD.trains)
     keys = iter(jax.random.split(jax.random.key(1), 99))
     params = tree.combine(jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), trainable), frozen)
     assert isinstance(params['shared' if kind == 't5' else 'embed_tokens']['embedding'], LoRA)
     ours = logits(parts.model, params, kind)
 
-    peft.save_lora(tmp_path / 'ours', params, parts.model, config.method, str(bases(kind)))
+    lora_peft.save(tmp_path / 'ours', params, parts.model, config.method, str(bases(kind)))
     there = theirs.PeftModel.from_pretrained(torch_base(bases(kind), kind), tmp_path / 'ours').eval()
     assert_same(torch_logits(there, kind), ours)
     _, again = opened(bases(kind), kind, tmp_path / 'ours')
     assert again.model.tie is not None
     assert_same(logits(again.model, again.params, kind), ours)
-    export.save(tmp_path / 'out', parts.model, export.merged(params, ''), parts.tokenizer, parts.folder)
+    save.save(tmp_path / 'out', parts.model, save.merged(params, ''), parts.tokenizer, parts.folder)
     assert_same(torch_logits(torch_base(tmp_path / 'out', kind), kind), ours)
 
 
@@ -207,7 +206,7 @@ def test_a_head_of_the_folder_is_believed_and_a_missing_one_is_no_random_one(kin
         expected = torch_logits(torch_base(tmp_path, kind), kind)
         assert_same(logits(parts.model, parts.params, kind), expected)
         assert (parts.model.tie is None) == own_head
-        export.save(tmp_path / 'out', parts.model, parts.params, parts.tokenizer, parts.folder)
+        save.save(tmp_path / 'out', parts.model, parts.params, parts.tokenizer, parts.folder)
         assert_same(torch_logits(torch_base(tmp_path / 'out', kind), kind), expected)
         return parts
 
@@ -227,7 +226,7 @@ def test_a_head_of_the_folder_is_believed_and_a_missing_one_is_no_random_one(kin
         with pytest.raises(UserError, match=rf'holds no .*{head}.*expected'):
             opened(tmp_path, kind, task=task)
     _, parts = opened(tmp_path, kind, task='train')
-    assert parts.fresh
+    assert parts.newly_initialized
 
 
 def test_what_pissa_and_olora_took_off_the_base_is_taken_off_again(bases, tmp_path):

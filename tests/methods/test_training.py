@@ -15,7 +15,7 @@ from runs import SENTENCE, full_config, metrics, recipe, train
 from jaxtune.errors import UserError
 from jaxtune.models.safetensors import read_header
 from jaxtune.recipe.flags import Command
-from jaxtune.tasks import evaluate, export, generate
+from jaxtune.tasks import evaluate, export, generate, specs
 
 METHODS = {
     'lora': {'method.rank': 4, 'method.dropout': 0.1, 'method.lr_ratio': 4.0},
@@ -125,10 +125,10 @@ def test_a_prompt_is_there_when_it_writes(trained, corpus, tmp_path):
     import jax.numpy as jnp
 
     from jaxtune.parallel import make_mesh
-    from jaxtune.pretrained.load import assemble
+    from jaxtune.pretrained.load import load_model
 
     config = full_config({'task': 'generate', **keys})
-    parts = assemble(config, make_mesh(config.mesh))
+    parts = load_model(specs.model_spec(config), make_mesh(config.mesh))
     for line in lines:
         ids = list(parts.tokenizer(line['prompt']).input_ids)
         for _ in range(6):

@@ -120,7 +120,8 @@ def make_info(**keys):
     config = recipes.defaults()
     recipes.apply_overrides(config, {name.replace('__', '.'): value for name, value in keys.items()})
     argv = ('/x/jaxtune/main.py', '--config', 'configs/a b.py', '--config.train.steps=3')
-    return RunInfo(SimpleNamespace(argv=argv, recipe='configs/a b.py'), config)
+    tokens = config.train.batch_size * config.data.seq_len
+    return RunInfo(config.task, argv, 'configs/a b.py', tokens_per_step=tokens)
 
 
 def test_time_inside_a_phase_counts_once():
@@ -136,9 +137,9 @@ def test_time_inside_a_phase_counts_once():
         time.sleep(0.01)
         raise ValueError('time before an error counts too')
     wall = time.perf_counter() - start
-    assert sum(info.phases.values()) == pytest.approx(wall, abs=0.003)
-    assert 0.03 <= info.phases['eval'] < 0.05 <= info.phases['data']
-    assert info.phases['step'] >= 0.01
+    assert sum(info.timer.phases.values()) == pytest.approx(wall, abs=0.003)
+    assert 0.03 <= info.timer.phases['eval'] < 0.05 <= info.timer.phases['data']
+    assert info.timer.phases['step'] >= 0.01
 
 
 class FakeModel:
@@ -154,6 +155,7 @@ class FakeModel:
 def test_speed_and_mfu(monkeypatch):
     info = make_info(train__batch_size=4, data__seq_len=32)
     params = {'a': np.zeros((3, 5), np.float32), 'b': np.zeros(2, np.float32)}
+    info.flops_per_token = 1000.0 * 32
     info.describe_model(FakeModel(), params, {'a': params['a'], 'b': None}, None)
     monkeypatch.setattr(hardware, 'peak_flops', lambda: 1e8)
     speed = info.speed(5.0)

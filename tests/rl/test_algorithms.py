@@ -13,9 +13,10 @@ from jaxtune import models
 from jaxtune.models import hf, value_head
 from jaxtune.models.model import Head
 from jaxtune.recipe import recipes
-from jaxtune.rl import grpo, policy, ppo
-from jaxtune.rl.packing import Packed
+from jaxtune.rl import RolloutBatch, grpo, policy, ppo
+from jaxtune.rl.packing import RolloutPacker
 from jaxtune.rl.rollouts import Rollouts
+from jaxtune.tasks import specs
 
 torch = pytest.importorskip('torch')
 
@@ -104,8 +105,8 @@ def test_the_last_token_brings_the_score_and_every_token_pays_for_leaving_the_re
     weights = weights_of(answers(rng))
     old, reference = -rng.uniform(0, 4, (2, ROWS, WIDTH)).astype(np.float32) * weights
     scores = rng.normal(size=ROWS).astype(np.float32)
-    found = policy.Found(old, reference, np.zeros_like(old), weights, scores)
-    fields, _ = ppo.learn(config(rl__kl_coef=0.3, rl__gae_lambda=1.0), found)
+    found = RolloutBatch(old, reference, np.zeros_like(old), weights, scores)
+    fields, _ = ppo.compute_advantages(config(rl__kl_coef=0.3, rl__gae_lambda=1.0).rl, found)
     for row, size in enumerate(weights.sum(1).astype(int)):
         costs = -0.3 * (old - reference)[row, :size]
         want = [costs[t:].sum() + scores[row] for t in range(size)]
@@ -123,9 +124,9 @@ def test_an_answer_is_measured_by_its_siblings():
         np.testing.assert_array_equal(ppo.whiten(jnp.full((2, size), score), jnp.ones((2, size))), 0.0)
     weights = weights_of(answers(np.random.default_rng(4)))
     zeros = np.zeros_like(weights)
-    found = policy.Found(zeros, zeros, zeros, weights, np.asarray([1, 1, 1, 1, 0, 1, 2, 3], np.float32))
-    fields, metrics = grpo.learn(config(rl__group=4), found)
-    assert metrics['groups_alike'] == 0.5
+    found = RolloutBatch(zeros, zeros, zeros, weights, np.asarray([1, 1, 1, 1, 0, 1, 2, 3], np.float32))
+    fields, metrics = grpo.compute_advantages(config(rl__group=4).rl, found)
+    assert metrics['frac_reward_zero_std'] == 0.5
     assert not np.asarray(fields['advantages'][:4]).any()
     chex.assert_shape(fields['advantages'], (ROWS, WIDTH))
 
@@ -153,7 +154,7 @@ def make_batch(seed: int = 5, packing: bool = True):
     # Near what the model says, so that some ratios are clipped and others not.
     for name in ('old', 'reference'):
         numbers[name] = (-np.log(64) + rng.normal(0, 0.3, weights.shape)).astype(np.float32) * weights
-    rows = Packed(made, np.arange(ROWS), LENGTH, packing)
+    rows = RolloutPacker(made, np.arange(ROWS), LENGTH, packing)
     return made, numbers, rows.fields() | {name: rows.spread(x) for name, x in numbers.items()}
 
 
@@ -185,13 +186,13 @@ def theirs(task: str, settings, torch_model, head, made, numbers):
 @pytest.mark.parametrize('task', ['ppo', 'grpo'])
 def test_loss_and_gradients_are_pytorchs(both, task, temperature, packing):
     model, params, torch_model = both
-    algorithm = {'ppo': ppo, 'grpo': grpo}[task]
-    recipe = config(generate__temperature=temperature, rl__value_coef=0.5)
+    recipe = config(task=task, generate__temperature=temperature, rl__value_coef=0.5)
+    algorithm = specs.bound_algorithm(recipe)
     made, numbers, batch = make_batch(packing=packing)
     assert (len(batch['tokens']) < ROWS) == packing
 
     def mean(params):
-        total, count, _ = algorithm.loss(recipe, model, params, batch, None)
+        total, count, _ = algorithm.loss(model, params, batch, None)
         return total / count
 
     loss, gradients = jax.jit(jax.value_and_grad(mean))(params)
@@ -220,24 +221,24 @@ def test_loss_and_gradients_are_pytorchs(both, task, temperature, packing):
 @pytest.mark.parametrize('task', ['ppo', 'grpo'])
 def test_sums_over_parts_of_a_batch_are_those_of_the_whole(both, task):
     model, params, _ = both
-    algorithm = {'ppo': ppo, 'grpo': grpo}[task]
-    recipe, (_, _, batch) = config(), make_batch(packing=False)
-    loss = jax.jit(lambda batch: algorithm.loss(recipe, model, params, batch, None))
+    algorithm, (_, _, batch) = specs.bound_algorithm(config(task=task)), make_batch(packing=False)
+    loss = jax.jit(lambda batch: algorithm.loss(model, params, batch, None))
     halves = [loss({name: x[half::2] for name, x in batch.items()}) for half in (0, 1)]
     chex.assert_trees_all_close(jax.tree.map(jnp.add, *halves), loss(batch), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_clipped_and_nothing_has_moved_before_the_first_update(both):
     model, params, _ = both
-    recipe, (_, _, batch) = config(), make_batch()
-    old, values = policy.read(recipe, model, params, batch)
+    losses = {task: specs.bound_algorithm(config(task=task)).loss for task in ('ppo', 'grpo')}
+    _, _, batch = make_batch()
+    old, values = policy.per_token_logps(model, params, batch, 1.0)
     batch |= {'old': old, 'values': values, 'returns': values, 'reference': old}
-    _, count, sums = ppo.loss(recipe, model, params, batch, None)
+    _, count, sums = losses['ppo'](model, params, batch, None)
     assert sums['clip_fraction'] == sums['value_clip_fraction'] == sums['value_loss'] == 0
     np.testing.assert_allclose(sums['approx_kl'], 0, atol=1e-5)
     np.testing.assert_allclose(sums['policy_loss'], -batch['advantages'].sum(), rtol=1e-4)
     assert count == batch['weights'].sum()
-    assert grpo.loss(recipe, model, params, batch, None)[2]['reference_kl'] == 0
+    assert losses['grpo'](model, params, batch, None)[2]['reference_kl'] == 0
 
 
 def test_a_tempered_head_divides_the_logits():
@@ -264,7 +265,7 @@ def test_numbers_go_into_rows_and_come_back(seed, packing, unit):
     rng = np.random.default_rng(seed)
     made = answers(rng)
     chosen = rng.permutation(ROWS)[: rng.integers(1, ROWS + 1)]
-    rows = Packed(made, chosen, LENGTH, packing, unit)
+    rows = RolloutPacker(made, chosen, LENGTH, packing, unit)
     assert rows.shape[0] % unit == 0
     assert rows.shape[0] <= -(-len(chosen) // unit) * unit
     numbers = rng.normal(size=(len(chosen), WIDTH)).astype(np.float32) * weights_of(made)[chosen]

@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from jaxtune import objectives
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
 from jaxtune.recipe import recipes
+from jaxtune.tasks import specs
 
 USER, ASSISTANT = {'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}
 GOOD = {'messages': [USER, ASSISTANT]}
@@ -23,7 +23,7 @@ def rows(tmp_path, records, objective='sft', **changes):
     config = recipes.defaults()
     keys = {'objective': objective, 'data.train': str(file), 'data.seq_len': 96}
     recipes.apply_overrides(config, keys | {name.replace('__', '.'): value for name, value in changes.items()})
-    return objectives.get(objective).dataset(config, 'train', tokenizers.load('bytes'), tmp_path / 'cache')
+    return specs.objective(config).dataset('train', tokenizers.load('bytes'), tmp_path / 'cache')
 
 
 def turns(*roles):

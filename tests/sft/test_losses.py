@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtune import models, objectives
+from jaxtune import models
 from jaxtune.data.examples import ExampleRows, Examples
 from jaxtune.data.loader import Loader
 from jaxtune.data.spans import Encoded
@@ -19,6 +19,7 @@ from jaxtune.models.blockwise import Pattern, Places
 from jaxtune.objectives import dpo, reward, sft
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.recipe import recipes
+from jaxtune.tasks import specs
 from jaxtune.training.evaluator import make_evaluator
 from jaxtune.training.step import gradients, make_eval_step, mean
 
@@ -118,7 +119,9 @@ def preferences():
     """A model, KTO's recipe, and eight rows of answers, some of them unpaired."""
     config = _settings(objective='dpo', dpo__loss='kto', dpo__beta=0.3, data__seq_len=16)
     rng = np.random.default_rng(3)
-    batch = {name: np.zeros((8, *spec.shape), spec.dtype) for name, spec in dpo.row(config).items()}
+    batch = {
+        name: np.zeros((8, *spec.shape), spec.dtype) for name, spec in specs.objective(config).batch_spec().items()
+    }
     for side in ('chosen', 'rejected', 'mismatched'):
         batch[side][:] = rng.integers(0, 64, (8, 16))
         batch[f'{side}_start'][:], batch[f'{side}_end'][:] = 3, rng.integers(5, 16, 8)
@@ -135,8 +138,8 @@ def preferences():
 
 def test_kto_measures_by_the_whole_batch_however_it_is_cut(preferences):
     config, model, params, batch, sums = preferences
-    statistics, frozen = objectives.statistics(dpo, config, model), jax.tree.map(lambda _: None, preferences[2])
-    loss = functools.partial(dpo.loss, config, model)
+    statistics, frozen = specs.objective(config).statistics(model), jax.tree.map(lambda _: None, preferences[2])
+    loss = functools.partial(specs.objective(config).loss, model)
     kl = max(0.0, (sums[:, 2] - batch['reference_mismatched']).mean())
     assert kl > 0.5
     reference = np.stack([batch['reference_chosen'], batch['reference_rejected']], 1)
@@ -161,7 +164,7 @@ def test_kto_measures_by_the_whole_batch_however_it_is_cut(preferences):
     mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
     for size in (8, 3):
         with jax.set_mesh(mesh):
-            evaluator = make_evaluator(config, mesh, rows, jax.jit(make_eval_step(loss)), size, statistics)
+            evaluator = make_evaluator(dpo.OBJECTIVE, mesh, rows, jax.jit(make_eval_step(loss)), size, statistics)
             scores = evaluator.run(params, frozen)
         assert scores['eval/loss'] == pytest.approx(float(total) / 13, rel=1e-5)
         assert scores['eval/reward_chosen'] == pytest.approx(float(rewards['chosen']), rel=1e-5)
@@ -238,7 +241,7 @@ def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implemen
     params = jax.jit(model.init)(jax.random.key(0))
     config = _settings()
     key = jax.random.key(0)  # None would be evaluation
-    step = jax.value_and_grad(lambda params, batch: sft.loss(config, model, params, batch, key)[0])
+    step = jax.value_and_grad(lambda params, batch: sft.loss(config.sft, model, params, batch, key)[0])
     packed, single = (_batch(ExampleRows(examples, length, packing)) for packing in (True, False))
     # Rows of padding keep the shape, and so the program, the same.
     rows = len(single['tokens']) - len(packed['tokens'])
@@ -250,16 +253,16 @@ def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implemen
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def _splash(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):
-    places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids)
+def _splash(q, k, v, *, q_positions, k_positions, q_segments, k_segments, scale, **_):
+    places = Places(q_positions, k_positions, q_segments, k_segments)
     return flash.splash(q, k, v, places, Pattern(scale=scale, budget=2**21), interpret=True)
 
 
-def _plain_attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):
+def _plain_attention(q, k, v, *, q_positions, k_positions, q_segments, k_segments, scale, **_):
     """Attention as its formula has it: all scores at once."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum('bqhd,bkhd->bhqk', q, k) * scale
-    seen = (q_segment_ids[:, :, None] == k_segment_ids[:, None]) & (q_positions[:, :, None] >= k_positions[:, None])
+    seen = (q_segments[:, :, None] == k_segments[:, None]) & (q_positions[:, :, None] >= k_positions[:, None])
     scores = jnp.where(seen[:, None], scores, -1e30)
     return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores), v)
 
@@ -269,7 +272,7 @@ def test_only_answers_are_scored(examples, key):
     model = models.build(models.read_config(LLAMA))
     params = jax.jit(model.init)(jax.random.key(0))
     batch = _batch(ExampleRows(examples, 32, False))
-    total, count, metrics = sft.loss(_settings(), model, params, batch, key)
+    total, count, metrics = sft.loss(_settings().sft, model, params, batch, key)
     logits = model.logits(params, model.apply(params, batch).hidden)
     labels = torch.tensor(np.where(batch['weights'] > 0, batch['targets'], -100)).long()
     expected = F.cross_entropy(torch.tensor(np.asarray(logits)).flatten(0, 1), labels.flatten(), reduction='sum')
@@ -290,7 +293,7 @@ def test_exact_answers_are_those_that_greedy_decoding_repeats(examples):
             batch = {name: value[row : row + 1] for name, value in single.items()}
             chosen = int(logits(batch)[0, at].argmax())
             single['targets'][row, at] = single['tokens'][row, at + 1] = chosen
-    _, count, sums = sft.loss(_settings(), model, params, single, None)
+    _, count, sums = sft.loss(_settings().sft, model, params, single, None)
     found = sft.summarise({name: float(value) for name, value in sums.items()}, float(count))
     right = np.asarray(logits(single)).argmax(-1) == single['targets']
     exact = [row[scored > 0].all() for row, scored in zip(right, single['weights'], strict=True) if scored.any()]
@@ -303,7 +306,7 @@ def test_exact_answers_are_those_that_greedy_decoding_repeats(examples):
     ]
     paired = {name: np.concatenate([row[name] for row in rows]) for name in single}
     paired['segment_ids'][:, 32:] *= 2 * (paired['segment_ids'][:, 32:] > 0)
-    sums = sft.loss(_settings(), model, params, paired, None)[2]
+    sums = sft.loss(_settings().sft, model, params, paired, None)[2]
     assert (float(sums['answers']), float(sums['exact_match'])) == (4.0, float(sum(exact[:4])))
 
 
@@ -320,7 +323,7 @@ def test_neftune_is_uniform_within_its_bound_and_off_in_evaluation(examples):
     model = models.build(models.read_config(LLAMA))
     params = jax.jit(model.init)(jax.random.key(0))
     losses = [
-        float(sft.loss(_settings(sft__neftune_alpha=alpha), model, params, batch, rng)[0])
+        float(sft.loss(_settings(sft__neftune_alpha=alpha).sft, model, params, batch, rng)[0])
         for alpha, rng in ((0.0, None), (5.0, None), (5.0, jax.random.key(1)))
     ]
     assert losses[0] == losses[1] != losses[2]

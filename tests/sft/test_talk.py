@@ -9,13 +9,14 @@ import sys
 import jax
 import pytest
 
-from jaxtune import chat, methods, models
+from jaxtune import chat, models
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
-from jaxtune.methods import peft
+from jaxtune.methods import lora, lora_peft
 from jaxtune.models import hf
-from jaxtune.pretrained.load import assemble
+from jaxtune.pretrained.load import load_model
 from jaxtune.recipe import recipes
+from jaxtune.tasks import specs
 from jaxtune.weights import tree
 
 
@@ -111,11 +112,11 @@ def test_generate_answers_conversations_of_every_format(folder, tmp_path):
 def _adapter(folder, path, seed):
     """A LoRA with random factors."""
     config, mesh, key = _config(folder, method__rank=4), _one_device(), jax.random.key(seed)
-    parts = assemble(config, mesh)
-    params = methods.get('lora').init(parts.params, parts.model, config.method, key)
-    trainable, frozen = tree.partition(params, methods.get('lora').trains)
+    parts = load_model(specs.model_spec(config), mesh)
+    params = lora.METHOD.init(parts.params, parts.model, config.method, key)
+    trainable, frozen = tree.partition(params, lora.METHOD.trains)
     moved = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(key, leaf.shape), trainable)
-    peft.save_lora(path, tree.combine(moved, frozen), parts.model, config.method, str(folder))
+    lora_peft.save(path, tree.combine(moved, frozen), parts.model, config.method, str(folder))
     return str(path)
 
 
@@ -216,4 +217,4 @@ def test_end_tokens_that_are_none_are_refused(folder, tmp_path):
     for wrong in ({'eos_token_id': ['<eos>']}, {'eos_token_id': {'a': 1}}, [1]):
         (folder / 'generation_config.json').write_text(json.dumps(wrong))
         with pytest.raises(UserError, match=r'generation_config.json:.*expected'):
-            assemble(_config(folder), _one_device())
+            load_model(specs.model_spec(_config(folder)), _one_device())

@@ -11,7 +11,7 @@ from jaxtune.models.safetensors import read_header
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.recipe import recipes
 from jaxtune.recipe.flags import Command
-from jaxtune.tasks.train import Run
+from jaxtune.tasks.train import run_on
 
 SENTENCE = 'the quick brown fox jumps over a lazy dog while seven grey geese fly home to their warm nest'
 
@@ -95,8 +95,7 @@ def train(keys: dict, workdir: pathlib.Path, sizes=(1, 1, 1, 1)) -> dict:
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:count])
     command = Command('recipe.py', workdir, False, {'': config}, ('jaxtune',))
     workdir.mkdir(parents=True, exist_ok=True)
-    with jax.set_mesh(mesh):
-        return Run(config, workdir, mesh, command).to_the_end()
+    return run_on(mesh, config, workdir, command)
 
 
 def metrics(workdir: pathlib.Path, name: str) -> list[float]:

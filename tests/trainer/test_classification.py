@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from runs import full_config, metrics, recipe, train
 
-from jaxtune import objectives
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
 from jaxtune.objectives.classification import Labels
 from jaxtune.pretrained.load import open_model
 from jaxtune.recipe.flags import Command
-from jaxtune.tasks import evaluate, export
+from jaxtune.tasks import evaluate, export, specs
 
 BYTES = tokenizers.load('bytes')
 STEPS, LR = 20, 2e-3
@@ -29,7 +28,7 @@ def config_of(train='', **keys):
 
 
 def rows(config, split='train'):
-    return objectives.get('classification').dataset(config, split, BYTES, None)
+    return specs.objective(config).dataset(split, BYTES, None)
 
 
 def command(workdir, config):
@@ -45,7 +44,7 @@ def test_rows_of_texts_and_of_pairs(tmp_path):
     assert second['segment_ids'].tolist() == [1, 1] + 14 * [0]
     assert second['positions'].tolist() == [0, 1] + 14 * [0]
     assert (first['labels'], second['labels']) == (1, 0)
-    for name, field in objectives.get('classification').row(config).items():
+    for name, field in specs.objective(config).batch_spec().items():
         assert (first[name].shape, first[name].dtype) == (field.shape, field.dtype)
 
     pairs = [{'text1': 'ab', 'text2': 'cde', 'label': 1}, {'text1': 'x', 'text2': 'y', 'label': 0}]
@@ -56,18 +55,18 @@ def test_rows_of_texts_and_of_pairs(tmp_path):
 
 def test_labels_are_sorted_names_or_numbers(tmp_path):
     names = write(tmp_path / 'names.jsonl', [{'text': 'x', 'label': name} for name in ('b', 'a', 'c', 'a')])
-    assert Labels.of(config_of(names)).names == ('a', 'b', 'c')
+    assert Labels.of(specs.data_spec(config_of(names))).names == ('a', 'b', 'c')
     numbers = write(tmp_path / 'numbers.jsonl', [{'text': 'x', 'label': number} for number in (10, 2, 0)])
-    assert Labels.of(config_of(numbers)).names == ('0', '2', '10')
+    assert Labels.of(specs.data_spec(config_of(numbers))).names == ('0', '2', '10')
     (tmp_path / 'model').mkdir()
     folder = tmp_path / 'model' / 'config.json'
     folder.write_text(json.dumps({'model_type': 'bert', 'id2label': {'0': 'c', '1': 'b', '10': 'z', '2': 'a'}}))
     known = {'model.path': str(tmp_path / 'model')}
-    assert Labels.of(config_of(names, **known)).names == ('c', 'b', 'a', 'z')
-    assert Labels.of(config_of(**known)).names == ('c', 'b', 'a', 'z')
-    assert Labels.of(config_of(numbers, **known)).names == ('0', '2', '10')
+    assert Labels.of(specs.data_spec(config_of(names, **known))).names == ('c', 'b', 'a', 'z')
+    assert Labels.of(specs.data_spec(config_of(**known))).names == ('c', 'b', 'a', 'z')
+    assert Labels.of(specs.data_spec(config_of(numbers, **known))).names == ('0', '2', '10')
     few = write(tmp_path / 'few.jsonl', [{'text': 'x', 'label': number} for number in (3, 1)])
-    labels = Labels.of(config_of(few, **known))
+    labels = Labels.of(specs.data_spec(config_of(few, **known)))
     assert [labels.number(number, 'here') for number in (0, 3)] == [0, 3]
 
 
@@ -121,7 +120,7 @@ def test_objectives_refuse_models_that_do_not_suit_them():
     for objective, model_type in (('causal_lm', 'bert'), ('masked_lm', 'gpt2'), ('classification', 'llama')):
         config = full_config({'objective': objective, 'model.config': {'model_type': model_type}})
         with pytest.raises(UserError, match=rf'objective={objective}: does not suit model_type=.{model_type}.'):
-            open_model(config, BYTES)
+            open_model(specs.model_spec(config), BYTES)
 
 
 def test_losses_equal_transformers_in_pytorch(corpus, tmp_path):

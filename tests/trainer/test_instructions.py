@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from runs import full_config, metrics, recipe, train
 
-from jaxtune import objectives
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.loader import Loader
 from jaxtune.models import hf
 from jaxtune.pretrained.load import open_model
+from jaxtune.tasks import specs
 
 BYTES = tokenizers.load('bytes')
 STEPS = 30
@@ -57,7 +57,7 @@ def test_30_updates_follow_trl(pairs, tmp_path, case):
 
     keys = _keys(pairs, case)
     config = full_config(keys)
-    model, _ = open_model(config, BYTES)
+    model, _ = open_model(specs.model_spec(config), BYTES)
     hf.save(tmp_path / 'start', model, jax.jit(model.init)(jax.random.key(1)), add_files=BYTES.save_pretrained)
     del keys['model.config'], keys['tokenizer.path']
     train(keys | {'model.path': str(tmp_path / 'start')}, tmp_path / 'run')
@@ -69,8 +69,8 @@ def test_30_updates_follow_trl(pairs, tmp_path, case):
     optimizer = torch.optim.AdamW(
         theirs.parameters(), lr=LR.get(case, 2e-3), betas=(0.9, 0.999), eps=EPS, weight_decay=0.0
     )
-    objective = objectives.get(config.objective)
-    loader = Loader(objective.dataset(config, 'train', BYTES, tmp_path / 'cache'), 8, config.seed)
+    rows = specs.objective(config).dataset('train', BYTES, tmp_path / 'cache')
+    loader = Loader(rows, 8, config.seed)
     losses = []
     for t in range(STEPS):
         loss = trainer.compute_loss(theirs, _trl_inputs(torch, case, loader.rows(t, 0, 8)))
@@ -158,12 +158,12 @@ def test_a_reward_model_scores_the_same_in_transformers(pairs, tmp_path):
     keys = {'task': 'evaluate', 'objective': 'reward', 'model.path': str(tmp_path), 'data.seq_len': 64}
     config = full_config(keys | {'data.eval': str(pairs / 'eval.jsonl')})
     from jaxtune.parallel import make_mesh
-    from jaxtune.pretrained.load import assemble
+    from jaxtune.pretrained.load import load_model
 
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        parts = assemble(config, mesh)
-        rows = reward.dataset(config, 'eval', parts.tokenizer, tmp_path / 'again')
+        parts = load_model(specs.model_spec(config), mesh)
+        rows = specs.objective(config).dataset('eval', parts.tokenizer, tmp_path / 'again')
         batch = Loader(rows, len(rows), shuffle=False).rows(0, 0, len(rows))
         inputs = stacked({name: jax.numpy.asarray(value) for name, value in batch.items()}, SIDES)
         ours = np.asarray(reward.rewards(parts.model, parts.params, inputs))
@@ -186,18 +186,18 @@ def test_answers_before_training_and_after_are_kept(corpus, tmp_path, objective,
     assert ('reference' in lines[0]) == (objective != 'causal_lm')
     # What is written last is what the exported model writes.
     config = full_config({'task': 'generate', 'generate.temperature': 0.0, 'generate.max_new_tokens': 4})
-    from jaxtune.generation.generator import Completer
+    from jaxtune.generation.generator import Generator
     from jaxtune.generation.prompts import Prompt
     from jaxtune.parallel import AXES, make_mesh
-    from jaxtune.pretrained.load import assemble
+    from jaxtune.pretrained.load import load_model
 
     config.model.path = str(tmp_path / 'run')
     mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        parts = assemble(config, mesh)
+        parts = load_model(specs.model_spec(config), mesh)
         if objective == 'causal_lm':
             prompts = [Prompt(line['prompt'], parts.tokenizer(line['prompt']).input_ids) for line in lines[3:]]
-            made = Completer(config, mesh, parts, 3)(parts.params, prompts)
+            made = Generator(config.generate, mesh, parts, 3)(parts.params, prompts)
             assert [text for text, _ in made] == [line['completion'] for line in lines[3:]]
 
 

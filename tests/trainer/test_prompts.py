@@ -9,7 +9,8 @@ from runs import full_config, metrics, recipe, train
 from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.metrics.samples import read_samples
 from jaxtune.parallel import AXES, make_mesh
-from jaxtune.pretrained.load import assemble
+from jaxtune.pretrained.load import load_model
+from jaxtune.tasks import specs
 
 CONVERSATION = {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]}
 
@@ -22,14 +23,15 @@ def mesh():
 @pytest.fixture(scope='module')
 def parts(corpus, mesh):
     with jax.set_mesh(mesh):
-        return assemble(full_config(recipe(corpus)), mesh)
+        return load_model(specs.model_spec(full_config(recipe(corpus))), mesh)
 
 
 @pytest.fixture
 def prompts(corpus, parts):
     def read(path, fitting: bool = False, **changes) -> list[Prompt]:
         changes = {'generate__max_new_tokens': 16, **changes}
-        return read_prompts(full_config(recipe(corpus, data__eval=str(path), **changes)), parts, fitting=fitting)
+        spec = specs.prompt_spec(full_config(recipe(corpus, data__eval=str(path), **changes)))
+        return read_prompts(spec, parts, fitting=fitting)
 
     return read
 

@@ -12,15 +12,15 @@ from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.models import value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import AXES, make_mesh
-from jaxtune.pretrained.load import assemble
+from jaxtune.pretrained.load import load_model
 from jaxtune.recipe.flags import Command
-from jaxtune.rl.packing import Packed
-from jaxtune.rl.policy import read
+from jaxtune.rl.packing import RolloutPacker
+from jaxtune.rl.policy import per_token_logps
 from jaxtune.rl.reward_process import call
-from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Sampler
-from jaxtune.rl.trainer import Run
+from jaxtune.tasks import rewarded, specs
 from jaxtune.tasks.export import from_checkpoint
+from jaxtune.training.trainer import Trainer
 from jaxtune.weights.tree import combine
 
 NEW = 12
@@ -38,14 +38,15 @@ def mesh_of(sizes=(1, 1, 1, 1)):
     return make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
 
 
-def go(keys: dict, workdir, sizes=(1, 1, 1, 1)) -> tuple[dict, Run]:
-    """Trains; returns `result.json`'s content and the run."""
+def go(keys: dict, workdir, sizes=(1, 1, 1, 1)) -> tuple[dict, Trainer]:
+    """Trains; returns `result.json`'s content and the trainer."""
     config, mesh = full_config(keys), mesh_of(sizes)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / 'config.json').write_text(json.dumps(config.to_dict()))
     with jax.set_mesh(mesh):
-        run = Run(config, workdir, mesh, Command('recipe.py', workdir, False, {'': config}, ('jaxtune',)))
-        return run.to_the_end(), run
+        command = Command('recipe.py', workdir, False, {'': config}, ('jaxtune',))
+        run, first_lines, last_lines = rewarded.open_trainer(config, workdir, mesh, command)
+        return run.run(first_lines, last_lines), run
 
 
 def samples(workdir) -> list[dict]:
@@ -95,9 +96,9 @@ def test_steps_without_a_signal_move_nothing_and_say_so_once(corpus, tmp_path, c
     keys = rl_recipe(corpus, 'grpo', rl__reward='scores:alike', train__steps=3, data__eval='')
     keys |= {'optimizer.lr': 0.1, 'rl.kl_coef': 0.05, 'optimizer.weight_decay': 0.1}
     _, run = go(keys, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, run.reference, run.state['trainable'])
+    jax.tree.map(np.testing.assert_array_equal, run.task.reference, run.state['trainable'])
     assert metrics(tmp_path, 'train/grad_norm') == metrics(tmp_path, 'grpo/kl') == [0.0] * 3
-    assert metrics(tmp_path, 'grpo/groups_alike') == [1.0] * 3
+    assert metrics(tmp_path, 'grpo/frac_reward_zero_std') == [1.0] * 3
     assert capsys.readouterr().out.count('are all worth the same') == 1
 
 
@@ -155,13 +156,13 @@ def test_added_methods_leave_the_base_alone(corpus, base, tmp_path, task, method
     keys |= {'method.virtual_tokens': 4, 'method.block_size': 16}
     config, mesh = full_config(keys | {'objective': 'causal_lm'}), mesh_of()
     with jax.set_mesh(mesh):
-        before = leaf_paths(assemble(config, mesh).params)
+        before = leaf_paths(load_model(specs.model_spec(config), mesh).params)
     _, run = go(keys, tmp_path)
-    after = leaf_paths(combine(run.state['trainable'], run.frozen))
+    after = leaf_paths(combine(run.state['trainable'], run.task.frozen))
     assert metrics(tmp_path, f'{task}/kl')[0] == 0.0
     assert (value_head.NAME in run.state['trainable']) == (task == 'ppo')
     assert after.keys() == before.keys()
-    frozen = leaf_paths(run.frozen)
+    frozen = leaf_paths(run.task.frozen)
     kept = {path for path in frozen if jax.tree.leaves(frozen[path])}
     for path in kept:
         old = jax.tree.leaves(jax.tree.map(lambda a, b: None if b is None else a, before[path], frozen[path]))
@@ -189,12 +190,12 @@ def test_the_exported_policy_loads_in_transformers_without_the_value_head(corpus
 def test_the_samplers_log_probabilities_are_the_training_ones(corpus, base):
     config, mesh = full_config(pretrained(corpus, base, 'grpo') | {'objective': 'causal_lm'}), mesh_of()
     with jax.set_mesh(mesh):
-        parts = assemble(config, mesh)
-        prompts = read_prompts(config, parts, fitting=True, split='train', limit=48)[:8]
+        parts = load_model(specs.model_spec(config), mesh)
+        prompts = read_prompts(specs.prompt_spec(config, limit=48), parts, fitting=True, split='train')[:8]
         empty = jax.tree.map(lambda _: None, parts.params)
-        made = Sampler(config, mesh, parts, prompts)(parts.params, empty, prompts, 0)
-        rows = Packed(made, np.arange(8), 48, True)
-        found = rows.gather(np.asarray(read(config, parts.model, parts.params, rows.fields())[0]))
+        made = Sampler(config.generate, mesh, parts, prompts, 48, config.seed)(parts.params, empty, prompts, 0)
+        rows = RolloutPacker(made, np.arange(8), 48, True)
+        found = rows.gather(np.asarray(per_token_logps(parts.model, parts.params, rows.fields(), 1.0)[0]))
     np.testing.assert_allclose(found, made.logprobs, rtol=1e-4, atol=1e-5)
     for row in range(8):
         assert found[row].astype(bool).sum() == made.end[row] - made.start[row]
@@ -209,7 +210,7 @@ def test_a_reward_model_scores_as_it_does_in_transformers(corpus, base, judge):
     prompts = [Prompt(text, []) for text in ('the quick? ', 'home to their? ', 'a lazy dog? ', 'seven? ', 'geese? ')]
     answers = ['brown fox home', '', 'nest', 'grey geese fly home to their warm nest and more', 'x']
     with jax.set_mesh(mesh):
-        reward = open_reward(config, mesh, 4)
+        reward = rewarded.reward(config, mesh).score
         found = reward(prompts, answers)
     theirs = AutoModelForSequenceClassification.from_pretrained(judge / 'export')
     for prompt, answer, score in zip(prompts, answers, found, strict=True):
@@ -225,7 +226,7 @@ def test_from_a_reward_model_to_a_policy(corpus, base, judge, tmp_path):
     assert np.isfinite(list(result['metrics'].values())).all()
     config, mesh = full_config(keys), mesh_of()
     with jax.set_mesh(mesh):
-        reward = open_reward(config, mesh, 4)
+        reward = rewarded.reward(config, mesh).score
         lines = samples(tmp_path)
         plain = reward([Prompt(line['prompt'], []) for line in lines], [line['completion'] for line in lines])
     taken = plain - np.asarray([line['score'] for line in lines])

@@ -12,6 +12,7 @@ from jaxtune.errors import UserError
 from jaxtune.models import hf
 from jaxtune.objectives import seq2seq, seq2seq_batch, span_corruption
 from jaxtune.pretrained.load import open_model
+from jaxtune.tasks import specs
 
 BYTES = tokenizers.load('bytes')
 EOS = BYTES.eos_token_id
@@ -62,8 +63,8 @@ def chunks_of(corpus, split, size):
 
 def test_rows_give_the_documents_back_and_whole_chunks_fill_theirs(corpus, tmp_path):
     config = config_of(corpus)
-    rows = span_corruption.dataset(config, 'train', BYTES, tmp_path)
-    shapes = span_corruption.row(config)
+    rows = specs.objective(config).dataset('train', BYTES, tmp_path)
+    shapes = specs.objective(config).batch_spec()
     found, packed, places = [], 0, 0
     for number in range(len(rows)):
         row = rows[number]
@@ -84,22 +85,22 @@ def test_rows_give_the_documents_back_and_whole_chunks_fill_theirs(corpus, tmp_p
 
 def test_each_pass_cuts_other_spans_and_held_out_rows_stay(corpus, tmp_path):
     config = config_of(corpus)
-    rows = span_corruption.dataset(config, 'train', BYTES, tmp_path)
+    rows = specs.objective(config).dataset('train', BYTES, tmp_path)
     first, second = rows[3], rows[3 + len(rows)]
     assert uncut(first) == uncut(second)
     assert not np.array_equal(first['tokens'], second['tokens'])
-    again = span_corruption.dataset(config, 'train', BYTES, tmp_path)
+    again = specs.objective(config).dataset('train', BYTES, tmp_path)
     np.testing.assert_array_equal(rows[3]['tokens'], again[3]['tokens'])
-    other = span_corruption.dataset(config_of(corpus, seed=7), 'train', BYTES, tmp_path)
+    other = specs.objective(config_of(corpus, seed=7)).dataset('train', BYTES, tmp_path)
     assert not np.array_equal(first['tokens'], other[3]['tokens'])
-    held_out = [span_corruption.dataset(config_of(corpus, seed=s), 'eval', BYTES, tmp_path)[1] for s in (0, 7)]
+    held_out = [specs.objective(config_of(corpus, seed=s)).dataset('eval', BYTES, tmp_path)[1] for s in (0, 7)]
     np.testing.assert_array_equal(held_out[0]['tokens'], held_out[1]['tokens'])
 
 
 @pytest.mark.parametrize('mode', ['prefix', 'ul2'])
 def test_other_modes_fit_their_rows(corpus, tmp_path, mode):
     config = config_of(corpus, span_corruption__mode=mode)
-    rows = span_corruption.dataset(config, 'train', BYTES, tmp_path)
+    rows = specs.objective(config).dataset('train', BYTES, tmp_path)
     modes = set()
     for number in range(3 * len(rows)):
         row = rows[number]
@@ -109,7 +110,7 @@ def test_other_modes_fit_their_rows(corpus, tmp_path, mode):
 
 
 def test_without_packing_rows_are_chunks(corpus, tmp_path):
-    rows = span_corruption.dataset(config_of(corpus, data__packing=False), 'eval', BYTES, tmp_path)
+    rows = specs.objective(config_of(corpus, data__packing=False)).dataset('eval', BYTES, tmp_path)
     assert all(rows[number]['segment_ids'].max() == 1 for number in range(len(rows)))
     assert sorted(uncut(rows[number])[0] for number in range(len(rows))) == chunks_of(corpus, 'eval', 70)
 
@@ -118,11 +119,10 @@ def test_without_packing_rows_are_chunks(corpus, tmp_path):
 def test_packed_rows_have_the_loss_and_gradients_of_rows_of_their_own(corpus, tmp_path, objective):
     import jax
 
-    module = {'span_corruption': span_corruption, 'seq2seq': seq2seq}[objective]
     config = config_of(corpus, objective, data__seq_len=256, data__target_len=256)
-    model, _ = open_model(config, BYTES)
+    model, _ = open_model(specs.model_spec(config), BYTES)
     params = jax.jit(model.init)(jax.random.key(0))
-    row = next(row for row in module.dataset(config, 'eval', BYTES, tmp_path) if row['segment_ids'].max() > 1)
+    row = next(row for row in specs.objective(config).dataset('eval', BYTES, tmp_path) if row['segment_ids'].max() > 1)
     alone = [
         seq2seq_batch.fill_row([pair], len(row['tokens']), len(row['targets']))
         for pair in ([np.asarray(side) for side in part] for part in parts(row))
@@ -131,7 +131,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_of_their_own(corpus, tm
     def run(rows):
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         key = jax.random.key(0)  # None would be evaluation
-        loss = jax.jit(jax.value_and_grad(lambda params: module.loss(config, model, params, batch, key)[0]))
+        loss = jax.jit(jax.value_and_grad(lambda params: specs.objective(config).loss(model, params, batch, key)[0]))
         return loss(params)
 
     (ours, grads), (theirs, expected) = run([row]), run(alone)
@@ -158,7 +158,7 @@ def test_sentinels_are_the_tokenizers_or_the_last_of_the_model(corpus):
     assert span_corruption._sentinels(config, _WithSentinels(100), 4)[:2] == [101, 100]
     with pytest.raises(UserError, match=r'data\.seq_len=64: makes up to 4 sentinels, and the tokenizer has 3'):
         span_corruption._sentinels(config, _WithSentinels(3), 4)
-    model, _ = open_model(config, BYTES)
+    model, _ = open_model(specs.model_spec(config), BYTES)
     assert model.config.vocab_size == -(-(len(BYTES) + 100) // 64) * 64
     assert model.config.start_id == BYTES.pad_token_id
     small = {**config.model.config.to_dict(), 'vocab_size': len(BYTES) + 99}
@@ -183,16 +183,16 @@ def test_pairs_end_with_eos_unless_cut(tmp_path):
         ([*b'zh: a sourc', EOS], [*b'and its ']),
         ([*b'zh: ', EOS], [EOS]),
     ]
-    rows = seq2seq.dataset(full_config(keys | {'data.packing': False}), 'train', BYTES, tmp_path / 'cache')
+    rows = specs.objective(full_config(keys | {'data.packing': False})).dataset('train', BYTES, tmp_path / 'cache')
     assert [parts(rows[number]) for number in range(len(rows))] == [[pair] for pair in expected]
     wide = full_config(keys | {'data.seq_len': 16})
-    packed = seq2seq.dataset(wide, 'train', BYTES, tmp_path / 'cache')
+    packed = specs.objective(wide).dataset('train', BYTES, tmp_path / 'cache')
     assert len(packed) == 2
     assert sorted(len(parts(packed[number])) for number in range(2)) == [1, 2]
     (tmp_path / 'broken.jsonl').write_text('{"en": "a", "zh": "b"}\n{"en": "a"}\n')
     with pytest.raises(UserError, match=r"broken\.jsonl:2: expected the field 'zh' \(data\.target_key\)"):
-        seq2seq.dataset(
-            full_config(keys | {'data.train': str(tmp_path / 'broken.jsonl')}), 'train', BYTES, tmp_path / 'cache'
+        specs.objective(full_config(keys | {'data.train': str(tmp_path / 'broken.jsonl')})).dataset(
+            'train', BYTES, tmp_path / 'cache'
         )
 
 
@@ -208,9 +208,9 @@ def test_losses_of_20_steps_equal_transformers(corpus, tmp_path, objective):
         optimizer__eps=1e-8,
         optimizer__schedule='constant',
         optimizer__weight_decay=0.0,
-    ) | {'optimizer.warmup_steps': 0, 'data.eval': '', 'data.packing': False}  # PyTorch's model knows no segments
+    ) | {'optimizer.warmup_steps': 0, 'data.eval': '', 'data.packing': False}  # PyTorch's model knows no segment_ids
     config = full_config(keys)
-    model, _ = open_model(config, BYTES)
+    model, _ = open_model(specs.model_spec(config), BYTES)
     import jax
 
     hf.save(tmp_path / 'start', model, jax.jit(model.init)(jax.random.key(1)), add_files=BYTES.save_pretrained)

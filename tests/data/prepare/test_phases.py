@@ -14,6 +14,7 @@ import pytest
 from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.prepare import phases, steps
+from jaxtune.data.spec import DataSpec
 from jaxtune.data.tokens import Tokens
 from jaxtune.errors import UserError
 
@@ -89,7 +90,9 @@ def test_what_is_made(corpus, prepared, recipe, tmp_path):
     tokenizer = tokenizers.load(str(tmp_path / 'a' / 'tokenizer'))
     sides = {}
     for side in ('train', 'eval'):
-        tokens = open_tokens(str(tmp_path / 'a'), side, tokenizer, recipe({}), tmp_path / 'cache')  # as training does
+        tokens = open_tokens(
+            DataSpec(f'{tmp_path}/a', f'{tmp_path}/a'), side, tokenizer, tmp_path / 'cache'
+        )  # as training does
         ids = [tokens.document(i) for i in range(tokens.documents)]
         assert all(document[-1] == tokenizer.eos_token_id for document in ids)
         sides[side] = [tokenizer.decode(document[:-1]) for document in ids]

@@ -11,6 +11,7 @@ from jaxtune.data.prepare import plan as plans
 from jaxtune.data.prepare.readers import read
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
+from jaxtune.tasks import pipeline
 
 from .corpus import prose
 
@@ -149,7 +150,7 @@ def test_references_to_stages_inside_sources(recipe, tmp_path):
 
     config = recipe({'data.sources': {'a': '@first', 'b': {'path': '@second', 'weight': 2.0}, 'c': 'x.txt'}})
     assert recipes.references(config) == {'first', 'second'}
-    pointed = recipes.point_to_stages(config, tmp_path)
+    pointed = pipeline.point_to_stages(config, tmp_path)
     assert pointed.data.sources.a == str(tmp_path / 'first')
     assert pointed.data.sources.b.path == str(tmp_path / 'second')
     assert pointed.data.sources.c == 'x.txt'

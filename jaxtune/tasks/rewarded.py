@@ -1,0 +1,213 @@
+"""Tasks that learn from rewards: `task=ppo`, `task=grpo`, or an algorithm of a person's own."""
+
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtune.common.formatting import amount
+from jaxtune.common.settings import Settings
+from jaxtune.errors import UserError
+from jaxtune.generation.prompts import Prompt, read_prompts
+from jaxtune.models import value_head
+from jaxtune.parallel import make_mesh
+from jaxtune.parallel.batches import check_batch, check_rows
+from jaxtune.pretrained.load import ModelBundle, folder_head, load_model
+from jaxtune.pretrained.save import save_tuned
+from jaxtune.recipe.flags import Command
+from jaxtune.rl import Reward
+from jaxtune.rl.rewards import open_reward
+from jaxtune.rl.rollouts import Sampler
+from jaxtune.rl.trainer import RewardTask, StepSizes
+from jaxtune.tasks import present, setup, specs
+from jaxtune.training import announce, divergence
+from jaxtune.training.run_info import compiled_memory
+from jaxtune.training.trainer import Trainer
+from jaxtune.weights.tree import combine
+
+
+def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
+    """Trains to the end, or until it is to stop; returns `result.json`'s content.
+
+    Raises:
+      UserError: the recipe, the prompts, the model or the reward is wrong, or the loss is no longer finite.
+      SystemExit: status 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
+    """
+    return run_on(make_mesh(config.mesh), config, workdir, command)
+
+
+def run_on(mesh: Mesh, config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
+    """Runs on a mesh."""
+    with jax.set_mesh(mesh):
+        trainer, first_lines, last_lines = open_trainer(config, workdir, mesh, command)
+        return trainer.run(first_lines, last_lines)
+
+
+def check(config: Settings, mesh: Mesh) -> None:
+    """Refuses sizes that do not go into each other, naming the key.
+
+    Raises:
+      UserError: so it is.
+    """
+    algorithm = specs.bound_algorithm(config)
+    check_batch(mesh, config.train.batch_size, specs.accumulate_at_least(config), algorithm.batch_spec())
+    rollouts = f'rl.rollouts={config.rl.rollouts}: expected a multiple of'
+    if config.rl.rollouts % config.train.batch_size:
+        raise UserError(f'{rollouts} train.batch_size={config.train.batch_size}')
+    if config.rl.rollouts % algorithm.group:
+        raise UserError(f'{rollouts} rl.group={algorithm.group}')
+    check_rows(mesh, 'generate.batch_size', config.generate.batch_size)
+    if config.generate.temperature == 0:
+        raise UserError('generate.temperature=0: expected more, for answers are compared with what else was likely')
+    for name, neutral in (('top_k', 0), ('top_p', 1.0), ('beams', 1)):
+        if config.generate[name] != neutral:
+            raise UserError(
+                f'generate.{name}={config.generate[name]}: expected {neutral}; answers are drawn from the whole policy'
+            )
+    if config.generate.max_new_tokens >= config.data.seq_len:
+        raise UserError(
+            f'generate.max_new_tokens={config.generate.max_new_tokens}: expected less than data.seq_len='
+            f'{config.data.seq_len}, which prompt and answer share'
+        )
+    if not config.data.train:
+        raise UserError("data.train='': expected the prompts: a path, a glob, a folder, python-stdlib or @STAGE")
+    present.check(config)
+
+
+def check_policy(config: Settings, bundle: ModelBundle) -> None:
+    """Refuses a model that cannot be a policy.
+
+    Raises:
+      UserError: it is a reward model, or its logits cannot be tempered.
+    """
+    if bundle.folder and folder_head(bundle.folder) != 'lm':
+        raise UserError(f'model.path={config.model.path}: a reward model writes no text; expected a policy')
+    head = jax.eval_shape(bundle.model.head, value_head.policy(bundle.params))
+    if config.generate.temperature != 1.0 and head.softcap:
+        raise UserError(
+            f'generate.temperature={config.generate.temperature}: expected 1 for a model that caps its logits'
+        )
+
+
+def all_prompts(config: Settings, bundle: ModelBundle) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and those held out, of each what leaves room for an answer.
+
+    Raises:
+      UserError: there are none to train on.
+    """
+    limit = config.data.seq_len
+    train = read_prompts(specs.prompt_spec(config, count=0, limit=limit), bundle, fitting=True, split='train')
+    held_out = read_prompts(specs.prompt_spec(config, limit=limit), bundle, fitting=True) if config.data.eval else []
+    return train, held_out
+
+
+def reward(config: Settings, mesh: Mesh, *, weights: bool = True) -> Reward:
+    """What scores answers; without weights, a reward model's are not read."""
+    settings, spec = config.rl, specs.reward_model_spec(config)
+    size = config.generate.batch_size
+    return open_reward(settings.reward, settings.reward_timeout, spec, mesh, size, weights=weights)
+
+
+def open_trainer(
+    config: Settings, workdir: pathlib.Path, mesh: Mesh, command: Command
+) -> tuple[Trainer, Callable[[], None], Callable[[int, Mapping[str, Any]], None]]:
+    """The trainer of a recipe, and what prints its first and its last lines."""
+    info = setup.run_info(config, command, mesh)
+    check(config, mesh)
+    algorithm, method = specs.bound_algorithm(config), specs.method(config)
+    with info.timed('load'):
+        bundle = load_model(specs.model_spec(config), mesh)
+        check_policy(config, bundle)
+        scorer = reward(config, mesh)
+    with info.timed('data'):
+        prompts, held_out = all_prompts(config, bundle)
+    asked = config.rl.rollouts // algorithm.group
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(prompts) / asked))
+    updates = config.rl.epochs * (config.rl.rollouts // config.train.batch_size)  # a step
+
+    trainable, frozen = setup.split(config, bundle)
+    program = setup.program(config, mesh, bundle, trainable, algorithm, steps * updates)
+    state = program.init_state(trainable)
+    info.flops_per_token = setup.training_flops(config, bundle.model, algorithm)
+    info.describe_model(bundle.model, bundle.params, trainable, state['opt_state'])
+    with info.timed('compile'):
+        accumulate, step = setup.compiled_step(config, mesh, program, state, frozen)
+    sampler = Sampler(config.generate, mesh, bundle, [*prompts, *held_out], config.data.seq_len, config.seed)
+    metric = 'eval/reward' if config.eval.metric == 'eval/loss' else config.eval.metric
+    checkpoints = setup.checkpoints(config, workdir, metric)
+
+    def diagnose(number: int, what: str, before: list[dict[str, float]]) -> str:
+        return (
+            f'expected a smaller optimizer.lr than {config.optimizer.lr:g}, or more rl.kl_coef than '
+            f'{config.rl.kl_coef:g}; {divergence.last_good(checkpoints, workdir)}'
+        )
+
+    # The trainer alone owns the weights from here on: each update consumes them.
+    bundle = setup.without_params(bundle)
+
+    def export(trainable: Any, number: int) -> None:
+        with info.timed('export'):
+            policy = value_head.policy(combine(trainable, frozen))
+            save_tuned(workdir, method, bundle, policy, config.export.dtype)
+
+    rl = config.rl
+    task = RewardTask(
+        algorithm,
+        program,
+        step,
+        state,
+        frozen,
+        sampler,
+        scorer,
+        prompts,
+        held_out,
+        StepSizes(
+            rl.rollouts, rl.epochs, config.train.batch_size, accumulate, config.data.packing, rl.missing_eos_penalty
+        ),
+        info,
+        workdir,
+        diagnose,
+        export,
+        config.eval.batches,
+    )
+    trainer = Trainer(
+        task,
+        setup.schedule(config, steps, metric),
+        program,
+        state,
+        checkpoints,
+        info,
+        workdir,
+        wandb=config.log.wandb,
+    )
+    memory, name = compiled_memory(step), algorithm.algorithm.name
+    kernels = bundle.model.kernels
+    if titles := setup.declared(config).titles:
+        info.facts['titles'] = dict(titles)
+    info.facts |= {'steps': steps, 'accumulate': accumulate, 'gzip_bits_per_byte': None}
+
+    def first_lines() -> None:
+        line = _updates_line(rl.rollouts, algorithm.group, steps, updates, len(prompts), config, accumulate)
+        announce.announce(
+            info, workdir, data={}, kernels=kernels, memory=memory, updates=line, optimizer=config.optimizer
+        )
+
+    def last_lines(exported: int, metrics: Mapping[str, Any]) -> None:
+        announce.conclude(info, workdir, exported, metrics, reward=metrics.get(f'{name}/reward'))
+
+    return trainer, first_lines, last_lines
+
+
+def _updates_line(
+    rollouts: int, group: int, steps: int, updates: int, prompts: int, config: Settings, accumulate: int
+) -> str:
+    asked = f'{rollouts // group} prompts x {group} answers' if group > 1 else f'{group} answer each'
+    cut = f' in {accumulate} micro-batches' if accumulate > 1 else ''
+    passes = steps * rollouts / group / max(prompts, 1)
+    return (
+        f'{steps:,} steps of {rollouts} answers ({asked}) from {amount(prompts)} prompts, '
+        f'{passes:.3g} passes; {updates} updates each, of {config.train.batch_size} answers{cut}'
+    )

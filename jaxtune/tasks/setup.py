@@ -1,0 +1,154 @@
+"""What tasks that train or score have in common: a program opened over a model, and its evaluator."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxtune.common import console
+from jaxtune.common.settings import Settings
+from jaxtune.config import is_rewarded
+from jaxtune.generation.generator import Generator
+from jaxtune.generation.prompts import read_prompts
+from jaxtune.methods import apply
+from jaxtune.metrics import names
+from jaxtune.objectives import Objective
+from jaxtune.parallel.aot import compile_step
+from jaxtune.pretrained.load import ModelBundle, load_model
+from jaxtune.recipe.flags import Command
+from jaxtune.recipe.workdir import stored_signature
+from jaxtune.rl import Algorithm
+from jaxtune.tasks import specs
+from jaxtune.training.checkpoint import Checkpoints
+from jaxtune.training.flops import flops_per_token
+from jaxtune.training.program import Learning, Program, make_program
+from jaxtune.training.reference import ReferenceLogps
+from jaxtune.training.run_info import RunInfo
+from jaxtune.training.sample_callback import SampleCallback
+from jaxtune.training.trainer import Schedule
+
+
+def run_info(config: Settings, command: Command, mesh: Mesh | None) -> RunInfo:
+    """What the run is, before its model is known."""
+    batch, length, name = config.train.batch_size, config.data.seq_len, config.task
+    if is_rewarded(config.task):
+        tokens = config.rl.rollouts * config.rl.epochs * length  # each as often as a step learns from it
+        name = specs.algorithm(config).name
+    elif config.task in ('train', 'evaluate', 'compile'):
+        tokens = batch * specs.objective(config).objective.rows_per_example * length
+    else:
+        tokens = batch * length
+    return RunInfo(name, command.argv, str(command.recipe), mesh, tokens)
+
+
+def training_flops(config: Settings, bundle_model: Any, learning: Learning) -> float | None:
+    """FLOPs a token of training, None for a model without a formula."""
+    try:
+        method = specs.method(config).method
+        return flops_per_token(bundle_model, method, config.data.seq_len, learning.batch_spec())
+    except NotImplementedError:
+        return None
+
+
+def program(
+    config: Settings, mesh: Mesh, bundle: ModelBundle, trainable: Any, learning: Learning, steps: int
+) -> Program:
+    """The update of a recipe over a model."""
+    return make_program(
+        mesh,
+        bundle.model,
+        trainable,
+        learning,
+        optimizer=config.optimizer,
+        steps=steps,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        method=specs.method(config),
+        newly_initialized=bundle.newly_initialized,
+    )
+
+
+def split(config: Settings, bundle: ModelBundle) -> tuple[Any, Any]:
+    """The trainable and the frozen half of a bundle's parameters."""
+    return apply.partition(specs.method(config).method, bundle.params, bundle.trained_whole)
+
+
+def compiled_step(config: Settings, mesh: Mesh, program: Program, state: Any, frozen: Any) -> tuple[int, Any]:
+    """How many micro-batches an update is cut into, and the update compiled so."""
+    args = (state, frozen, program.batch_shapes())
+    rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+    return compile_step(program.train_step, args, config.train.accumulate, rows)
+
+
+def declared(config: Settings) -> Objective | Algorithm:
+    """What the recipe trains, which declares its own metrics."""
+    return specs.algorithm(config) if is_rewarded(config.task) else specs.objective(config).objective
+
+
+def higher_is_better(config: Settings, metric: str) -> bool:
+    """Whether a higher value of a metric is better."""
+    return names.higher_is_better(metric, declared(config).higher_is_better)
+
+
+def schedule(config: Settings, steps: int, metric: str) -> Schedule:
+    """When a run does what."""
+    return Schedule(
+        steps,
+        config.log.every,
+        config.eval.every,
+        config.checkpoint.every,
+        config.eval.patience,
+        metric,
+        higher_is_better(config, metric),
+    )
+
+
+def checkpoints(config: Settings, workdir: pathlib.Path, metric: str) -> Checkpoints:
+    """Where a run saves its state."""
+    folder = workdir / 'checkpoints'
+    better = higher_is_better(config, metric)
+    return Checkpoints(folder, config.checkpoint.keep, metric, better, stored_signature(workdir))
+
+
+def reference_logps(config: Settings, mesh: Mesh, bundle: ModelBundle, cache: pathlib.Path) -> ReferenceLogps:
+    """What gives rows the values of the reference model that the objective's loss reads."""
+    objective = specs.objective(config)
+
+    def load(path: str) -> tuple[Any, Any]:
+        key = objective.objective.reference.key if objective.objective.reference else ''
+        other = load_model(specs.other_model_spec(config, key, path), mesh)
+        return other.model, other.params
+
+    identity = (config.model.path, config.model.compute_dtype)
+    size = config.eval.batch_size or config.train.batch_size
+    return ReferenceLogps(objective, bundle.model, bundle.params, mesh, size, cache, identity, load)
+
+
+def sample_callback(config: Settings, mesh: Mesh, bundle: ModelBundle, workdir: pathlib.Path) -> SampleCallback | None:
+    """What answers the first `eval.samples` prompts of `data.eval`, greedily; None where there is none to answer.
+
+    Raises:
+      UserError: the prompts are wrong.
+    """
+    count, objective = config.eval.samples, specs.objective(config).objective
+    if not count or not config.data.eval:
+        return None
+    changes = {'data': specs.data_spec(config, format='pair')} if objective.name == 'seq2seq' else {}
+    # Some of the prompts may be too long.
+    spec = specs.prompt_spec(config, count=8 * count, prompt_tokens=objective.prompt_tokens, **changes)
+    prompts = read_prompts(spec, bundle, objective.name == 'sft', fitting=True, needed=False)[:count]
+    if not prompts:
+        console.note(
+            f'eval.samples={count}: none is written: no prompt of data.eval leaves room for '
+            f'generate.max_new_tokens={config.generate.max_new_tokens}'
+        )
+        return None
+    rows = mesh.shape['data'] * mesh.shape['fsdp']
+    generator = Generator(config.generate, mesh, bundle, -(-len(prompts) // rows) * rows, config.seed, greedy=True)
+    return SampleCallback(generator, prompts, workdir)
+
+
+def without_params(bundle: ModelBundle) -> ModelBundle:
+    """Model and tokenizer alone."""
+    return dataclasses.replace(bundle, params=None)

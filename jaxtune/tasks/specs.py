@@ -1,0 +1,114 @@
+"""What the rooms below work with, as values: made of a recipe here, where alone a whole recipe is seen."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxtune.common.settings import Settings
+from jaxtune.config import is_rewarded, trains
+from jaxtune.data.spec import DataSpec
+from jaxtune.generation.prompts import PromptSpec
+from jaxtune.methods import METHODS, BoundMethod
+from jaxtune.objectives import OBJECTIVES, BoundObjective, Objective
+from jaxtune.pretrained.load import ModelSpec
+from jaxtune.rl import ALGORITHMS, Algorithm
+from jaxtune.rl.policy import BoundAlgorithm
+
+
+def algorithm(config: Settings) -> Algorithm:
+    """The algorithm that the task names."""
+    return ALGORITHMS.get(config.task)
+
+
+def data_spec(config: Settings, **changes: Any) -> DataSpec:
+    """The recipe's `data`, with what of `sft` and `model` belongs to it."""
+    data = config.data
+    same = ('train', 'eval', 'format', 'template', 'seq_len', 'target_len', 'packing', 'append_eos')
+    values = {name: data[name] for name in (*same, 'text_key', 'source_key', 'target_key')}
+    values |= {'system': config.sft.system, 'demonstrations': config.sft.demonstrations, 'seed': config.seed}
+    values |= {'labels_of': config.model.path, 'default_labels': ('0', '1') if config.task == 'compile' else ()}
+    return DataSpec(**(values | changes))
+
+
+def _settings_of(config: Settings, objective: Objective) -> Any:
+    """The subtree of an objective: its own, or `custom` for a person's own; empty for one without settings."""
+    shipped = objective.name in OBJECTIVES.names
+    return config.get(objective.name if shipped else 'custom', ConfigDict())
+
+
+def objective(config: Settings, name: str = '', **data: Any) -> BoundObjective:
+    """The recipe's objective, or another, over its data, of which some values may be others."""
+    chosen = OBJECTIVES.get(name or config.objective)
+    return BoundObjective(chosen, _settings_of(config, chosen), data_spec(config, **data))
+
+
+def method(config: Settings) -> BoundMethod:
+    """The recipe's tuning method."""
+    return BoundMethod(METHODS.get(config.method.name), config.method, config.seed)
+
+
+def bound_algorithm(config: Settings) -> BoundAlgorithm:
+    """The recipe's algorithm."""
+    return BoundAlgorithm(algorithm(config), config.rl, config.data.seq_len, config.generate.temperature)
+
+
+def model_spec(config: Settings, key: str = 'model.path') -> ModelSpec:
+    """The recipe's model."""
+    task, rows = config.task, None
+    if is_rewarded(task):
+        rows = objective(config, 'causal_lm')
+    elif task in ('train', 'evaluate', 'compile') or (task == 'export' and config.export.requantise):
+        rows = objective(config)
+    return ModelSpec(
+        path=config.model.path,
+        settings=config.model,
+        tokenizer=config.tokenizer.path,
+        method=method(config),
+        adapters=config.method.path,
+        several=task == 'generate',
+        rows=rows,
+        trains=trains(task),
+        new_heads=task == 'train',
+        value_head=is_rewarded(task) and algorithm(config).value_head,
+        seed=config.seed,
+        key=key,
+    )
+
+
+def other_model_spec(config: Settings, key: str, path: str, objective_name: str = '', **data: Any) -> ModelSpec:
+    """Another model than the recipe's own, to be asked: whole, with its own tokenizer.
+
+    Args:
+      config: the recipe.
+      key: that names it.
+      path: what it names: a folder, hub id or workdir; an adapter's own base comes with it.
+      objective_name: whose head it has; '' = the recipe's.
+      data: other values of the data that it reads.
+    """
+    return ModelSpec(
+        path=path,
+        settings=config.model,
+        tokenizer='',
+        method=BoundMethod(METHODS.get('full'), config.method, config.seed),
+        rows=objective(config, objective_name, **data),
+        seed=config.seed,
+        key=key,
+    )
+
+
+def reward_model_spec(config: Settings) -> ModelSpec:
+    """The reward model that `rl.reward` names; its rows are as long as what it reads."""
+    return other_model_spec(config, 'rl.reward', config.rl.reward, 'reward', seq_len=2)
+
+
+def prompt_spec(config: Settings, **changes: Any) -> PromptSpec:
+    """The prompts of the recipe's data."""
+    generate = config.generate
+    values = {'max_new_tokens': generate.max_new_tokens, 'count': generate.prompts}
+    values |= {'prompt_tokens': generate.prompt_tokens, 'prefix': config.seq2seq.prefix, 'data': data_spec(config)}
+    return PromptSpec(**(values | changes))
+
+
+def accumulate_at_least(config: Settings) -> int:
+    """Micro-batches of an update, where the recipe says how many; else 1."""
+    return 1 if config.train.accumulate == 'auto' else config.train.accumulate

@@ -1,0 +1,26 @@
+"""What a training step costs."""
+
+from collections.abc import Mapping
+
+import jax
+
+from jaxtune.methods import Method
+from jaxtune.models import Model
+
+
+def flops_per_token(
+    model: Model, method: Method, seq_len: int, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+) -> float:
+    """Training FLOPs a token of rows: of an encoder-decoder, one of the source with its share of the target.
+
+    Args:
+      model: the model.
+      method: the tuning method: frozen kernels have no gradient of their own.
+      seq_len: tokens of a row.
+      batch_spec: what one row of a batch holds; an encoder-decoder's `targets` among it.
+
+    Raises:
+      NotImplementedError: this kind of model has no formula.
+    """
+    targets = (batch_spec['targets'].shape[0],) if model.kind == 'encdec' else ()
+    return model.flops_per_token(seq_len, *targets) * method.flops_share
