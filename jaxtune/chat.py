@@ -38,14 +38,14 @@ class Chat:
     """
 
     def __init__(self, config: ConfigDict) -> None:
-        import jax
+        import jax  # slow to import
 
-        from jaxtune.data import templates
-        from jaxtune.data.spans import Encoder, end_of_turn
-        from jaxtune.generation.sampling import Stream, from_settings
-        from jaxtune.parallel import make_mesh
-        from jaxtune.pretrained.load import load_model
-        from jaxtune.tasks import specs
+        from jaxtune.data import templates  # slow to import
+        from jaxtune.data.spans import Encoder, end_of_turn  # slow to import
+        from jaxtune.generation.sampling import Stream, from_settings  # slow to import
+        from jaxtune.parallel import make_mesh  # slow to import
+        from jaxtune.pretrained.load import load_model  # slow to import
+        from jaxtune.tasks import specs  # slow to import
 
         if not config.model.path:
             raise UserError("--model='': expected a model folder, a hub id or a workdir")
@@ -74,9 +74,9 @@ class Chat:
         Raises:
           UserError: the message alone is too long.
         """
-        import jax
+        import jax  # slow to import
 
-        from jaxtune.generation.generator import decode_continuation
+        from jaxtune.generation.generator import decode_continuation  # slow to import
 
         self.turns.append({'role': 'user', 'content': text})
         prompt = self._prompt()
@@ -109,8 +109,8 @@ class Chat:
         self.stream.params = self.adapters[name]
 
     def _prompt(self) -> list[int]:
-        from jaxtune.data.formats import Chat as Turns
-        from jaxtune.data.formats import FormatError
+        from jaxtune.data.formats import Chat as Turns  # slow to import
+        from jaxtune.data.formats import FormatError  # slow to import
 
         while True:
             head = [{'role': 'system', 'content': self.system}] if self.system else []
@@ -167,7 +167,7 @@ def _typed() -> Iterator[str]:
 
 
 def _config(values: flags.FlagValues) -> ConfigDict:
-    from jaxtune.recipe import recipes
+    from jaxtune.recipe import recipes  # slow to import
 
     config = recipes.defaults()
     names = {
@@ -186,7 +186,7 @@ def _config(values: flags.FlagValues) -> ConfigDict:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the conversation; returns the exit status."""
-    from jaxtune.common import console
+    from jaxtune.common import console  # slow to import
 
     console.quiet_logs()
     try:

@@ -226,14 +226,14 @@ def _sampler(model: Model, sampling: Sampling) -> Any:
 
 def main() -> None:
     """The harness's own command line, with the model `jaxtune`."""
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # of the eval extra
 
     cli_evaluate()
 
 
 if __name__ == '__main__':
     # Read a second time, under its importable name, which alone registers the class.
-    import jaxtune.lm_eval
+    import jaxtune.lm_eval  # registers the model
 
     jaxtune.lm_eval.main()
 else:

@@ -18,18 +18,18 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 def main(argv: Sequence[str]) -> int:
     """Runs one command; returns its exit status."""
     with preemption.handled():
-        from jaxtune.common import console
+        from jaxtune.common import console  # slow to import
 
         console.quiet_logs()  # read by libraries when they are imported, which the check of a plug-in's name does
-        from jaxtune.recipe import flags
+        from jaxtune.recipe import flags  # slow to import
 
         try:
             command = flags.parse(argv)
-            from jaxtune.parallel import hosts
+            from jaxtune.parallel import hosts  # slow to import
 
             with hosts.pod():
                 console.set_primary(hosts.is_primary())
-                from jaxtune.tasks import pipeline
+                from jaxtune.tasks import pipeline  # slow to import
 
                 pipeline.run(command)
         except UserError as error:

@@ -54,7 +54,7 @@ def quiet_logs() -> None:
     if not sys.warnoptions:
         warnings.simplefilter('ignore')
     logging.getLogger().setLevel(logging.ERROR)
-    from absl import logging as absl_logging
+    from absl import logging as absl_logging  # slow to import
 
     # Orbax logs an error in each thread that meets it, with its traceback, before it raises it.
     absl_logging.set_verbosity(absl_logging.FATAL)

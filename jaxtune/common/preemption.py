@@ -122,7 +122,7 @@ def _say(text: str) -> None:
 def deferred() -> Iterator[None]:
     """Inside, signals only set what `received` returns: the loop saves first."""
     global _deferred, _pod
-    import jax
+    import jax  # slow to import; loaded by then
 
     _pod = jax.process_count() > 1
     _deferred = True
@@ -141,7 +141,7 @@ def received(step: int) -> bool:
     settles on one that none has passed yet. Costs no exchange until then.
     """
     if _pod:
-        from jax.experimental import multihost_utils
+        from jax.experimental import multihost_utils  # slow to import; loaded by then
 
         return multihost_utils.reached_preemption_sync_point(step)
     return _received is not None

@@ -61,8 +61,8 @@ def once(there: Callable[[], bool], build: Callable[[], None], what: str) -> Non
                 raise
             problem = error
     if several:
-        from jax.experimental import multihost_utils
-        from orbax.checkpoint import multihost
+        from jax.experimental import multihost_utils  # only pods need it
+        from orbax.checkpoint import multihost  # only pods need it
 
         # Through the coordination service: a collective gives up after seconds, tokenising may take hours.
         multihost.get_barrier_sync_fn()(key=f'jaxtune:{what}', timeout_ms=_PATIENCE_MS)

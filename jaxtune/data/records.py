@@ -334,7 +334,7 @@ def _table(file: pathlib.Path, delimiter: str) -> Iterator[Placed]:
 
 
 def _parquet(file: pathlib.Path, columns: Mapping[str, str] | None) -> Iterator[Placed]:
-    from pyarrow import parquet
+    from pyarrow import parquet  # slow to import, and seldom needed
 
     def expected(error: Exception) -> UserError:
         return UserError(f'{file}: expected Parquet: {" ".join(str(error).split())[:200]}')

@@ -98,7 +98,7 @@ def render(source: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _what_ended(status: int) -> str:
-    import signal
+    import signal  # in the worker process alone
 
     if status == -signal.SIGXCPU:
         return f'takes longer than {SECONDS} seconds'
@@ -131,7 +131,7 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
 
 def _serve() -> None:
     """The answering end, until the asking one is gone."""
-    import resource
+    import resource  # in the worker process alone
 
     environment = _environment()
     compiled = functools.lru_cache(maxsize=16)(environment.from_string)
@@ -157,7 +157,7 @@ def _serve() -> None:
 
 
 def _answer(compiled: Callable[[str], Any], data: bytes, start_clock: Callable[[], None]) -> list[dict[str, Any]]:
-    from jinja2.exceptions import TemplateSyntaxError
+    from jinja2.exceptions import TemplateSyntaxError  # in the worker process alone
 
     start_clock()
     try:
@@ -176,7 +176,7 @@ def _answer(compiled: Callable[[str], Any], data: bytes, start_clock: Callable[[
 
 
 def _rendered(template: Any, variables: dict[str, Any], limit: int) -> dict[str, Any]:
-    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.exceptions import SecurityError, TemplateError  # in the worker process alone
 
     try:
         text = template.render(**variables)
@@ -210,12 +210,12 @@ def _take_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 def _environment() -> Any:
     """Jinja as `transformers` sets it up for chat templates, without what makes text up."""
-    import datetime
+    import datetime  # in the worker process alone
 
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import nodes  # in the worker process alone
+    from jinja2.exceptions import TemplateError  # in the worker process alone
+    from jinja2.ext import Extension, loopcontrols  # in the worker process alone
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # in the worker process alone
 
     class Generation(Extension):
         """`{% generation %} … {% endgeneration %}`: what the assistant writes."""

@@ -75,7 +75,7 @@ def _files() -> tuple[pathlib.Path, ...]:
 
 def _topics() -> Iterator[str]:
     try:
-        from pydoc_data.topics import topics
+        from pydoc_data.topics import topics  # slow to import
     except ImportError:
         return
     for name in sorted(topics):

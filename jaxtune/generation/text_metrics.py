@@ -27,7 +27,7 @@ def scores(completions: Sequence[str], references: Sequence[str], tokenize: str)
     pairs = zip(completions, references, strict=True)
     values = {'exact_match': sum(exact(*pair) for pair in pairs) / len(references)}
     if importlib.util.find_spec('sacrebleu'):
-        import sacrebleu
+        import sacrebleu  # of the eval extra
 
         texts = [text.strip() for text in completions]
         # force: no warning where references look tokenised.

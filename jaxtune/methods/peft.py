@@ -218,7 +218,7 @@ def modules_to_save(tensors: Mapping[str, Any]) -> list[str]:
 def host_array(leaf: jax.Array) -> np.ndarray:
     """An array's values in this process's memory, float32, gathered from all processes where it is divided."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        from jax.experimental import multihost_utils
+        from jax.experimental import multihost_utils  # only pods need it
 
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf).astype(np.float32)

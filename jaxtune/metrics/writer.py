@@ -77,7 +77,7 @@ class MetricsWriter:
             self._remember(row)
         self._file = path.open('a', encoding='utf-8')
 
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # slow to import
 
         folder = workdir / 'tensorboard'
         if resume_step is None:

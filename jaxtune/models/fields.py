@@ -212,7 +212,7 @@ def _plain(value: Any) -> Any:
 
 def config_json(fields: Fields, architecture: str, dtype: str) -> str:
     """The text of `config.json`, with rotary fields under their names before `transformers` 5 too."""
-    import transformers
+    import transformers  # slow to import
 
     rope = fields.get('rope_parameters')
     legacy = {}

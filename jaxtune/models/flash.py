@@ -94,8 +94,8 @@ def _splash_kernel(
 
     What takes time, its blocks of the mask, the library remembers.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # slow to import
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks  # slow to import
 
     shape = (length, length)
     if not causal:
@@ -130,7 +130,7 @@ def splash(
     q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, interpret: bool = False
 ) -> jax.Array:
     """Splash attention on one TPU's rows and heads; shapes as in `blockwise`."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # slow to import
 
     kernel = _splash_kernel(q.shape[2], q.shape[1], pattern.causal, pattern.window, pattern.softcap, interpret)
     q = q * jnp.asarray(pattern.scale, q.dtype)

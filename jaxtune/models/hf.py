@@ -153,7 +153,7 @@ def save(
             add_files(partial)
         replace_folder(partial, path)
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+        from jax.experimental import multihost_utils  # only pods need it
 
         multihost_utils.sync_global_devices(f'saved {path}')
 

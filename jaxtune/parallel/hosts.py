@@ -115,7 +115,7 @@ def from_primary(function: Callable[[], Any]) -> Any:
     """
     if not many_processes() or jax.process_count() == 1:
         return function()
-    from jax.experimental import multihost_utils
+    from jax.experimental import multihost_utils  # only pods need it
 
     answer = b''
     if jax.process_index() == 0:

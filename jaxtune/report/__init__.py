@@ -42,7 +42,7 @@ def write_report(workdir: pathlib.Path, result: Mapping[str, Any] | None = None)
 def render(workdir: pathlib.Path, result: Mapping[str, Any] | None = None) -> str:
     """The page as text."""
     # Not needed by the first line of a run, and slow to import.
-    import jinja2
+    import jinja2  # slow to import
 
     files = importlib.resources.files(__name__)
     environment = jinja2.Environment(

@@ -25,7 +25,7 @@ def module_of(task: str) -> ModuleType:
 def run(command: Command) -> None:
     """Runs every stage that has not finished yet; or with `command.check`, checks them all."""
     if command.check:
-        from jaxtune.tasks import preflight
+        from jaxtune.tasks import preflight  # slow to import, and only --check needs it
 
         console.note(preflight.check(command))
         return

@@ -94,7 +94,7 @@ def _stream(config: Settings, workdir: pathlib.Path, command: Command) -> None:
 
 
 def _by_steps(config: Settings, plan: plans.Plan, workdir: pathlib.Path, command: Command) -> None:
-    from jaxtune.data.prepare import engines, phases
+    from jaxtune.data.prepare import engines, phases  # of the data extra
 
     info, engine = RunInfo('prepare', command.argv, str(command.recipe)), config.data.engine
     units = find_units(plan)
@@ -149,7 +149,7 @@ def _begin(folder: pathlib.Path, tasks: Sequence[Sequence[sources.Unit]], identi
 
 
 def _submit(pipeline: list[Phase], work: Work, data: Settings) -> None:
-    from jaxtune.data.prepare import engines
+    from jaxtune.data.prepare import engines  # of the data extra
 
     mark = work.folder / 'submitted'
     if mark.exists():

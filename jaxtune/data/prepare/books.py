@@ -63,7 +63,7 @@ _BREAK = {'p', 'div', 'h1', 'h2', 'h3', 'h4', 'h5', 'h6', 'li', 'blockquote', 'p
 def page_text(page: bytes) -> str:
     """All text of an XHTML page, paragraphs apart."""
     from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]: compiled, without types
-    from lxml import html as pages
+    from lxml import html as pages  # of the data extra
 
     if not page.strip():
         return ''

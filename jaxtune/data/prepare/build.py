@@ -41,8 +41,8 @@ class Part:
         self.temporary = self.folder.with_name(f'.{rank:05d}.{os.uname().nodename}.{os.getpid()}')
         self.tokens: dict[str, int] = {}
         if not plan.records:
-            from jaxtune.data import tokenizer as tokenizers
-            from jaxtune.data.tokens import dtype_of
+            from jaxtune.data import tokenizer as tokenizers  # slow to import: worker processes do without
+            from jaxtune.data.tokens import dtype_of  # slow to import: worker processes do without
 
             changed = (folder / 'tokenizer').stat().st_mtime_ns
             self.tokenizer = _tokenizer(str(folder / 'tokenizer'), changed)
@@ -110,7 +110,7 @@ class Part:
 @functools.lru_cache(1)
 def _tokenizer(path: str, changed: int) -> 'PreTrainedTokenizerBase':
     """Opened once a process, not once a task."""
-    from jaxtune.data import tokenizer as tokenizers
+    from jaxtune.data import tokenizer as tokenizers  # slow to import: worker processes do without
 
     return tokenizers.load(path)
 
@@ -123,7 +123,7 @@ def assemble(work: Work, workdir: pathlib.Path) -> None:
         for side, name in zip(_SIDES, (TRAIN_RECORDS, HELD_OUT), strict=True):
             _join(folder, tasks, f'{side}.jsonl', workdir / name)
     else:
-        from jaxtune.data import tokenizer as tokenizers
+        from jaxtune.data import tokenizer as tokenizers  # slow to import: worker processes do without
 
         _copy_folder(folder / 'tokenizer', workdir / 'tokenizer')
         tokenizer = tokenizers.load(str(workdir / 'tokenizer'))
@@ -166,8 +166,8 @@ def statistics(work: Work) -> dict[str, Any]:
 def _tokens(
     work: pathlib.Path, tasks: int, side: str, folder: pathlib.Path, tokenizer: 'PreTrainedTokenizerBase', plan: Plan
 ) -> dict[str, Any]:
-    from jaxtune.data import tokenizer as tokenizers
-    from jaxtune.data.tokens import dtype_of, write_meta
+    from jaxtune.data import tokenizer as tokenizers  # slow to import: worker processes do without
+    from jaxtune.data.tokens import dtype_of, write_meta  # slow to import: worker processes do without
 
     parts = [work / 'parts' / f'{rank:05d}' for rank in range(tasks)]
     lengths = [np.load(part / f'{side}.npy', allow_pickle=False) for part in parts]

@@ -9,7 +9,7 @@ from jaxtune.data.prepare import Document, Step, quality, words
 
 @functools.cache
 def _filter() -> Any:
-    from datatrove.pipeline import filters
+    from datatrove.pipeline import filters  # of the data extra
 
     return filters.C4QualityFilter(language=words.splitter(), filter_no_terminal_punct=False)
 

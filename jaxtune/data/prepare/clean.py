@@ -46,7 +46,7 @@ def mend_encoding(text: str) -> str:
 
 @functools.cache
 def _ftfy() -> tuple[Callable[..., str], Callable[[str], bool], Any]:
-    import ftfy
+    import ftfy  # of the data extra
 
     # Only the encoding: quotation marks, ligatures and widths are the author's own.
     config = ftfy.TextFixerConfig(
@@ -60,7 +60,7 @@ def _ftfy() -> tuple[Callable[..., str], Callable[[str], bool], Any]:
         normalization=None,
         explain=False,
     )
-    from ftfy.badness import is_bad
+    from ftfy.badness import is_bad  # of the data extra
 
     return ftfy.fix_text, is_bad, config
 
@@ -113,7 +113,7 @@ _DOMAIN = re.compile(rf'(?:{_LABEL}\.)+{_LABEL}|\[(?:{_BYTE}\.){{3}}(?:{_BYTE}|[
 
 @functools.cache
 def _addresses() -> Any:
-    from datatrove.pipeline.formatters import PIIFormatter
+    from datatrove.pipeline.formatters import PIIFormatter  # of the data extra
 
     return PIIFormatter(ip_replacement=ADDRESS).ip_replacer
 

@@ -106,14 +106,14 @@ def _refuse(phase: Phase, work: Work) -> None:
 
 
 def _local(task: Task, count: int, logs: pathlib.Path, workers: int) -> PipelineExecutor:
-    from jaxtune.data.prepare.workers import LocalExecutor
+    from jaxtune.data.prepare.workers import LocalExecutor  # slow to import: worker processes do without
 
     return LocalExecutor([task], tasks=count, workers=workers, logging_dir=str(logs))
 
 
 def _ray(task: Task, count: int, logs: pathlib.Path, workers: int) -> PipelineExecutor:
     import ray  # pyright: ignore[reportMissingImports]: an extra of its own
-    from datatrove.executor import RayPipelineExecutor
+    from datatrove.executor import RayPipelineExecutor  # of the data extra
 
     if not ray.is_initialized():
         root = str(pathlib.Path(__file__).resolve().parents[3])
@@ -173,7 +173,7 @@ def submit(phases: list[Phase], work: Work, settings: Settings, workers: int) ->
     Raises:
       UserError: no partition, or no `sbatch` here.
     """
-    from datatrove.executor import SlurmPipelineExecutor
+    from datatrove.executor import SlurmPipelineExecutor  # of the data extra
 
     if not settings.partition:
         raise UserError("data.slurm.partition='': expected the name of a partition (data.engine=slurm)")

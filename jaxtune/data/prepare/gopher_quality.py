@@ -16,7 +16,7 @@ _STOP_WORDS = frozenset(('the', 'be', 'to', 'of', 'and', 'that', 'have', 'with')
 
 @functools.cache
 def _punctuation() -> frozenset[str]:
-    from datatrove.utils.text import PUNCTUATION_SET
+    from datatrove.utils.text import PUNCTUATION_SET  # of the data extra
 
     return frozenset(PUNCTUATION_SET)
 

@@ -111,8 +111,8 @@ def candidates(values: np.ndarray) -> np.ndarray:
 
 def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
     """The first document of each document's cluster, int64 `[documents]`: connected components of the pairs."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
+    from scipy.sparse import coo_matrix  # of the data extra
+    from scipy.sparse.csgraph import connected_components  # of the data extra
 
     graph = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     _, labels = connected_components(graph, directed=False)

@@ -110,7 +110,7 @@ def check_broken(work: Work) -> None:
 
 def make_tokenizer(work: Work, rank: int) -> None:
     """Trains a tokenizer on the training split, or copies the one that the recipe names."""
-    from jaxtune.data import tokenizer as tokenizers
+    from jaxtune.data import tokenizer as tokenizers  # slow to import: worker processes do without
 
     plan = work.plan
     if plan.tokenizer:

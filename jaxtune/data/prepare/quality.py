@@ -37,7 +37,7 @@ def of_preset(*names: str) -> Callable[[Document, Settings], bool]:
 
 def by_datatrove(rule: Any, text: str) -> str:
     """What one of datatrove's filters leaves of a text."""
-    from datatrove.data import Document as DatatroveDocument
+    from datatrove.data import Document as DatatroveDocument  # of the data extra
 
     if not text.strip():
         return Dropped('empty')

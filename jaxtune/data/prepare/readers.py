@@ -51,7 +51,7 @@ def _open(path: str) -> Any:
     if name.endswith('.xz'):
         return lzma.LZMAFile(raw)
     if name.endswith('.zst'):
-        import pyarrow
+        import pyarrow  # slow to import, and seldom needed
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, 'r'), 'zstd'))
     return raw
@@ -159,7 +159,7 @@ def _json(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterat
 
 
 def _parquet(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterator[Document]:
-    from pyarrow import parquet
+    from pyarrow import parquet  # slow to import, and seldom needed
 
     with _open(unit.path) as stream:
         table = parquet.ParquetFile(stream)
@@ -240,7 +240,7 @@ def _xml(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterato
 
 
 def _warc(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterator[Document]:
-    from warcio.archiveiterator import ArchiveIterator
+    from warcio.archiveiterator import ArchiveIterator  # of the data extra
 
     limit = plan.steps['limits.document_bytes']
     plain = unit.path.lower().endswith(COMPRESSED[1:])  # warcio unpacks gzip itself, a member a record
@@ -279,7 +279,7 @@ def _quietly(records: Iterator) -> Iterator:
 
 def _raw(path: str) -> Any:
     if is_url(path):
-        import fsspec
+        import fsspec  # of the data extra
 
         file: Any = fsspec.open(path, 'rb')
         return file.open()

@@ -39,7 +39,7 @@ class Writer:
     """Writes the documents of a task; the file appears whole, on `close`."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        import pyarrow
+        import pyarrow  # slow to import, and seldom needed
 
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Writer:
 
 def read(path: pathlib.Path) -> Iterator[Stored]:
     """The documents of a task, in order."""
-    import pyarrow
+    import pyarrow  # slow to import, and seldom needed
 
     with pyarrow.CompressedInputStream(pyarrow.OSFile(str(path), 'rb'), 'zstd') as packed:
         for line in _lines(packed):

@@ -109,7 +109,7 @@ def _stat(name: str) -> tuple[int, str]:
 
 
 def _remote(source: Source) -> list[tuple[str, int, str]]:
-    import fsspec
+    import fsspec  # of the data extra
 
     try:
         system, path = fsspec.url_to_fs(source.path)

@@ -55,7 +55,7 @@ def decode(data: bytes, declared: str = '', html: bool = False) -> str:
 
 
 def _guessed(data: bytes, names: list[str]) -> str:
-    from charset_normalizer import from_bytes
+    from charset_normalizer import from_bytes  # of the data extra
 
     where = ''
     try:
@@ -112,8 +112,8 @@ def limited(seconds: float) -> Iterator[None]:
 
 @functools.cache
 def _trafilatura() -> tuple[Callable[..., str | None], Callable[[str], Any]]:
-    import trafilatura
-    from trafilatura.utils import load_html
+    import trafilatura  # of the data extra
+    from trafilatura.utils import load_html  # of the data extra
 
     logging.getLogger('trafilatura').setLevel(logging.CRITICAL)  # pages without text are counted, not told
 

@@ -47,7 +47,7 @@ class _Hashes(dict):
     """Word -> 64-bit hash, remembered."""
 
     def __missing__(self, word: str) -> int:
-        import xxhash
+        import xxhash  # of the data extra
 
         if len(self) >= _CACHE_ENTRIES:
             self.clear()
@@ -99,7 +99,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 @functools.cache
 def splitter() -> Any:
     """Our split into words for datatrove's rules, which take theirs from large language packages."""
-    from datatrove.utils.word_tokenizers import WordTokenizer
+    from datatrove.utils.word_tokenizers import WordTokenizer  # of the data extra
 
     class Splitter(WordTokenizer):
         def word_tokenize(self, text: str) -> list[str]:
