@@ -2,38 +2,35 @@
 
 import hashlib
 import pathlib
+from collections.abc import Mapping
 
-from jaxtune.common.settings import Settings
 from jaxtune.data.cache import prepared_tokens
 from jaxtune.data.records import find_files
 from jaxtune.errors import UserError
-from jaxtune.recipe.recipes import config_get
 
-_KEYS = ('data.train', 'data.eval', 'sft.demonstrations')
-_BUDGET = (
-    256 << 20
-)  # bytes that are read of all files of a key: of larger ones, pieces from their beginning to their end
+KEYS = ('data.train', 'data.eval', 'sft.demonstrations')  # of a recipe, that name data
+# Bytes that are read of all files of a key: of larger ones, pieces from their beginning to their end.
+_BUDGET = 256 << 20
 _PIECES = 16
 
 
-def fingerprints(config: Settings) -> dict[str, str]:
-    """A fingerprint of the content of each file that a recipe's data keys name: `{'KEY: FILE': fingerprint}`.
+def fingerprints(paths: Mapping[str, str]) -> dict[str, str]:
+    """A fingerprint of the content of each file that data keys name: `{'KEY: FILE': fingerprint}`.
 
     Nothing for what another stage makes, for datasets of the hub, and for what is not there: reading it says so.
     """
-    found = {}
-    for key in _KEYS:
-        path = config_get(config, key)
+    fingerprints = {}
+    for key, path in paths.items():
         if not path or path.startswith('@') or path == 'python-stdlib':
             continue
         try:
             folder = prepared_tokens(path, key) if key != 'sft.demonstrations' else None
             files = sorted(folder.iterdir()) if folder else find_files(path, key) or []
             share = max(1 << 16, _BUDGET // max(1, len(files)))
-            found |= {f'{key}: {file}': _fingerprint(file, share) for file in files}
+            fingerprints |= {f'{key}: {file}': _fingerprint(file, share) for file in files}
         except (UserError, OSError):
             continue
-    return found
+    return fingerprints
 
 
 def _fingerprint(file: pathlib.Path, share: int) -> str:

@@ -61,11 +61,12 @@ def _open_root(command: Command, held: contextlib.ExitStack) -> None:
 
 def _open(command: Command, folder: pathlib.Path, config: Settings, held: contextlib.ExitStack) -> dict | None:
     """Locks and opens a task's folder; returns its result where it is done."""
-    from jaxtune.data.inputs import fingerprints  # slow to import
+    from jaxtune.data.inputs import KEYS, fingerprints  # slow to import
 
     held.enter_context(ownership.locked(folder))
     inputs = {other: workdir.result_fingerprint(command.workdir / other) for other in recipes.references(config)}
-    result = workdir.open_workdir(folder, config, command.overwrite, inputs, fingerprints(config))
+    data = {key: recipes.config_get(config, key) for key in KEYS}
+    result = workdir.open_workdir(folder, config, command.overwrite, inputs, fingerprints(data))
     if result is not None and config.task != 'export' and not (folder / report.NAME).is_file():
         report.write_report(folder, result)
     return result

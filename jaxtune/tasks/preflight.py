@@ -15,7 +15,7 @@ from jaxtune.common.formatting import amount
 from jaxtune.common.settings import Settings
 from jaxtune.config import is_rewarded
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.inputs import fingerprints
+from jaxtune.data.inputs import KEYS, fingerprints
 from jaxtune.data.prepare import streaming
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
@@ -70,7 +70,8 @@ def _check_folder(command: Command, name: str, config: Settings) -> None:
     ownership.check_owned(folder)
     if folder.is_dir():
         inputs = {other: workdir.result_fingerprint(command.workdir / other) for other in recipes.references(config)}
-        workdir.check_workdir(folder, config, command.overwrite, inputs, fingerprints(config))
+        data = {key: recipes.config_get(config, key) for key in KEYS}
+        workdir.check_workdir(folder, config, command.overwrite, inputs, fingerprints(data))
 
 
 def _done(folder: pathlib.Path) -> bool:
