@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
 
 FLAGS = {
@@ -37,7 +38,7 @@ class Chat:
       UserError: no such model, one that cannot write, or a template that fails.
     """
 
-    def __init__(self, config: ConfigDict) -> None:
+    def __init__(self, config: Settings) -> None:
         import jax  # slow to import
 
         from jaxtune.data import templates  # slow to import

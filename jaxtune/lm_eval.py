@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from jaxtune.common import console
+from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
 from jaxtune.generation.sampling import Sampling, pad_prompts, sample
 from jaxtune.models import Model
@@ -29,6 +30,13 @@ from jaxtune.tasks import specs
 
 _MULTIPLE = 64  # lengths are padded to a multiple of it, so that few shapes are compiled
 _LONGEST = 2048  # for a model without a limit of its own
+
+
+def _settings(keys: Mapping[str, Any]) -> Settings:
+    """The defaults with these keys, flat."""
+    config = recipes.defaults()
+    recipes.apply_overrides(config, keys)
+    return config
 
 
 class JaxtuneLM(TemplateLM):
@@ -62,7 +70,6 @@ class JaxtuneLM(TemplateLM):
         **_: Any,
     ) -> None:
         super().__init__()
-        config = recipes.defaults()
         keys = {
             'task': 'generate',
             'model.path': path,
@@ -70,7 +77,7 @@ class JaxtuneLM(TemplateLM):
             'model.param_dtype': dtype,
             'model.compute_dtype': dtype,
         }
-        recipes.apply_overrides(config, keys | {'mesh.fsdp': fsdp, 'mesh.tensor': tensor, **(recipe or {})})
+        config = _settings(keys | {'mesh.fsdp': fsdp, 'mesh.tensor': tensor, **(recipe or {})})
         self.mesh = make_mesh(config.mesh)
         with jax.set_mesh(self.mesh):
             bundle = load_model(specs.model_spec(config), self.mesh)

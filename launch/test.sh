@@ -7,6 +7,6 @@ bin="${VENV:-.venv}/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/lint-imports" --no-cache
-# TODO: once all rooms are clean: "$bin/pyright" --pythonpath "$bin/python"
+"$bin/pyright" --pythonpath "$bin/python"
 unset PYTHONDONTWRITEBYTECODE # tests start many processes, which read what one has compiled
 exec "$bin/python" -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -173,7 +173,9 @@ def is_raw(format_name: str, records: Iterable) -> bool:
         try:
             if format_name == 'preference':
                 pair = formats.preference(place, record)
-                return (pair.chosen or pair.rejected).raw
+                answer = pair.chosen or pair.rejected
+                assert answer is not None  # `formats.preference` refuses a record without either
+                return answer.raw
             return formats.chat(format_name, place, record, answered=False).raw
         except FormatError:
             return False  # reading all of them says what is wrong
@@ -277,7 +279,9 @@ class ExampleRows:
 
     def __getitem__(self, index: int) -> Row:
         index = int(index)
-        row = {name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'targets', 'positions', 'segment_ids')}
+        row: Row = {
+            name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'targets', 'positions', 'segment_ids')
+        }
         row['weights'] = np.zeros(self.seq_len, np.float32)
         at = 0
         for segment, number in enumerate(self.order[self.edges[index] : self.edges[index + 1]], 1):
@@ -295,11 +299,12 @@ class ExampleRows:
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, trained: np.ndarray) -> list[tuple[str, bool]]:
     """An example as text in runs of trained and other tokens."""
     edges = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
+    decode = cast(Callable[..., str], tokenizer.decode)  # of one list of ids it makes one text
     texts, before = [], ''
     for low, high in itertools.pairwise(edges):
-        whole = tokenizer.decode(ids[:high].tolist(), skip_special_tokens=False)
+        whole = decode(ids[:high].tolist(), skip_special_tokens=False)
         # Decoded by itself a run could lose a leading space.
-        text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[low:high].tolist())
+        text = whole[len(before) :] if whole.startswith(before) else decode(ids[low:high].tolist())
         texts.append((text, bool(trained[low])))
         before = whole
     return texts

@@ -190,7 +190,7 @@ class _Division:
         q_places, k_places = P(self.batch, self.length), P(self.batch, None)
         window = None if places.window is None else P()
         # Angles are divided as positions are.
-        where = Places(q_places, k_places, q_places, k_places, q_places, k_places, window)
+        where = Places._make((q_places, k_places, q_places, k_places, q_places, k_places, window))
         specs = (queries, keys, keys, where)
         divided = jax.shard_map(function, in_specs=specs, out_specs=queries, axis_names=set(self.axes), check_vma=False)
         return divided(q, k, v, places)

@@ -264,6 +264,13 @@ def _backward_rows(
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
     q_columns, d_columns = _columns(q), _columns(d_out)
+
+    def queries(x: jax.Array, first: int, last: int) -> jax.Array:
+        return x[:, :, :, first:last].reshape(rows, kv_heads, groups * (last - first), width)
+
+    def columns(x: jax.Array, first: int, last: int) -> jax.Array:
+        return x[..., first:last].swapaxes(2, 3).reshape(rows, kv_heads, width, groups * (last - first))
+
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_ks, d_vs = [], []
     for low in range(0, keys, size):
@@ -275,23 +282,17 @@ def _backward_rows(
         shape = (rows, kv_heads, groups, last - first, high - low)
         flat = (rows, kv_heads, groups * (last - first), high - low)
 
-        def queries(x: jax.Array, first: int = first, last: int = last) -> jax.Array:
-            return x[:, :, :, first:last].reshape(rows, kv_heads, groups * (last - first), width)
-
-        def columns(x: jax.Array, first: int = first, last: int = last) -> jax.Array:
-            return x[..., first:last].swapaxes(2, 3).reshape(rows, kv_heads, width, groups * (last - first))
-
         k_block, v_block = k[:, :, low:high], v[:, :, low:high]
         seen = _visible(pattern, places, window, slice(first, last), slice(low, high))
-        scores, slope = _scores(pattern, _dot(queries(q), k_block, (3, 3)).reshape(shape), seen)
+        scores, slope = _scores(pattern, _dot(queries(q, first, last), k_block, (3, 3)).reshape(shape), seen)
         chances = jnp.exp(scores - lse[:, :, :, first:last, None])
-        d_chances = _dot(queries(d_out), v_block, (3, 3)).reshape(shape)
+        d_chances = _dot(queries(d_out, first, last), v_block, (3, 3)).reshape(shape)
         d_scores = chances * (d_chances - delta[:, :, :, first:last]) * pattern.scale
         if slope is not None:
             d_scores = d_scores * slope
         chances, d_scores = chances.reshape(flat).astype(q.dtype), d_scores.reshape(flat).astype(q.dtype)
-        d_vs.append(_dot(columns(d_columns), chances, (3, 2)).astype(v.dtype))
-        d_ks.append(_dot(columns(q_columns), d_scores, (3, 2)).astype(k.dtype))
+        d_vs.append(_dot(columns(d_columns, first, last), chances, (3, 2)).astype(v.dtype))
+        d_ks.append(_dot(columns(q_columns, first, last), d_scores, (3, 2)).astype(k.dtype))
         part = _dot(d_scores, k_block, (3, 2)).reshape(rows, kv_heads, groups, last - first, width)
         d_q = d_q.at[:, :, :, first:last].add(part)
     d_k, d_v = (_columns(jnp.concatenate(parts, 3))[:, :, None] for parts in (d_ks, d_vs))

@@ -6,7 +6,7 @@ Layers are scanned: parameters are stacked on a leading axis and one block is co
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -50,7 +50,7 @@ class Context(NamedTuple):
 class Layer(NamedTuple):
     """What differs between layers beside parameters: the number from 0, the window, and its place in the cache."""
 
-    index: jax.Array
+    number: jax.Array
     window: jax.Array
     cached: jax.Array
 
@@ -76,7 +76,7 @@ class Attention(_Part):
         c = self.config
         q, k, v = self.project(x)
         if c.scale_by_layer:
-            q = q / (layer.index + 1).astype(q.dtype)
+            q = q / (layer.number + 1).astype(q.dtype)
         prefix, angles = prefix_of(self), context.angles
         if cache is not None or prefix is not None:
             # A cache keeps its keys turned, a prefix is not turned at all.
@@ -134,8 +134,13 @@ class Attention(_Part):
 
 
 def _write(
-    cache: Cache, k: jax.Array, v: jax.Array, layer: Layer, context: Context, prefix: tuple[jax.Array, jax.Array] | None
-) -> Cache:
+    cache: kv_cache.Cache,
+    k: jax.Array,
+    v: jax.Array,
+    layer: Layer,
+    context: Context,
+    prefix: tuple[jax.Array, jax.Array] | None,
+) -> kv_cache.Cache:
     """Puts keys and values into the slots of their positions, a prefix into the first; those of padding go nowhere."""
     at = jnp.where(context.q_segment_ids != 0, context.q_positions, kv_cache.slots(cache))
     cache = kv_cache.write(cache, layer.cached, {'k': k, 'v': v}, at)
@@ -239,7 +244,7 @@ class Decoder(_Part):
                 rematerialised(Block, self.remat),
                 variable_axes={'params': 0},
                 split_rngs={'params': True, 'dropout': True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax says int, and takes a tree
                 length=c.num_layers,
             )
             numbers = jnp.arange(c.num_layers, dtype=jnp.int32)
@@ -265,7 +270,7 @@ def _forward(
     params: Any,
     batch: Mapping[str, jax.Array],
     *,
-    cache: Cache | None = None,
+    cache: Cache = None,
     rng: jax.Array | None = None,
     begins: bool = True,
 ) -> Outputs:
@@ -279,7 +284,10 @@ def _forward(
     own, prompt = without_prompt(params)
     positions = positions + virtual_tokens(params)
     prompt = prompt if begins else None
-    return module.apply({'params': own}, tokens, positions, segment_ids, cache, prompt, batch.get('noise'), rngs=rngs)
+    outputs = module.apply(
+        {'params': own}, tokens, positions, segment_ids, cache, prompt, batch.get('noise'), rngs=rngs
+    )
+    return cast(Outputs, outputs)
 
 
 def _head(config: DecoderConfig, head: str, params: Any) -> Head:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import chex
 import flax.linen as nn
@@ -88,7 +88,7 @@ class Context(NamedTuple):
     """What all layers of a stack share.
 
     Attributes:
-      buckets: of each pair of a query and a key, `[batch or 1, length, keys]`.
+      buckets: of each pair of a query and a key, `[batch or 1, length, keys]`; None until the stack sets them.
       bias: `[batch or 1, heads, length, keys]`, or None where every layer makes its own.
       visible: `[batch or 1, length, keys]`.
       source: the encoder's states `[batch, source length, d_model]`, or None (an encoder, or read from the cache).
@@ -96,7 +96,7 @@ class Context(NamedTuple):
       slots: where the cache takes the tokens' keys and values, `[batch, length]`, or None.
     """
 
-    buckets: jax.Array
+    buckets: jax.Array | None
     bias: jax.Array | None
     visible: jax.Array
     source: jax.Array | None = None
@@ -153,13 +153,20 @@ class Attention(_Part):
         c = self.config
         names = ('cross_k', 'cross_v') if self.cross else ('k', 'v')
         q = self.heads('q_proj', x, (c.d_model * c.head_dim) ** -0.5)
-        if source is not None:
+
+        def cached(cache: kv_cache.Cache) -> tuple[jax.Array, ...]:
+            return tuple(cache[name][layer].astype(q.dtype) for name in names)
+
+        if source is None:
+            assert cache is not None  # it holds what was made of the source
+            k, v = cached(cache)
+        else:
             k, v = (self.heads(name, source, c.d_model**-0.5) for name in ('k_proj', 'v_proj'))
             if cache is not None:
+                assert layer is not None  # whose place in the cache it is
                 at = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]) if slots is None else slots
                 cache = kv_cache.write(cache, layer, dict(zip(names, (k, v), strict=True)), at)
-        if cache is not None:
-            k, v = (cache[name][layer].astype(q.dtype) for name in names)
+                k, v = cached(cache)
         prefix = prefix_of(self)
         if cache is not None and x.shape[1] == 1 and prefix is None:
             y = kv_cache.attend_one(q, k, v, visible[:, 0], bias=None if bias is None else bias[:, :, 0])
@@ -207,6 +214,7 @@ class Block(_Part):
         x, cache = carry
         bias = context.bias
         if bias is None:
+            assert context.buckets is not None  # the stack has set them
             bias = RelativeBias(*self.same(), name='relative_bias')(context.buckets)
         normed = self.norm('self_attn_norm')(x).astype(self.dtype)
         attention = Attention(*self.same(), name='self_attn')
@@ -215,6 +223,7 @@ class Block(_Part):
         if self.decodes:
             normed = self.norm('cross_attn_norm')(x).astype(self.dtype)
             attention = Attention(*self.same(), cross=True, name='cross_attn')
+            assert context.source_visible is not None  # a decoder's context has it
             y, cache = attention(normed, context.source, None, context.source_visible, cache, layer)
             x = x + bottleneck(self, 'cross_adapter', y)
         y = MLP(*self.same(), name='mlp')(self.norm('mlp_norm')(x).astype(self.dtype))
@@ -237,7 +246,10 @@ class Stack(_Part):
         bias = None if c.bias_per_layer else RelativeBias(*self.same(), name='relative_bias')(buckets)
         context = context._replace(buckets=buckets, bias=bias)
         if cache is not None and kv_cache.is_divided(cache):
-            block, params = Block(*self.same(), self.decodes, parent=None), self.get_variable('params', 'layers')
+            block, params = (
+                Block(*self.same(), decodes=self.decodes, parent=None),
+                self.get_variable('params', 'layers'),
+            )
             x, cache = kv_cache.each_layer(block, params, x, cache, lambda _: jnp.int32(0), context)
             return self.norm('norm')(x).astype(self.dtype), cache
         layers = c.num_decoder_layers if self.decodes else c.num_layers
@@ -245,7 +257,7 @@ class Stack(_Part):
             rematerialised(Block, self.remat),
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax says int, and takes a tree
             length=layers,
         )
         scanned = scanned(*self.same(), decodes=self.decodes, name='layers')
@@ -280,6 +292,7 @@ class EncDec(_Part):
             encoder = Stack(*self.same(), remat=self.remat, name='encoder')
             source, _ = encoder(x, _distances(segment_ids.shape[1], segment_ids.shape[1]), context)
 
+        assert segment_ids is not None  # without a source in the batch, the cache holds one
         tokens = batch['decoder_tokens']
         length = tokens.shape[1]
         own = batch.get('decoder_segment_ids', jnp.ones_like(tokens))
@@ -313,7 +326,7 @@ def _same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return (queries[:, :, None] == keys[:, None]) & (keys[:, None] > 0)
 
 
-def _with_source(config: EncDecConfig, cache: Cache, segment_ids: jax.Array) -> Cache:
+def _with_source(config: EncDecConfig, cache: kv_cache.Cache, segment_ids: jax.Array) -> kv_cache.Cache:
     """The cache with room for the keys and values that all decoder layers make of the encoder's states, once."""
     cross = kv_cache.empty(
         config.num_decoder_layers,
@@ -336,12 +349,13 @@ def _forward(
     params: Any,
     batch: Mapping[str, jax.Array],
     *,
-    cache: Cache | None = None,
+    cache: Cache = None,
     rng: jax.Array | None = None,
     begins: bool = True,
 ) -> Outputs:
     own, prompt = without_prompt(params)
-    return module.apply({'params': own}, batch, cache, prompt, rngs=None if rng is None else {'dropout': rng})
+    outputs = module.apply({'params': own}, batch, cache, prompt, rngs=None if rng is None else {'dropout': rng})
+    return cast(Outputs, outputs)
 
 
 def _head(config: EncDecConfig, params: Any) -> Head:

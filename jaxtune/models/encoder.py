@@ -6,7 +6,7 @@ compiled, however many there are.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import flax.linen as nn
 import jax
@@ -59,8 +59,10 @@ class Attention(_Part):
         q, k, v = (constrain(y, 'batch', 'length', 'heads', None) for y in qkv)
         prefix, angles = prefix_of(self), None
         if context.angles is not None:
+            assert context.local_angles is not None  # a model has both or neither
             local = window < _NO_WINDOW
-            angles = tuple(jnp.where(local, *pair) for pair in zip(context.local_angles, context.angles, strict=True))
+            cos, sin = (jnp.where(local, *pair) for pair in zip(context.local_angles, context.angles, strict=True))
+            angles = (cos, sin)
         k_positions, k_segment_ids = context.positions, context.segment_ids
         if prefix is not None:  # which is not turned
             q, k, angles = rotary.rotate(q, angles), rotary.rotate(k, angles), None
@@ -191,7 +193,7 @@ class Encoder(_Part):
                 rematerialised(Block, self.remat),
                 variable_axes={'params': 0},
                 split_rngs={'params': True, 'dropout': True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # Flax says int, and takes a tree
                 length=c.num_layers - first,
             )
             x, _ = scanned(*self.same(), name='layers')(x, windows[first:], context)
@@ -256,7 +258,8 @@ def _forward(
         types = jnp.zeros_like(tokens)
     rngs = None if rng is None else {'dropout': rng}
     own, prompt = without_prompt(params)
-    return Outputs(module.apply({'params': own}, tokens, positions, segment_ids, types, prompt, rngs=rngs))
+    hidden = module.apply({'params': own}, tokens, positions, segment_ids, types, prompt, rngs=rngs)
+    return Outputs(cast(jax.Array, hidden))
 
 
 def _head(config: EncoderConfig, head: str, params: Any) -> Head:

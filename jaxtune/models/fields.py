@@ -118,6 +118,7 @@ def read_fields(
     fields = read(given, where, isinstance(source, Mapping))
     for name in (*_DROPPED, *(name for name in ('id2label', 'label2id') if name not in given)):
         fields.pop(name, None)
+    name = ''
     try:
         for name, expects in _CHECKS.items():
             if fields.get(name) is not None:

@@ -5,6 +5,7 @@ FlashAttention: Dao 2023, arXiv:2307.08691.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,7 @@ def _without_padding(out: jax.Array, places: Places) -> jax.Array:
 
 def _splash_kernel(
     heads: int, length: int, causal: bool, window: int | None, softcap: float | None, interpret: bool
-) -> Callable[..., jax.Array]:
+) -> Callable[..., Any]:
     """Made anew in every trace: a scan's are traced more than once, and its arrays belong to the one they are made in.
 
     What takes time, its blocks of the mask, the library remembers.

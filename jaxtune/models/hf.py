@@ -14,7 +14,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -71,8 +71,8 @@ def load(
     order = sorted(
         (str(entry.path), entry.offset, leaf, i) for leaf in sources for i, entry in enumerate(sources[leaf])
     )
-    leaves: dict[str, jax.Array] = {}
-    pending: tuple[Entry, tuple[jax.Array, jax.Array]] | None = None
+    leaves: dict[str, Any] = {}  # arrays and typed leaves
+    pending: tuple[Entry, tuple[Any, jax.Array]] | None = None
     for _, _, leaf, layer in order:
         tensor, sharding, shape = model.tensors[leaf], placed[leaf], shapes[leaf].shape
         if leaf in codecs:
@@ -140,7 +140,7 @@ def save(
         specs = {entry.name: (entry.dtype, entry.shape) for entry in tensors}
         values = (_fetch(entry, writes) for entry in tensors)
         if writes:
-            write_file(partial / name, specs, values)
+            write_file(partial / name, specs, cast(Iterator[np.ndarray], values))  # here none is None
         else:
             collections.deque(values, maxlen=0)
     if writes:
@@ -344,12 +344,13 @@ def _parts(entry: Entry, sharding: Any) -> Iterator[tuple[jax.Array, int | None]
 def _on_devices(entry: Entry, first: int, shape: tuple[int, ...], sharding: Any) -> jax.Array:
     read: dict[str, np.ndarray] = {}
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         if str(index) not in read:  # devices that hold the same part share one reading
+            moved = index
             if index:
                 start, stop, _ = index[0].indices(shape[0])
                 moved = (slice(first + start, first + stop), *index[1:])
-            values = entry.read(moved if index else ())
+            values = entry.read(moved)
             read[str(index)] = values.astype(np.float32) if values.dtype == np.float64 else values
         return read[str(index)]
 
@@ -364,7 +365,7 @@ def _put(tensor: Tensor, sharding: Any, in_parts: bool) -> Callable[..., tuple[j
         leaf: jax.Array, part: jax.Array, layer: int | jax.Array, start: int | jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         part = (part.T if tensor.transposed else part).astype(leaf.dtype)
-        starts = [0] * leaf.ndim
+        starts: list[Any] = [0] * leaf.ndim
         if in_parts:  # a start that is known to be 0 keeps divided dimensions where they are
             starts[-1 if tensor.transposed else int(tensor.stacked)] = start
         finite = jax.numpy.isfinite(part).all()
@@ -424,7 +425,7 @@ def _fetch(write: _Write, wanted: bool) -> np.ndarray | None:
     """A tensor's values in this process's memory, gathered from all processes where they are divided among several."""
     leaf = write.leaf
     remote = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    sharding = NamedSharding(leaf.sharding.mesh, P()) if remote else None
+    sharding = NamedSharding(cast(NamedSharding, leaf.sharding).mesh, P()) if remote else None
     value = _take(write.layer is not None, write.tensor.transposed, write.dtype, sharding)(leaf, write.layer or 0)
     if not wanted:
         return None

@@ -216,8 +216,10 @@ class Model:
             inputs |= {'decoder_tokens': start + self.config.start_id, 'decoder_positions': start}
             inputs['decoder_segment_ids'] = start + 1
             outputs = self.apply(params, inputs, cache=self.init_cache(batch, 1))
+            assert outputs.cache is not None  # as one was given
             return outputs.hidden[:, 0], kv_cache.divided(outputs.cache, room - 1), jnp.ones(batch, jnp.int32)
         outputs = self.apply(params, inputs, cache=self.init_cache(batch, virtual_tokens(params) + width))
+        assert outputs.cache is not None  # as one was given
         last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return last, kv_cache.divided(outputs.cache, room), lengths
 
@@ -254,6 +256,7 @@ class Model:
         prefix = 'decoder_' if self.kind == 'encdec' else ''
         inputs = {prefix + name: value[:, None] for name, value in inputs.items()}
         outputs = self.apply(params, inputs, cache=cache, begins=False)
+        assert outputs.cache is not None  # as one was given
         hidden, cache = outputs.hidden[:, 0], outputs.cache
         if self.border is None or kv_cache.slots(cache) <= self.border:
             return hidden, cache
@@ -269,14 +272,16 @@ class Model:
         row_tokens: Callable[[jax.Array, int], jax.Array] | None,
     ) -> tuple[jax.Array, kv_cache.Cache]:
         """`hidden` and `cache` with what a pass over the whole of `rows` (bool `[batch]`) gives, one row at a time."""
-        count = self.border + 1 - virtual_tokens(params)
+        border = self.border
+        assert border is not None  # or `step` would not read again
+        assert row_tokens is not None  # a model with a border needs it
+        count = border + 1 - virtual_tokens(params)
 
         def read(state: tuple[jax.Array, jax.Array, kv_cache.Cache]) -> tuple[jax.Array, jax.Array, kv_cache.Cache]:
             rows, hidden, cache = state
             row = jnp.argmax(rows)
-            new = self.apply(
-                params, {'tokens': row_tokens(row, count)[None]}, cache=self.init_cache(1, self.border + 1)
-            )
+            new = self.apply(params, {'tokens': row_tokens(row, count)[None]}, cache=self.init_cache(1, border + 1))
+            assert new.cache is not None  # as one was given
             hidden = hidden.at[row].set(new.hidden[0, -1])
             cache = jax.tree.map(
                 lambda all_rows, own: jax.lax.dynamic_update_slice(all_rows, own, (0, row, 0, 0, 0)),

@@ -65,7 +65,7 @@ class Entry:
 
     def _read_rows(self, start: int, count: int) -> np.ndarray:
         values = np.empty(count, self.dtype)
-        view = memoryview(values.view(np.uint8))
+        view = values.view(np.uint8).data
         with open(self.path, 'rb', buffering=0) as file:
             file.seek(self.offset + start * self.dtype.itemsize)
             done = 0

@@ -270,7 +270,7 @@ def _zeros(
     kernel: jax.Array, bias: jax.Array | None, wanted: Sequence[bool]
 ) -> tuple[jax.Array | None, jax.Array | None]:
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
-    return d_kernel, jnp.zeros(bias.shape, jnp.float32) if wanted[2] else None
+    return d_kernel, None if bias is None or not wanted[2] else jnp.zeros(bias.shape, jnp.float32)
 
 
 def _collect(

@@ -123,10 +123,11 @@ def _encode(seq_len: int, source: Source, pairs: list[tuple[str, formats.Prefere
     for place, pair in pairs:
         sides = [None if chat is None else next(found) for chat in (pair.chosen, pair.rejected)]
         wanted = sum(chat is not None for chat in (pair.chosen, pair.rejected))
-        if sum(side is not None for side in sides) < wanted:
+        ids = [side.ids for side in sides if side is not None]
+        if len(ids) < wanted:
             without += 1
             continue
-        if wanted == 2 and np.array_equal(*(side.ids for side in sides if side is not None)):
+        if wanted == 2 and np.array_equal(ids[0], ids[1]):
             alike.append(place)
             continue
         kept += [_NOTHING if side is None else side for side in sides]

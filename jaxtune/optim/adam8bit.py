@@ -40,7 +40,7 @@ def _by_layers(rule: Callable[..., Any], grad: jax.Array, *moments: Any) -> Any:
 class State(NamedTuple):
     """Updates done, and the moments of every parameter: `Moment`, or a float32 array of small ones."""
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # checkpoints name it so
     mu: Any
     nu: Any
 
@@ -89,7 +89,7 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
         return State(jnp.zeros((), jnp.int32), zeros(True), zeros(False))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, State]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, State]:
         count = state.count + 1
         correct1, correct2 = 1.0 - b1**count, 1.0 - b2**count
 
@@ -105,7 +105,7 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             step = (new_mu / correct1) / (jnp.sqrt(new_nu / correct2) + eps)
             return step.astype(grad.dtype), alike(new_mu, True, mu), alike(new_nu, False, nu)
 
-        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
         moments = [structure.flatten_up_to(tree) for tree in (state.mu, state.nu)]
         results = [
             _by_layers(functools.partial(rule, layer_dims(path_name(path))), grad, *moment)

@@ -1,6 +1,6 @@
 """Optimizers and learning-rate schedules, composed from optax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import chex
@@ -14,12 +14,10 @@ from jaxtune.optim.adam8bit import scale_by_adam_8bit
 from jaxtune.parallel.rules import path_name
 from jaxtune.weights.tree import layer_dims
 
-Schedule = Callable[[jax.Array], jax.Array]
-
 DECAYED = ('kernel', 'embedding', '/a', '/b')
 
 
-def schedule(config: Settings, steps: int) -> Schedule:
+def schedule(config: Settings, steps: int) -> optax.Schedule:
     """Learning rate at update 0, 1, …: linear warm-up to `lr`, then the course that `schedule` names.
 
     `cosine` ends at `min_ratio` of the peak (SGDR, arXiv:1608.03983), `linear` at 0, `constant` stays; `wsd` stays and
@@ -85,7 +83,7 @@ def _adafactor(b1: float, b2: float, eps: float) -> optax.GradientTransformation
 
         return AdafactorState(jnp.zeros((), jnp.int32), jax.tree_util.tree_map_with_path(zeros, params))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, 'AdafactorState']:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, 'AdafactorState']:
         count = state.count + 1
         decay = jnp.minimum(b2, 1.0 - count.astype(jnp.float32) ** -0.8)
 
@@ -104,7 +102,7 @@ def _adafactor(b1: float, b2: float, eps: float) -> optax.GradientTransformation
             size = jnp.sqrt(jnp.square(step).mean(own(path), keepdims=True))
             return step / jnp.maximum(1.0, size), nu
 
-        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
         found = [rule(*leaf, was) for leaf, was in zip(leaves, structure.flatten_up_to(state.nu), strict=True)]
         steps, nu = (structure.unflatten(part) for part in zip(*found, strict=True))
         return steps, AdafactorState(count, nu)
@@ -116,7 +114,7 @@ def _adafactor(b1: float, b2: float, eps: float) -> optax.GradientTransformation
 class AdafactorState(NamedTuple):
     """Updates done, and second moments: of rows `[*layers, in]` and columns `[*layers, out]`, or of vectors whole."""
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # checkpoints name it so
     nu: Any
 
 
@@ -130,16 +128,19 @@ def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     def init(params: Any) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, 'MuonState']:
-        mu = jax.tree.map(lambda was, grad: b1 * was + (1.0 - b1) * grad, state.mu, grads)
-        ahead = jax.tree.map(lambda mu, grad: b1 * mu + (1.0 - b1) * grad, mu, grads)  # Nesterov's
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, 'MuonState']:
+        mu = jax.tree.map(lambda was, grad: b1 * was + (1.0 - b1) * grad, state.mu, updates)
+        ahead = jax.tree.map(lambda mu, grad: b1 * mu + (1.0 - b1) * grad, mu, updates)  # Nesterov's
         return jax.tree.map(_orthogonalised, ahead), MuonState(mu)
 
     def label(path: tuple, leaf: jax.Array) -> str:
         name = path_name(path)
         return 'muon' if name.endswith('kernel') and 'lm_head' not in name and leaf.ndim >= 2 else 'adam'
 
-    rules = {'muon': optax.GradientTransformation(init, update), 'adam': optax.scale_by_adam(0.9, b2, eps)}
+    rules: dict[Hashable, optax.GradientTransformation] = {
+        'muon': optax.GradientTransformation(init, update),
+        'adam': optax.scale_by_adam(0.9, b2, eps),
+    }
     return optax.partition(rules, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
 
 
@@ -178,8 +179,8 @@ def _wide(tree: Any) -> Any:
 def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """A rule whose state and arithmetic are float32, whatever parameters and gradients are kept in."""
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return rule.update(_wide(grads), state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return rule.update(_wide(updates), state, params)
 
     return optax.GradientTransformation(lambda params: rule.init(_wide(params)), update)
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import psutil
@@ -13,6 +14,7 @@ from jaxtune.errors import UserError
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes a device needs while it runs a compiled function: arguments, outputs not aliased to them, temporaries."""
     memory = compiled.memory_analysis()
+    assert memory is not None  # all of XLA's compilers tell
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -59,7 +61,7 @@ def refused_bytes(message: str) -> int:
 
 
 def compile_step(
-    make: Callable[[int], Callable], args: tuple, accumulate: int | str, rows: int
+    make: Callable[[int], Any], args: tuple, accumulate: int | str, rows: int
 ) -> tuple[int, jax.stages.Compiled]:
     """Traces and compiles once for a given number of micro-batches, or tries 1, 2, 4 … until one fits.
 
@@ -76,11 +78,12 @@ def compile_step(
       UserError: not even one row a micro-batch fits.
     """
     if accumulate != 'auto':
-        return accumulate, make(accumulate).lower(*args).compile()
-    limit = available_bytes()
+        count = int(accumulate)
+        return count, make(count).lower(*args).compile()
+    limit, needed = available_bytes(), 0
     for count in (n for n in range(1, rows + 1) if rows % n == 0):
         compiled, needed = try_compile(make(count).lower(*args), limit)
-        if needed <= 0.92 * limit:
+        if compiled is not None and needed <= 0.92 * limit:
             return count, compiled
         console.note(f'train.accumulate={count} needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB a device')
     raise UserError(

@@ -1,6 +1,7 @@
 """Placing a global batch on the mesh: every process reads only the rows that its own devices need."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,14 +78,18 @@ def place(rows: Callable[[int, int], dict[str, np.ndarray]], batch_size: int, me
       `{field: [batch, ...]}` as global arrays.
     """
     starts = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
-    bounds = [(index[0].start or 0, batch_size if index[0].stop is None else index[0].stop) for index in starts]
+    bounds = [
+        (index[0].start or 0, batch_size if index[0].stop is None else index[0].stop)
+        for index in starts
+        if index is not None
+    ]
     low, high = min(bound[0] for bound in bounds), max(bound[1] for bound in bounds)
     local = rows(low, high)
 
     def global_array(value: np.ndarray) -> jax.Array:
         shape = (batch_size, *value.shape[1:])
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             return value[(slice(start - low, stop - low), *index[1:])]
 

@@ -8,10 +8,10 @@ from jaxtune.parallel.mesh import platform
 
 # XLA:CPU gives matrix products and reductions to YNNPACK. Its products are slower than those of Eigen, which calls
 # oneDNN's kernels: by a tenth where many tokens meet a kernel, by a third and more in attention's small products.
-_CPU = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
+_CPU: dict[str, str | bool] = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, str | bool]:
     """What to give `jax.jit` as `compiler_options` for a program that will run where the mesh says."""
     return _CPU if platform() == 'cpu' and _known() else {}
 

@@ -93,7 +93,8 @@ def pod() -> Iterator[None]:
         _watch.leave(2)
         raise
     except (SystemExit, KeyboardInterrupt) as error:
-        _watch.leave(error.code if isinstance(getattr(error, 'code', None), int) else 1)
+        code = getattr(error, 'code', None)
+        _watch.leave(code if isinstance(code, int) else 1)
         raise
     except BaseException:
         if _watch.links:

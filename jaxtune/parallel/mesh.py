@@ -1,6 +1,7 @@
 """The mesh of devices and the names of its axes."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ AXES = ('data', 'fsdp', 'tensor', 'sequence')
 BATCH_AXES = ('data', 'fsdp')
 
 # What a dimension of an activation is -> the mesh axes that divide it.
-_LOGICAL = {
+_LOGICAL: dict[str | None, tuple[str, ...]] = {
     'batch': BATCH_AXES,
     'copy': ('data',),
     'width': ('fsdp',),
@@ -41,12 +42,12 @@ def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
     return tuple(devices // known if size == -1 else size for size in shape)
 
 
-def make_mesh(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     """A mesh with axes `data`, `fsdp`, `tensor`, `sequence` over all devices (or those given).
 
     Args:
       sizes: axis name -> size; one may be -1, the rest of the devices.
-      devices: default `jax.devices()`.
+      devices: of `jax.Device`, which is no type to a checker; default `jax.devices()`.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.

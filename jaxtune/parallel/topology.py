@@ -5,6 +5,7 @@ import difflib
 import glob
 import os
 import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -73,8 +74,8 @@ _MULTIPROCESSOR = {
 }
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """Devices to compile for, without having them.
+def topology_devices(name: str) -> list[Any]:
+    """Devices (`jax.Device`) to compile for, without having them.
 
     Args:
       name: `v5e:4x4`, `v5p:2x2x1` … for a TPU slice, its chips along each axis; `cuda:h200x8` … for GPUs, one host's
@@ -103,7 +104,7 @@ def usable_bytes(name: str) -> int:
     return int(TPU_GIB[kind] * 2**30)
 
 
-def _tpu(name: str) -> list[jax.Device]:
+def _tpu(name: str) -> list[Any]:
     if not re.fullmatch(r'[^:]+:\d{1,6}(x\d{1,6}){1,2}', name):
         raise UserError(f'compile.topology={name!r}: expected its chips along each axis, such as {_TPU_EXAMPLES}')
     if not glob.glob('/dev/accel*') and not glob.glob('/dev/vfio/[0-9]*'):
@@ -138,7 +139,7 @@ def _card(name: str, shape: str) -> tuple[Card, int]:
     return CARDS[card], int(count)
 
 
-def _cuda(name: str, card: Card, count: int) -> list[jax.Device]:
+def _cuda(name: str, card: Card, count: int) -> list[Any]:
     # The plugin checks the driver and the libraries of this machine otherwise; it has neither to have a GPU.
     os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
     hosts = max(1, count // 8)

@@ -15,6 +15,7 @@ from ml_collections.config_flags import config_flags
 
 from jaxtune.common import paths
 from jaxtune.common.checks import ExpectedError
+from jaxtune.common.settings import Settings
 from jaxtune.config import SCHEMA, Key, OpenSubtree
 from jaxtune.errors import UserError, reason, shown
 from jaxtune.recipe import recipes
@@ -36,7 +37,7 @@ class Command:
     recipe: str
     workdir: pathlib.Path
     overwrite: bool
-    configs: dict[str, ConfigDict]
+    configs: Mapping[str, Settings]
     argv: tuple[str, ...]
     finished: Mapping[str, dict] = dataclasses.field(default_factory=dict)
     check: bool = False

@@ -54,7 +54,7 @@ def defaults() -> ConfigDict:
     return config
 
 
-def flatten(config: Mapping | ConfigDict, prefix: str = '') -> dict[str, Any]:
+def flatten(config: Mapping | Settings, prefix: str = '') -> dict[str, Any]:
     """`{'train.steps': 10, ...}`; an open subtree is one value, a plain dict."""
     flat = {}
     for name, value in config.items():
@@ -95,7 +95,7 @@ def apply_overrides(config: Settings, changes: Mapping[str, Any], prefix: str = 
         if path == subtree:
             value = ConfigDict(config_get(config, path).to_dict() | value, type_safe=False)
         *parents, last = path.split('.')
-        node = config
+        node: Any = config
         for parent in parents:
             node = child(node, parent)
         node[last] = value
@@ -261,7 +261,7 @@ def references(config: Settings) -> set[str]:
     return {value[1:] for value in references_by_key(config).values()}
 
 
-def differing(old: Mapping, new: ConfigDict) -> list[str]:
+def differing(old: Mapping, new: Settings) -> list[str]:
     """Keys in which two recipes differ so that a workdir can't be continued with the new one."""
     before: dict[str, Any] = flatten(old)
     after: dict[str, Any] = flatten(new)

@@ -28,11 +28,11 @@ class RolloutBatch(NamedTuple):
       scores: `[answers]` float32, the reward of each.
     """
 
-    old: jax.Array | np.ndarray
-    reference: jax.Array | np.ndarray
-    values: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
-    scores: jax.Array | np.ndarray
+    old: jax.Array
+    reference: jax.Array
+    values: jax.Array
+    mask: jax.Array
+    scores: jax.Array
 
 
 class LossOf(Protocol):

@@ -196,8 +196,9 @@ class RewardTask:
             batch = place_all({name: x[low : low + size] for name, x in fields.items()}, self.program.mesh)
             parts.append(self.score_rows(state['trainable'], self.frozen, self.reference, batch))
         whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *parts)
-        tokenwise: dict[str, Any] = {name: rows.gather(numbers) for name, numbers in whole.items()}
-        return RolloutBatch(**tokenwise, scores=scores)
+        # On the host; the compiled functions that take them make them arrays of JAX.
+        numbers_of: dict[str, Any] = {name: rows.gather(value) for name, value in whole.items()} | {'scores': scores}
+        return RolloutBatch(**numbers_of)
 
     def _learn(
         self, state: State, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], signal: bool

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.optim.optimizers import Schedule, clip_factor
+from jaxtune.optim.optimizers import clip_factor
 from jaxtune.optim.stochastic_rounding import apply_updates
 from jaxtune.parallel import BATCH_AXES
 from jaxtune.weights import eval_mode
@@ -105,7 +105,7 @@ def gradients(
 def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    rate: Schedule,
+    rate: optax.Schedule,
     *,
     seed: int,
     accumulate: int = 1,

@@ -47,7 +47,7 @@ class Task(Protocol):
         """Before the first step of a run."""
         ...
 
-    def export(self, trainable: Any, step: int) -> None:
+    def export(self, trainable: Any, step: int, /) -> None:
         """After the last step, with the weights to export and the step that they are of."""
         ...
 

@@ -6,6 +6,7 @@ Hu et al. 2021, arXiv:2106.09685; with magnitudes apart from directions it is Do
 import dataclasses
 import functools
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +59,12 @@ class LoRA(Weight):
     @property
     def ndim(self) -> int:
         """Dimensions of the array that it stands for."""
-        return self.base.ndim
+        return len(self.base.shape)
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the array that it stands for."""
-        return self.base.dtype
+        return cast(Any, self.base).dtype  # every leaf that is wrapped has one
 
     @property
     def size(self) -> int:
@@ -77,18 +78,19 @@ class LoRA(Weight):
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """`[..., in] -> [..., out]` in the dtype of `x`."""
-        drops = self.dropout and rng is not None
-        if not drops and self._summed_first(x):
+        key = rng if self.dropout else None
+        if key is None and self._summed_first(x):
             y = _sum_dot(x, (self.base, self.a_start, self.b_start, self.scale), self.a, self.b)
             return y if self.magnitude is None else (self.magnitude / self._lengths()).astype(x.dtype) * y
         y = dot(x, self.base)
         dropped = x
-        if drops:
-            kept = jax.random.bernoulli(rng, 1.0 - self.dropout, x.shape)
+        if key is not None:
+            kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
             dropped = jnp.where(kept, x / (1.0 - self.dropout), 0).astype(x.dtype)
         scale = self.scale.astype(x.dtype)
         update = dot(dot(dropped, _as_stacked(self.a)), self.b) * scale
         if self.a_start is not None:
+            assert self.b_start is not None  # the two come together
             update = update - dot(dot(x, self.a_start), self.b_start) * scale
         if self.magnitude is None:
             return y + update

@@ -8,7 +8,7 @@ mean, are 8-bit numbers in blocks of 256. At blocks of 64 that is 4 + 8/64 + 32/
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
@@ -111,10 +111,11 @@ class NF4(Weight):
         """Codes and float32 scales of one layer, its rows cut into `[pieces, rows, ...]`."""
         scales = self.scales
         if self.outer is not None:
+            assert self.offset is not None  # the two come together
             outer = jnp.repeat(self.outer, OUTER_BLOCK)[: scales.size].reshape(scales.shape)
             scales = _unfused(decode(scales) * outer) + self.offset
         rows, count = self.codes.shape[0], self.count()
-        return tuple(leaf.reshape(count, rows // count, -1) for leaf in (self.codes, scales))
+        return self.codes.reshape(count, rows // count, -1), scales.reshape(count, rows // count, -1)
 
     def count(self) -> int:
         """Into how many pieces the rows of one layer are cut."""
@@ -188,7 +189,7 @@ def _dot_forward(x: jax.Array, weight: NF4) -> tuple[jax.Array, NF4]:
         return lax.dot_general(x, weight.dequantise(x.dtype), (((last,), (1,)), ((), ()))), weight
 
     def some(piece: Any) -> jax.Array:
-        return lax.dot_general(x, _widen(*piece, weight.block, x.dtype), (((last,), (1,)), ((), ())))
+        return lax.dot_general(x, _widen(*piece, block=weight.block, dtype=x.dtype), (((last,), (1,)), ((), ())))
 
     y = jnp.moveaxis(lax.map(some, weight.pieces()), 0, last)
     return checkpoint_name(y.reshape(*x.shape[:-1], -1), 'product'), weight
@@ -202,7 +203,7 @@ def _dot_backward(weight: NF4, d_y: jax.Array) -> tuple[jax.Array, None]:
         return lax.dot_general(d_y, weight.dequantise(d_y.dtype), (((last,), (0,)), ((), ()))), None
 
     def add(d_x: jax.Array, piece: Any) -> tuple[jax.Array, None]:
-        wide = _widen(*piece[:2], weight.block, d_y.dtype)
+        wide = _widen(*piece[:2], block=weight.block, dtype=d_y.dtype)
         dims = (((last,), (0,)), ((), ()))
         return d_x + lax.dot_general(piece[2], wide, dims, preferred_element_type=jnp.float32), None
 
@@ -247,7 +248,7 @@ class Codec:
         scaled = jnp.clip(scaled, -1.0, 1.0).reshape(rows, -1)[:, :columns]
         if columns % 2:
             scaled = jnp.pad(scaled, ((0, 0), (0, 1)))
-        codes = sum((scaled > bound).astype(jnp.uint8) for bound in _BOUNDS)
+        codes = cast(jax.Array, sum((scaled > bound).astype(jnp.uint8) for bound in _BOUNDS))
         codes = (codes[:, ::2] << 4) | codes[:, 1::2]
         outer = offset = None
         scales = absmax
