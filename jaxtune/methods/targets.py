@@ -9,7 +9,7 @@ from jaxtune.errors import UserError
 from jaxtune.models.model import Model, leaf_paths
 
 # What gives logits; PEFT's `all-linear` leaves it alone too.
-_OUTPUTS = ('lm_head/kernel', 'lm_head/decoder/kernel', 'classifier/kernel')
+_OUTPUTS = ('lm_head/kernel', 'lm_head/decoder/kernel', 'classifier/kernel', 'score/kernel')
 
 
 def modules(model: Model) -> dict[str, tuple[str, ...]]:

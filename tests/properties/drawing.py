@@ -141,80 +141,86 @@ def method_of(c):
 
 @functools.cache
 def _build(family, head):
-    model = models.build(models.read_config(FAMILIES[family]), head=head, labels=3 if head == 'classification' else 0)
-    return model, jax.jit(model.init)(jax.random.key(0))
+    return models.build(models.read_config(FAMILIES[family]), head=head, labels=3 if head == 'classification' else 0)
 
 
 @functools.cache
-def _objective_head(learning):
-    return OBJECTIVES.get(LEARNING[learning][1].get('objective', 'causal_lm')).head
+def model_of(c):
+    """The model, without parameters."""
+    return _build(c.family, OBJECTIVES.get(LEARNING[c.learning][1].get('objective', 'causal_lm')).head)
+
+
+@functools.cache
+def _initialise(model):
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 def base_of(c):
-    """`(model, params)` before any method."""
-    model, params = _build(c.family, _objective_head(c.learning))
-    return model, value_head.with_value(params, model) if c.learning == 'ppo' else params
-
-
-def _tree_key(c):
-    """What a tree of parameters depends on: of what is learnt, the head alone; with a combination that has it."""
-    head = next(name for name in LEARNING if c.family in LEARNING[name][0] and _head(name) == _head(c.learning))
-    return Combination(c.family, head, c.method)
+    """The model's parameters before any method."""
+    params = _initialise(model_of(c))
+    return value_head.with_value(params, model_of(c)) if c.learning == 'ppo' else params
 
 
 def fresh_of(c):
     """Paths of what a pretrained folder would lack."""
-    return frozenset(path for path in leaf_paths(base_of(c)[1]) if path.split('/')[0] in ('classifier', 'score'))
+    return frozenset(path for path in leaf_paths(model_of(c).shapes) if path.split('/')[0] in ('classifier', 'score'))
+
+
+def _encode(c, params):
+    return apply.encoded(params, apply.codecs(method_of(c), model_of(c), fresh_of(c)))
+
+
+def _begin(c, stored):
+    begin = lambda params: apply.begin(method_of(c), model_of(c), params, fresh_of(c))  # noqa: E731
+    return apply.attach(begin, stored, mesh_of(ONE))
 
 
 @functools.cache
-def _head(learning):
-    return 'value' if learning == 'ppo' else _objective_head(learning)
-
-
-@functools.cache
-def _stored(c):
-    model, params = base_of(c)
-    codecs = apply.codecs(method_of(c), model, fresh_of(c))
-    stored = jax.jit(lambda params: apply.encoded(params, codecs))(params) if codecs else params
-    return stored, apply.attach(lambda p: apply.begin(method_of(c), model, p, fresh_of(c)), stored, mesh_of(ONE))
-
-
 def stored_of(c):
     """The base as the method stores it."""
-    return _stored(_tree_key(c))[0]
+    params = base_of(c)
+    return jax.jit(lambda params: _encode(c, params))(params) if c.method.startswith('qlora') else params
 
 
+@functools.cache
 def tuned_of(c):
     """The tree as training begins, on one device."""
-    return _stored(_tree_key(c))[1]
+    return _begin(c, stored_of(c))
 
 
+@functools.cache
 def shapes_of(c):
     """The tree as training begins, as shapes: nothing is computed."""
-    model, params = base_of(c)
-    codecs = apply.codecs(method_of(c), model, fresh_of(c))
-    stored = jax.eval_shape(lambda params: apply.encoded(params, codecs), params)
-    return apply.attach(lambda p: apply.begin(method_of(c), model, p, fresh_of(c)), stored, mesh_of(ONE))
+    model = model_of(c)
+    shapes = model.shapes
+    if c.learning == 'ppo':
+        shapes = jax.eval_shape(lambda params: value_head.with_value(params, model), shapes)
+    return _begin(c, jax.eval_shape(lambda params: _encode(c, params), shapes))
+
+
+@functools.cache
+def random_of(c):
+    """The tree with random numbers everywhere, on the host: nothing that a method adds is zero."""
+    rng = np.random.default_rng(1)
+
+    def numbers(path, leaf):
+        name = path.rsplit('/', 1)[-1]
+        if leaf.dtype == np.uint8:
+            return rng.integers(0, 256, leaf.shape, np.uint8)
+        if name in ('scale', 'weight', 'magnitude'):
+            return (1 + 0.1 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+        if name in ('scales', 'outer', 'offset'):  # of NF4
+            return rng.uniform(0.1, 0.3, leaf.shape).astype(leaf.dtype)
+        return (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    shapes = shapes_of(c)
+    leaves = [numbers(*pair) for pair in zip(tree.paths(shapes), jax.tree.leaves(shapes), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def halves_of(c, params):
     """`(trainable, frozen)` halves."""
     return apply.partition(method_of(c).method, params, fresh_of(c))
-
-
-@functools.cache
-def _moved(c):
-    trainable, frozen = halves_of(c, tuned_of(c))
-    rng = np.random.default_rng(1)
-    return tree.combine(
-        jax.tree.map(lambda x: (np.asarray(x) + 0.05 * rng.normal(size=x.shape)).astype(x.dtype), trainable), frozen
-    )
-
-
-def moved_of(c):
-    """The tree with every trainable number moved: what a method adds is no longer zero."""
-    return _moved(_tree_key(c))
 
 
 @functools.cache
@@ -229,13 +235,13 @@ class Run:
 
     def __init__(self, c, accumulate=1):
         self.c, self.mesh = c, mesh_of(c.mesh)
-        params = moved_of(c)
+        params = random_of(c)
         with jax.set_mesh(self.mesh):
             placed = jax.device_put(params, shardings(match_rules(params, self.mesh), self.mesh))
             trainable, self.frozen = halves_of(c, placed)
             self.first = to_numpy(trainable)
             self.program = make_program(
-                self.mesh, base_of(c)[0], trainable, learning_of(c), optimizer=config_of(c).optimizer, steps=4,
+                self.mesh, model_of(c), trainable, learning_of(c), optimizer=config_of(c).optimizer, steps=4,
                 batch_size=ROWS, seed=0, method=method_of(c), newly_initialized=fresh_of(c),
             )  # fmt: skip
             self.step = self.program.train_step(accumulate)
