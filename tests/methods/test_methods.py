@@ -2,6 +2,7 @@
 the same function, and is the same on any mesh."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -69,13 +70,15 @@ def one_device():
     return make_mesh({'data': 1, 'fsdp': 1, 'tensor': 1, 'sequence': 1}, jax.devices()[:1])
 
 
-def tuned(config, model, params, mesh):
+def tuned(config, model, params, mesh, tokenizer=None):
     """`(stored, tuned)`: the model as the method stores it, and with what it adds."""
     method = specs.method(config)
     codecs = tuning.codecs(method, model)
     stored = jax.jit(lambda params: tuning.encoded(params, codecs))(params)
     stored = jax.device_put(stored, shardings(match_rules(stored, mesh), mesh))
-    return stored, tuning.attach(lambda params: tuning.begin(method, model, params, frozenset()), stored, mesh)
+    return stored, tuning.attach(
+        lambda params: tuning.begin(method, model, params, frozenset(), tokenizer), stored, mesh
+    )
 
 
 def batch_of(kind):
@@ -243,10 +246,16 @@ def test_a_prompt_serves_every_segment_of_a_packed_row(name):
 @pytest.mark.parametrize('name', ['prompt', 'prefix'])
 def test_a_prompt_begins_as_its_text_and_generation_reads_it(name):
     config, (model, params) = settings(**VARIANTS[name]), build('decoder')
-    config.method.init_ids = (5, 9, 3, 40)
-    _, prompted = tuned(config, model, params, one_device())
+    config.method.init_text = 'four tokens'
+    ids = (5, 9, 3, 40)
+
+    def tokenizer(text, add_special_tokens):
+        assert (text, add_special_tokens) == ('four tokens', False)
+        return SimpleNamespace(input_ids=ids)
+
+    _, prompted = tuned(config, model, params, one_device(), tokenizer)
     tokens = batch_of('decoder')['tokens'][:2]
-    text = np.concatenate([np.tile(np.asarray([config.method.init_ids]), (2, 1)), tokens], axis=1)
+    text = np.concatenate([np.tile(np.asarray([ids]), (2, 1)), tokens], axis=1)
     apply = jax.jit(lambda params, tokens: model.apply(params, {'tokens': tokens}).hidden)
     expected = apply(params, text)[:, 4:]
     np.testing.assert_allclose(apply(prompted, tokens), expected, rtol=1e-5, atol=1e-5)

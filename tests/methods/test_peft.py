@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune import models
-from jaxtune.methods import apply, lora, lora_peft, peft, prompt
+from jaxtune.methods import apply, lora_init, lora_peft, peft, prompt
 from jaxtune.models import hf
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import make_mesh, match_rules, shardings
@@ -190,7 +190,7 @@ def test_loftq_makes_up_for_quantisation(llama):
     recipes.apply_overrides(config, {'method.rank': 16, 'method.init': 'loftq', 'method.layers': '0:2'})
     tuned = apply.attach(lambda params: apply.begin(specs.method(config), model, params, frozenset()), params, mesh())
     plain = np.abs(logits(model, tuned) - exact).mean()
-    made_up = np.abs(logits(model, lora.make_up(tuned, hf.kernels(llama, model))) - exact).mean()
+    made_up = np.abs(logits(model, lora_init.loftq_init(tuned, hf.kernels(llama, model))) - exact).mean()
     assert made_up < 0.9 * plain
 
 
