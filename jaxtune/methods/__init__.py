@@ -3,19 +3,25 @@
 A new one is a module here with a `Method`, and a line in `METHODS`; a recipe may name another as `module:NAME`.
 """
 
-import dataclasses
-import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from __future__ import annotations
 
-import jax
-import numpy as np
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from jaxtune.common.registry import Registry
-from jaxtune.common.settings import Settings
-from jaxtune.models.model import Model
-from jaxtune.models.safetensors import Entry
-from jaxtune.weights import Codec, merge_weights
+
+# The names below are a recipe's choices, which are checked before anything slow is imported.
+if TYPE_CHECKING:
+    import pathlib
+
+    import jax
+    import numpy as np
+
+    from jaxtune.common.settings import Settings
+    from jaxtune.models.model import Model
+    from jaxtune.models.safetensors import Entry
+    from jaxtune.weights import Codec
 
 
 class AdapterArrays(NamedTuple):
@@ -61,6 +67,12 @@ def _no_refinement(settings: Settings) -> None:
     return None
 
 
+def _merge(params: Any) -> Any:
+    from jaxtune.weights import merge_weights  # slow to import
+
+    return merge_weights(params)
+
+
 def _no_tokens(settings: Settings) -> int:
     return 0
 
@@ -96,7 +108,7 @@ class Method:
     rate: Callable[[str, Settings], float] | None = None
     virtual_tokens: Callable[[Settings], int] = _no_tokens
     virtual_embeddings: Callable[[Settings], bool] = lambda settings: False
-    merge: Callable[[Any], Any] = merge_weights
+    merge: Callable[[Any], Any] = _merge
     merges: bool = True
     flops_share: float = 2 / 3
     save_adapter: SaveAdapter | None = None

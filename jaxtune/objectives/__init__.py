@@ -3,26 +3,32 @@
 A new one is a module here with an `Objective`, and a line in `OBJECTIVES`; a recipe may name another as `module:NAME`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
-
-import jax
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxtune.common.registry import Registry
-from jaxtune.common.settings import Settings
-from jaxtune.data.spec import DataSpec
-from jaxtune.models import Model
 
-Batch = Mapping[str, jax.Array]
-BatchSpec = dict[str, jax.ShapeDtypeStruct]
+# The names below are a recipe's choices, which are checked before anything slow is imported.
+if TYPE_CHECKING:
+    import pathlib
+
+    import jax
+
+    from jaxtune.common.settings import Settings
+    from jaxtune.data.spec import DataSpec
+    from jaxtune.models import Model
+
+Batch = Mapping[str, 'jax.Array']
+BatchSpec = dict[str, 'jax.ShapeDtypeStruct']
 # A summed loss, the number of what it was summed over (float32 scalars), and further sums over the same count, or pairs
 # of a sum and a count of its own: so accumulation and many devices give exactly the big batch's mean.
-Sums = tuple[jax.Array, jax.Array, dict[str, Any]]
+Sums = tuple['jax.Array', 'jax.Array', dict[str, Any]]
 # `(params, batch) -> {name: (sum, count)}`
-Statistics = Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]
+Statistics = Callable[[Any, Batch], dict[str, tuple['jax.Array', 'jax.Array']]]
 
 
 class Rows(Protocol):

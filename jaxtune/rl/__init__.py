@@ -4,17 +4,22 @@ A new algorithm is a module here with an `Algorithm`, and a line in `ALGORITHMS`
 `module:NAME`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
-
-import jax
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from jaxtune.common.registry import Registry
-from jaxtune.common.settings import Settings
 
-Sums = tuple[jax.Array, jax.Array, dict[str, Any]]
+# The names below are a recipe's choices, which are checked before anything slow is imported.
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    from jaxtune.common.settings import Settings
+
+Sums = tuple['jax.Array', 'jax.Array', dict[str, Any]]
 
 
 class RolloutBatch(NamedTuple):
