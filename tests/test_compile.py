@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import types
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -194,4 +195,4 @@ def test_collectives_are_counted_by_kind():
 )
 def test_impossible_recipes_are_refused(tmp_path, changes, named):
     with pytest.raises(UserError, match=named):
-        compile_task.run(recipe(**changes), tmp_path, None)
+        compile_task.run(recipe(**changes), tmp_path, SimpleNamespace(argv=(), recipe=''))

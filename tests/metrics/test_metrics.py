@@ -17,6 +17,7 @@ from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.models.attention import KernelLog
 from jaxtune.parallel import hardware
 from jaxtune.recipe import recipes
+from jaxtune.training import announce
 from jaxtune.training.run_info import RunInfo, command_line
 
 
@@ -202,13 +203,18 @@ def test_first_and_last_lines_fit_a_terminal(tmp_path, capsys):
     info = make_info(train__batch_size=4, data__seq_len=32)
     params = {'a': np.zeros((300, 500), np.float32)}
     info.describe_model(FakeModel(), params, params, {'mu': params['a']})
-    run = SimpleNamespace(workdir=tmp_path / 'run', steps=400, rows=range(100), gzip_bits_per_byte=2.0)
-    (run.workdir / 'export').mkdir(parents=True)
-    info.announce(run)
+    workdir = tmp_path / 'run'
+    (workdir / 'export').mkdir(parents=True)
+    updates = announce.updates_line(400, 1, 4, info.tokens_per_step, 32, 100)
+    optimizer, kernels = recipes.defaults().optimizer, KernelLog()
+    announce.announce(
+        info, workdir, data={'rows': 100}, kernels=kernels, memory={}, updates=updates, optimizer=optimizer
+    )
     first = capsys.readouterr().out
     assert '150K parameters, all train' in first
     assert '51.2K tokens, 16 epochs' in first
-    info.close(run, 400, {'eval/loss': 2.5, 'eval/perplexity': 12.18, 'eval/bits_per_byte': 1.5})
+    metrics = {'eval/loss': 2.5, 'eval/perplexity': 12.18, 'eval/bits_per_byte': 1.5}
+    announce.conclude(info, workdir, 400, metrics, gzip=2.0)
     last = capsys.readouterr().out
     assert '1.500 bits a byte (gzip -9: 2.000)' in last
     assert 'from_pretrained' in last

@@ -10,7 +10,7 @@ from jaxtune.data import Loader
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.models import hf
-from jaxtune.objectives import seq2seq, seq2seq_batch, span_corruption
+from jaxtune.objectives import seq2seq_batch, span_corruption
 from jaxtune.pretrained.load import open_model
 from jaxtune.tasks import specs
 
@@ -153,11 +153,11 @@ class _WithSentinels:
 
 def test_sentinels_are_the_tokenizers_or_the_last_of_the_model(corpus):
     config = config_of(corpus)
-    assert span_corruption.spare_tokens(config, BYTES) == 100
-    assert span_corruption.spare_tokens(config, _WithSentinels(100)) == 0
-    assert span_corruption._sentinels(config, _WithSentinels(100), 4)[:2] == [101, 100]
+    assert specs.objective(config).extra_vocab(BYTES) == 100
+    assert specs.objective(config).extra_vocab(_WithSentinels(100)) == 0
+    assert span_corruption._sentinels(config.data.seq_len, _WithSentinels(100), 4)[:2] == [101, 100]
     with pytest.raises(UserError, match=r'data\.seq_len=64: makes up to 4 sentinels, and the tokenizer has 3'):
-        span_corruption._sentinels(config, _WithSentinels(3), 4)
+        span_corruption._sentinels(config.data.seq_len, _WithSentinels(3), 4)
     model, _ = open_model(specs.model_spec(config), BYTES)
     assert model.config.vocab_size == -(-(len(BYTES) + 100) // 64) * 64
     assert model.config.start_id == BYTES.pad_token_id
@@ -223,8 +223,8 @@ def test_losses_of_20_steps_equal_transformers(corpus, tmp_path, objective):
         theirs.generate(torch.tensor([[5, 6, 1]]), max_new_tokens=2)[0, 0] == model.hf_config['decoder_start_token_id']
     )
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    dataset = {'span_corruption': span_corruption, 'seq2seq': seq2seq}[objective].dataset
-    loader = Loader(dataset(config, 'train', BYTES, tmp_path / 'cache'), 16, config.seed)
+    rows = specs.objective(config).dataset('train', BYTES, tmp_path / 'cache')
+    loader = Loader(rows, 16, config.seed)
     losses = []
     for t in range(20):
         batch = loader.rows(t, 0, 16)
