@@ -163,7 +163,7 @@ def test_sentinels_are_the_tokenizers_or_the_last_of_the_model(corpus):
     assert model.config.start_id == BYTES.pad_token_id
     small = {**config.model.config.to_dict(), 'vocab_size': len(BYTES) + 99}
     with pytest.raises(UserError, match='objective=span_corruption: needs 100 tokens more'):
-        open_model(full_config(recipe(corpus, 'span_corruption') | {'model.config': small}), BYTES)
+        open_model(specs.model_spec(full_config(recipe(corpus, 'span_corruption') | {'model.config': small})), BYTES)
 
 
 def test_pairs_end_with_eos_unless_cut(tmp_path):
