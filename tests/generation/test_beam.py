@@ -112,7 +112,7 @@ def test_beams_equal_transformers(both, beams, penalty):
 def test_log_probabilities_are_the_models(both):
     _, model, params, stop = both
     if model.kind != 'encdec':
-        pytest.skip('tests/test_sampling.py has decoders')
+        pytest.skip('tests/generation/test_sampling.py has decoders')
     tokens, lengths = pad_prompts(PROMPTS, PAD, multiple=8)
     keys = jax.random.split(jax.random.key(0), len(PROMPTS))
     drawn = jax.jit(lambda p: sample(model, sampling(stop, temperature=1.3), p, tokens, lengths, keys))(params)
