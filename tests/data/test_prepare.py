@@ -138,7 +138,7 @@ def test_sources_one_after_the_other(recipe, tmp_path):
     assert list(documents) == list(documents)
 
 
-def test_what_is_refused(prepared, recipe, tmp_path):
+def test_what_is_refused(prepared, tmp_path):
     (tmp_path / 'one.txt').write_text('only one document')
     for changes, words in (
         ({'data.train': str(tmp_path / 'one.txt')}, r'one\.txt: 1 documents.*expected at least 2'),
@@ -147,7 +147,7 @@ def test_what_is_refused(prepared, recipe, tmp_path):
         ({'data.sources': {'x': 7}}, r'data\.sources\.x=7: expected a path'),
     ):
         with pytest.raises(UserError, match=words):
-            prepare.run(recipe(changes), tmp_path, None)
+            prepared('refused', **changes)
 
 
 def test_documents_that_change_meanwhile(corpus):
