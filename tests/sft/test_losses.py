@@ -253,16 +253,16 @@ def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implemen
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def _splash(q, k, v, *, q_positions, k_positions, q_segments, k_segments, scale, **_):
-    places = Places(q_positions, k_positions, q_segments, k_segments)
+def _splash(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):
+    places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids)
     return flash.splash(q, k, v, places, Pattern(scale=scale, budget=2**21), interpret=True)
 
 
-def _plain_attention(q, k, v, *, q_positions, k_positions, q_segments, k_segments, scale, **_):
+def _plain_attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):
     """Attention as its formula has it: all scores at once."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum('bqhd,bkhd->bhqk', q, k) * scale
-    seen = (q_segments[:, :, None] == k_segments[:, None]) & (q_positions[:, :, None] >= k_positions[:, None])
+    seen = (q_segment_ids[:, :, None] == k_segment_ids[:, None]) & (q_positions[:, :, None] >= k_positions[:, None])
     scores = jnp.where(seen[:, None], scores, -1e30)
     return jnp.einsum('bhqk,bkhd->bqhd', jax.nn.softmax(scores), v)
 
