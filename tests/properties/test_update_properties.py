@@ -124,6 +124,7 @@ def test_an_update_is_traced_once(c, monkeypatch):
     def counted(*args, **keywords):
         return chex.assert_max_traces(make_train_step(*args, **keywords), n=1)
 
+    chex.clear_trace_counter()  # it counts by a function's code, over all tests
     monkeypatch.setattr(program_module, 'make_train_step', counted)
     run = run_of.__wrapped__(c)
     run.updates(run.begin(), range(3))
