@@ -101,7 +101,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'dpo.gamma': Key(0.5, number(0), 'simpo: reward margin'),
     'dpo.chosen_weight': Key(1.0, number(0), 'kto: weight of desirable answers'),
     'dpo.rejected_weight': Key(1.0, number(0), 'kto: weight of undesirable answers'),
-    'custom': OpenSubtree('settings of your own objective or algorithm, named as module:NAME'),
+    'custom': OpenSubtree('settings of your own objective, named as module:NAME'),
     'method.name': Key('full', plugin('jaxtune.methods:METHODS'), 'tuning method'),
     'method.rank': Key(16, integer(1, high=_WIDE), 'LoRA: rank of the update'),
     'method.alpha': Key(32.0, number(above=0), 'LoRA: the update is scaled by alpha / rank'),

@@ -63,11 +63,9 @@ def read(
     folder: pathlib.Path, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
 ) -> tuple[Attach, AdapterArrays]:
     """Reads an adapter of bottlenecks under their paths; see `peft.reader`."""
-    added = {key: peft.float_values(entry) for key, entry in entries.items() if '_adapter/' in key}
-    rest = {name: entry for name, entry in entries.items() if name not in added}
-    whole = peft.whole_leaves(folder, rest, model)
-    _check_bottlenecks(folder, added, model)
-    return peft.put_in, AdapterArrays(added, whole)
+    arrays = peft.own_arrays(folder, entries, '_adapter/', model)
+    _check_bottlenecks(folder, arrays.added, model)
+    return peft.put_in, arrays
 
 
 def _check_bottlenecks(folder: pathlib.Path, added: Mapping[str, np.ndarray], model: Model) -> None:

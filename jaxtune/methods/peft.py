@@ -162,6 +162,13 @@ def whole_leaves(folder: pathlib.Path, saved: Mapping[str, Entry], model: Model)
     return found
 
 
+def own_arrays(folder: pathlib.Path, entries: Mapping[str, Entry], mark: str, model: Model) -> AdapterArrays:
+    """Arrays under this tree's own paths, those with `mark` in their names, and the model's leaves beside them."""
+    added = {name: float_values(entry) for name, entry in entries.items() if mark in name}
+    rest = {name: entry for name, entry in entries.items() if name not in added}
+    return AdapterArrays(added, whole_leaves(folder, rest, model))
+
+
 def put_in(params: Any, arrays: AdapterArrays) -> Any:
     """The tree of a base with added leaves, and with leaves of its own that the adapter brings along."""
     added, whole = arrays

@@ -111,11 +111,9 @@ def read_own_prefix(
     folder: pathlib.Path, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
 ) -> tuple[Attach, AdapterArrays]:
     """Reads an adapter of prefixes under this tree's own names; see `peft.reader`."""
-    added = {key: peft.float_values(entry) for key, entry in entries.items() if '/prefix/' in key}
-    rest = {name: entry for name, entry in entries.items() if name not in added}
-    whole = peft.whole_leaves(folder, rest, model)
-    _check_prefixes(folder, added, model)
-    return peft.put_in, AdapterArrays(added, whole)
+    arrays = peft.own_arrays(folder, entries, '/prefix/', model)
+    _check_prefixes(folder, arrays.added, model)
+    return peft.put_in, arrays
 
 
 def _check_prefixes(folder: pathlib.Path, added: Mapping[str, np.ndarray], model: Model) -> None:

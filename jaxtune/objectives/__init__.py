@@ -55,7 +55,7 @@ class BatchSpecOf(Protocol):
 
 
 class DatasetOf(Protocol):
-    """Rows of a split, `train` or `eval`; what is made once is kept in the folder `cache`."""
+    """Rows of a split, `train` or `eval`; `cache` is the folder for tokenised data."""
 
     def __call__(self, settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> Any:
         """See the class."""

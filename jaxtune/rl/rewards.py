@@ -1,4 +1,4 @@
-"""Rewards of answers: a reward model's, or those of a person's own function."""
+"""Rewards of answers: a reward model's, or those of the user's own function."""
 
 import functools
 import math

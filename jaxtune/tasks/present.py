@@ -12,7 +12,7 @@ from jaxtune.tasks import specs
 
 
 def check(config: Settings) -> None:
-    """Looks up the data, the template and the other models of a recipe, and imports a person's reward function.
+    """Looks up the data, the template and the other models of a recipe, and imports the user's reward function.
 
     Raises:
       UserError: one of them is not there; names its key.

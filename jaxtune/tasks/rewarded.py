@@ -1,4 +1,4 @@
-"""Tasks that learn from rewards: `task=ppo`, `task=grpo`, or an algorithm of a person's own."""
+"""Tasks that learn from rewards: `task=ppo`, `task=grpo`, or an algorithm named as `module:NAME`."""
 
 import math
 import pathlib

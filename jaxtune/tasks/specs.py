@@ -31,7 +31,7 @@ def data_spec(config: Settings, **changes: Any) -> DataSpec:
 
 
 def _settings_of(config: Settings, objective: Objective) -> Any:
-    """The subtree of an objective: its own, or `custom` for a person's own; empty for one without settings."""
+    """The subtree of an objective: its own, `custom` for one named as `module:NAME`, or empty where there is none."""
     shipped = objective.name in OBJECTIVES.names
     return config.get(objective.name if shipped else 'custom', ConfigDict())
 
