@@ -27,7 +27,8 @@ def prepend(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Embedded tokens, positions and segments with the prompt's first.
 
-    A decoder's prompt sees nothing but itself, so that one serves all segments of a packed row (`SHARED`).
+    A decoder's prompt sees nothing but itself, so that one serves all segments of a packed row (`SHARED`). That of an
+    encoder sees the text, and belongs to one segment: rows with a prompt hold no second one.
 
     Args:
       prompt: `[virtual, d_model]`.

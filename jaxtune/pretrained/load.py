@@ -264,7 +264,7 @@ def _check_positions(spec: ModelSpec, model: models.Model) -> None:
         raise UserError(f"data.seq_len={data.seq_len}: expected at most the model's {limit} positions{less}")
     if not (taken and method.virtual_embeddings(settings) and data.packing):
         return
-    if model.kind == 'encoder' and spec.rows.objective.head == 'lm':
+    if model.kind != 'decoder' and spec.rows.objective.head == 'lm':
         raise UserError('data.packing=True: an encoder reads its prompt with one text a row; expected False')
     if model.border is not None and data.seq_len + taken > model.border:
         raise UserError(

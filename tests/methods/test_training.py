@@ -84,6 +84,14 @@ def test_a_resumed_run_ends_the_same_on_other_kinds_of_models(method, objective,
     assert tensors(tmp_path / 'parts' / 'adapter') == tensors(tmp_path / 'whole' / 'adapter')
 
 
+@pytest.mark.parametrize('objective', ['masked_lm', 'seq2seq'])
+def test_a_prompt_that_sees_its_text_refuses_rows_of_several(objective, corpus, tmp_path):
+    keys = keys_of(corpus, 'prompt', objective) | {'data.packing': True}
+    with pytest.raises(UserError, match='data.packing=True.*expected False'):
+        train(keys, tmp_path)
+    train(keys | {'method.prefix': True, 'train.steps': 1}, tmp_path)
+
+
 def test_what_it_left_scores_as_in_training(trained, corpus, tmp_path):
     method, _, workdir = trained
     info = json.loads((workdir / 'run.json').read_text())['model']

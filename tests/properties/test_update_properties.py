@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from drawing import (
     CASES,
+    DECODERS,
     ENCDECS,
     LENGTH,
     MESHES,
+    METHODS,
     OPTIMIZERS,
     PACKED,
     ROWS,
@@ -37,7 +39,13 @@ from jaxtune.weights import eval_mode, tree
 SPECS = draw(2, 46)
 DIVIDED = draw(3, 3, meshes=MESHES)
 UPDATED = [*DIVIDED, *draw(1, 2, optimizers=OPTIMIZERS)]
-PACKABLE = draw(5, 4, [case for case in CASES if case[1] in PACKED])
+# An encoder's prompt sees the text, and serves one segment alone.
+PACKABLE = [
+    *draw(5, 2, [case for case in CASES if case[1] in PACKED and case[0] in DECODERS]),
+    *draw(
+        6, 3, [case for case in CASES if case[1] in PACKED and case[0] not in DECODERS], sorted({*METHODS} - {'prompt'})
+    ),
+]
 
 
 def each(combinations):
