@@ -87,7 +87,7 @@ def test_a_resumed_run_ends_the_same_on_other_kinds_of_models(method, objective,
 @pytest.mark.parametrize('objective', ['masked_lm', 'seq2seq'])
 def test_a_prompt_that_sees_its_text_refuses_rows_of_several(objective, corpus, tmp_path):
     keys = keys_of(corpus, 'prompt', objective) | {'data.packing': True}
-    with pytest.raises(UserError, match='data.packing=True.*expected False'):
+    with pytest.raises(UserError, match=r'data.packing=True.*expected False'):
         train(keys, tmp_path)
     train(keys | {'method.prefix': True, 'train.steps': 1}, tmp_path)
 
