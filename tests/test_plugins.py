@@ -28,9 +28,9 @@ from jaxtune.weights.tree import nested
 
 def focal_loss(settings, model, params, batch, rng):
     hidden = model.apply(params, batch, rng=rng).hidden
-    logps = token_logprobs(hidden, model.head(params), batch['targets']) * batch['weights']
+    logps = token_logprobs(hidden, model.head(params), batch['targets']) * batch['loss_mask']
     nll = -((1 - jnp.exp(logps)) ** settings.gamma * logps)
-    return nll.sum(), batch['weights'].sum(), {'confidence': (jnp.exp(logps) * batch['weights']).sum()}
+    return nll.sum(), batch['loss_mask'].sum(), {'confidence': (jnp.exp(logps) * batch['loss_mask']).sum()}
 
 
 OBJECTIVE = Objective('focal', causal_lm.batch_spec, causal_lm.dataset, focal_loss, kinds=('decoder',))

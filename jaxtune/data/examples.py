@@ -26,7 +26,7 @@ from jaxtune.data.spec import DataSpec
 from jaxtune.data.templates import Template
 from jaxtune.errors import UserError
 
-_VERSION = 2  # of how conversations become tokens: another number makes the cache anew
+_VERSION = 3  # of how conversations become tokens: another number makes the cache anew
 _AT_ONCE = 32  # conversations rendered in one request
 
 
@@ -36,14 +36,14 @@ class Examples:
 
     Attributes:
       ids: `[tokens]` int32.
-      trained: `[tokens]` bool.
+      assistant_mask: `[tokens]` bool.
       offsets: `[examples + 1]` int64, where each begins.
       extra: further arrays by name, as the objective put them there.
       notes: what there is to say about how they were made.
     """
 
     ids: np.ndarray
-    trained: np.ndarray
+    assistant_mask: np.ndarray
     offsets: np.ndarray
     extra: Mapping[str, np.ndarray]
     notes: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Examples:
 
     def __getitem__(self, index: int) -> Encoded:
         low, high = self.offsets[index], self.offsets[index + 1]
-        return Encoded(np.asarray(self.ids[low:high]), np.asarray(self.trained[low:high]))
+        return Encoded(np.asarray(self.ids[low:high]), np.asarray(self.assistant_mask[low:high]))
 
     @classmethod
     def of(
@@ -64,9 +64,9 @@ class Examples:
         offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(one.ids) for one in encoded], out=offsets[1:])
         ids = np.concatenate([one.ids for one in encoded] or [np.zeros(0, np.int32)])
-        trained = np.concatenate([one.trained for one in encoded] or [np.zeros(0, bool)])
+        assistant_mask = np.concatenate([one.assistant_mask for one in encoded] or [np.zeros(0, bool)])
         arrays = {name: np.asarray(value) for name, value in (extra or {}).items()}
-        return cls(ids.astype(np.int32), trained.astype(bool), offsets, arrays, tuple(notes))
+        return cls(ids.astype(np.int32), assistant_mask.astype(bool), offsets, arrays, tuple(notes))
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes a folder that appears whole or not at all."""
@@ -74,7 +74,7 @@ class Examples:
         temporary = folder.with_name(f'.{folder.name}.{os.getpid()}')
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        arrays = {'ids': self.ids, 'trained': self.trained, 'offsets': self.offsets}
+        arrays = {'ids': self.ids, 'assistant_mask': self.assistant_mask, 'offsets': self.offsets}
         arrays |= {f'extra.{name}': value for name, value in self.extra.items()}
         for name, array in arrays.items():
             np.save(temporary / f'{name}.npy', array, allow_pickle=False)
@@ -93,7 +93,7 @@ class Examples:
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
             arrays = {name: np.load(folder / f'{name}.npy', 'r', allow_pickle=False) for name in meta['arrays']}
             extra = {name.removeprefix('extra.'): array for name, array in arrays.items() if name.startswith('extra.')}
-            return cls(arrays['ids'], arrays['trained'], arrays['offsets'], extra, tuple(meta['notes']))
+            return cls(arrays['ids'], arrays['assistant_mask'], arrays['offsets'], extra, tuple(meta['notes']))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f'{folder}: damaged: {error}; expected what an earlier run cached there') from None
 
@@ -230,11 +230,11 @@ def encode_all(
             if isinstance(one, UserError):
                 raise UserError(f'{place}: {one}')
             if len(one.ids) > seq_len:
-                one = Encoded(one.ids[:seq_len], one.trained[:seq_len])
-                (cut if one.trained[1:].any() else empty).append(place)
-            elif not one.trained[1:].any():
+                one = Encoded(one.ids[:seq_len], one.assistant_mask[:seq_len])
+                (cut if one.assistant_mask[1:].any() else empty).append(place)
+            elif not one.assistant_mask[1:].any():
                 empty.append(place)
-            encoded.append(one if one.trained[1:].any() else None)
+            encoded.append(one if one.assistant_mask[1:].any() else None)
     for text, count in problems.values():
         raise UserError(f'{text} ({count:,} of {len(chats):,} records are like this)')
     if empty and len(empty) == len(chats):
@@ -271,7 +271,7 @@ class ExampleRows:
         self.facts = {
             'examples': len(examples),
             'tokens': len(examples.ids),
-            'trained_tokens': int(np.count_nonzero(examples.trained)),
+            'trained_tokens': int(np.count_nonzero(examples.assistant_mask)),
         }
 
     def __len__(self) -> int:
@@ -282,29 +282,29 @@ class ExampleRows:
         row: Row = {
             name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'targets', 'positions', 'segment_ids')
         }
-        row['weights'] = np.zeros(self.seq_len, np.float32)
+        row['loss_mask'] = np.zeros(self.seq_len, np.float32)
         at = 0
         for segment, number in enumerate(self.order[self.edges[index] : self.edges[index + 1]], 1):
             one = self.examples[number]
             size = len(one.ids)
             row['tokens'][at : at + size] = one.ids
             row['targets'][at : at + size - 1] = one.ids[1:]
-            row['weights'][at : at + size - 1] = one.trained[1:]
+            row['loss_mask'][at : at + size - 1] = one.assistant_mask[1:]
             row['positions'][at : at + size] = np.arange(size)
             row['segment_ids'][at : at + size] = segment
             at += size
         return row
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, trained: np.ndarray) -> list[tuple[str, bool]]:
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, assistant_mask: np.ndarray) -> list[tuple[str, bool]]:
     """An example as text in runs of trained and other tokens."""
-    edges = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
+    edges = [0, *(np.flatnonzero(np.diff(assistant_mask.astype(np.int8))) + 1).tolist(), len(ids)]
     decode = cast(Callable[..., str], tokenizer.decode)  # of one list of ids it makes one text
     texts, before = [], ''
     for low, high in itertools.pairwise(edges):
         whole = decode(ids[:high].tolist(), skip_special_tokens=False)
         # Decoded by itself a run could lose a leading space.
         text = whole[len(before) :] if whole.startswith(before) else decode(ids[low:high].tolist())
-        texts.append((text, bool(trained[low])))
+        texts.append((text, bool(assistant_mask[low])))
         before = whole
     return texts

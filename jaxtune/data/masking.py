@@ -57,7 +57,7 @@ class Masking:
           row: `tokens` and `segment_ids` `[length]` int32, and whatever else it holds.
 
         Returns:
-          The row with `tokens` as the model sees them, `targets` as they were, and `weights` 1 where one was chosen.
+          The row with `tokens` as the model sees them, `targets` as they were, and `loss_mask` 1 where one was chosen.
         """
         rng = np.random.default_rng((*self.seed, int(number)))
         tokens = row['tokens']
@@ -69,7 +69,7 @@ class Masking:
         return row | {
             'tokens': np.where(chosen, hidden, tokens).astype(np.int32),
             'targets': tokens,
-            'weights': chosen.astype(np.float32),
+            'loss_mask': chosen.astype(np.float32),
         }
 
     def _words(self, row: Row, may: np.ndarray) -> np.ndarray:

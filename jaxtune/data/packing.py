@@ -1,8 +1,8 @@
-"""Rows: documents cut and packed to `seq_len` tokens, each row with targets, weights, positions and segments.
+"""Rows: documents cut and packed to `seq_len` tokens, each row with targets, loss mask, positions and segments.
 
-A row is `{field: [seq_len]}`: `tokens` int32; `targets` int32, the token that position j predicts; `weights` float32, 1
-where it is scored; `positions` int32, from 0 in each segment; `segment_ids` int32, 1.. for the parts of documents that
-do not see each other, 0 = padding.
+A row is `{field: [seq_len]}`: `tokens` int32; `targets` int32, the token that position j predicts; `loss_mask` float32,
+1 where it is scored; `positions` int32, from 0 in each segment; `segment_ids` int32, 1.. for the parts of documents
+that do not see each other, 0 = padding.
 """
 
 import abc
@@ -45,13 +45,13 @@ class Rows(abc.ABC):
         size, scored = high - low, min(high, end - 1) - low
         row['tokens'][at : at + size] = self.tokens.tokens[low:high]
         row['targets'][at : at + scored] = self.tokens.tokens[low + 1 : low + 1 + scored]
-        row['weights'][at : at + scored] = 1.0
+        row['loss_mask'][at : at + scored] = 1.0
         row['positions'][at : at + size] = np.arange(size)
         row['segment_ids'][at : at + size] = segment
 
     def _empty(self) -> Row:
         row = {name: np.zeros(self.seq_len, np.int32) for name in ('tokens', 'targets', 'positions', 'segment_ids')}
-        return row | {'weights': np.zeros(self.seq_len, np.float32)}
+        return row | {'loss_mask': np.zeros(self.seq_len, np.float32)}
 
 
 class ConcatRows(Rows):

@@ -31,10 +31,10 @@ _MOST_SHAPES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens: `ids` int32 `[tokens]`, and `trained` bool `[tokens]`."""
+    """A conversation as tokens: `ids` int32 `[tokens]`, and `assistant_mask` bool `[tokens]`."""
 
     ids: np.ndarray
-    trained: np.ndarray
+    assistant_mask: np.ndarray
 
 
 class Encoder:
@@ -86,10 +86,10 @@ class Encoder:
 
     def _encode(self, text: str, spans: Spans) -> Encoded:
         ids, covers = tokenise(self.tokenizer, text, [edge for span in spans for edge in span])
-        trained = np.zeros(len(ids), bool)
+        assistant_mask = np.zeros(len(ids), bool)
         for start, end in spans:
-            trained |= (covers[:, 0] >= start) & (covers[:, 1] <= end) & (covers[:, 1] > covers[:, 0])
-        return Encoded(np.asarray(ids, np.int32), trained)
+            assistant_mask |= (covers[:, 0] >= start) & (covers[:, 1] <= end) & (covers[:, 1] > covers[:, 0])
+        return Encoded(np.asarray(ids, np.int32), assistant_mask)
 
     def prompt(self, chat: Chat) -> tuple[str, list[int]]:
         """Text and ids of a conversation up to where the assistant writes.

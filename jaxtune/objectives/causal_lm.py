@@ -18,7 +18,7 @@ from jaxtune.objectives.cross_entropy import cross_entropy
 def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds."""
     shape = (data.seq_len,)
-    dtypes = dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), np.int32) | {'weights': np.float32}
+    dtypes = dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), np.int32) | {'loss_mask': np.float32}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
@@ -37,8 +37,8 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
 def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed negative log-likelihood of the targets in nats, their number, and how many were predicted right."""
     outputs = model.apply(params, batch, rng=rng)
-    nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], batch['weights'])
-    return nll, batch['weights'].sum(), {'accuracy': correct}
+    nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], batch['loss_mask'])
+    return nll, batch['loss_mask'].sum(), {'accuracy': correct}
 
 
 OBJECTIVE = Objective(

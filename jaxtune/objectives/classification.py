@@ -27,9 +27,9 @@ _BATCH = 4096  # texts that are tokenised together
 
 
 def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
-    """What one row of a batch holds: `labels` and `weights` are one number each."""
+    """What one row of a batch holds: `labels` and `loss_mask` are one number each."""
     fields = dict.fromkeys(('tokens', 'positions', 'segment_ids', 'token_types'), ((data.seq_len,), np.int32))
-    fields |= {'labels': ((), np.int32), 'weights': ((), np.float32)}
+    fields |= {'labels': ((), np.int32), 'loss_mask': ((), np.float32)}
     return {name: jax.ShapeDtypeStruct(*spec) for name, spec in fields.items()}
 
 
@@ -45,9 +45,9 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
 def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed negative log-likelihood of the labels in nats, their number, and how many were predicted right."""
     outputs = model.apply(params, batch, rng=rng)
-    labels, weights = batch['labels'][:, None], batch['weights'][:, None]
+    labels, weights = batch['labels'][:, None], batch['loss_mask'][:, None]
     nll, correct = cross_entropy(outputs.hidden, model.head(params), labels, weights)
-    return nll, batch['weights'].sum(), {'accuracy': correct}
+    return nll, batch['loss_mask'].sum(), {'accuracy': correct}
 
 
 def label_fields(settings: Settings, data: DataSpec) -> dict[str, dict]:
@@ -179,7 +179,7 @@ class Examples:
         size = len(ids)
         row['tokens'][:size], row['token_types'][:size] = ids, types
         row['positions'][:size], row['segment_ids'][:size] = np.arange(size), 1
-        return row | {'labels': np.asarray(label, np.int32), 'weights': np.ones((), np.float32)}
+        return row | {'labels': np.asarray(label, np.int32), 'loss_mask': np.ones((), np.float32)}
 
 
 OBJECTIVE = Objective(

@@ -13,8 +13,8 @@ def inputs(tokens: jax.Array, starts: jax.Array, ends: jax.Array) -> dict[str, j
       ends: `[rows]` int32, where it ends, and with it the row.
 
     Returns:
-      `tokens`, `positions` and `segment_ids` for `Model.apply`; `targets`, the tokens that come next, and `weights`, 1
-      where these belong to the answer; and `ends`.
+      `tokens`, `positions` and `segment_ids` for `Model.apply`; `targets`, the tokens that come next, and `loss_mask`,
+      1 where these belong to the answer; and `ends`.
     """
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     answered = (places + 1 >= starts[:, None]) & (places + 1 < ends[:, None])
@@ -23,6 +23,6 @@ def inputs(tokens: jax.Array, starts: jax.Array, ends: jax.Array) -> dict[str, j
         'positions': places,
         'segment_ids': (places < ends[:, None]).astype(jnp.int32),
         'targets': jnp.roll(tokens, -1, axis=1),
-        'weights': answered.astype(jnp.float32),
+        'loss_mask': answered.astype(jnp.float32),
         'ends': ends,
     }

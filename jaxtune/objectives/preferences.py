@@ -61,7 +61,7 @@ class Pairs:
         for number, side in enumerate(SIDES):
             one = self.examples[2 * index + number]
             if len(one.ids):
-                self._fill(row, side, one.ids, int(np.argmax(one.trained)))
+                self._fill(row, side, one.ids, int(np.argmax(one.assistant_mask)))
         if self.mismatched:
             prompt, start, _ = self._some(index)
             other, other_start, _ = self._some((index + 1) % len(self))
@@ -72,7 +72,7 @@ class Pairs:
     def _some(self, index: int) -> tuple[np.ndarray, int, int]:
         """Ids and the answer's bounds of a pair's chosen side, or its only one."""
         one = next(one for number in (0, 1) if len((one := self.examples[2 * index + number]).ids))
-        return one.ids, int(np.argmax(one.trained)), len(one.ids)
+        return one.ids, int(np.argmax(one.assistant_mask)), len(one.ids)
 
     def _fill(self, row: Row, side: str, ids: np.ndarray, start: int) -> None:
         row[side][: len(ids)] = ids
@@ -163,5 +163,5 @@ def preview(rows: Pairs, tokenizer: Any) -> list[tuple[str, bool]]:
     for number, side in enumerate(SIDES):
         one = rows.examples[number]
         if len(one.ids):
-            shown += [(f'[{side}] ', False), *pieces(tokenizer, one.ids, one.trained), ('\n', False)]
+            shown += [(f'[{side}] ', False), *pieces(tokenizer, one.ids, one.assistant_mask), ('\n', False)]
     return shown

@@ -50,7 +50,7 @@ def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.A
         noise = neftune(key, batch['segment_ids'], model.config.d_model, settings.neftune_alpha)
         batch = {**batch, 'noise': noise}
     outputs = model.apply(params, batch, rng=rng)
-    weights = batch['weights']
+    weights = batch['loss_mask']
     nll, sums = score(outputs.hidden, model.head(params), batch['targets'], weights, batch['segment_ids'], rng)
     return nll, weights.sum(), sums
 
@@ -76,9 +76,9 @@ def neftune(key: jax.Array, segment_ids: jax.Array, d_model: int, alpha: float) 
 def preview(rows: ExampleRows, tokenizer: Any) -> list[tuple[str, bool]]:
     """The first example as text, in runs of trained tokens and others."""
     one = rows.examples[0]
-    trained = one.trained.copy()
-    trained[:1] = False  # no position predicts it
-    return pieces(tokenizer, one.ids, trained)
+    assistant_mask = one.assistant_mask.copy()
+    assistant_mask[:1] = False  # no position predicts it
+    return pieces(tokenizer, one.ids, assistant_mask)
 
 
 OBJECTIVE = Objective(

@@ -37,8 +37,8 @@ def relative(scores: jax.Array) -> jax.Array:
 
 def loss(settings: Settings, logps: jax.Array, values: jax.Array, batch: Mapping[str, jax.Array]) -> Sums:
     """Summed loss of the answers, each the mean over its tokens, their number, and metrics."""
-    losses, metrics = ratio_losses(settings, logps, batch['old'], batch['advantages'], batch['weights'])
-    kl = divergence(batch['reference'], logps) * batch['weights']
+    losses, metrics = ratio_losses(settings, logps, batch['old'], batch['advantages'], batch['loss_mask'])
+    kl = divergence(batch['reference'], logps) * batch['loss_mask']
     metrics |= {'policy_loss': losses, 'reference_kl': kl}
     shares = batch['shares']
     sums = {name: (each * shares).sum() for name, each in metrics.items()}

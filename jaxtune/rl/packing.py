@@ -47,8 +47,8 @@ class RolloutPacker:
     def fields(self) -> dict[str, np.ndarray]:
         """The rows, `{field: [rows, length]}`.
 
-        `tokens`, `positions` and `segment_ids` for `Model.apply`; `weights`, 1 where a token of an answer is predicted;
-        `shares`, the same over the length of the answer.
+        `tokens`, `positions` and `segment_ids` for `Model.apply`; `loss_mask`, 1 where a token of an answer is
+        predicted; `shares`, the same over the length of the answer.
         """
         of, token = _spans(self.end)
         places = (self.row[of], self.at[of] + token)
@@ -56,8 +56,8 @@ class RolloutPacker:
         found['tokens'][places], found['positions'][places] = self.tokens[of, token], token
         found['segment_ids'][places] = self.segment[of]
         of, _ = self._answers
-        found |= {name: np.zeros(self.shape, np.float32) for name in ('weights', 'shares')}
-        found['weights'][self._places] = 1.0
+        found |= {name: np.zeros(self.shape, np.float32) for name in ('loss_mask', 'shares')}
+        found['loss_mask'][self._places] = 1.0
         found['shares'][self._places] = (1.0 / (self.end - self.start))[of]
         return found
 

@@ -18,7 +18,7 @@ from jaxtune.rl import Algorithm, Sums
 def batch_spec(seq_len: int, token_fields: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds: what `RolloutPacker.fields` makes, and further numbers for each token."""
     fields = dict.fromkeys(('tokens', 'positions', 'segment_ids'), np.int32)
-    fields |= dict.fromkeys(('weights', 'shares', *token_fields), np.float32)
+    fields |= dict.fromkeys(('loss_mask', 'shares', *token_fields), np.float32)
     return {name: jax.ShapeDtypeStruct((seq_len,), dtype) for name, dtype in fields.items()}
 
 
@@ -38,7 +38,7 @@ def per_token_logps(
       `(logps, values)`, each `[rows, length]` float32, at the place before each token and 0 outside the answers.
     """
     inputs = {name: batch[name] for name in ('tokens', 'positions', 'segment_ids')}
-    mask = batch['weights']
+    mask = batch['loss_mask']
     hidden = model.apply(value_head.policy(params), inputs, rng=rng).hidden
     head = tempered(model.head(params), temperature)
     logps = token_logprobs(hidden, head, jnp.roll(batch['tokens'], -1, axis=1)) * mask

@@ -68,7 +68,7 @@ def whiten(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 def loss(settings: Settings, logps: jax.Array, values: jax.Array, batch: Mapping[str, jax.Array]) -> Sums:
     """Summed loss of the answers' tokens, their number, and metrics."""
-    mask = batch['weights']
+    mask = batch['loss_mask']
     losses, metrics = ratio_losses(settings, logps, batch['old'], batch['advantages'], mask)
     off, clipped = value_losses(settings, values, batch['values'], batch['returns'])
     metrics |= {'policy_loss': losses, 'value_loss': off, 'value_clip_fraction': clipped}

@@ -137,7 +137,7 @@ class RewardTask:
             policy = eval_mode(combine(trainable, frozen))
             old, values = per_token_logps(model, policy, batch, temperature)
             kept, _ = per_token_logps(model, eval_mode(combine(reference, frozen)), batch, temperature)
-            return {'old': old, 'reference': kept, 'values': values, 'mask': batch['weights']}
+            return {'old': old, 'reference': kept, 'values': values, 'mask': batch['loss_mask']}
 
         def compute_advantages(rollouts: RolloutBatch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             return self.algorithm.algorithm.compute_advantages(self.algorithm.settings, rollouts)

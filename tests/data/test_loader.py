@@ -56,13 +56,13 @@ def test_in_order_the_last_batch_is_filled_with_nothing():
     assert [number for batch in seen for number in numbers(batch)][:13] == list(range(13))
     assert not any(value[3:].any() for value in seen[2].values())
     assert same(loader.rows(3, 0, 5), seen[0])
-    total = sum(batch['weights'].sum() for batch in seen)
+    total = sum(batch['loss_mask'].sum() for batch in seen)
     assert total == len(ROWS.tokens) - ROWS.unscored_tokens
 
 
 def test_rows_that_are_packed_work_too():
     loader = Loader(window_rows(tokens_of([3, 9, 2]), 8), 2, shuffle=False)
-    assert loader.rows(0, 0, 2)['weights'].sum() == 14 - 4
+    assert loader.rows(0, 0, 2)['loss_mask'].sum() == 14 - 4
 
 
 def test_no_rows():

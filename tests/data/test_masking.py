@@ -35,7 +35,7 @@ def test_shares_over_a_million_tokens(whole_word):
         row = make_row(number)
         hidden = masking(number, row)
         ordinary = (row['segment_ids'] > 0) & (row['tokens'] < 256)
-        picked = hidden['weights'] > 0
+        picked = hidden['loss_mask'] > 0
         assert not (picked & ~ordinary).any()
         np.testing.assert_array_equal(hidden['tokens'][~picked], row['tokens'][~picked])
         np.testing.assert_array_equal(hidden['targets'], row['tokens'])
@@ -70,7 +70,7 @@ def test_a_mask_is_a_function_of_seed_and_number():
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
     for other in (Masking(BYTES, 0.15, seed=(3, 0))(6, row), Masking(BYTES, 0.15, seed=(3, 1))(5, row)):
-        assert (other['weights'] != first['weights']).any()
+        assert (other['loss_mask'] != first['loss_mask']).any()
 
 
 def test_each_pass_hides_other_tokens_and_held_out_rows_keep_theirs():
@@ -80,7 +80,9 @@ def test_each_pass_hides_other_tokens_and_held_out_rows_keep_theirs():
 
     def by_row(t):
         batch = shuffled.rows(t, 0, 6)
-        return {targets.tobytes(): weights for targets, weights in zip(batch['targets'], batch['weights'], strict=True)}
+        return {
+            targets.tobytes(): weights for targets, weights in zip(batch['targets'], batch['loss_mask'], strict=True)
+        }
 
     first, second = by_row(0), by_row(1)
     assert set(first) == set(second)
@@ -106,7 +108,7 @@ def test_whole_words_of_bytes():
     words = ['the', 'quick', 'brown', 'fox', 'doesn', 't', 'jump', '2000', 'times', 'naïve']
     seen = set()
     for number in range(60):
-        weights, at = masking(number, row)['weights'], 0
+        weights, at = masking(number, row)['loss_mask'], 0
         for word in words:
             at = text.encode().index(word.encode(), at)
             part = weights[at : at + len(word.encode())]
@@ -128,7 +130,7 @@ def test_whole_words_of_wordpiece_and_no_mask_token():
     assert before.all()
     row = {'tokens': np.array([2, 3, 4, 5, 0, 2], np.int32), 'segment_ids': np.array([1, 1, 1, 1, 1, 2], np.int32)}
     masking = Masking(tokenizer, 0.5, whole_word=True)
-    weights = np.stack([masking(number, row)['weights'] for number in range(50)])
+    weights = np.stack([masking(number, row)['loss_mask'] for number in range(50)])
     assert (weights[:, 0] == weights[:, 1]).all()
     assert (weights[:, 0] == weights[:, 2]).all()
     assert (weights[:, 4] == 0).all()  # the unknown token is special

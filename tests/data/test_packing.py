@@ -18,10 +18,11 @@ def parts(row):
     """The segments of a row, as lists of ids; checks what holds for every row."""
     segment_ids, n = row['segment_ids'], int(np.count_nonzero(row['segment_ids']))
     assert {name: value.dtype for name, value in row.items()} == {
-        'tokens': np.int32, 'targets': np.int32, 'positions': np.int32, 'segment_ids': np.int32, 'weights': np.float32,
+        'tokens': np.int32, 'targets': np.int32, 'positions': np.int32, 'segment_ids': np.int32,
+        'loss_mask': np.float32,
     }  # fmt: skip
     assert not any(value[n:].any() for value in row.values()), 'padding is zeros at the end'
-    assert not (row['targets'] * (1 - row['weights'])).any()
+    assert not (row['targets'] * (1 - row['loss_mask'])).any()
     found = []
     for number in range(1, segment_ids.max() + 1):
         where = np.flatnonzero(segment_ids == number)
@@ -29,7 +30,7 @@ def parts(row):
         assert row['positions'][where].tolist() == list(range(len(where)))
         found.append(row['tokens'][where].tolist())
         inner = where[:-1]
-        assert (row['weights'][inner] == 1).all()
+        assert (row['loss_mask'][inner] == 1).all()
         assert (row['targets'][inner] == row['tokens'][inner + 1]).all()
     return found
 
@@ -43,7 +44,7 @@ def test_concat_rows(lengths, seq_len):
     for i in range(len(rows)):
         row = rows[i]
         stream += [token for part in parts(row) for token in part]
-        scored = row['weights'] == 1
+        scored = row['loss_mask'] == 1
         assert (row['targets'][scored] == row['tokens'][scored] + 1).all()  # ids count through the stream
         targets += row['targets'][scored].tolist()
         if i + 1 < len(rows):
@@ -52,7 +53,7 @@ def test_concat_rows(lengths, seq_len):
     assert stream == tokens.tokens.tolist()
     assert targets == [token for token in tokens.tokens.tolist() if token not in firsts]
     assert rows.unscored_tokens == len(firsts)
-    assert sum(row['weights'].sum() for row in map(rows.__getitem__, range(len(rows)))) == len(tokens) - len(firsts)
+    assert sum(row['loss_mask'].sum() for row in map(rows.__getitem__, range(len(rows)))) == len(tokens) - len(firsts)
 
 
 @given(LENGTHS, SEQ_LEN)
@@ -71,7 +72,7 @@ def test_window_rows_packed_and_not_hold_the_same_windows(lengths, seq_len):
             assert segment_ids
             assert packing or len(segment_ids) == 1
             found += segment_ids
-            weights += row['weights'].sum()
+            weights += row['loss_mask'].sum()
         assert collections.Counter(map(tuple, found)) == collections.Counter(map(tuple, expected))
         assert packing or found == expected
         assert rows.unscored_tokens == len(expected)

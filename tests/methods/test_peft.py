@@ -77,7 +77,7 @@ def train(config, model, params):
     batch = {
         'tokens': TOKENS,
         'targets': np.roll(TOKENS, -1, 1),
-        'weights': np.broadcast_to(np.arange(24) < 23, TOKENS.shape).astype(np.float32),
+        'loss_mask': np.broadcast_to(np.arange(24) < 23, TOKENS.shape).astype(np.float32),
     }
     state, step, losses = init_state(trainable, optimizer), jax.jit(step), []
     for _ in range(STEPS):

@@ -36,7 +36,7 @@ def rows_of(step: int) -> dict[str, np.ndarray]:
         'targets': tokens[:, 1:],
         'positions': np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
         'segment_ids': np.ones((ROWS, LENGTH), np.int32),
-        'weights': np.ones((ROWS, LENGTH), np.float32),
+        'loss_mask': np.ones((ROWS, LENGTH), np.float32),
     }
 
 

@@ -308,14 +308,14 @@ def segment(spec, rng, longest):
         else:
             found[name] = rng.normal(-3 if name in ('old', 'reference') else 0, 0.3, count)
         found[name] = found[name].astype(field.dtype)
-    if 'weights' in found:
+    if 'loss_mask' in found:
         weights = rng.random(size) < 0.7
         weights[0], weights[-1] = True, size == 1  # the last token of an answer predicts nothing
-        found['weights'] = weights.astype(np.float32)
-        for name in set(found) - {'tokens', 'targets', 'weights'}:
-            found[name] = found[name] * found['weights']
+        found['loss_mask'] = weights.astype(np.float32)
+        for name in set(found) - {'tokens', 'targets', 'loss_mask'}:
+            found[name] = found[name] * found['loss_mask']
         if 'shares' in found:
-            found['shares'] = found['weights'] / found['weights'].sum()
+            found['shares'] = found['loss_mask'] / found['loss_mask'].sum()
     return found
 
 
@@ -346,7 +346,7 @@ def _labelled(spec, rng):
         batch['segment_ids'][row, :size] = 1
         batch['token_types'][row, size // 2 : size] = 1
     batch['labels'][:] = rng.integers(0, 3, ROWS)
-    batch['weights'][:] = np.arange(ROWS) != 3
+    batch['loss_mask'][:] = np.arange(ROWS) != 3
     return batch
 
 

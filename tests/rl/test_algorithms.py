@@ -237,7 +237,7 @@ def test_nothing_is_clipped_and_nothing_has_moved_before_the_first_update(both):
     assert sums['clip_fraction'] == sums['value_clip_fraction'] == sums['value_loss'] == 0
     np.testing.assert_allclose(sums['approx_kl'], 0, atol=1e-5)
     np.testing.assert_allclose(sums['policy_loss'], -batch['advantages'].sum(), rtol=1e-4)
-    assert count == batch['weights'].sum()
+    assert count == batch['loss_mask'].sum()
     assert losses['grpo'](model, params, batch, None)[2]['reference_kl'] == 0
 
 
@@ -271,7 +271,7 @@ def test_numbers_go_into_rows_and_come_back(seed, packing, unit):
     numbers = rng.normal(size=(len(chosen), WIDTH)).astype(np.float32) * weights_of(made)[chosen]
     np.testing.assert_array_equal(rows.gather(rows.spread(numbers)), numbers)
     fields = rows.fields()
-    assert fields['weights'].sum() == (made.end - made.start)[chosen].sum()
+    assert fields['loss_mask'].sum() == (made.end - made.start)[chosen].sum()
     np.testing.assert_allclose(fields['shares'].sum(), len(chosen), rtol=1e-5)
     # What follows a place that predicts is the answer's own next token.
     followed = np.roll(fields['tokens'], -1, axis=1)

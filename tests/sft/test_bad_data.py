@@ -187,7 +187,7 @@ def test_answers_cut_at_the_end_of_a_row_are_counted(tmp_path, capsys):
     ]
     found = rows(tmp_path, records, data__packing=False)
     assert len(found) == 2
-    assert all(found[i]['weights'].sum() > 0 for i in range(2))
+    assert all(found[i]['loss_mask'].sum() > 0 for i in range(2))
     shown = ' '.join(capsys.readouterr().out.split())
     assert 'format prompt (3), template plain' in shown
     assert '1 of 3 are longer than data.seq_len=96 and cut, first' in shown
@@ -310,7 +310,7 @@ def test_a_system_prompt_and_demonstrations_come_first_and_are_never_trained(tmp
     one, tokenizer = found.examples[0], tokenizers.load('bytes')
     text = tokenizer.decode(one.ids)
     assert text.index('Be brief.') < text.index('And again') < text.index('Hi<eos>')
-    assert tokenizer.decode(one.ids[one.trained]) == 'Hello<eos>'
+    assert tokenizer.decode(one.ids[one.assistant_mask]) == 'Hello<eos>'
 
 
 def test_instructions_of_the_interpreters_library(tmp_path):

@@ -221,9 +221,9 @@ def test_packing_keeps_every_trained_token(examples):
     packed, single = (_batch(ExampleRows(examples, 32, packing)) for packing in (True, False))
     assert len(packed['tokens']) < len(single['tokens'])
     for batch in (packed, single):
-        assert batch['weights'].sum() == sum(one.trained[1:].sum() for one in (examples[i] for i in range(12)))
+        assert batch['loss_mask'].sum() == sum(one.assistant_mask[1:].sum() for one in (examples[i] for i in range(12)))
         # The token that a scored position predicts is the next one of the same example.
-        row, at = np.nonzero(batch['weights'])
+        row, at = np.nonzero(batch['loss_mask'])
         np.testing.assert_array_equal(batch['targets'][row, at], batch['tokens'][row, at + 1])
         np.testing.assert_array_equal(batch['segment_ids'][row, at], batch['segment_ids'][row, at + 1])
 
@@ -274,11 +274,11 @@ def test_only_answers_are_scored(examples, key):
     batch = _batch(ExampleRows(examples, 32, False))
     total, count, metrics = sft.loss(_settings().sft, model, params, batch, key)
     logits = model.logits(params, model.apply(params, batch).hidden)
-    labels = torch.tensor(np.where(batch['weights'] > 0, batch['targets'], -100)).long()
+    labels = torch.tensor(np.where(batch['loss_mask'] > 0, batch['targets'], -100)).long()
     expected = F.cross_entropy(torch.tensor(np.asarray(logits)).flatten(0, 1), labels.flatten(), reduction='sum')
     np.testing.assert_allclose(total, expected.numpy(), rtol=1e-5)
-    assert count == batch['weights'].sum()
-    right = (np.asarray(logits).argmax(-1) == batch['targets']) * batch['weights']
+    assert count == batch['loss_mask'].sum()
+    right = (np.asarray(logits).argmax(-1) == batch['targets']) * batch['loss_mask']
     assert metrics['accuracy'] == right.sum()
 
 
@@ -289,14 +289,14 @@ def test_exact_answers_are_those_that_greedy_decoding_repeats(examples):
     logits = jax.jit(lambda batch: model.logits(params, model.apply(params, batch).hidden))
     # Some examples are made what the model itself goes on with, so that it repeats them.
     for row in range(0, len(single['tokens']), 2):
-        for at in np.flatnonzero(single['weights'][row]):
+        for at in np.flatnonzero(single['loss_mask'][row]):
             batch = {name: value[row : row + 1] for name, value in single.items()}
             chosen = int(logits(batch)[0, at].argmax())
             single['targets'][row, at] = single['tokens'][row, at + 1] = chosen
     _, count, sums = sft.loss(_settings().sft, model, params, single, None)
     found = sft.summarise({name: float(value) for name, value in sums.items()}, float(count))
     right = np.asarray(logits(single)).argmax(-1) == single['targets']
-    exact = [row[scored > 0].all() for row, scored in zip(right, single['weights'], strict=True) if scored.any()]
+    exact = [row[scored > 0].all() for row, scored in zip(right, single['loss_mask'], strict=True) if scored.any()]
     assert found['exact_match'] == pytest.approx(np.mean(exact))
     assert 0.5 <= found['exact_match'] < 1
     # Several answers in a row are counted one by one.

@@ -54,7 +54,7 @@ def spaced() -> PreTrainedTokenizerFast:
 def runs(tokenizer, encoded) -> list[tuple[str, bool]]:
     """Runs of tokens that are trained or not, as text."""
     found: list[tuple[list[int], bool]] = []
-    for token, trained in zip(encoded.ids.tolist(), encoded.trained.tolist(), strict=True):
+    for token, trained in zip(encoded.ids.tolist(), encoded.assistant_mask.tolist(), strict=True):
         if not found or found[-1][1] != trained:
             found.append(([], trained))
         found[-1][0].append(token)
@@ -223,9 +223,9 @@ def test_tokens_never_lie_across_the_border(prompt, completion, ids):
     template = open_template('auto', tokenizer, raw=chat.raw)
     found = Encoder(template, tokenizer)(chat)
     names = tokenizer.convert_ids_to_tokens(found.ids.tolist())
-    assert [('*' if trained else '') + name for name, trained in zip(names, found.trained, strict=True)] == ids
+    assert [('*' if trained else '') + name for name, trained in zip(names, found.assistant_mask, strict=True)] == ids
     # What the model reads before it answers is what it will be given.
-    assert found.ids[~found.trained].tolist() == tokenizer(prompt).input_ids
+    assert found.ids[~found.assistant_mask].tolist() == tokenizer(prompt).input_ids
 
 
 def test_a_tokenizer_that_begins_texts_with_a_space_keeps_its_ids():
@@ -234,7 +234,12 @@ def test_a_tokenizer_that_begins_texts_with_a_space_keeps_its_ids():
     found = Encoder(open_template('plain', tokenizer), tokenizer)(chat)
     names = tokenizer.convert_ids_to_tokens(found.ids.tolist())
     assert ''.join(names) == '▁Answer:▁yes</s>'
-    assert [name for name, trained in zip(names, found.trained, strict=True) if trained] == ['y', 'e', 's', '</s>']
+    assert [name for name, trained in zip(names, found.assistant_mask, strict=True) if trained] == [
+        'y',
+        'e',
+        's',
+        '</s>',
+    ]
 
 
 REWRITES = (
@@ -315,10 +320,10 @@ def test_real_conversations_train_their_answers(shared, name):
         chat = formats.chat(kind, 'here', json.loads(line))
         found = encode(chat)
         answers = [turn['content'] for turn in chat.turns if turn['role'] == 'assistant']
-        trained = tokenizer.decode(found.ids[found.trained].tolist())
+        trained = tokenizer.decode(found.ids[found.assistant_mask].tolist())
         assert trained == ''.join(answer + '<|endoftext|>' for answer in answers)
         assert tokenizer.decode(found.ids.tolist()) == encode.text(chat)[0]
-        assert not np.any(found.trained[:3])
+        assert not np.any(found.assistant_mask[:3])
 
 
 def test_an_eos_after_the_last_turn_only_is_no_part_of_a_turn():
@@ -354,6 +359,6 @@ def test_marks_are_taken_as_transformers_takes_them():
     )
     found = Encoder(open_template('auto', tokenizer), tokenizer)(Chat(FOUR))
     assert found.ids.tolist() == theirs['input_ids']
-    assert found.trained.astype(int).tolist() == theirs['assistant_masks']
+    assert found.assistant_mask.astype(int).tolist() == theirs['assistant_masks']
     last = runs(tokenizer, Encoder(open_template('auto', tokenizer), tokenizer, last=True)(Chat(FOUR)))
     assert [text for text, trained in last if trained] == ['\n4<|im_end|>\n']

@@ -54,7 +54,7 @@ def test_a_hostile_template_ends_in_one_line(source):
     assert HOSTILE[source] in str(caught.value)
     assert '\n' not in str(caught.value)
     # The next template is served all the same.
-    assert Encoder(open_template('chatml', byte_level()), byte_level())(CHAT).trained.any()
+    assert Encoder(open_template('chatml', byte_level()), byte_level())(CHAT).assistant_mask.any()
 
 
 @pytest.mark.parametrize('template', [5, True, {'default': 5}])
@@ -124,7 +124,7 @@ def test_a_template_that_leaves_something_out_is_refused_by_its_name(what):
     )
     turns = [USER, {'role': 'assistant'} | answer]
     chat = formats.chat('messages', 'here', {'messages': turns, 'tools': [TOOL]})
-    assert whole(chat).trained.any()
+    assert whole(chat).assistant_mask.any()
     with pytest.raises(FormatError, match=f'the given template does not write {what}'):
         without(chat)
     asked = formats.chat('messages', 'here', {'messages': [*turns, USER], 'tools': [TOOL]}, answered=False)

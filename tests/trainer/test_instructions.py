@@ -108,7 +108,7 @@ def _trl_trainer(trl, case, model, folder):
 def _trl_inputs(torch, case, batch):
     """Our rows under TRL's names."""
     if case == 'sft':
-        ids, weights = torch.tensor(batch['tokens']).long(), torch.tensor(batch['weights'])
+        ids, weights = torch.tensor(batch['tokens']).long(), torch.tensor(batch['loss_mask'])
         labels = torch.full_like(ids, -100)
         labels[:, 1:] = torch.where(weights[:, :-1] > 0, torch.tensor(batch['targets'][:, :-1]).long(), -100)
         return {'input_ids': ids, 'attention_mask': torch.tensor(batch['segment_ids']), 'labels': labels}
