@@ -72,7 +72,6 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
             'positions': np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
             'segment_ids': np.ones(tokens.shape, np.int32),
         }
-        rows['loss_mask'] = rows['loss_mask'].astype(np.float32)
         batch = place(lambda low, high: {name: value[low:high] for name, value in rows.items()}, batch_size, mesh)
         seconds = []
         for _ in range(steps + 2):
