@@ -68,7 +68,7 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
         rows = {
             'tokens': tokens,
             'targets': np.roll(tokens, -1, axis=1),
-            'weights': np.ones(tokens.shape, np.float32) * (np.arange(length) < length - 1),
+            'loss_mask': (np.arange(length) < length - 1).astype(np.float32) * np.ones(tokens.shape, np.float32),
             'positions': np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
             'segment_ids': np.ones(tokens.shape, np.int32),
         }
