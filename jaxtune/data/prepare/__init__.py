@@ -39,9 +39,9 @@ class Dropped(str):
 
     def __new__(cls, reason: str, excerpt: str = '') -> 'Dropped':
         """A text with one attribute more."""
-        made = super().__new__(cls, reason)
-        made.excerpt = excerpt
-        return made
+        dropped = super().__new__(cls, reason)
+        dropped.excerpt = excerpt
+        return dropped
 
 
 @dataclasses.dataclass

@@ -150,11 +150,11 @@ def statistics(work: Work) -> dict[str, Any]:
     """What all tasks counted, without anything that differs from run to run."""
     plan, folder, ranks = work.plan, work.folder / 'stats', range(work.tasks)
     collected = [json.loads((folder / f'collect-{rank:05d}.json').read_text()) for rank in ranks]
-    made = [json.loads((folder / f'tokenise-{rank:05d}.json').read_text()) for rank in ranks]
+    tokenised = [json.loads((folder / f'tokenise-{rank:05d}.json').read_text()) for rank in ranks]
     order = [step.name for step in steps.every(plan.custom_steps)]
-    stats = total(collected + [{**state, 'broken': [], 'languages': {}} for state in made], order)
+    stats = total(collected + [{**state, 'broken': [], 'languages': {}} for state in tokenised], order)
     for name in ('tokens', 'copies'):
-        for state in made:
+        for state in tokenised:
             for label, count in state[name].items():
                 entry = stats['sources'].setdefault(label, {})
                 entry[name] = entry.get(name, 0) + count

@@ -75,7 +75,7 @@ def plain_unicode(text: str) -> str:
 def without_markup(text: str) -> str:
     """No rests of HTML, no lines of bare addresses, no e-book licence around a book, no long stretches of blank."""
     if '&' in text:
-        text = _ENTITY.sub(lambda found: html.unescape(found[0]), text)
+        text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
     if '<' in text:
         # Behind the last end of a comment none is looked for: each that is open would be read to the end of the text.
         cut = text.rfind('-->') + 3 if '-->' in text else 0
@@ -138,7 +138,7 @@ def mask_pii(text: str) -> str:
     text = _mask_emails(text)
     if _ADDRESS_HINT.search(text):
         text = _addresses().replace(text)
-    return _TELEPHONE.sub(lambda found: TELEPHONE if 9 <= sum(map(str.isdigit, found[0])) <= 15 else found[0], text)
+    return _TELEPHONE.sub(lambda match: TELEPHONE if 9 <= sum(map(str.isdigit, match[0])) <= 15 else match[0], text)
 
 
 def cleaned(document: Document, settings: Settings) -> str:

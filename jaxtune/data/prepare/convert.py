@@ -60,35 +60,35 @@ def from_stdlib(form: str) -> Iterator[tuple[str, dict[str, Any]]]:
     A rejected answer is the documentation of something else in the same module, or a sentence of the right one where
     the module has no other: wrong or too little, in the same style and of about the same length.
     """
-    found = list(_documented())
+    documented = list(_documented())
     by_module: dict[str, list[int]] = {}
-    for number, (module, _, _, _, _) in enumerate(found):
+    for number, (module, _, _, _, _) in enumerate(documented):
         by_module.setdefault(module, []).append(number)
-    for number, (module, name, kind, signature, doc) in enumerate(found):
+    for number, (module, name, kind, signature, doc) in enumerate(documented):
         choice = hashlib.blake2b(name.encode(), digest_size=8).digest()
         question = _WHAT[choice[0] % len(_WHAT)].format(name=name, kind=kind, signature=signature)
-        yield name, _record(form, question, doc, _other(found, by_module[module], number, choice[1]))
+        yield name, _record(form, question, doc, _other(documented, by_module[module], number, choice[1]))
         summary = re.split(r'(?<=[.!?])\s|\n\n', doc)[0].replace('\n', ' ').strip()
         tail = name.rsplit('.', 1)[-1]
         if 30 <= len(summary) <= 300 and tail.lower() not in summary.lower():
             question = _WHICH[choice[2] % len(_WHICH)].format(kind=kind, summary=summary)
             answer = f'That is `{name}{signature}`.\n\n{doc}'
-            wrong = _other(found, by_module[module], number, choice[3], named=True)
+            wrong = _other(documented, by_module[module], number, choice[3], named=True)
             yield name, _record(form, question, answer, wrong)
 
 
-def _other(found: list, numbers: list[int], number: int, choice: int, named: bool = False) -> str:
-    rivals = [i for i in numbers if i != number and found[i][4] != found[number][4]]
+def _other(documented: list, numbers: list[int], number: int, choice: int, named: bool = False) -> str:
+    rivals = [i for i in numbers if i != number and documented[i][4] != documented[number][4]]
     if not rivals:
-        doc = found[number][4]
+        doc = documented[number][4]
         return (
-            f'It is part of the module `{found[number][0]}`.'
+            f'It is part of the module `{documented[number][0]}`.'
             if named
             else doc[: max(20, len(doc) // 4)].rsplit(' ', 1)[0]
         )
-    length = len(found[number][4])
-    near = sorted(rivals, key=lambda i: (abs(len(found[i][4]) - length), i))[:4]
-    _, name, _, signature, doc = found[near[choice % len(near)]]
+    length = len(documented[number][4])
+    near = sorted(rivals, key=lambda i: (abs(len(documented[i][4]) - length), i))[:4]
+    _, name, _, signature, doc = documented[near[choice % len(near)]]
     return f'That is `{name}{signature}`.\n\n{doc}' if named else doc
 
 

@@ -30,9 +30,9 @@ class Index:
         for length, known in self.runs.items():
             if len(hashes) < length:
                 continue
-            found = words.shingles(hashes, length)
-            at = np.minimum(np.searchsorted(known, found), len(known) - 1)
-            if np.any(known[at] == found):
+            shingles = words.shingles(hashes, length)
+            at = np.minimum(np.searchsorted(known, shingles), len(known) - 1)
+            if np.any(known[at] == shingles):
                 return True
         return False
 

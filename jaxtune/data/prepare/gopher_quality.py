@@ -38,8 +38,8 @@ class Quality:
 
     def __call__(self, text: str) -> str:
         """Why a text goes; '' where it stays."""
-        found = words.recent_tokens(text)
-        counts, punctuation = Counter(found), _punctuation()
+        tokens = words.recent_tokens(text)
+        counts, punctuation = Counter(tokens), _punctuation()
         spoken = {word: count for word, count in counts.items() if not punctuation.issuperset(word)}
         number = sum(spoken.values())
         if self.min_words and number < self.min_words:
@@ -51,9 +51,9 @@ class Quality:
             return 'words under 3 letters on average'
         if mean > 10:
             return 'words over 10 letters on average'
-        if text.count('#') > 0.1 * len(found):
+        if text.count('#') > 0.1 * len(tokens):
             return 'too many hash signs'
-        if text.count('...') + text.count('…') > 0.1 * len(found):
+        if text.count('...') + text.count('…') > 0.1 * len(tokens):
             return 'too many ellipses'
         lines = text.splitlines()
         if sum(line.lstrip().startswith(('•', '-')) for line in lines) > 0.9 * len(lines):
@@ -61,7 +61,7 @@ class Quality:
         if sum(line.rstrip().endswith(('...', '…')) for line in lines) > 0.3 * len(lines):
             return 'three in ten lines end in an ellipsis'
         alphabetic = sum(count for word, count in counts.items() if any(map(str.isalpha, word)))
-        if alphabetic < self.min_alphabetic * len(found):
+        if alphabetic < self.min_alphabetic * len(tokens):
             return 'too few words with a letter'
         if self.stop_words and len(_STOP_WORDS & counts.keys()) < self.stop_words:
             return 'too few stop words'

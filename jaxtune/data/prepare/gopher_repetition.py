@@ -45,16 +45,16 @@ class Repetition:
         count, characters = _duplicates(lines)
         if count > self.lines * len(lines) or characters > self.line_characters * len(text):
             return 'repeated lines'
-        found = words.recent_tokens(text)
-        lengths = np.fromiter(map(len, found), np.int64, len(found))
-        grams = _Grams(words.hashes_of(found), np.concatenate([[0], np.cumsum(lengths)]))
+        tokens = words.recent_tokens(text)
+        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        grams = _Grams(words.hashes_of(tokens), np.concatenate([[0], np.cumsum(lengths)]))
         for n, most in _TOP:
-            if len(found) >= n and grams.top(n, most * len(text)) > most * len(text):
+            if len(tokens) >= n and grams.top(n, most * len(text)) > most * len(text):
                 return f'one {n}-gram over and over'
         for n, most in _DUPLICATED:
             # The bounds count overlapping repetitions each; only the walk through the text tells.
-            doubtful = len(found) >= n and grams.repeated_at_most(n, most * len(text)) > most * len(text)
-            if doubtful and _repeated(found, n) > most * len(text):
+            doubtful = len(tokens) >= n and grams.repeated_at_most(n, most * len(text)) > most * len(text)
+            if doubtful and _repeated(tokens, n) > most * len(text):
                 return f'repeated {n}-grams'
         return ''
 
@@ -118,11 +118,11 @@ def _duplicates(parts: list[str]) -> tuple[int, int]:
     return len(parts) - len(counts), sum(len(part) * (count - 1) for part, count in counts.items())
 
 
-def _repeated(found: list[str], n: int) -> int:
+def _repeated(tokens: list[str], n: int) -> int:
     """Characters of n-grams that stood there before, walking on behind each that did."""
     seen, characters, i = set(), 0, 0
-    while i <= len(found) - n:
-        gram = ''.join(found[i : i + n])
+    while i <= len(tokens) - n:
+        gram = ''.join(tokens[i : i + n])
         if gram in seen:
             characters += len(gram)
             i += n

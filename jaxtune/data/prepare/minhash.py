@@ -49,8 +49,8 @@ def _permutations(hashes: int) -> tuple[np.ndarray, np.ndarray]:
 
 def signature(hashes_of_words: np.ndarray, ngram: int, hashes: int) -> np.ndarray:
     """MinHash values of a document, uint32 `[hashes]`; all ones where it has no word."""
-    found = words.shingles(hashes_of_words, ngram)
-    values = np.unique((found >> np.uint64(32)).astype(np.uint32))
+    shingles = words.shingles(hashes_of_words, ngram)
+    values = np.unique((shingles >> np.uint64(32)).astype(np.uint32))
     flips, factors = _permutations(hashes)
     least = np.full(hashes, 0xFFFFFFFF, np.uint32)
     table = np.empty((_ROWS, hashes), np.uint32)

@@ -34,9 +34,9 @@ from jaxtune.errors import UserError
 
 def pipeline(plan: Plan) -> list[Phase]:
     """What a plan asks for, in order: `(name, what it does, function, number of tasks)`."""
-    found = [step.corpus for step in steps.asked_for(plan) if step.corpus is not None]
-    before = [phase for corpus in found for phase in corpus.before_splits]
-    after = [phase for corpus in found for phase in corpus.after_splits]
+    corpora = [step.corpus for step in steps.asked_for(plan) if step.corpus is not None]
+    before = [phase for corpus in corpora for phase in corpus.before_splits]
+    after = [phase for corpus in corpora for phase in corpus.after_splits]
     each = task_of_each_source_part
     return [
         Phase('collect', 'files are read, their documents go through the per-document steps', collect, each),

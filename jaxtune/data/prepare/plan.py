@@ -111,13 +111,13 @@ def needed(data: Settings, defaults: Settings) -> bool:
 
 def flat(node: Mapping[str, Any] | ConfigDict, prefix: str = '') -> dict[str, Any]:
     """`{'dedup.near': 0.8, ...}`."""
-    found = {}
+    flattened = {}
     for name, value in node.items():
         if isinstance(value, Mapping | ConfigDict):
-            found |= flat(value, f'{prefix}{name}.')
+            flattened |= flat(value, f'{prefix}{name}.')
         else:
-            found[f'{prefix}{name}'] = value
-    return found
+            flattened[f'{prefix}{name}'] = value
+    return flattened
 
 
 def check_installed(engine: str) -> None:

@@ -124,8 +124,8 @@ def _record(record: Any, place: str, source: Source, plan: Plan, set_aside: SetA
     name = source.text_key or plan.keys['text_key']
     text = record.get(name) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        found = ', '.join(map(repr, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
-        set_aside(place, f'expected a text in {name!r} (data.text_key); found {found}')
+        held = ', '.join(map(repr, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
+        set_aside(place, f'expected a text in {name!r} (data.text_key); found {held}')
         return None
     try:
         text.encode()
@@ -189,8 +189,8 @@ def _html(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterat
         yield Document(unit.path, web.decode(data, html=True), _kind(source, 'web'), page=True)
 
 
-def _kind(source: Source, found: str) -> str:
-    return found if source.kind == 'auto' else source.kind
+def _kind(source: Source, detected: str) -> str:
+    return detected if source.kind == 'auto' else source.kind
 
 
 def _text(unit: Unit, source: Source, plan: Plan, set_aside: SetAside) -> Iterator[Document]:
@@ -212,8 +212,8 @@ def _licence(path: str, root: str) -> str:
         return ''
     folder = pathlib.Path(path).parent
     while True:
-        if found := _licence_of(folder):
-            return found
+        if licence := _licence_of(folder):
+            return licence
         if folder == pathlib.Path(root) or folder == folder.parent:
             return ''
         folder = folder.parent

@@ -67,16 +67,16 @@ def units(number: int, source: Source) -> list[Unit]:
         return _cut(number, source, _remote(source))
     start = pathlib.Path(path).expanduser()
     if start.is_dir():
-        found = _there(walk(start))
-        names = [(str(file), file.relative_to(start).as_posix()) for file in found]
-        kept = [name for name, below in names if _readable(below, source.kind)]
-        return _cut(number, source, [(name, *_stat(name)) for name in kept], str(start))
+        files = _there(walk(start))
+        names = [(str(file), file.relative_to(start).as_posix()) for file in files]
+        readable = [name for name, below in names if _readable(below, source.kind)]
+        return _cut(number, source, [(name, *_stat(name)) for name in readable], str(start))
     if start.is_file():
         return _cut(number, source, [(str(start), *_stat(str(start)))])
     if glob.has_magic(path):
-        found = _there(sorted(pathlib.Path(name) for name in glob.glob(str(start), recursive=True)))
-        if found:
-            return _cut(number, source, [(str(name), *_stat(str(name))) for name in found])
+        files = _there(sorted(pathlib.Path(name) for name in glob.glob(str(start), recursive=True)))
+        if files:
+            return _cut(number, source, [(str(name), *_stat(str(name))) for name in files])
         raise UserError(
             f'{source.key}={path}: no file matches; expected a path, a glob, a folder, a URL or a dataset id'
         )
@@ -113,10 +113,10 @@ def _remote(source: Source) -> list[tuple[str, int, str]]:
 
     try:
         system, path = fsspec.url_to_fs(source.path)
-        found = system.glob(path, detail=True) if glob.has_magic(path) else system.find(path, detail=True)
+        listing = system.glob(path, detail=True) if glob.has_magic(path) else system.find(path, detail=True)
     except Exception as error:  # network, credentials, missing packages: each raises its own
         raise UserError(f'{source.key}={source.path}: cannot be listed: {" ".join(str(error).split())[:200]}') from None
-    files = [(name, info) for name, info in sorted(found.items()) if info.get('type') == 'file']
+    files = [(name, info) for name, info in sorted(listing.items()) if info.get('type') == 'file']
     named = len(files) == 1 and files[0][0] == path
     marks = ('ETag', 'etag', 'mtime', 'LastModified', 'created')
     return [
@@ -135,7 +135,7 @@ def format_of(path: str, default: str = '') -> str:
 
 
 def _cut(number: int, source: Source, files: list[tuple[str, int, str]], root: str = '') -> list[Unit]:
-    found = []
+    parts = []
     for path, size, mark in files:
         form = format_of(path, 'text')
         if source.kind == 'code' and form in ('text', 'html', 'json', 'xml'):
@@ -143,18 +143,18 @@ def _cut(number: int, source: Source, files: list[tuple[str, int, str]], root: s
         if form == 'jsonl' and size > _CUT and not path.lower().endswith(COMPRESSED):
             for start in range(0, size, _CUT):
                 end = min(start + _CUT, size)
-                found.append(Unit(number, path, form, end - start, start, end, mark, root))
+                parts.append(Unit(number, path, form, end - start, start, end, mark, root))
         else:
-            found.append(Unit(number, path, form, size, mark=mark, root=root))
-    return found
+            parts.append(Unit(number, path, form, size, mark=mark, root=root))
+    return parts
 
 
-def tasks(found: list[Unit]) -> list[list[Unit]]:
+def tasks(parts: list[Unit]) -> list[list[Unit]]:
     """Units in order, gathered into tasks of about the same size; how many depends on the data alone."""
-    wanted = max(_TASK, sum(unit.size for unit in found) // _MOST_TASKS)
+    wanted = max(_TASK, sum(unit.size for unit in parts) // _MOST_TASKS)
     gathered: list[list[Unit]] = []
     size = wanted
-    for unit in found:
+    for unit in parts:
         if size >= wanted or len(gathered[-1]) >= 5000:
             gathered.append([])
             size = 0
@@ -163,6 +163,6 @@ def tasks(found: list[Unit]) -> list[list[Unit]]:
     return gathered
 
 
-def identity(found: list[Unit]) -> list[list[Any]]:
+def identity(parts: list[Unit]) -> list[list[Any]]:
     """JSON values that change when the data does."""
-    return [[unit.source, unit.path, unit.start, unit.end, unit.mark] for unit in found]
+    return [[unit.source, unit.path, unit.start, unit.end, unit.mark] for unit in parts]

@@ -45,8 +45,8 @@ def decode(data: bytes, declared: str = '', html: bool = False) -> str:
     with contextlib.suppress(UnicodeDecodeError):
         return data.decode('utf-8')
     names = [declared.lower()] if declared else []
-    if html and (found := _DECLARED.search(data[:4096])):
-        names.append(found[1].decode('ascii').lower())
+    if html and (match := _DECLARED.search(data[:4096])):
+        names.append(match[1].decode('ascii').lower())
     for name in names:
         if name.replace('_', '-') not in ('utf-8', 'utf8'):
             with contextlib.suppress(UnicodeDecodeError, LookupError):

@@ -50,8 +50,8 @@ class _Ahead:
             if isinstance(part, str):
                 at = self.text.find(part, start)
             else:
-                found = part.search(self.text, start)
-                at = found.start() if found else -1
+                match = part.search(self.text, start)
+                at = match.start() if match else -1
             self.seen[part] = at
         return at
 
@@ -59,11 +59,11 @@ class _Ahead:
 def _notes(text: str) -> Iterator[tuple[int, int]]:
     """References, formulas, galleries, comments and magic words, from their openings to their ends."""
     ahead, at = _Ahead(text), 0
-    while found := _NOTE.search(text, at):
-        opening, after = found[0], found.end()
+    while match := _NOTE.search(text, at):
+        opening, after = match[0], match.end()
         end = after
         if not opening.startswith('__'):
-            closing = {'<ref': '</ref>', '<!--': '-->'}.get(opening, f'</{found[1]}>')
+            closing = {'<ref': '</ref>', '<!--': '-->'}.get(opening, f'</{match[1]}>')
             stop = ahead.find(_TAG_END, after) if opening == '<ref' else -1
             if stop >= 0 and text.startswith('/>', stop):
                 end = stop + 2
@@ -71,9 +71,9 @@ def _notes(text: str) -> Iterator[tuple[int, int]]:
                 close = ahead.find(closing, after)
                 end = close + len(closing) if close >= 0 else -1
         if end < 0:
-            at = found.start() + 1
+            at = match.start() + 1
             continue
-        yield found.start(), end
+        yield match.start(), end
         at = end
 
 
@@ -82,7 +82,7 @@ def _files(text: str) -> Iterator[tuple[int, int]]:
     starts = list(_FILE.finditer(text))
     if not starts:
         return
-    places = [found.start() for found in _BRACKET.finditer(text)]
+    places = [match.start() for match in _BRACKET.finditer(text)]
     numbers = {place: number for number, place in enumerate(places)}
     closing = [len(places)] * (len(places) + 1)  # number of the first `]` at or after a bracket
     for number in reversed(range(len(places))):
@@ -118,8 +118,8 @@ def _files(text: str) -> Iterator[tuple[int, int]]:
 def _outward_links(text: str) -> Iterator[tuple[int, int]]:
     """What goes of links to other sites, `[https://… their text]`: the address with its brackets, not their text."""
     ahead, at, last = _Ahead(text), 0, text.rfind(']')
-    while found := _OUTWARD.search(text, at):
-        start, first = found.start(), found.end()
+    while match := _OUTWARD.search(text, at):
+        start, first = match.start(), match.end()
         stop = ahead.find(_SPACE, first)
         stop = len(text) if stop < 0 else stop
         after = stop + text.startswith(' ', stop)

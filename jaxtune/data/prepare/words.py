@@ -63,9 +63,9 @@ def word_hashes(text: str) -> np.ndarray:
     return hashes_of(words(text))
 
 
-def hashes_of(found: list[str]) -> np.ndarray:
+def hashes_of(word_list: list[str]) -> np.ndarray:
     """A hash a word, uint64 `[words]`."""
-    return np.fromiter(map(_hashes.__getitem__, found), np.uint64, len(found))
+    return np.fromiter(map(_hashes.__getitem__, word_list), np.uint64, len(word_list))
 
 
 def shingles(hashes: np.ndarray, n: int) -> np.ndarray:
