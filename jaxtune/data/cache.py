@@ -86,8 +86,8 @@ def prepared_tokens(path: str, key: str) -> pathlib.Path | None:
         return None
     if (workdir / split / 'meta.json').is_file():
         return workdir / split
-    other = {'train': 'eval', 'eval': 'train'}[split]
-    if (workdir / other / 'meta.json').is_file():
+    other_split = {'train': 'eval', 'eval': 'train'}[split]
+    if (workdir / other_split / 'meta.json').is_file():
         raise UserError(f'{key}={path}: the prepared folder has no {split}/; expected data.eval_fraction > 0 there')
     try:
         unfinished = json.loads((workdir / 'config.json').read_text(encoding='utf-8')).get('task') == 'prepare'

@@ -94,12 +94,12 @@ class Denoiser:
             return _join(start, tokens[~mask], eos), _join([], tokens[mask], eos)
         first = mask & ~np.concatenate([[False], mask[:-1]])
         names = np.asarray(sentinels, tokens.dtype)[: np.count_nonzero(first)]
-        kept = np.where(mask, 0, tokens)
-        kept[first] = names
+        replaced = np.where(mask, 0, tokens)
+        replaced[first] = names
         places = np.flatnonzero(first)
         target = np.insert(tokens, places, names)
         hidden = np.insert(mask, places, True)
-        return _join(start, kept[~mask | first], eos), _join([], target[hidden], eos)
+        return _join(start, replaced[~mask | first], eos), _join([], target[hidden], eos)
 
 
 def _segments(items: int, parts: int, rng: np.random.Generator) -> np.ndarray:

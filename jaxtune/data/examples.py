@@ -114,9 +114,9 @@ class Source:
     def __init__(self, data: DataSpec, split: str, tokenizer: PreTrainedTokenizerBase, suits: tuple[str, ...]) -> None:
         self.data, self.tokenizer = data, tokenizer
         self.records = open_data(data.path(split), f'data.{split}', suits)
-        found = formats.find(self.records, data.format, self.records.name, suits)
-        self.formats = ', '.join(f'{name} ({count:,})' for name, count in found.items())
-        self.format = next(iter(found), '') if len(found) == 1 else ''
+        counts = formats.find(self.records, data.format, self.records.name, suits)
+        self.formats = ', '.join(f'{name} ({count:,})' for name, count in counts.items())
+        self.format = next(iter(counts), '') if len(counts) == 1 else ''
         self.template = open_template(data.template, tokenizer, self.format, self.records)
         self.demonstrations = demonstrations(data.demonstrations)
 
@@ -221,8 +221,8 @@ def encode_all(
     cut, empty = [], []
     with console.progress(len(chats), title, 'conversation') as bar:
         some = (chats[low : low + _AT_ONCE] for low in range(0, len(chats), _AT_ONCE))
-        found = itertools.chain.from_iterable(encode.many([chat for _, chat in part]) for part in some)
-        for (place, _), one in zip(chats, found, strict=True):
+        results = itertools.chain.from_iterable(encode.many([chat for _, chat in part]) for part in some)
+        for (place, _), one in zip(chats, results, strict=True):
             bar.advance(1)
             if isinstance(one, FormatError):
                 problems.setdefault(one.kind, [f'{place}: {one}', 0])[1] += 1
@@ -285,11 +285,11 @@ class ExampleRows:
         row['loss_mask'] = np.zeros(self.seq_len, np.float32)
         at = 0
         for segment, number in enumerate(self.order[self.edges[index] : self.edges[index + 1]], 1):
-            one = self.examples[number]
-            size = len(one.ids)
-            row['tokens'][at : at + size] = one.ids
-            row['targets'][at : at + size - 1] = one.ids[1:]
-            row['loss_mask'][at : at + size - 1] = one.assistant_mask[1:]
+            example = self.examples[number]
+            size = len(example.ids)
+            row['tokens'][at : at + size] = example.ids
+            row['targets'][at : at + size - 1] = example.ids[1:]
+            row['loss_mask'][at : at + size - 1] = example.assistant_mask[1:]
             row['positions'][at : at + size] = np.arange(size)
             row['segment_ids'][at : at + size] = segment
             at += size

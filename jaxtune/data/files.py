@@ -17,24 +17,24 @@ def walk(folder: pathlib.Path) -> list[pathlib.Path]:
     Raises:
       UserError: a folder cannot be listed.
     """
-    found: list[pathlib.Path] = []
+    paths: list[pathlib.Path] = []
     seen: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
         links: list[pathlib.Path] = []
         for start in waiting:
             if _first(start, seen):
-                _list(start, found, links, seen)
+                _list(start, paths, links, seen)
         waiting = []
         for link in sorted(links):
             if link.is_dir():
                 waiting.append(link)
             elif not link.exists() or _first(link, seen):  # one that leads nowhere is named by who reads it
-                found.append(link)
-    return sorted(found)
+                paths.append(link)
+    return sorted(paths)
 
 
-def _list(start: pathlib.Path, found: list[pathlib.Path], links: list[pathlib.Path], seen: set) -> None:
+def _list(start: pathlib.Path, paths: list[pathlib.Path], links: list[pathlib.Path], seen: set) -> None:
     def refuse(error: OSError) -> None:
         raise UserError(f'{error.filename}: cannot be listed: {error.strerror}')
 
@@ -47,7 +47,7 @@ def _list(start: pathlib.Path, found: list[pathlib.Path], links: list[pathlib.Pa
         for path in (pathlib.Path(parent, name) for name in names):
             if not path.is_symlink():
                 seen.add(_identity(path))
-                found.append(path)
+                paths.append(path)
 
 
 def _first(path: pathlib.Path, seen: set[tuple[int, int]]) -> bool:

@@ -117,13 +117,13 @@ def read(records: Iterable[Placed], convert: Callable[[str, Any], T], name: str)
       UserError: `file:line` of the first record that cannot be, what was expected, and how many are like it; or there
         are none.
     """
-    made: list[tuple[str, T]] = []
+    converted: list[tuple[str, T]] = []
     problems: dict[str, list] = {}
     total = 0
     for place, record in records:
         total += 1
         try:
-            made.append((place, convert(place, record)))
+            converted.append((place, convert(place, record)))
         except FormatError as error:
             problem = problems.setdefault(error.kind, [f'{place}: {error}', 0])
             problem[1] += 1
@@ -131,7 +131,7 @@ def read(records: Iterable[Placed], convert: Callable[[str, Any], T], name: str)
         raise UserError(f'{text} ({count:,} of {total:,} records are like this)')
     if not total:
         raise UserError(f'{name}: the data is empty; expected at least one record')
-    return made
+    return converted
 
 
 def find(records: Iterable[Placed], wanted: str, name: str, suits: tuple[str, ...]) -> dict[str, int]:
@@ -144,19 +144,19 @@ def find(records: Iterable[Placed], wanted: str, name: str, suits: tuple[str, ..
         if wanted not in suits:
             raise UserError(f'data.format={wanted!r}: expected auto or {", ".join(suits)} for this objective')
         return {wanted: sum(1 for _ in records)}
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     strange, total = '', 0
     for place, record in records:
         total += 1
         kind = detect(record) or ''
         kind = kind if kind in suits else ''
-        found[kind] = found.get(kind, 0) + 1
+        counts[kind] = counts.get(kind, 0) + 1
         if not kind and not strange:
             held = ', '.join(map(repr, list(record)[:8])) if isinstance(record, dict) else f'{record!r:.60}'
             strange = f'{place}: data.format=auto: expected the fields of {_fields(suits)}; found {held}'
     if strange:
-        raise UserError(f'{strange} ({found[""]:,} of {total:,} records are like this)')
-    return found
+        raise UserError(f'{strange} ({counts[""]:,} of {total:,} records are like this)')
+    return counts
 
 
 def _fields(suits: tuple[str, ...]) -> str:
@@ -182,11 +182,11 @@ def chat(format_name: str, place: str, record: Any, answered: bool = True) -> Ch
     Raises:
       FormatError: it is not of the format.
     """
-    found = _READERS[format_name or detect(record) or ''](place, record, answered)
+    conversation = _READERS[format_name or detect(record) or ''](place, record, answered)
     _check_unread(record, _UNREAD_IN_RECORD, 'the record')
-    _check_order(found.turns, answered)
-    _check_values(found)
-    return found
+    _check_order(conversation.turns, answered)
+    _check_values(conversation)
+    return conversation
 
 
 def _check_unread(fields: Mapping[str, Any], unread: Mapping[str, tuple], where: str) -> None:
@@ -371,8 +371,8 @@ def preference(place: str, record: Any) -> Preference:
         if label not in (0, 1):
             raise FormatError('label', f"expected true, false, 1 or 0 in 'label'; found {label!r:.40}")
         unlabelled = {name: value for name, value in record.items() if name != 'label'}
-        found = chat(detect(unlabelled) or 'messages', place, unlabelled)
-        return Preference(found, None) if label else Preference(None, found)
+        conversation = chat(detect(unlabelled) or 'messages', place, unlabelled)
+        return Preference(conversation, None) if label else Preference(None, conversation)
     sides = [_get(record, place, name, (str, list, dict)) for name in ('chosen', 'rejected')]
     _check_unread(record, _UNREAD_IN_RECORD, 'the record')
     margin = _get(record, place, 'margin', (int, float)) if record.get('margin') is not None else 0.0

@@ -55,11 +55,11 @@ class Loader:
         """Rows low..high of global batch t, `{field: [high - low, ...]}`."""
         if self.shuffle:
             first = t * self.batch_size
-            found = [self._dataset[first + i] for i in range(low, high)]
+            rows = [self._dataset[first + i] for i in range(low, high)]
         else:
             first = t % len(self) * self.batch_size
-            found = [self._dataset[first + i] if first + i < self.size else self._padding for i in range(low, high)]
-        return {name: np.stack([row[name] for row in found]) for name in self._padding}
+            rows = [self._dataset[first + i] if first + i < self.size else self._padding for i in range(low, high)]
+        return {name: np.stack([row[name] for row in rows]) for name in self._padding}
 
     def prefetch(self, start: int, stop: int, place: Callable[[ReadRows], Any], depth: int = 2) -> 'Prefetch':
         """Batches start..stop, each read and placed ahead by a thread.

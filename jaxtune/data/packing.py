@@ -183,11 +183,11 @@ def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:
             bins[order[at : at + len(placed)]] = placed
             at += len(placed)
             last = len(placed) - (len(used) - 1) * fits  # the last bin may have got fewer
-            for kept, rest in ((left, room), (used[:-1], room % size), (used[-1:], room - last * size)):
-                if len(kept) and rest in free:
-                    free[rest] = np.concatenate([free[rest], kept])
-                elif len(kept) and rest:
-                    free[rest] = kept
+            for open_bins, rest in ((left, room), (used[:-1], room % size), (used[-1:], room - last * size)):
+                if len(open_bins) and rest in free:
+                    free[rest] = np.concatenate([free[rest], open_bins])
+                elif len(open_bins) and rest:
+                    free[rest] = open_bins
                     bisect.insort(rooms, rest)
     _, first, inverse = np.unique(bins, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first, kind='stable'), kind='stable')[inverse]

@@ -133,8 +133,8 @@ def field(record: Any, place: str, name: str, key: str = '', kind: type | tuple[
             f'{place}: expected an object with the {expected.split(" ", 1)[1]} in {named}; found {record!r:.60}'
         )
     if name not in record:
-        found = ', '.join(map(repr, list(record)[:8])) or 'none'
-        raise UserError(f'{place}: expected the field {named}; found {found}')
+        fields = ', '.join(map(repr, list(record)[:8])) or 'none'
+        raise UserError(f'{place}: expected the field {named}; found {fields}')
     value = record[name]
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise UserError(f'{place}: expected {expected} in {named}; found {value!r:.60}')
@@ -221,8 +221,8 @@ def _files(path: str, name: str) -> list[pathlib.Path] | None:
             )
         return files
     if glob.has_magic(path):
-        found = [pathlib.Path(match) for match in sorted(glob.glob(str(start), recursive=True))]
-        files = [file for match in found for file in (_walk(match) if match.is_dir() else [match])]
+        matches = [pathlib.Path(match) for match in sorted(glob.glob(str(start), recursive=True))]
+        files = [file for match in matches for file in (_walk(match) if match.is_dir() else [match])]
         files = [file for file in dict.fromkeys(files) if is_regular(file)]
         if not files:
             raise UserError(f'{name}: no file matches; {EXPECTED}')
@@ -236,12 +236,12 @@ def _files(path: str, name: str) -> list[pathlib.Path] | None:
 
 
 def _walk(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = walk(folder)
-    files = [path for path in found if _suffix(path) in TEXT_SUFFIXES + RECORD_SUFFIXES]
-    others = sorted({_suffix(path) or path.name for path in found} - {_suffix(path) for path in files})
+    listed = walk(folder)
+    files = [path for path in listed if _suffix(path) in TEXT_SUFFIXES + RECORD_SUFFIXES]
+    others = sorted({_suffix(path) or path.name for path in listed} - {_suffix(path) for path in files})
     if others:
         note_once(
-            f'{folder}: left out {len(found) - len(files):,} of {len(found):,} files, of unknown suffixes: '
+            f'{folder}: left out {len(listed) - len(files):,} of {len(listed):,} files, of unknown suffixes: '
             f'{" ".join(others[:8])}'
         )
     return [path for path in files if is_regular(path)]
@@ -300,11 +300,11 @@ def _json(file: pathlib.Path) -> Iterator[Placed]:
         yield f'{file}: record {number}', record
 
 
-def _check_columns(columns: Mapping[str, str] | None, found: list[str], where: str) -> list[str] | None:
+def _check_columns(columns: Mapping[str, str] | None, names: list[str], where: str) -> list[str] | None:
     for name, key in (columns or {}).items():
-        if name not in found:
+        if name not in names:
             named = f'{name!r} ({key})' if key else repr(name)
-            raise UserError(f'{where}: expected a column {named}; found {", ".join(found)}')
+            raise UserError(f'{where}: expected a column {named}; found {", ".join(names)}')
     return None if columns is None else list(columns)
 
 

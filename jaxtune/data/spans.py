@@ -64,10 +64,10 @@ class Encoder:
           FormatError: the template refuses the conversation, or rewrites earlier turns.
           UserError: the template cannot be trained with.
         """
-        found = next(self.many([chat]))
-        if isinstance(found, Exception):
-            raise found
-        return found
+        result = next(self.many([chat]))
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def many(self, chats: Sequence[Chat]) -> Iterator[Encoded | FormatError | UserError]:
         """The tokens of several conversations, rendered at once; the error of `__call__` in the place of its own."""
@@ -77,10 +77,10 @@ class Encoder:
             for chat in chats:  # which of them it was
                 yield from self.many([chat])
             return
-        found = iter(rendered)
+        renderings = iter(rendered)
         for answers, some in asked:
             try:
-                yield self._encode(*self._text(answers, some, list(itertools.islice(found, len(some)))))
+                yield self._encode(*self._text(answers, some, list(itertools.islice(renderings, len(some)))))
             except (FormatError, UserError) as error:
                 yield error
 
@@ -219,12 +219,12 @@ class Encoder:
 
     def _find_tail(self, asked: Chat) -> 'Tail | None':
         answered = dataclasses.replace(asked, turns=(*asked.turns, {'role': 'assistant', 'content': _WORD}))
-        prompted, bare, found = self.template.try_all([(asked, True), (asked, False), (answered, False)])
-        if isinstance(found, Exception):
+        prompted, bare, full = self.template.try_all([(asked, True), (asked, False), (answered, False)])
+        if isinstance(full, Exception):
             return None
-        if _WORD not in found[0]:
+        if _WORD not in full[0]:
             return Tail('', '', written=False)
-        head, _, text = found[0].rpartition(_WORD)
+        head, _, text = full[0].rpartition(_WORD)
         if not self.template.marks and prompted == bare and not isinstance(bare, Exception):
             head = head.removeprefix(bare[0]).partition(_WORD)[0]
             if head.strip():
@@ -285,8 +285,8 @@ def end_of_turn(template: Template, tokenizer: PreTrainedTokenizerBase) -> int |
         token = Encoder(template, tokenizer).end_token()
     except UserError:
         return None  # a template that cannot be trained with may still be written with
-    found: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
-    return found
+    token_id: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return token_id
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, edges: Sequence[int]) -> tuple[list[int], np.ndarray]:

@@ -65,12 +65,12 @@ def _root() -> pathlib.Path:
 @functools.cache
 def _files() -> tuple[pathlib.Path, ...]:
     root = _root()
-    found = []
+    paths = []
     for file in root.rglob('*.py'):
         path = file.relative_to(root)
         if not _SKIPPED_FOLDERS.intersection(path.parts[:-1]) and not _SKIPPED_FILES.fullmatch(path.as_posix()):
-            found.append(path)
-    return tuple(root / path for path in sorted(found, key=lambda path: path.as_posix()))
+            paths.append(path)
+    return tuple(root / path for path in sorted(paths, key=lambda path: path.as_posix()))
 
 
 def _topics() -> Iterator[str]:

@@ -69,8 +69,8 @@ def _functions(held_out: bool) -> Iterator[tuple[str, str, str]]:
             continue  # a few modules are in another encoding or dialect on purpose
         lines = text.splitlines()
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and (found := _instruction(node, lines)):
-                yield f'{file}:{node.lineno}', *found
+            if isinstance(node, ast.FunctionDef) and (instruction := _instruction(node, lines)):
+                yield f'{file}:{node.lineno}', *instruction
 
 
 def _instruction(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str] | None:

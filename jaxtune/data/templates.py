@@ -155,9 +155,9 @@ class Template:
 
     def try_all(self, chats: Sequence[tuple[Chat, bool]]) -> list[Rendered | FormatError | UserError]:
         """As `render_all`, with the error in the place of what cannot be rendered."""
-        found = sandbox.render(self.source, [self._variables(*chat) for chat in chats])
-        made = [_result(self.name, one) for one in found]
-        return made if len(made) == len(chats) else made[:1] * len(chats)
+        replies = sandbox.render(self.source, [self._variables(*chat) for chat in chats])
+        results = [_result(self.name, reply) for reply in replies]
+        return results if len(results) == len(chats) else results[:1] * len(chats)
 
     def reads_tools(self, tools: Any) -> bool:
         """Whether it is handed a conversation's tools; else they stand in the system's turn."""
@@ -174,11 +174,11 @@ class Template:
         return dict(self.tokens) | variables
 
 
-def _result(name: str, found: dict[str, Any]) -> Rendered | FormatError | UserError:
+def _result(name: str, reply: dict[str, Any]) -> Rendered | FormatError | UserError:
     """What the sandbox answered, as a rendering or as the error to raise."""
-    if 'text' in found:
-        return found['text'], [tuple(span) for span in found['spans']]
-    kind, message = found['error'], found['message']
+    if 'text' in reply:
+        return reply['text'], [tuple(span) for span in reply['spans']]
+    kind, message = reply['error'], reply['message']
     if kind == 'syntax':
         return UserError(f'data.template: {name} template, {message}')
     if kind == 'refuses':

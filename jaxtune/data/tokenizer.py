@@ -88,14 +88,14 @@ def train(
       special_tokens: further tokens that no text makes, from id 3 on.
     """
     special = [PAD, EOS, MASK, *(token for token in special_tokens if token not in (PAD, EOS, MASK))]
-    made = tokenizers.Tokenizer(models.BPE() if model == 'bpe' else models.Unigram())
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer = tokenizers.Tokenizer(models.BPE() if model == 'bpe' else models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(_SPLIT), 'isolated'),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    made.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     kind = trainers.BpeTrainer if model == 'bpe' else trainers.UnigramTrainer
     trainer = kind(
         vocab_size=vocab_size,
@@ -103,8 +103,8 @@ def train(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    made.train_from_iterator(texts, trainer)
-    return _quiet(_wrap(made, special[3:]))
+    tokenizer.train_from_iterator(texts, trainer)
+    return _quiet(_wrap(tokenizer, special[3:]))
 
 
 def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

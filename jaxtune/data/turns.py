@@ -34,9 +34,9 @@ def check(template: Template, rendered: Iterable[Rendered]) -> None:
     for one in rendered:
         changes = list(_changes(template, one))
         # A template that refuses the other value has looked at it.
-        found = template.try_all([(chat, one.prompt) for _, chat in changes]) if changes else []
-        for (what, _), other in zip(changes, found, strict=True):
-            if not isinstance(other, Exception) and other[0] == one.text:
+        renderings = template.try_all([(chat, one.prompt) for _, chat in changes]) if changes else []
+        for (what, _), rendering in zip(changes, renderings, strict=True):
+            if not isinstance(rendering, Exception) and rendering[0] == one.text:
                 raise FormatError(
                     'unwritten',
                     f'{template.name} template does not write {what}; expected data.template to be one that does, or '
@@ -44,18 +44,18 @@ def check(template: Template, rendered: Iterable[Rendered]) -> None:
                 )
 
 
-def _changes(template: Template, one: Rendered) -> Iterator[tuple[str, Chat]]:
+def _changes(template: Template, rendering: Rendered) -> Iterator[tuple[str, Chat]]:
     """What a conversation holds beside texts, each with the conversation as it would be with another value there."""
-    chat, last = one.chat, len(one.chat.turns) - 1
-    if chat.tools and not one.first and template.reads_tools(chat.tools):
+    chat, last = rendering.chat, len(rendering.chat.turns) - 1
+    if chat.tools and not rendering.first and template.reads_tools(chat.tools):
         yield "the record's tools", dataclasses.replace(chat, tools=_other(chat.tools))
-    for number, turn in enumerate(chat.turns[one.first :], one.first):
+    for number, turn in enumerate(chat.turns[rendering.first :], rendering.first):
         if turn['role'] != 'assistant':
             continue
         changes = _of_calls(turn)
         if number == last and turn.get(REASONING):  # of earlier turns many a template leaves it out on purpose
-            other = dict.fromkeys((REASONING, 'thinking'), _other(turn[REASONING]))
-            changes = itertools.chain(changes, [('the reasoning', turn | other)])
+            reasoning = dict.fromkeys((REASONING, 'thinking'), _other(turn[REASONING]))
+            changes = itertools.chain(changes, [('the reasoning', turn | reasoning)])
         for what, changed in changes:
             turns = (*chat.turns[:number], changed, *chat.turns[number + 1 :])
             yield f'{what} of turn {number + 1}', dataclasses.replace(chat, turns=turns)
