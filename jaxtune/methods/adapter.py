@@ -100,9 +100,9 @@ def save(
     """Writes a tree's bottleneck adapters under their paths; arguments as for `lora_peft.save`."""
     leaves = leaf_paths(params)
     added = {path: peft.host_array(leaf) for path, leaf in leaves.items() if '_adapter/' in path}
-    kept = peft.whole_tensors(leaves, whole, model)
+    saved = peft.whole_tensors(leaves, whole, model)
     fields = {'peft_type': BOTTLENECK, 'bottleneck': settings.bottleneck, 'placement': settings.placement}
-    peft.write(folder, fields, added | kept, model, base)
+    peft.write(folder, fields, added | saved, model, base)
 
 
 METHOD = Method(

@@ -43,23 +43,23 @@ def attach(init: Callable[..., Any], params: Any, mesh: Mesh, *extra: Any) -> An
     """
     given, structure = jax.tree.flatten(params)
     origin: list[int | None] = []
-    made: list[Any] = []
+    out_structures: list[Any] = []
 
     def new(leaves: list, extra: tuple) -> list:
         out, out_structure = jax.tree.flatten(init(jax.tree.unflatten(structure, leaves), *extra))
         numbers = {id(leaf): i for i, leaf in enumerate(leaves)}
-        origin[:], made[:] = [numbers.get(id(leaf)) for leaf in out], [out_structure]
+        origin[:], out_structures[:] = [numbers.get(id(leaf)) for leaf in out], [out_structure]
         return [leaf for leaf in out if id(leaf) not in numbers]
 
     shapes = iter(jax.eval_shape(new, given, extra))
-    whole = jax.tree.unflatten(made[0], [next(shapes) if i is None else given[i] for i in origin])
+    whole = jax.tree.unflatten(out_structures[0], [next(shapes) if i is None else given[i] for i in origin])
     specs = jax.tree.leaves(match_rules(whole, mesh), is_leaf=lambda spec: isinstance(spec, P))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in given):
         placed = shardings(specs, mesh)
-        return jax.tree.unflatten(made[0], with_shardings(jax.tree.leaves(whole), placed))
+        return jax.tree.unflatten(out_structures[0], with_shardings(jax.tree.leaves(whole), placed))
     wanted = [spec for spec, i in zip(specs, origin, strict=True) if i is None]
     added = iter(jax.jit(new, out_shardings=shardings(wanted, mesh))(given, extra))
-    return jax.tree.unflatten(made[0], [next(added) if i is None else given[i] for i in origin])
+    return jax.tree.unflatten(out_structures[0], [next(added) if i is None else given[i] for i in origin])
 
 
 def begin(method: BoundMethod, model: Model, params: Any, fresh: frozenset[str], tokenizer: Any = None) -> Any:

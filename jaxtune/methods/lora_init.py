@@ -72,9 +72,9 @@ def loftq_init(params: Any, read: Callable[[str, int], np.ndarray]) -> Any:
         rows = (leaf.layers or range(leaf.a.shape[0])) if stacked else (0,)
         factors = []
         for row, number in enumerate(rows):
-            one = jax.tree.map(lambda x, row=row: x[row], (leaf.a, leaf.scale)) if stacked else (leaf.a, leaf.scale)
+            pair = jax.tree.map(lambda x, row=row: x[row], (leaf.a, leaf.scale)) if stacked else (leaf.a, leaf.scale)
             base = jax.tree.map(lambda x, number=number: x[number], leaf.base) if stacked else leaf.base
-            factors.append(_residual_factors(read(path, number), base, *one))
+            factors.append(_residual_factors(read(path, number), base, *pair))
         a, b = (jnp.stack(parts) if stacked else parts[0] for parts in zip(*factors, strict=True))
         a, b = jax.device_put((a, b), (leaf.a.sharding, leaf.b.sharding))
         leaves[path] = dataclasses.replace(leaf, a=a, b=b)

@@ -43,21 +43,21 @@ def read(
     for path, stack in parts.items():
         shape, numbers = shapes[path].shape, tuple(sorted(stack))
         names = every[path]
-        found = [stack[i] for i in numbers]
-        for i, part in zip(numbers, found, strict=True):
+        layer_parts = [stack[i] for i in numbers]
+        for i, part in zip(numbers, layer_parts, strict=True):
             if (
                 not {'lora_A', 'lora_B'} <= set(part)
                 or (part['lora_A'].shape[0], part['lora_B'].shape[1]) != shape[-2:]
             ):
                 sizes = {name: list(value.shape[::-1]) for name, value in part.items()}
                 raise peft.wrong_base(folder, f'{names[i]} is {shape[-2]} x {shape[-1]} here, in the adapter {sizes}')
-        ranks = [part['lora_A'].shape[1] for part in found]
+        ranks = [part['lora_A'].shape[1] for part in layer_parts]
         rank = max(ranks)
         fill = lambda part, rank=rank: (  # noqa: E731
             np.pad(part['lora_A'], ((0, 0), (0, rank - part['lora_A'].shape[1]))),
             np.pad(part['lora_B'], ((0, rank - part['lora_B'].shape[0]), (0, 0))),
         )
-        a, b = (np.stack(values) for values in zip(*(fill(part) for part in found), strict=True))
+        a, b = (np.stack(values) for values in zip(*(fill(part) for part in layer_parts), strict=True))
         scale = np.asarray([_scale(config, names[i], r) for i, r in zip(numbers, ranks, strict=True)], np.float32)
         leaf = {'a': a, 'b': b, 'scale': scale}
         start = config.get('init_lora_weights')
@@ -66,10 +66,10 @@ def read(
         if config.get('use_dora') and path.endswith('embedding'):
             raise UserError(f'{folder / peft.CONFIG}: use_dora=true: not in this version for {names[0]}, an embedding')
         if config.get('use_dora'):
-            lacking = next((names[i] for i, part in zip(numbers, found, strict=True) if len(part) < 3), None)
+            lacking = next((names[i] for i, part in zip(numbers, layer_parts, strict=True) if len(part) < 3), None)
             if lacking:
                 raise UserError(f'{folder}/{peft.WEIGHTS}: use_dora=true, but {lacking} has no lora_magnitude_vector')
-            leaf['magnitude'] = np.stack([part['lora_magnitude_vector'] for part in found])
+            leaf['magnitude'] = np.stack([part['lora_magnitude_vector'] for part in layer_parts])
         stacked = len(shape) > 2
         arrays[path] = leaf if stacked else {name: value[0] for name, value in leaf.items()}
         layers[path] = numbers if stacked and len(numbers) < shape[0] else None
@@ -80,8 +80,8 @@ def read(
         factors, whole = arrays
         leaves = {**leaf_paths(params), **whole}
         for path, leaf in factors.items():
-            made = LoRA(leaves[path], dropout=dropout, layers=layers[path], **leaf)
-            leaves[path] = pissa_start(made, starts[path]) if path in starts else made
+            lora = LoRA(leaves[path], dropout=dropout, layers=layers[path], **leaf)
+            leaves[path] = pissa_start(lora, starts[path]) if path in starts else lora
         return nested(leaves)
 
     return init, AdapterArrays(arrays, whole)
@@ -142,7 +142,7 @@ def save(
                 magnitude = leaf['magnitude'][row] if stacked else leaf['magnitude']
                 tensors[f'{peft.NAME_PREFIX}{name}.lora_magnitude_vector'] = magnitude
     rank, alpha = _commonest(ranks), _commonest(alphas)
-    kept = peft.whole_tensors(leaves, whole, model)
+    saved = peft.whole_tensors(leaves, whole, model)
     fields = {
         'peft_type': 'LORA',
         'r': rank,
@@ -156,11 +156,11 @@ def save(
         'bias': 'none',
         'fan_in_fan_out': model.hf_config['model_type'] == 'gpt2',
         'init_lora_weights': True,
-        'modules_to_save': peft.modules_to_save(kept) or None,
+        'modules_to_save': peft.modules_to_save(saved) or None,
     }
     changed = model.tie and (isinstance(leaves[model.tie.table], LoRA) or model.tie.table in set(whole))
     fields['ensure_weight_tying'] = bool(changed and peft_tied.ensures(model))
-    peft.write(folder, fields, tensors | kept, model, base)
+    peft.write(folder, fields, tensors | saved, model, base)
 
 
 def _on_host(leaf: LoRA) -> dict[str, Any]:

@@ -93,15 +93,15 @@ def parts_table(folders: Iterable[str], model: Model, own: Method | None = None)
     Raises:
       UserError: as `reader`, or one adapter parts them and another changes both as one.
     """
-    found = {}
+    by_change = {}
     for folder in folders if model.tie else ():
-        found[peft_tied.change(read_config(folder, own), _entries(pathlib.Path(folder)), model)] = folder
-    if {'one', 'apart'} <= set(found):
+        by_change[peft_tied.change(read_config(folder, own), _entries(pathlib.Path(folder)), model)] = folder
+    if {'one', 'apart'} <= set(by_change):
         raise UserError(
-            f'{found["apart"]}: changes the embedding apart from the head, {found["one"]} both as one; expected them '
-            'one at a time'
+            f'{by_change["apart"]}: changes the embedding apart from the head, {by_change["one"]} both as one; '
+            'expected them one at a time'
         )
-    return 'apart' in found
+    return 'apart' in by_change
 
 
 def reader(folder: str, model: Model, own: Method | None = None) -> tuple[Attach, AdapterArrays]:
@@ -150,16 +150,16 @@ def whole_leaves(folder: pathlib.Path, saved: Mapping[str, Entry], model: Model)
     single = {path: tensor for path, tensor in model.tensors.items() if not tensor.stacked}
     names = {name: path for path, tensor in single.items() for name in (*tensor.others, tensor.name)}
     names |= {tensor.name: path for path, tensor in single.items()}
-    found = {}
+    leaves = {}
     for name, entry in saved.items():
         path = names.get(name)
         if path is None:
             raise wrong_base(folder, f'it holds {name}, which this model does not have')
         value = float_values(entry)
-        found[path] = value.T if model.tensors[path].transposed else value
-        if found[path].shape != leaf_paths(model.shapes)[path].shape:
+        leaves[path] = value.T if model.tensors[path].transposed else value
+        if leaves[path].shape != leaf_paths(model.shapes)[path].shape:
             raise wrong_base(folder, f'{name} is {list(value.shape)} in the adapter')
-    return found
+    return leaves
 
 
 def own_arrays(folder: pathlib.Path, entries: Mapping[str, Entry], mark: str, model: Model) -> AdapterArrays:
@@ -207,13 +207,13 @@ def _task_type(model: Model) -> str | None:
 
 def whole_tensors(leaves: Mapping[str, Any], whole: Iterable[str], model: Model) -> dict[str, np.ndarray]:
     """Tensors of leaves that were trained whole, by PEFT's names."""
-    found = {}
+    tensors = {}
     for path in whole:
         value, tensor = host_array(leaves[path]), model.tensors[path]
         for place in peft_tied.places(model, path, tensor.name.rpartition('.')[0]):
             name = f'{place.name}.{tensor.name.rpartition(".")[2]}'
-            found[NAME_PREFIX + name] = value.T if tensor.transposed else value
-    return found
+            tensors[NAME_PREFIX + name] = value.T if tensor.transposed else value
+    return tensors
 
 
 def modules_to_save(tensors: Mapping[str, Any]) -> list[str]:

@@ -33,12 +33,12 @@ def places(model: Model, path: str, name: str) -> list[Place]:
 
     An encoder-decoder looks nothing up in `shared`, whose weight both its stacks have as `embed_tokens`.
     """
-    found = [Place(name)]
+    modules = [Place(name)]
     if model.kind == 'encdec' and name == 'shared':
-        found = [Place('encoder.embed_tokens'), Place('decoder.embed_tokens')]
+        modules = [Place('encoder.embed_tokens'), Place('decoder.embed_tokens')]
     if model.tie and path == model.tie.table:
-        found.append(Place(model.tie.name.removesuffix('.weight'), flipped=True))
-    return found
+        modules.append(Place(model.tie.name.removesuffix('.weight'), flipped=True))
+    return modules
 
 
 def ensures(model: Model) -> bool:
@@ -95,8 +95,8 @@ def as_here(folder: str, config: Mapping[str, Any], entries: Mapping[str, Entry]
 
 def _of(entries: Mapping[str, Entry], module: str) -> dict[str, Entry]:
     """What an adapter holds of a module, less the old weight that PEFT writes beside an embedding's factors."""
-    found = {name.removeprefix(f'{module}.'): entry for name, entry in entries.items() if name.startswith(f'{module}.')}
-    return {part: entry for part, entry in found.items() if part.startswith('lora_') or part == 'weight'}
+    parts = {name.removeprefix(f'{module}.'): entry for name, entry in entries.items() if name.startswith(f'{module}.')}
+    return {part: entry for part, entry in parts.items() if part.startswith('lora_') or part == 'weight'}
 
 
 def _ties(config: Mapping[str, Any]) -> bool:

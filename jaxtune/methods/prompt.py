@@ -129,8 +129,8 @@ def save(
 ) -> None:
     """Writes a tree's prompt as PEFT's prompt tuning, or its prefixes; arguments as for `lora_peft.save`."""
     leaves = leaf_paths(params)
-    kept = peft.whole_tensors(leaves, whole, model)
-    fields = {'num_transformer_submodules': 1, 'modules_to_save': peft.modules_to_save(kept) or None}
+    saved = peft.whole_tensors(leaves, whole, model)
+    fields = {'num_transformer_submodules': 1, 'modules_to_save': peft.modules_to_save(saved) or None}
     if 'prompt/embedding' in leaves:
         prompt = peft.host_array(leaves['prompt/embedding'])
         fields |= {'peft_type': 'PROMPT_TUNING', 'prompt_tuning_init': 'RANDOM', 'token_dim': prompt.shape[1]}
@@ -144,10 +144,10 @@ def save(
         fields |= {'num_attention_heads': heads, 'num_layers': layers}
     else:
         prefixes = {path: peft.host_array(leaf) for path, leaf in leaves.items() if '/prefix/' in path}
-        peft.write(folder, {'peft_type': PREFIX}, prefixes | kept, model, base)
+        peft.write(folder, {'peft_type': PREFIX}, prefixes | saved, model, base)
         return
     fields['num_virtual_tokens'] = prompt.shape[0]
-    peft.write(folder, fields, {'prompt_embeddings': prompt} | kept, model, base)
+    peft.write(folder, fields, {'prompt_embeddings': prompt} | saved, model, base)
 
 
 METHOD = Method(

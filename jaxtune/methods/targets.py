@@ -15,12 +15,12 @@ _OUTPUTS = ('lm_head/kernel', 'lm_head/decoder/kernel', 'classifier/kernel', 'sc
 def modules(model: Model) -> dict[str, tuple[str, ...]]:
     """Path of every kernel and embedding -> the name of its Hugging Face module, one for each stacked layer."""
     shapes = leaf_paths(model.shapes)
-    found = {}
+    names = {}
     for path, tensor in model.tensors.items():
         if path.endswith(('/kernel', '/embedding')) and not path.endswith('relative_bias/embedding'):
             count = shapes[path].shape[0] if tensor.stacked else 1
-            found[path] = tuple(name.removesuffix('.weight') for name in tensor.names(count))
-    return found
+            names[path] = tuple(name.removesuffix('.weight') for name in tensor.names(count))
+    return names
 
 
 def linear(model: Model) -> list[str]:
@@ -37,8 +37,8 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
 
 def layer_number(name: str) -> int | None:
     """The number of the layer that a module is in, None outside of the layers."""
-    found = re.search(r'\.(\d+)\.', name)
-    return int(found[1]) if found else None
+    match = re.search(r'\.(\d+)\.', name)
+    return int(match[1]) if match else None
 
 
 def chosen_layers(layers: Any) -> Callable[[int | None], bool]:
@@ -71,16 +71,16 @@ def select(model: Model, targets: str | Sequence[str], layers: Any = 'all') -> d
     for target in names:
         if not any(matches(name, (target,)) for stack in every.values() for name in stack):
             raise UserError(f'method.targets: {target!r} matches no module; {_known(every, target)}')
-    found = {}
+    selected = {}
     for path, stack in every.items():
         numbers = tuple(
             i for i, name in enumerate(stack) if keep(layer_number(name)) and (path in allowed or matches(name, names))
         )
         if numbers:
-            found[path] = numbers
-    if not found:
+            selected[path] = numbers
+    if not selected:
         raise UserError(f'method.layers={layers!r}: no targeted module is in these layers; expected numbers from 0')
-    return found
+    return selected
 
 
 def _known(every: Mapping[str, tuple[str, ...]], target: str) -> str:

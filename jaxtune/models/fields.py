@@ -167,8 +167,8 @@ def _read_by_class(given: Fields, where: str, strict: bool) -> dict[str, Any]:
         return config_class(**values).to_dict()
     except Exception as error:  # each config class raises what it likes
         said, words = reason(error), str(error)
-        found = re.search(r"field '(\w+)'", words)
-        key = found[1] if found else next((name for name in values if re.search(rf'\b{re.escape(name)}\b', words)), '')
+        match = re.search(r"field '(\w+)'", words)
+        key = match[1] if match else next((name for name in values if re.search(rf'\b{re.escape(name)}\b', words)), '')
         name = f'{where}{key}={shown(values[key])}' if key in values else where.rstrip('.: ')
         raise UserError(f'{name}: {said}') from None
 

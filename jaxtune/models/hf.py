@@ -168,8 +168,8 @@ def stored_dtypes(path: str | os.PathLike, model: Model) -> dict[str, np.dtype]:
     """What a folder keeps each parameter in; one that it lacks, in what the others are. Raises as `load` does."""
     folder = hub.resolve(os.fspath(path))
     sources, newly_initialized = _match(model, _entries(folder), folder)
-    found = {leaf: entries[0].dtype for leaf, entries in sources.items()}
-    return dict.fromkeys(newly_initialized, collections.Counter(found.values()).most_common(1)[0][0]) | found
+    dtypes = {leaf: entries[0].dtype for leaf, entries in sources.items()}
+    return dict.fromkeys(newly_initialized, collections.Counter(dtypes.values()).most_common(1)[0][0]) | dtypes
 
 
 def has_own_head(path: str | os.PathLike, model: Model) -> bool:
@@ -237,23 +237,23 @@ def _match(model: Model, entries: Mapping[str, Entry], folder: pathlib.Path) -> 
         layers, shape = (shapes[leaf].shape[0], shapes[leaf].shape[1:]) if tensor.stacked else (1, shapes[leaf].shape)
         shape = shape[::-1] if tensor.transposed else shape
         names = tensor.names(layers)
-        found = [_stored(name, model, entries) for name in names]
+        stored = [_stored(name, model, entries) for name in names]
         for other in tensor.others:
-            if found[0] not in entries:
-                found = [_stored(name, model, entries) for name in tensor.names(layers, other)]
-        missing = [name for name, there in zip(names, found, strict=True) if there not in entries]
+            if stored[0] not in entries:
+                stored = [_stored(name, model, entries) for name in tensor.names(layers, other)]
+        missing = [name for name, there in zip(names, stored, strict=True) if there not in entries]
         if missing and len(missing) == layers and leaf.split('/')[0] in model.heads:
             newly_initialized.add(leaf)
             continue
         if missing:
             raise UserError(f'{folder}: tensor {missing[0]} is missing; expected {list(shape)}')
-        for name in found:
+        for name in stored:
             if entries[name].shape != shape:
                 raise UserError(
                     f'{folder}: tensor {name} is {list(entries[name].shape)}; by config.json expected {list(shape)}'
                 )
-        sources[leaf] = [entries[name] for name in found]
-        used.update(found)
+        sources[leaf] = [entries[name] for name in stored]
+        used.update(stored)
     unused = [name for name in entries if name not in used and not any(re.search(p, name) for p in model.ignored)]
     stacks = {tensor.name.split('{}')[0] for tensor in model.tensors.values() if tensor.stacked}
     stacks |= {stack.removeprefix(model.base_prefix) for stack in stacks}

@@ -117,9 +117,9 @@ def _yarn(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: 
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 * (low == high)
     ramp = np.clip((np.arange(dim // 2, dtype=_F32) - _F32(low)) / _F32(high - low), _F32(0), _F32(1))
-    kept, powers = _F32(1) - ramp, _powers(theta, dim)
+    share, powers = _F32(1) - ramp, _powers(theta, dim)
     interpolated, extrapolated = _F32(1) / (_F32(factor) * powers), _F32(1) / powers
-    return _rope(interpolated * (_F32(1) - kept) + extrapolated * kept, factor=attention_factor)
+    return _rope(interpolated * (_F32(1) - share) + extrapolated * share, factor=attention_factor)
 
 
 def _longrope(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
@@ -147,8 +147,8 @@ def _llama3(parameters: Mapping[str, Any], theta: float, dim: int, max_positions
     original = parameters['original_max_position_embeddings']
     lengths = _F32(1) / frequencies * _F32(2 * math.pi)
     is_long, is_short = lengths > _F32(original / low), lengths < _F32(original / high)
-    kept = (_F32(1) / lengths * _F32(original) - _F32(low)) / _F32(high - low)
-    blended = (_F32(1) - kept) * frequencies / factor + kept * frequencies
+    smooth = (_F32(1) / lengths * _F32(original) - _F32(low)) / _F32(high - low)
+    blended = (_F32(1) - smooth) * frequencies / factor + smooth * frequencies
     return _rope(np.where(is_long, frequencies / factor, np.where(is_short, frequencies, blended)))
 
 

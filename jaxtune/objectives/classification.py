@@ -84,10 +84,10 @@ class Labels:
         """
         known = _folder_names(data.labels_of) if data.labels_of else ()
         if data.train:
-            found = {label for _, _, label in _read(data, 'train')}
-            names = tuple(map(str, sorted(found, key=lambda label: (isinstance(label, str), label))))
+            labels = {label for _, _, label in _read(data, 'train')}
+            names = tuple(map(str, sorted(labels, key=lambda label: (isinstance(label, str), label))))
             if not set(names) <= set(known):
-                ids = all(isinstance(label, int) and 0 <= label < len(known) for label in found)
+                ids = all(isinstance(label, int) and 0 <= label < len(known) for label in labels)
                 return cls(known, True) if ids and known else cls(names)
         elif not known:
             known = data.default_labels

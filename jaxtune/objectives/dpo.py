@@ -65,9 +65,9 @@ def logprobs(
     """`(sums, lengths)`, each `[rows, sides]`: the log-probability of each answer in nats, and its tokens."""
     inputs = stacked(batch, sides)
     outputs = model.apply(params, inputs, rng=rng)
-    found = token_logprobs(outputs.hidden, model.head(params), inputs['targets']) * inputs['loss_mask']
+    logps = token_logprobs(outputs.hidden, model.head(params), inputs['targets']) * inputs['loss_mask']
     shape = (-1, len(sides))
-    return found.sum(-1).reshape(shape), inputs['loss_mask'].sum(-1).reshape(shape)
+    return logps.sum(-1).reshape(shape), inputs['loss_mask'].sum(-1).reshape(shape)
 
 
 def statistics(settings: Settings) -> Callable[[Model, Any, Batch], dict[str, Any]] | None:

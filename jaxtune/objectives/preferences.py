@@ -59,20 +59,20 @@ class Pairs:
         row = {name: np.zeros(spec.shape, spec.dtype) for name, spec in make_row(self.seq_len, self.sides).items()}
         row['margin'] += self.examples.extra['margin'][index]
         for number, side in enumerate(SIDES):
-            one = self.examples[2 * index + number]
-            if len(one.ids):
-                self._fill(row, side, one.ids, int(np.argmax(one.assistant_mask)))
+            example = self.examples[2 * index + number]
+            if len(example.ids):
+                self._fill(row, side, example.ids, int(np.argmax(example.assistant_mask)))
         if self.mismatched:
             prompt, start, _ = self._some(index)
-            other, other_start, _ = self._some((index + 1) % len(self))
-            ids = np.concatenate([prompt[:start], other[other_start:]])[: self.seq_len]
+            answer, answer_start, _ = self._some((index + 1) % len(self))
+            ids = np.concatenate([prompt[:start], answer[answer_start:]])[: self.seq_len]
             self._fill(row, 'mismatched', ids, start)
         return row | {name: np.asarray(values[index]) for name, values in self.more.items()}
 
     def _some(self, index: int) -> tuple[np.ndarray, int, int]:
         """Ids and the answer's bounds of a pair's chosen side, or its only one."""
-        one = next(one for number in (0, 1) if len((one := self.examples[2 * index + number]).ids))
-        return one.ids, int(np.argmax(one.assistant_mask)), len(one.ids)
+        example = next(example for number in (0, 1) if len((example := self.examples[2 * index + number]).ids))
+        return example.ids, int(np.argmax(example.assistant_mask)), len(example.ids)
 
     def _fill(self, row: Row, side: str, ids: np.ndarray, start: int) -> None:
         row[side][: len(ids)] = ids
@@ -119,9 +119,9 @@ def _encode(seq_len: int, source: Source, pairs: list[tuple[str, formats.Prefere
             f'{same[0]}: chosen and rejected are the same, here and in all {len(same):,} records; expected two answers'
         )
     encoded, notes = encode_all(chats, encode, seq_len, title)
-    found, kept, margins, alike, without = iter(encoded), [], [], [], 0
+    encodings, kept, margins, alike, without = iter(encoded), [], [], [], 0
     for place, pair in pairs:
-        sides = [None if chat is None else next(found) for chat in (pair.chosen, pair.rejected)]
+        sides = [None if chat is None else next(encodings) for chat in (pair.chosen, pair.rejected)]
         wanted = sum(chat is not None for chat in (pair.chosen, pair.rejected))
         ids = [side.ids for side in sides if side is not None]
         if len(ids) < wanted:
@@ -161,7 +161,7 @@ def preview(rows: Pairs, tokenizer: Any) -> list[tuple[str, bool]]:
     """The first pair as text: each answer stands out after its prompt."""
     shown: list[tuple[str, bool]] = []
     for number, side in enumerate(SIDES):
-        one = rows.examples[number]
-        if len(one.ids):
-            shown += [(f'[{side}] ', False), *pieces(tokenizer, one.ids, one.assistant_mask), ('\n', False)]
+        example = rows.examples[number]
+        if len(example.ids):
+            shown += [(f'[{side}] ', False), *pieces(tokenizer, example.ids, example.assistant_mask), ('\n', False)]
     return shown

@@ -54,11 +54,11 @@ def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.A
     `-log sigmoid(chosen - rejected - margin)` (margins: Llama 2, arXiv:2307.09288), smoothed by
     `reward.label_smoothing`, and `reward.center * (chosen + rejected)^2` (Eisenstein et al. 2023, arXiv:2312.09244).
     """
-    found = rewards(model, params, preferences.stacked(batch, SIDES), rng).reshape(-1, 2)
+    scores = rewards(model, params, preferences.stacked(batch, SIDES), rng).reshape(-1, 2)
     weights = batch['chosen_weight']
-    losses, metrics = pair_losses(settings, found[:, 0], found[:, 1], batch['margin'])
+    losses, metrics = pair_losses(settings, scores[:, 0], scores[:, 1], batch['margin'])
     if rng is None:
-        metrics |= calibration(found[:, 0] - found[:, 1])
+        metrics |= calibration(scores[:, 0] - scores[:, 1])
     sums = {name: (values * weights).sum() for name, values in metrics.items()}
     return (losses * weights).sum(), weights.sum(), sums
 

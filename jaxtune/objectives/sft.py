@@ -75,10 +75,10 @@ def neftune(key: jax.Array, segment_ids: jax.Array, d_model: int, alpha: float) 
 
 def preview(rows: ExampleRows, tokenizer: Any) -> list[tuple[str, bool]]:
     """The first example as text, in runs of trained tokens and others."""
-    one = rows.examples[0]
-    assistant_mask = one.assistant_mask.copy()
+    example = rows.examples[0]
+    assistant_mask = example.assistant_mask.copy()
     assistant_mask[:1] = False  # no position predicts it
-    return pieces(tokenizer, one.ids, assistant_mask)
+    return pieces(tokenizer, example.ids, assistant_mask)
 
 
 OBJECTIVE = Objective(

@@ -103,8 +103,8 @@ def _adafactor(b1: float, b2: float, eps: float) -> optax.GradientTransformation
             return step / jnp.maximum(1.0, size), nu
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
-        found = [rule(*leaf, was) for leaf, was in zip(leaves, structure.flatten_up_to(state.nu), strict=True)]
-        steps, nu = (structure.unflatten(part) for part in zip(*found, strict=True))
+        pairs = [rule(*leaf, was) for leaf, was in zip(leaves, structure.flatten_up_to(state.nu), strict=True)]
+        steps, nu = (structure.unflatten(part) for part in zip(*pairs, strict=True))
         return steps, AdafactorState(count, nu)
 
     rule = optax.GradientTransformation(init, update)

@@ -47,11 +47,11 @@ def end_ids(tokenizer: Any, model: Model, folder: str) -> tuple[int, ...]:
     Raises:
       UserError: the generation config is not what it should be.
     """
-    found = set(_listed(tokenizer.eos_token_id))
+    ids = set(_listed(tokenizer.eos_token_id))
     if not folder or _is_own(tokenizer, folder):
-        found |= set(_listed(model.hf_config.get('eos_token_id')))
-        found |= set(_listed(generation_config(folder).get('eos_token_id'))) if folder else set()
-    return tuple(sorted(found))
+        ids |= set(_listed(model.hf_config.get('eos_token_id')))
+        ids |= set(_listed(generation_config(folder).get('eos_token_id'))) if folder else set()
+    return tuple(sorted(ids))
 
 
 def write(new: pathlib.Path, tokenizer: Any, folder: str) -> None:

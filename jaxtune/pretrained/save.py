@@ -32,7 +32,9 @@ def save(path: pathlib.Path, model: Model, params: Any, tokenizer: Any, folder: 
         dtypes = dict.fromkeys(leaves, np.dtype(dtype))
     else:
         stored = hf.stored_dtypes(folder, model) if folder else {}
-        narrower = {path for path, kept in stored.items() if kept.itemsize < leaves[path].dtype.itemsize}
+        narrower = {
+            path for path, stored_dtype in stored.items() if stored_dtype.itemsize < leaves[path].dtype.itemsize
+        }
         dtypes = {path: stored[path] for path in narrower}
     hf.save(path, model, params, add_files=lambda new: companions.write(new, tokenizer, folder), dtypes=dtypes)
 
