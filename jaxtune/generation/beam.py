@@ -42,15 +42,15 @@ def beam_search(
     batch, limit = len(prompts), sampling.max_new_tokens
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
     # Enough candidates that `beams` of them continue, whichever end.
-    kept = max(2, 1 + len(sampling.stop_ids)) * beams
-    among_best = jnp.arange(kept) < beams
+    num_candidates = max(2, 1 + len(sampling.stop_ids)) * beams
+    among_best = jnp.arange(num_candidates) < beams
 
     def advance(state: dict[str, Any], hidden: jax.Array, t: jax.Array) -> dict[str, Any]:
         """Extends all hypotheses by token `t`, given the states `[batch * beams, d_model]` before it."""
         logprobs = jax.nn.log_softmax(model.logits(params, hidden)).reshape(batch, beams, -1)
         vocab = logprobs.shape[-1]
         totals = (state['running']['scores'][..., None] + logprobs).reshape(batch, -1)
-        scores, chosen = jax.lax.top_k(totals, kept)
+        scores, chosen = jax.lax.top_k(totals, num_candidates)
         parents, tokens = chosen // vocab, chosen % vocab
         candidates = _gather(state['running'], parents) | {'scores': scores}
         own = jnp.take_along_axis(logprobs.reshape(batch, -1), chosen, axis=1)

@@ -82,11 +82,11 @@ def read_prompts(
     limits = [size for size in (bundle.model.config.max_positions, spec.limit) if size]
     room, limit = spec.max_new_tokens, min(limits, default=None)
     if fitting:
-        found = len(prompts)
+        total = len(prompts)
         prompts = [prompt for prompt in prompts if prompt.ids and not (limit and len(prompt.ids) + room > limit)]
-        if needed and len(prompts) < found:
+        if needed and len(prompts) < total:
             console.note(
-                f'{key}={path}: {found - len(prompts):,} of {found:,} prompts are left out: empty, or '
+                f'{key}={path}: {total - len(prompts):,} of {total:,} prompts are left out: empty, or '
                 f'too long to have generate.max_new_tokens={room} after them in {limit} tokens'
             )
     for number, prompt in enumerate(prompts, 1):
@@ -164,8 +164,8 @@ def _conversations(spec: PromptSpec, split: str) -> Records | None:
 def _questions(spec: PromptSpec, bundle: ModelBundle, records: Records) -> list[Prompt]:
     """Each conversation without the answer that ends it, as turns and as ids up to where the assistant writes."""
     chosen = list(itertools.islice(records, spec.count or None))
-    found = formats.find(chosen, spec.data.format, records.name, formats.CHATS)
-    kind = next(iter(found)) if len(found) == 1 else ''
+    counts = formats.find(chosen, spec.data.format, records.name, formats.CHATS)
+    kind = next(iter(counts)) if len(counts) == 1 else ''
     encode = Encoder(open_template(spec.data.template, bundle.tokenizer, kind, chosen), bundle.tokenizer)
     shown = demonstrations(spec.data.demonstrations)
     chats = formats.read(chosen, lambda place, record: formats.chat(kind, place, record, False), records.name)

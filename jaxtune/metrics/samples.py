@@ -30,6 +30,6 @@ def read_samples(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 def add_samples(workdir: pathlib.Path, step: int, samples: Iterable[dict[str, Any]]) -> None:
     """Adds the samples of a step, in place of those of this and later steps."""
-    kept = [sample for sample in read_samples(workdir) if sample['step'] < step]
-    lines = (json.dumps(sample, ensure_ascii=False) + '\n' for sample in [*kept, *samples])
+    earlier = [sample for sample in read_samples(workdir) if sample['step'] < step]
+    lines = (json.dumps(sample, ensure_ascii=False) + '\n' for sample in [*earlier, *samples])
     write_text(workdir / NAME, ''.join(lines))

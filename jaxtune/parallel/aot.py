@@ -53,10 +53,10 @@ def try_compile(lowered: jax.stages.Lowered, limit: int) -> tuple[jax.stages.Com
 
 def refused_bytes(message: str) -> int:
     """Bytes that a program would take, from the message with which XLA refuses it; 0 where it does not say."""
-    found = re.search(r'Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available', message)
-    if not found:
+    match = re.search(r'Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available', message)
+    if not match:
         return 0
-    number, unit = found[1] or found[3], found[2] or found[4]
+    number, unit = match[1] or match[3], match[2] or match[4]
     return int(float(number) * 1024 ** ('KMGT'.index(unit) + 1))
 
 

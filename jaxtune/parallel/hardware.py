@@ -130,15 +130,15 @@ def describe() -> dict:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers; `commit` is that of the checkout that the package runs from."""
-    found = {'python': platform.python_version()}
+    by_name = {'python': platform.python_version()}
     for name in ('jaxtune', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'numpy'):
         try:
-            found[name] = metadata.version(name)
+            by_name[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     if commit := _commit():
-        found['commit'] = commit
-    return found
+        by_name['commit'] = commit
+    return by_name
 
 
 def _commit() -> str:

@@ -181,12 +181,12 @@ def _first_line(connection: socket.socket) -> bytes:
 
 def _addresses(known: str) -> list[str]:
     """Under what other hosts may reach this one."""
-    found = [known] if known else []
-    found.append(socket.gethostname())
+    addresses = [known] if known else []
+    addresses.append(socket.gethostname())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(('10.255.255.255', 1))  # sends nothing: asks the routing table for the address used
-            found.append(probe.getsockname()[0])
+            addresses.append(probe.getsockname()[0])
         except OSError:
             pass
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(addresses))

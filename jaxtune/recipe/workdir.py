@@ -253,14 +253,14 @@ def _tidy(workdir: pathlib.Path, refused: bool) -> None:
 def no_room(error: BaseException | None) -> str:
     """The message of an error that means a full disk, from any library; '' for other errors."""
     seen: list[BaseException | None] = [error]
-    for one in seen:
-        if one is None:
+    for exception in seen:
+        if exception is None:
             continue
-        if isinstance(one, OSError) and one.errno in _FULL:
-            return f'{os.strerror(one.errno)}' + (f': {one.filename}' if one.filename else '')
-        if not isinstance(one, UserError) and _FULL_TEXT.search(str(one)):
+        if isinstance(exception, OSError) and exception.errno in _FULL:
+            return f'{os.strerror(exception.errno)}' + (f': {exception.filename}' if exception.filename else '')
+        if not isinstance(exception, UserError) and _FULL_TEXT.search(str(exception)):
             return os.strerror(errno.ENOSPC)
-        causes = [one.__cause__, one.__context__, *getattr(one, 'exceptions', ())]
+        causes = [exception.__cause__, exception.__context__, *getattr(exception, 'exceptions', ())]
         seen += [cause for cause in causes if cause not in seen]
     return ''
 

@@ -44,20 +44,20 @@ def _sources(stats: Mapping, source: Source) -> str:
         f'<td class="number">{100 * counts.get(unit, 0) / total:.1f} %</td></tr>'
         for i, (label, counts) in enumerate(rows.items())
     )
-    made = 'tokens' if unit == 'tokens' else 'records'
+    unit_name = 'tokens' if unit == 'tokens' else 'records'
     return (
-        f'<h3>The mixture, by {made}</h3><div class="card"><div class="stack" aria-hidden="true">{bar}</div>'
+        f'<h3>The mixture, by {unit_name}</h3><div class="card"><div class="stack" aria-hidden="true">{bar}</div>'
         '<table class="counts"><tr><th>source</th><th></th><th class="number">collected</th><th></th>'
-        f'<th class="number">kept</th><th></th><th class="number">{made}</th><th></th></tr>{cells}</table></div>'
+        f'<th class="number">kept</th><th></th><th class="number">{unit_name}</th><th></th></tr>{cells}</table></div>'
     )
 
 
 def _path(source: Source, label: str) -> str:
-    found = source.key(f'data.sources.{label}')
-    if isinstance(found, Mapping):
-        weight = found.get('weight', 1)
-        return f'{found.get("path", "")}{f" × {weight:g}" if weight != 1 else ""}'
-    return str(found or source.key('data.train') or '')
+    entry = source.key(f'data.sources.{label}')
+    if isinstance(entry, Mapping):
+        weight = entry.get('weight', 1)
+        return f'{entry.get("path", "")}{f" × {weight:g}" if weight != 1 else ""}'
+    return str(entry or source.key('data.train') or '')
 
 
 def _steps(stats: Mapping, source: Source) -> str:
@@ -88,24 +88,24 @@ def _steps(stats: Mapping, source: Source) -> str:
 
 def _dropped(stats: Mapping) -> str:
     rows = [
-        (step, reason, entry) for step, found in stats['steps'].items() for reason, entry in found['dropped'].items()
+        (step, reason, entry) for step, counts in stats['steps'].items() for reason, entry in counts['dropped'].items()
     ]
     if not rows:
         return ''
     most = max(entry['documents'] for _, _, entry in rows)
-    made = []
+    details = []
     for step, reason, entry in sorted(rows, key=lambda row: -row[2]['documents']):
         examples = ''.join(
             f'<article class="sample"><p>{_text(example["id"])}</p><pre>{_text(example["text"])}</pre></article>'
             for example in entry['examples']
         )
-        made.append(
+        details.append(
             f'<details class="reason"><summary><span>{_text(reason)} <small>{_text(step)}</small></span>'
             f'<span class="flow"><i class="gone" style="width:{100 * entry["documents"] / most:.2f}%"></i></span>'
             f'<span class="number"><b>{entry["documents"]:,}</b> <small>{size(entry["bytes"])}</small></span></summary>'
             f'<div class="samples">{examples}</div></details>'
         )
-    return f'<h3>Why documents went; each opens to examples</h3><div class="card">{"".join(made)}</div>'
+    return f'<h3>Why documents went; each opens to examples</h3><div class="card">{"".join(details)}</div>'
 
 
 def _figures(stats: Mapping) -> str:
@@ -140,12 +140,12 @@ def _languages(stats: Mapping) -> str:
     if not rows:
         return ''
     most = rows[0][1]
-    made = ''.join(
+    bars = ''.join(
         f'<div class="row"><span>{_text(name or "not told")}</span><span class="flow"><i style="width:'
         f'{100 * count / most:.2f}%"></i></span><span class="number">{count:,}</span></div>'
         for name, count in rows
     )
-    return f'<div><h3>Languages of the documents that passed</h3><div class="card">{made}</div></div>'
+    return f'<div><h3>Languages of the documents that passed</h3><div class="card">{bars}</div></div>'
 
 
 def _broken(stats: Mapping) -> str:

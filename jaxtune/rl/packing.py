@@ -16,7 +16,7 @@ class RolloutPacker:
       used: how many rows are not empty.
 
     Args:
-      made: the answers.
+      rollouts: the answers.
       chosen: the numbers of those to pack.
       length: of a row.
       packing: several share a row; else each has its own.
@@ -24,10 +24,10 @@ class RolloutPacker:
         answers alone would need, where that is less.
     """
 
-    def __init__(self, made: Rollouts, chosen: np.ndarray, length: int, packing: bool, unit: int = 1) -> None:
-        self.start, self.end = made.start[chosen], made.end[chosen]
-        self.tokens = made.tokens[chosen]
-        self.width = made.logprobs.shape[1]
+    def __init__(self, rollouts: Rollouts, chosen: np.ndarray, length: int, packing: bool, unit: int = 1) -> None:
+        self.start, self.end = rollouts.start[chosen], rollouts.end[chosen]
+        self.tokens = rollouts.tokens[chosen]
+        self.width = rollouts.logprobs.shape[1]
         row = pack(self.end, length) if packing else np.arange(len(chosen))
         self.used = int(row.max()) + 1
         needed = -(-self.used // unit)
@@ -52,26 +52,26 @@ class RolloutPacker:
         """
         of, token = _spans(self.end)
         places = (self.row[of], self.at[of] + token)
-        found = {name: np.zeros(self.shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
-        found['tokens'][places], found['positions'][places] = self.tokens[of, token], token
-        found['segment_ids'][places] = self.segment[of]
+        fields = {name: np.zeros(self.shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
+        fields['tokens'][places], fields['positions'][places] = self.tokens[of, token], token
+        fields['segment_ids'][places] = self.segment[of]
         of, _ = self._answers
-        found |= {name: np.zeros(self.shape, np.float32) for name in ('loss_mask', 'shares')}
-        found['loss_mask'][self._places] = 1.0
-        found['shares'][self._places] = (1.0 / (self.end - self.start))[of]
-        return found
+        fields |= {name: np.zeros(self.shape, np.float32) for name in ('loss_mask', 'shares')}
+        fields['loss_mask'][self._places] = 1.0
+        fields['shares'][self._places] = (1.0 / (self.end - self.start))[of]
+        return fields
 
     def spread(self, numbers: np.ndarray) -> np.ndarray:
         """Numbers of each token of the answers, `[answers, width]`, as `[rows, length]`."""
-        found = np.zeros(self.shape, np.float32)
-        found[self._places] = numbers[self._answers]
-        return found
+        rows = np.zeros(self.shape, np.float32)
+        rows[self._places] = numbers[self._answers]
+        return rows
 
     def gather(self, numbers: np.ndarray) -> np.ndarray:
         """The other way round; 0 after an answer's end."""
-        found = np.zeros((len(self.end), self.width), np.float32)
-        found[self._answers] = numbers[self._places]
-        return found
+        gathered = np.zeros((len(self.end), self.width), np.float32)
+        gathered[self._answers] = numbers[self._places]
+        return gathered
 
 
 def _spans(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

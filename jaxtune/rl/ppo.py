@@ -91,8 +91,8 @@ def value_losses(
     if not settings.value_clip:
         return 0.5 * free, jnp.zeros_like(free)
     near = jnp.clip(values, before - settings.value_clip, before + settings.value_clip)
-    kept = jnp.square(near - returns)
-    return 0.5 * jnp.maximum(free, kept), (kept > free).astype(jnp.float32)
+    clipped = jnp.square(near - returns)
+    return 0.5 * jnp.maximum(free, clipped), (clipped > free).astype(jnp.float32)
 
 
 ALGORITHM = Algorithm(

@@ -123,8 +123,8 @@ def serve() -> None:
 def _ask(function: Callable, name: str, given: Mapping[str, Sequence]) -> tuple[str, list[float]]:
     """What is wrong, or '', and the numbers."""
     try:
-        found = call(function, given)
-        return '', [float(value) for value in itertools.islice(found, len(given['completions']) + 1)]
+        rewards = call(function, given)
+        return '', [float(value) for value in itertools.islice(rewards, len(given['completions']) + 1)]
     except BaseException as error:  # the culprit is known, also where it leaves with sys.exit
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f'{frame.filename}:{frame.lineno}'

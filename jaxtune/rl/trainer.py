@@ -136,8 +136,8 @@ class RewardTask:
         def score_rows(trainable: Any, frozen: Any, reference: Any, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
             policy = eval_mode(combine(trainable, frozen))
             old, values = per_token_logps(model, policy, batch, temperature)
-            kept, _ = per_token_logps(model, eval_mode(combine(reference, frozen)), batch, temperature)
-            return {'old': old, 'reference': kept, 'values': values, 'mask': batch['loss_mask']}
+            reference_logps, _ = per_token_logps(model, eval_mode(combine(reference, frozen)), batch, temperature)
+            return {'old': old, 'reference': reference_logps, 'values': values, 'mask': batch['loss_mask']}
 
         def compute_advantages(rollouts: RolloutBatch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             return self.algorithm.algorithm.compute_advantages(self.algorithm.settings, rollouts)

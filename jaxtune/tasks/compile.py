@@ -100,19 +100,19 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
     }
     if not console.is_primary():
         return {'task': 'compile', 'status': 'done', 'step': 0, 'metrics': metrics}
-    found = collectives(attempt.text)
-    _show(config, mesh, model, attempt, limit, metrics, found, copied)
+    by_kind = collectives(attempt.text)
+    _show(config, mesh, model, attempt, limit, metrics, by_kind, copied)
     beside = {
         'accumulate': attempt.accumulate,
         'attention': list(model.kernels.names),
         'available_bytes': limit,
-        'collectives': {kind: dataclasses.asdict(entry) for kind, entry in found.items()},
+        'collectives': {kind: dataclasses.asdict(entry) for kind, entry in by_kind.items()},
         'device_kind': mesh.devices.flat[0].device_kind,
         'mesh': dict(mesh.shape),
     }
     write_json(workdir / 'compile.json', metrics | beside)
     info.write(workdir)
-    counts = {f'collectives/{kind}': entry.count for kind, entry in found.items()}
+    counts = {f'collectives/{kind}': entry.count for kind, entry in by_kind.items()}
     result = report.finish(workdir, 'compile', 0, metrics | {'accumulate': attempt.accumulate} | counts)
     console.note(json.dumps(metrics))
     return result
@@ -234,7 +234,7 @@ class Collective:
 
 def collectives(text: str) -> dict[str, Collective]:
     """The collectives of a compiled program by kind, from its text."""
-    found = {kind: Collective() for kind in COLLECTIVES}
+    by_kind = {kind: Collective() for kind in COLLECTIVES}
     inside = ''
     for line in text.splitlines():
         if line and not line[0].isspace():
@@ -244,14 +244,14 @@ def collectives(text: str) -> dict[str, Collective]:
             continue
         # On TPU a reduce-scatter is an all-reduce fused with the slice that it keeps.
         kind = 'reduce-scatter' if 'all-reduce-scatter' in inside else match[2]
-        entry = found[kind]
+        entry = by_kind[kind]
         entry.count += 1
         for shape in re.findall(r'([a-z]+\d*)\[([\d,]*)\]', match[1]):
             bits = re.search(r'\d+', shape[0])
             nbytes = math.prod(int(n) for n in shape[1].split(',') if n) * (int(bits[0]) if bits else 8) // 8
             if nbytes > entry.largest_bytes:
                 entry.largest_bytes, entry.largest = nbytes, f'{shape[0]}[{shape[1]}]'
-    return found
+    return by_kind
 
 
 def _show(
@@ -261,11 +261,11 @@ def _show(
     attempt: Attempt,
     limit: int,
     metrics: dict,
-    found: dict[str, Collective],
+    by_kind: dict[str, Collective],
     copied: int,
 ) -> None:
     sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
-    kinds = [f'{entry.count} {kind} (largest {entry.largest})' for kind, entry in found.items() if entry.count]
+    kinds = [f'{entry.count} {kind} (largest {entry.largest})' for kind, entry in by_kind.items() if entry.count]
     console.facts(
         [
             ('devices', f'{mesh.size} x {mesh.devices.flat[0].device_kind}' + (f'; mesh {sizes}' if sizes else '')),

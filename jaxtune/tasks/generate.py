@@ -127,8 +127,8 @@ def _complete(
                 continue
             chosen = work[first:last]
             with info.timed('generate'):
-                made = complete(bundle.adapters.get(name, bundle.params), chosen, first)
-            for prompt, (completion, count) in zip(chosen, made, strict=True):
+                completions = complete(bundle.adapters.get(name, bundle.params), chosen, first)
+            for prompt, (completion, count) in zip(chosen, completions, strict=True):
                 tokens += count
                 line = sample_record(prompt, completion, 0) | ({'adapter': name} if name else {})
                 file.write(json.dumps(line, ensure_ascii=False) + '\n')
@@ -147,11 +147,11 @@ def _scores(path: pathlib.Path, tokenize: str, adapters: tuple[str, ...]) -> dic
         if not pairs:
             continue
         completions, references = zip(*pairs, strict=True)
-        found = scores(completions, references, tokenize)
-        words = ', '.join(f'{name.replace("_", " ")} {value:.3f}' for name, value in found.items())
+        values = scores(completions, references, tokenize)
+        words = ', '.join(f'{name.replace("_", " ")} {value:.3f}' for name, value in values.items())
         console.note(f'{f"{adapter} " if adapter else ""}against {len(pairs):,} references: {words}')
         end = f'/{adapter}' if adapter else ''
-        metrics |= {f'generate/{name}{end}': value for name, value in found.items()}
+        metrics |= {f'generate/{name}{end}': value for name, value in values.items()}
     return metrics
 
 

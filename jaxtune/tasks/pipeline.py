@@ -64,7 +64,7 @@ def _open(command: Command, folder: pathlib.Path, config: Settings, held: contex
     from jaxtune.data.inputs import KEYS, fingerprints  # slow to import
 
     held.enter_context(ownership.locked(folder))
-    inputs = {other: workdir.result_fingerprint(command.workdir / other) for other in recipes.references(config)}
+    inputs = {stage: workdir.result_fingerprint(command.workdir / stage) for stage in recipes.references(config)}
     data = {key: recipes.config_get(config, key) for key in KEYS}
     result = workdir.open_workdir(folder, config, command.overwrite, inputs, fingerprints(data))
     if result is not None and config.task != 'export' and not (folder / report.NAME).is_file():

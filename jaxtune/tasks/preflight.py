@@ -42,15 +42,15 @@ def check(command: Command) -> str:
     """
     said = []
     for name, config in command.configs.items():
-        waits = [other for other in sorted(recipes.references(config)) if not _done(command.workdir / other)]
+        waits = [stage for stage in sorted(recipes.references(config)) if not _done(command.workdir / stage)]
         _check_folder(command, name, config)
         with _named(name), tempfile.TemporaryDirectory(prefix='jaxtune-check-') as cache:
             if waits:
-                found = _without_stages(config)
+                checked = _without_stages(config)
             else:
-                found = _check_of(config.task)(pipeline.point_to_stages(config, command.workdir), pathlib.Path(cache))
-        found += [f'the rest when {" and ".join(waits)} is done'] if waits else []
-        said.append(f'{f"{name}: " if name else ""}{config.task} ({", ".join(found)})')
+                checked = _check_of(config.task)(pipeline.point_to_stages(config, command.workdir), pathlib.Path(cache))
+        checked += [f'the rest when {" and ".join(waits)} is done'] if waits else []
+        said.append(f'{f"{name}: " if name else ""}{config.task} ({", ".join(checked)})')
     return f'checked, nothing is wrong: {"; ".join(said)}'
 
 
@@ -69,7 +69,7 @@ def _check_folder(command: Command, name: str, config: Settings) -> None:
     ownership.check_owned(command.workdir)
     ownership.check_owned(folder)
     if folder.is_dir():
-        inputs = {other: workdir.result_fingerprint(command.workdir / other) for other in recipes.references(config)}
+        inputs = {stage: workdir.result_fingerprint(command.workdir / stage) for stage in recipes.references(config)}
         data = {key: recipes.config_get(config, key) for key in KEYS}
         workdir.check_workdir(folder, config, command.overwrite, inputs, fingerprints(data))
 
@@ -100,8 +100,8 @@ def _without_stages(config: Settings) -> list[str]:
 
 def _described(bundle: load.ModelBundle) -> list[str]:
     family = bundle.model.hf_config.get('model_type', bundle.model.kind)
-    found = [f'a {family} of {amount(tree.count(bundle.params)).strip()} parameters', f'{len(bundle.tokenizer)} tokens']
-    return [*found, *(f'adapter {name}' for name in bundle.adapters)]
+    facts = [f'a {family} of {amount(tree.count(bundle.params)).strip()} parameters', f'{len(bundle.tokenizer)} tokens']
+    return [*facts, *(f'adapter {name}' for name in bundle.adapters)]
 
 
 def _train(config: Settings, cache: pathlib.Path) -> list[str]:
@@ -121,12 +121,12 @@ def _train(config: Settings, cache: pathlib.Path) -> list[str]:
 
 def _rows(config: Settings, bundle: load.ModelBundle, cache: pathlib.Path, splits: tuple[str, ...]) -> list[str]:
     objective = specs.objective(config)
-    found = []
+    facts = []
     for split in splits:
         if config.data[split]:
             rows = objective.dataset(split, bundle.tokenizer, cache)
-            found.append(f'{len(rows):,} rows of data.{split}')
-    return found
+            facts.append(f'{len(rows):,} rows of data.{split}')
+    return facts
 
 
 def _trace(config: Settings, mesh: Mesh, bundle: load.ModelBundle, learning: Learning) -> None:
@@ -147,8 +147,8 @@ def _learn_from_rewards(config: Settings, cache: pathlib.Path) -> list[str]:
         rewarded.reward(config, mesh, weights=False)
         prompts, held_out = rewarded.all_prompts(config, bundle)
         _trace(config, mesh, bundle, specs.bound_algorithm(config))
-    found = [f'{len(prompts):,} prompts of data.train', f'rl.reward={config.rl.reward}']
-    return [*_described(bundle), *found, *([f'{len(held_out):,} of data.eval'] if held_out else [])]
+    facts = [f'{len(prompts):,} prompts of data.train', f'rl.reward={config.rl.reward}']
+    return [*_described(bundle), *facts, *([f'{len(held_out):,} of data.eval'] if held_out else [])]
 
 
 def _evaluate(config: Settings, cache: pathlib.Path) -> list[str]:

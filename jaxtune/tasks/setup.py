@@ -117,8 +117,8 @@ def reference_logps(config: Settings, mesh: Mesh, bundle: ModelBundle, cache: pa
 
     def load(path: str) -> tuple[Any, Any]:
         key = objective.objective.reference.key if objective.objective.reference else ''
-        other = load_model(specs.other_model_spec(config, key, path), mesh)
-        return other.model, other.params
+        reference = load_model(specs.other_model_spec(config, key, path), mesh)
+        return reference.model, reference.params
 
     identity = (config.model.path, config.model.compute_dtype)
     size = config.eval.batch_size or config.train.batch_size

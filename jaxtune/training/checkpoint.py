@@ -74,10 +74,10 @@ class Checkpoints:
     def save(self, step: int, state: Any, loop: dict[str, Any], metrics: dict[str, float]) -> None:
         """Starts saving; the state may be donated as soon as this returns."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(loop))
-        kept = {self._metric: metrics[self._metric]} if self._metric in metrics else None
+        tracked = {self._metric: metrics[self._metric]} if self._metric in metrics else None
         self.wait()
         self._saving = step
-        self._manager.save(step, args=args, metrics=kept, force=True)
+        self._manager.save(step, args=args, metrics=tracked, force=True)
 
     def _sign(self) -> None:
         """Writes the checksums into the checkpoint under way, which is about to get its name; in Orbax's thread."""
@@ -164,7 +164,7 @@ def checksums(folder: pathlib.Path) -> dict[str, list]:
             return [path.stat().st_size, hashlib.file_digest(file, 'sha256').hexdigest()]
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return {str(path.relative_to(folder)): found for path, found in zip(paths, pool.map(read, paths), strict=True)}
+        return {str(path.relative_to(folder)): entry for path, entry in zip(paths, pool.map(read, paths), strict=True)}
 
 
 def check(folder: pathlib.Path) -> tuple[bool, str]:
@@ -173,14 +173,14 @@ def check(folder: pathlib.Path) -> tuple[bool, str]:
         saved = read_json(folder / SIGNATURE)
         if saved is None:
             return False, ''
-        expected, found = saved['files'], checksums(folder)
+        expected, actual = saved['files'], checksums(folder)
     except (UserError, TypeError, KeyError):
         return True, f'{SIGNATURE} is damaged'
     except OSError as error:
         return True, f'cannot be read: {error.strerror}'
     for path, entry in expected.items():
-        if path not in found:
+        if path not in actual:
             return True, f'{path} is missing'
-        if found[path] != entry:
+        if actual[path] != entry:
             return True, f'{path} is damaged'
     return True, ''

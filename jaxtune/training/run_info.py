@@ -149,13 +149,13 @@ def _earlier(workdir: pathlib.Path) -> dict[str, Any]:
     stored = read_json(workdir / NAME)
     stored = stored if isinstance(stored, dict) else {}
     phases = stored.get('phases')
-    kept: dict[str, Any] = {'phases': {}}
+    earlier: dict[str, Any] = {'phases': {}}
     if isinstance(phases, dict):
-        kept['phases'] = {name: value for name, value in phases.items() if isinstance(value, int | float)}
+        earlier['phases'] = {name: value for name, value in phases.items() if isinstance(value, int | float)}
     for name, kind in (('started', str), ('runs', int), ('seconds', int | float)):
         if isinstance(stored.get(name), kind):
-            kept[name] = stored[name]
-    return kept
+            earlier[name] = stored[name]
+    return earlier
 
 
 def compiled_memory(step: Any) -> dict[str, int]:
