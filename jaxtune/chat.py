@@ -58,7 +58,8 @@ class Chat:
                 f'--model={config.model.path}: {bundle.model.architecture} does not chat; expected a decoder'
             )
         self.tokenizer = bundle.tokenizer
-        self.template = templates.open_template(config.data.template, self.tokenizer)
+        args = config.data.template_args.to_dict()
+        self.template = templates.open_template(config.data.template, self.tokenizer, args=args)
         self.encode = Encoder(self.template, self.tokenizer)
         end = end_of_turn(self.template, self.tokenizer)
         sampling = from_settings(config.generate, self.tokenizer, bundle.end_ids + (() if end is None else (end,)))

@@ -36,7 +36,7 @@ class Examples:
 
     Attributes:
       ids: `[tokens]` int32.
-      assistant_mask: `[tokens]` bool.
+      assistant_mask: `[tokens]` float32, the weight of a trained token, 0 = not trained.
       offsets: `[examples + 1]` int64, where each begins.
       extra: further arrays by name, as the objective put them there.
       notes: what there is to say about how they were made.
@@ -64,9 +64,9 @@ class Examples:
         offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(one.ids) for one in encoded], out=offsets[1:])
         ids = np.concatenate([one.ids for one in encoded] or [np.zeros(0, np.int32)])
-        assistant_mask = np.concatenate([one.assistant_mask for one in encoded] or [np.zeros(0, bool)])
+        assistant_mask = np.concatenate([one.assistant_mask for one in encoded] or [np.zeros(0, np.float32)])
         arrays = {name: np.asarray(value) for name, value in (extra or {}).items()}
-        return cls(ids.astype(np.int32), assistant_mask.astype(bool), offsets, arrays, tuple(notes))
+        return cls(ids.astype(np.int32), assistant_mask.astype(np.float32), offsets, arrays, tuple(notes))
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes a folder that appears whole or not at all."""
@@ -117,24 +117,24 @@ class Source:
         counts = formats.find(self.records, data.format, self.records.name, suits)
         self.formats = ', '.join(f'{name} ({count:,})' for name, count in counts.items())
         self.format = next(iter(counts), '') if len(counts) == 1 else ''
-        self.template = open_template(data.template, tokenizer, self.format, self.records)
+        self.template = open_template(data, tokenizer, self.format, self.records)
         self.demonstrations = demonstrations(data.demonstrations)
 
     def prepared(self, chat: Chat) -> Chat:
         """A conversation with the recipe's system prompt and demonstrations."""
         return prepare(chat, self.data.system, self.demonstrations)
 
-    def encoder(self, last: bool) -> Encoder:
+    def encoder(self, train_on: str) -> Encoder:
         """Encodes prepared conversations."""
         skip = len(self.demonstrations) + 1 if self.demonstrations else 0
-        return Encoder(self.template, self.tokenizer, last, skip)
+        return Encoder(self.template, self.tokenizer, train_on, skip)
 
     def cached(self, cache: pathlib.Path, key: str, settings: list, build: Callable[[], Examples]) -> Examples:
         """What `build` makes, from the cache if these settings made it before."""
         identity = [_VERSION, self.records.identity, tokenizers.fingerprint(self.tokenizer), self.template.source]
-        identity += [list(self.template.tokens), self.format, self.data.system, settings]
+        identity += [list(self.template.tokens), self.template.args, self.format, self.data.system, settings]
         identity += [json.dumps(list(self.demonstrations), sort_keys=True)]
-        folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        folder = cache / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         once(lambda: (folder / 'meta.json').is_file(), lambda: build().save(folder), key)
         examples = Examples.open(folder)
         console.note(f'{self.records.name}: format {self.formats}, template {self.template.name}')
@@ -150,14 +150,15 @@ def open_data(path: str, key: str, suits: tuple[str, ...]) -> Records:
     return open_records(path, key)
 
 
-def open_template(wanted: str, tokenizer: PreTrainedTokenizerBase, format_name: str, records: Iterable) -> Template:
-    """The template that `data.template` wants, which becomes the tokenizer's own.
+def open_template(data: DataSpec, tokenizer: PreTrainedTokenizerBase, format_name: str, records: Iterable) -> Template:
+    """The template that the data wants, which becomes the tokenizer's own.
 
     Raises:
       UserError: there is no such template, or it does not compile.
     """
-    template = templates.open_template(wanted, tokenizer, format_name, is_raw(format_name, records))
-    if wanted == 'auto' and not tokenizer.chat_template:
+    raw = is_raw(format_name, records)
+    template = templates.open_template(data.template, tokenizer, format_name, raw, data.template_args)
+    if data.template == 'auto' and not tokenizer.chat_template:
         marks = ', '.join(templates.unknown_marks(template, tokenizer))
         console.note(
             f'data.template=auto: the tokenizer has no chat template, so {template.name} is taken'
@@ -207,50 +208,70 @@ def prepare(chat: Chat, system: str, shown: tuple[dict, ...]) -> Chat:
 
 def encode_all(
     chats: list[tuple[str, Chat]], encode: Encoder, seq_len: int, title: str
-) -> tuple[list[Encoded | None], list[str]]:
+) -> tuple[list[list[Encoded]], list[str]]:
     """Encodes conversations, cut to `seq_len` tokens.
 
     Returns:
-      `(encoded, notes)`: None for those of which no trained token is left, and how many were cut and left out.
+      `(encoded, notes)`: the rows of each conversation, none where no trained token is left; and how many were divided,
+      cut and left out.
 
     Raises:
       UserError: `file:line` and count of what the template refuses; or nothing is left.
     """
-    encoded: list[Encoded | None] = []
+    encoded: list[list[Encoded]] = []
     problems: dict[str, list] = {}
-    cut, empty = [], []
+    cut, empty, unmarked, divided = [], [], [], []
     with console.progress(len(chats), title, 'conversation') as bar:
         some = (chats[low : low + _AT_ONCE] for low in range(0, len(chats), _AT_ONCE))
         results = itertools.chain.from_iterable(encode.many([chat for _, chat in part]) for part in some)
-        for (place, _), one in zip(chats, results, strict=True):
+        for (place, _), rows in zip(chats, results, strict=True):
             bar.advance(1)
-            if isinstance(one, FormatError):
-                problems.setdefault(one.kind, [f'{place}: {one}', 0])[1] += 1
+            if isinstance(rows, FormatError):
+                problems.setdefault(rows.kind, [f'{place}: {rows}', 0])[1] += 1
                 continue
-            if isinstance(one, UserError):
-                raise UserError(f'{place}: {one}')
-            if len(one.ids) > seq_len:
-                one = Encoded(one.ids[:seq_len], one.assistant_mask[:seq_len])
-                (cut if one.assistant_mask[1:].any() else empty).append(place)
-            elif not one.assistant_mask[1:].any():
-                empty.append(place)
-            encoded.append(one if one.assistant_mask[1:].any() else None)
+            if isinstance(rows, UserError):
+                raise UserError(f'{place}: {rows}')
+            kept = [Encoded(row.ids[:seq_len], row.assistant_mask[:seq_len]) for row in rows]
+            kept = [row for row in kept if row.assistant_mask[1:].any()]
+            if not kept:
+                (empty if rows else unmarked).append(place)
+            elif len(kept) < len(rows) or any(len(row.ids) > seq_len for row in rows):
+                cut.append(place)
+            if len(kept) > 1:
+                divided.append(len(kept))
+            encoded.append(kept)
     for text, count in problems.values():
         raise UserError(f'{text} ({count:,} of {len(chats):,} records are like this)')
-    if empty and len(empty) == len(chats):
-        raise UserError(
-            f'{empty[0]}: data.seq_len={seq_len}: the prompt alone fills the row, here and in all {len(chats):,} '
-            'records; expected a larger data.seq_len'
-        )
+    if len(empty) + len(unmarked) == len(chats):
+        raise _nothing_left(empty, unmarked, seq_len)
     notes = []
+    of = f'of {len(chats):,}'
+    if divided:
+        notes.append(
+            f'{len(divided):,} {of} are {sum(divided):,} rows: when asked for a later answer, '
+            f'{encode.template.name} template shows what came before otherwise'
+        )
     if cut:
-        notes.append(f'{len(cut):,} of {len(chats):,} are longer than data.seq_len={seq_len} and cut, first {cut[0]}')
+        notes.append(f'{len(cut):,} {of} are longer than data.seq_len={seq_len} and cut, first {cut[0]}')
     if empty:
         notes.append(
-            f'{len(empty):,} of {len(chats):,} are left out: their prompt alone fills data.seq_len={seq_len}, first '
-            f'{empty[0]}'
+            f'{len(empty):,} {of} are left out: their prompt alone fills data.seq_len={seq_len}, first {empty[0]}'
         )
+    if unmarked:
+        notes.append(f'{len(unmarked):,} {of} are left out: no turn of theirs is trained, first {unmarked[0]}')
     return encoded, notes
+
+
+def _nothing_left(empty: list[str], unmarked: list[str], seq_len: int) -> UserError:
+    if empty:
+        return UserError(
+            f'{empty[0]}: data.seq_len={seq_len}: the prompt alone fills the row, here and in all {len(empty):,} '
+            'records; expected a larger data.seq_len'
+        )
+    return UserError(
+        f'{unmarked[0]}: no turn of the assistant is trained, here and in all {len(unmarked):,} records; expected '
+        "sft.train_on='all', or turns with train: true and a weight above 0"
+    )
 
 
 class ExampleRows:
@@ -298,13 +319,14 @@ class ExampleRows:
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, assistant_mask: np.ndarray) -> list[tuple[str, bool]]:
     """An example as text in runs of trained and other tokens."""
-    edges = [0, *(np.flatnonzero(np.diff(assistant_mask.astype(np.int8))) + 1).tolist(), len(ids)]
+    trained = assistant_mask > 0
+    edges = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
     decode = cast(Callable[..., str], tokenizer.decode)  # of one list of ids it makes one text
     texts, before = [], ''
     for low, high in itertools.pairwise(edges):
         whole = decode(ids[:high].tolist(), skip_special_tokens=False)
         # Decoded by itself a run could lose a leading space.
         text = whole[len(before) :] if whole.startswith(before) else decode(ids[low:high].tolist())
-        texts.append((text, bool(assistant_mask[low])))
+        texts.append((text, bool(trained[low])))
         before = whole
     return texts

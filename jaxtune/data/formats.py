@@ -42,9 +42,11 @@ REASONING = 'reasoning_content'
 _REASONING = (REASONING, 'thinking', 'reasoning')
 
 # Fields that say what is learnt, or how a conversation is rendered, and are not read: the values that change nothing.
-_UNREAD_IN_RECORD = {'weight': (1,), 'chat_template_kwargs': ({},), 'functions': ([], '')}
-_UNREAD_IN_TURN = {'weight': (1,), 'train': (True,), 'function_call': ({}, '')}
+_UNREAD_IN_RECORD = {'functions': ([], '')}
+_UNREAD_IN_TURN = {'function_call': ({}, '')}
 _DEEPEST = 100  # a value within a value
+# What a template is given anyway.
+RESERVED = ('messages', 'tools', 'documents', 'add_generation_prompt')
 _LARGEST = 3e38  # what float32 holds
 
 T = TypeVar('T')
@@ -63,18 +65,30 @@ class Chat:
     """A conversation.
 
     Attributes:
-      turns: `{"role": one of ROLES, "content": text}`, further keys for templates that read them.
+      turns: `{"role": one of ROLES, "content": text}`, whether and how much it is trained (`train`, `weight`), further
+        keys for templates that read them.
       tools: what the assistant may call: a list of JSON schemas, a text, or None.
       raw: prompt and completion are texts that follow each other as they are, where no template is asked for.
+      documents: what the assistant may quote, as the template takes them, or None.
+      template_args: what else the template is given, by name.
+      scale: of the weights of its turns.
     """
 
     turns: tuple[dict[str, Any], ...]
     tools: Any = None
     raw: bool = False
+    documents: Any = None
+    template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scale: float = 1.0
 
     def before(self, index: int) -> 'Chat':
         """The conversation up to a turn."""
         return dataclasses.replace(self, turns=self.turns[:index])
+
+    def weight(self, number: int, marked: bool = False) -> float:
+        """How much a turn is trained, 0 = not at all; `marked`: only where `train` is true."""
+        turn = self.turns[number]
+        return self.scale * turn.get('weight', 1.0) if turn.get('train', not marked) else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +214,8 @@ def _check_unread(fields: Mapping[str, Any], unread: Mapping[str, tuple], where:
 
 def _check_values(chat: Chat) -> None:
     """Refuses what is no text of Unicode, and what is nested too deep, wherever it stands."""
-    for turn in (*chat.turns, {'tools': chat.tools}):
+    beside = {'tools': chat.tools, 'documents': chat.documents, 'chat_template_kwargs': chat.template_args}
+    for turn in (*chat.turns, beside):
         inner = [(name, value, 0) for name, value in turn.items()]
         while inner:
             name, value, depth = inner.pop()
@@ -248,7 +263,7 @@ def _alpaca(place: str, record: Any, answered: bool) -> Chat:
     turns.append(_user(instruction, context))
     if answered or record.get('output') is not None:
         turns.append({'role': 'assistant', 'content': _get(record, place, 'output')})
-    return Chat(_with_system(record, place, turns), _tools(record))
+    return _made(record, place, turns)
 
 
 def _user(instruction: str, context: str = '') -> dict[str, Any]:
@@ -258,8 +273,39 @@ def _user(instruction: str, context: str = '') -> dict[str, Any]:
 
 
 def _sharegpt(place: str, record: Any, answered: bool) -> Chat:
-    turns = [_turn(turn, place) for turn in _get(record, place, 'conversations', list)]
-    return Chat(_with_system(record, place, turns), _tools(record))
+    return _made(record, place, [_turn(turn, place) for turn in _get(record, place, 'conversations', list)])
+
+
+def _made(record: Mapping[str, Any], place: str, turns: Sequence[dict[str, Any]], raw: bool = False) -> Chat:
+    """A conversation of these turns with what else its record holds."""
+    documents, args = record.get('documents'), record.get('chat_template_kwargs')
+    for name, value, kind, expected in (
+        ('documents', documents, list, 'a list of documents'),
+        ('chat_template_kwargs', args, Mapping, 'an object of names and values'),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise FormatError(f'field {name}', f'expected {expected} in {name!r}; found {value!r:.60}')
+    if taken := sorted(set(args or {}) & set(RESERVED)):
+        raise FormatError(
+            'field chat_template_kwargs', f"'chat_template_kwargs' names {taken[0]!r}, which the record itself holds"
+        )
+    return Chat(
+        _with_system(record, place, turns),
+        _tools(record),
+        raw,
+        documents or None,
+        args or {},
+        _weight(record, 'the record'),
+    )
+
+
+def _weight(fields: Mapping[str, Any], where: str) -> float:
+    weight = fields.get('weight')
+    if weight is None:
+        return 1.0
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= _LARGEST:
+        raise FormatError('weight', f"expected a number of at least 0 in 'weight' of {where}; found {weight!r:.40}")
+    return float(weight)
 
 
 def _with_system(record: Mapping[str, Any], place: str, turns: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
@@ -284,8 +330,7 @@ def _tools(record: Mapping[str, Any]) -> Any:
 
 
 def _messages(place: str, record: Any, answered: bool) -> Chat:
-    turns = [_turn(turn, place) for turn in _get(record, place, 'messages', list)]
-    return Chat(_with_system(record, place, turns), _tools(record))
+    return _made(record, place, [_turn(turn, place) for turn in _get(record, place, 'messages', list)])
 
 
 def _prompt(place: str, record: Any, answered: bool) -> Chat:
@@ -306,7 +351,7 @@ def _joined(record: Mapping[str, Any], prompt: str | list, completion: str | lis
         rest = [completion] if isinstance(completion, Mapping) else completion
         turns += [_turn(turn, place) for turn in rest]
         raw = raw and not rest
-    return Chat(_with_system(record, place, turns), _tools(record), raw)
+    return _made(record, place, turns, raw)
 
 
 _READERS = {'alpaca': _alpaca, 'sharegpt': _sharegpt, 'messages': _messages, 'prompt': _prompt}
@@ -331,6 +376,11 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
     rest = {name: value for name, value in turn.items() if name not in (key, content_key) and value is not None}
     if 'tool_calls' in rest:
         _check_calls(rest['tool_calls'])
+    if not isinstance(rest.get('train', True), bool):
+        raise FormatError('train', f"expected true or false in 'train' of a turn; found {rest['train']!r:.40}")
+    rest['weight'] = _weight(rest, 'a turn')
+    if rest['weight'] == 1.0:
+        del rest['weight']
     reasoning = next((rest[name] for name in _REASONING if name in rest), None)
     if reasoning is not None:  # as `transformers` hands it over
         rest = {'thinking': reasoning, **rest, REASONING: reasoning}
@@ -401,7 +451,7 @@ def _side(record: Mapping[str, Any], answer: str | list | Mapping, place: str) -
             roles = {'Human': 'user', 'Assistant': 'assistant'}
             pairs = zip(parts[1::2], parts[2::2], strict=True)
             turns = [{'role': roles[who], 'content': text.strip()} for who, text in pairs]
-            return Chat(_with_system(record, place, turns), _tools(record))
+            return _made(record, place, turns)
         return _joined(record, '', answer, place)
     turns = [_turn(turn, place) for turn in ([answer] if isinstance(answer, Mapping) else answer)]
-    return Chat(_with_system(record, place, turns), _tools(record))
+    return _made(record, place, turns)

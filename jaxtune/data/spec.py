@@ -1,6 +1,8 @@
 """Which records a run reads, and how they become rows."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,6 +13,7 @@ class DataSpec:
       train, eval: what `data.train` and `data.eval` name; '' = nothing.
       format: what a record looks like; `auto` = its fields tell.
       template: of conversations: `auto`, a name, or a Jinja text.
+      template_args: what else the template is given, by name.
       seq_len: tokens in a row.
       target_len: tokens of a target in a row; 0 = `seq_len`.
       packing: several documents share a row.
@@ -27,6 +30,7 @@ class DataSpec:
     eval: str = ''
     format: str = 'auto'
     template: str = 'auto'
+    template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seq_len: int = 512
     target_len: int = 0
     packing: bool = True

@@ -10,13 +10,14 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from jaxtune.common import paths
 from jaxtune.data import sandbox
+from jaxtune.data import tool_calls as calls
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.errors import UserError
 
@@ -104,6 +105,8 @@ NAMED: dict[str, tuple[str, str]] = {
 }
 
 
+_OURS = ('train', 'weight')  # of a turn: how it is trained
+
 # A text, and where the template marks what the assistant writes in it.
 Rendered = tuple[str, list[tuple[int, int]]]
 
@@ -116,11 +119,13 @@ class Template:
       name: what messages call it: `chatml`, `the tokenizer's`, `data.template`.
       source: its Jinja.
       tokens: the special tokens that it may name, `{"bos_token": text, …}`.
+      args: what else it is given, by name (`data.template_args`); `tools` and `documents` for records without.
     """
 
     name: str
     source: str
     tokens: tuple[tuple[str, str], ...] = ()
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def marks(self) -> bool:
@@ -155,23 +160,40 @@ class Template:
 
     def try_all(self, chats: Sequence[tuple[Chat, bool]]) -> list[Rendered | FormatError | UserError]:
         """As `render_all`, with the error in the place of what cannot be rendered."""
+        results = self._try(chats)
+        calling = [i for i, (chat, _) in enumerate(chats) if any(turn.get('tool_calls') for turn in chat.turns)]
+        for form in (calls.as_mappings, calls.as_texts):
+            unread = [i for i in calling if _misread(chats[i][0], results[i])]
+            others = self._try([(form(chats[i][0]), chats[i][1]) for i in unread]) if unread else []
+            for i, other in zip(unread, others, strict=True):
+                if not _misread(form(chats[i][0]), other):
+                    results[i] = other
+        return results
+
+    def _try(self, chats: Sequence[tuple[Chat, bool]]) -> list[Rendered | FormatError | UserError]:
         replies = sandbox.render(self.source, [self._variables(*chat) for chat in chats])
         results = [_result(self.name, reply) for reply in replies]
         return results if len(results) == len(chats) else results[:1] * len(chats)
 
     def reads_tools(self, tools: Any) -> bool:
-        """Whether it is handed a conversation's tools; else they stand in the system's turn."""
-        return 'tools' in self.source and isinstance(_parsed(tools), list)
+        """Whether it is handed a conversation's tools; else they stand in the system's turn.
+
+        Those written here do not know tools. Another that does not leaves them out where it serves, too.
+        """
+        return self.name not in NAMED and isinstance(_parsed(tools), list)
 
     def _variables(self, chat: Chat, generation_prompt: bool) -> dict[str, Any]:
-        turns, tools = list(chat.turns), chat.tools
+        turns = [{name: value for name, value in turn.items() if name not in _OURS} for turn in chat.turns]
+        tools = self.args.get('tools') if chat.tools is None else chat.tools
+        documents = self.args.get('documents') if chat.documents is None else chat.documents
         if tools is not None:
             if self.reads_tools(tools):
                 tools = _parsed(tools)
             else:
                 turns, tools = _with_tools(turns, tools), None
-        variables = {'messages': turns, 'tools': tools, 'documents': None, 'add_generation_prompt': generation_prompt}
-        return dict(self.tokens) | variables
+        variables = {'messages': turns, 'tools': tools, 'documents': documents}
+        own = {**self.args, **chat.template_args}
+        return {**dict(self.tokens), **own, **variables, 'add_generation_prompt': generation_prompt}
 
 
 def _result(name: str, reply: dict[str, Any]) -> Rendered | FormatError | UserError:
@@ -187,6 +209,11 @@ def _result(name: str, reply: dict[str, Any]) -> Rendered | FormatError | UserEr
         return FormatError('template', f'{name} template fails: {message}')
     reasons = {'compile': 'cannot be compiled: ', 'sandbox': 'reaches outside its sandbox: ', 'limit': ''}
     return UserError(f'data.template: {name} template {reasons[kind]}{message}')
+
+
+def _misread(chat: Chat, result: Rendered | FormatError | UserError) -> bool:
+    """Whether a template takes the arguments of tool calls in another form: it fails, or writes them as no JSON."""
+    return isinstance(result, Exception) or calls.misread(chat, result[0])
 
 
 def _parsed(tools: Any) -> Any:
@@ -207,7 +234,11 @@ def _with_tools(turns: list[dict[str, Any]], tools: Any) -> list[dict[str, Any]]
 
 
 def open_template(
-    wanted: str, tokenizer: PreTrainedTokenizerBase, format_name: str = '', raw: bool = False
+    wanted: str,
+    tokenizer: PreTrainedTokenizerBase,
+    format_name: str = '',
+    raw: bool = False,
+    args: Mapping[str, Any] | None = None,
 ) -> Template:
     """The template that `data.template` means.
 
@@ -217,10 +248,15 @@ def open_template(
       tokenizer: whose special tokens it may name.
       format_name: of the data, for `auto`.
       raw: the records are texts, for `auto`.
+      args: what else the template is given (`data.template_args`).
 
     Raises:
       UserError: no such template, one that does not compile, or a named one for a tokenizer without EOS.
     """
+    return dataclasses.replace(_open(wanted, tokenizer, format_name, raw), args=args or {})
+
+
+def _open(wanted: str, tokenizer: PreTrainedTokenizerBase, format_name: str, raw: bool) -> Template:
     if wanted == 'auto':
         own = tokenizer.chat_template
         if isinstance(own, dict):

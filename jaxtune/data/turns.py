@@ -17,12 +17,21 @@ _OTHER = 'x'  # what another text has at its end
 
 
 class Rendered(NamedTuple):
-    """A conversation with its text, whose turns from `first` on are looked at."""
+    """A conversation with its text.
+
+    Attributes:
+      chat: the conversation.
+      prompt: with the generation prompt.
+      text: what was made of it.
+      first: turns are looked at from this one on.
+      reasoning: that of the last turn must be in the text.
+    """
 
     chat: Chat
     prompt: bool
     text: str
     first: int = 0
+    reasoning: bool = True
 
 
 def check(template: Template, rendered: Iterable[Rendered]) -> None:
@@ -49,11 +58,14 @@ def _changes(template: Template, rendering: Rendered) -> Iterator[tuple[str, Cha
     chat, last = rendering.chat, len(rendering.chat.turns) - 1
     if chat.tools and not rendering.first and template.reads_tools(chat.tools):
         yield "the record's tools", dataclasses.replace(chat, tools=_other(chat.tools))
+    if chat.documents and not rendering.first:
+        yield "the record's documents", dataclasses.replace(chat, documents=_other(chat.documents))
     for number, turn in enumerate(chat.turns[rendering.first :], rendering.first):
         if turn['role'] != 'assistant':
             continue
         changes = _of_calls(turn)
-        if number == last and turn.get(REASONING):  # of earlier turns many a template leaves it out on purpose
+        # Of earlier turns many a template leaves it out on purpose.
+        if rendering.reasoning and number == last and turn.get(REASONING):
             reasoning = dict.fromkeys((REASONING, 'thinking'), _other(turn[REASONING]))
             changes = itertools.chain(changes, [('the reasoning', turn | reasoning)])
         for what, changed in changes:

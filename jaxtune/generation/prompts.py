@@ -166,7 +166,7 @@ def _questions(spec: PromptSpec, bundle: ModelBundle, records: Records) -> list[
     chosen = list(itertools.islice(records, spec.count or None))
     counts = formats.find(chosen, spec.data.format, records.name, formats.CHATS)
     kind = next(iter(counts)) if len(counts) == 1 else ''
-    encode = Encoder(open_template(spec.data.template, bundle.tokenizer, kind, chosen), bundle.tokenizer)
+    encode = Encoder(open_template(spec.data, bundle.tokenizer, kind, chosen), bundle.tokenizer)
     shown = demonstrations(spec.data.demonstrations)
     chats = formats.read(chosen, lambda place, record: formats.chat(kind, place, record, False), records.name)
     prompts = []

@@ -97,7 +97,7 @@ def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.A
     kl = batch.get('kl', 0.0)
     losses, chosen, rejected = losses_of(settings, sums, reference, jnp.maximum(lengths, 1), weights, kl)
     chosen, rejected = jax.lax.stop_gradient((chosen, rejected))
-    paired = weights[:, 0] * weights[:, 1]
+    paired = weights.min(1)
     count = weights.sum() if settings.loss == 'kto' else paired.sum()
     metrics = {
         'accuracy': ((chosen > rejected) * paired, paired),
@@ -123,12 +123,12 @@ def losses_of(
       sums: log-probabilities `[pairs, 2]`.
       reference: the reference's.
       lengths: tokens of the answers, at least 1.
-      weights: `[pairs, 2]`, 0 where a side is missing.
+      weights: `[pairs, 2]`, 0 where a side is missing; of a pair the smaller one counts.
       kl: of `statistics`, the mean over the whole batch that KTO measures answers against.
     """
     beta, smooth = settings.beta, settings.label_smoothing
     ratios, means = sums - reference, sums / lengths
-    both = weights[:, 0] * weights[:, 1]
+    both = weights.min(1)
     chosen, rejected = ratios[:, 0], ratios[:, 1]
     rewards = beta * chosen, beta * rejected
     if settings.loss == 'sigmoid':

@@ -16,14 +16,14 @@ from jaxtune.errors import UserError
 from jaxtune.objectives import Batch, completion_mask
 
 SIDES = ('chosen', 'rejected')
-_NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, bool))
+_NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 def make_row(seq_len: int, sides: tuple[str, ...] = SIDES) -> dict[str, jax.ShapeDtypeStruct]:
     """What one row of a batch holds.
 
     For each side its tokens `[seq_len]`, `{side}_start` and `{side}_end`, between which the answer lies, and
-    `{side}_weight`, 0 where the row has no such side; and the pair's `margin`.
+    `{side}_weight`, the record's, 0 where the row has no such side; and the pair's `margin`.
     """
     fields: dict[str, tuple[tuple[int, ...], Any]] = {'margin': ((), np.float32)}
     for side in sides:
@@ -61,24 +61,30 @@ class Pairs:
         for number, side in enumerate(SIDES):
             example = self.examples[2 * index + number]
             if len(example.ids):
-                self._fill(row, side, example.ids, int(np.argmax(example.assistant_mask)))
+                start = _start(example)
+                self._fill(row, side, example.ids, start, example.assistant_mask[start])
         if self.mismatched:
-            prompt, start, _ = self._some(index)
-            answer, answer_start, _ = self._some((index + 1) % len(self))
+            prompt, start = self._some(index)
+            answer, answer_start = self._some((index + 1) % len(self))
             ids = np.concatenate([prompt[:start], answer[answer_start:]])[: self.seq_len]
-            self._fill(row, 'mismatched', ids, start)
+            self._fill(row, 'mismatched', ids, start, 1.0)
         return row | {name: np.asarray(values[index]) for name, values in self.more.items()}
 
-    def _some(self, index: int) -> tuple[np.ndarray, int, int]:
-        """Ids and the answer's bounds of a pair's chosen side, or its only one."""
+    def _some(self, index: int) -> tuple[np.ndarray, int]:
+        """Ids of a pair's chosen side, or its only one, and where the answer begins."""
         example = next(example for number in (0, 1) if len((example := self.examples[2 * index + number]).ids))
-        return example.ids, int(np.argmax(example.assistant_mask)), len(example.ids)
+        return example.ids, _start(example)
 
-    def _fill(self, row: Row, side: str, ids: np.ndarray, start: int) -> None:
+    def _fill(self, row: Row, side: str, ids: np.ndarray, start: int, weight: float) -> None:
         row[side][: len(ids)] = ids
         row[f'{side}_start'] += start
         row[f'{side}_end'] += len(ids)
-        row[f'{side}_weight'] += 1
+        row[f'{side}_weight'] += weight
+
+
+def _start(example: Encoded) -> int:
+    """Where the answer begins."""
+    return int(np.flatnonzero(example.assistant_mask)[0])
 
 
 def dataset(
@@ -109,7 +115,7 @@ def dataset(
 
 
 def _encode(seq_len: int, source: Source, pairs: list[tuple[str, formats.Preference]], title: str) -> Examples:
-    encode, chats = source.encoder(last=True), []
+    encode, chats = source.encoder('last'), []
     same = [place for place, pair in pairs if pair.chosen == pair.rejected]
     pairs = [(place, pair) for place, pair in pairs if pair.chosen != pair.rejected]
     for place, pair in pairs:
@@ -121,7 +127,7 @@ def _encode(seq_len: int, source: Source, pairs: list[tuple[str, formats.Prefere
     encoded, notes = encode_all(chats, encode, seq_len, title)
     encodings, kept, margins, alike, without = iter(encoded), [], [], [], 0
     for place, pair in pairs:
-        sides = [None if chat is None else next(encodings) for chat in (pair.chosen, pair.rejected)]
+        sides = [None if chat is None else next(iter(next(encodings)), None) for chat in (pair.chosen, pair.rejected)]
         wanted = sum(chat is not None for chat in (pair.chosen, pair.rejected))
         ids = [side.ids for side in sides if side is not None]
         if len(ids) < wanted:
@@ -132,6 +138,11 @@ def _encode(seq_len: int, source: Source, pairs: list[tuple[str, formats.Prefere
             continue
         kept += [_NOTHING if side is None else side for side in sides]
         margins.append(pair.margin)
+    before = [place for place, pair in pairs if pair.chosen and pair.rejected and _prompts_differ(pair)]
+    if before:
+        notes.append(
+            f'{len(before):,} pairs differ before their last answers, which alone are compared, first {before[0]}'
+        )
     if same:
         notes.append(f'{len(same):,} pairs are left out: chosen and rejected are the same, first {same[0]}')
     if alike:
@@ -145,6 +156,12 @@ def _encode(seq_len: int, source: Source, pairs: list[tuple[str, formats.Prefere
             'expected a larger one'
         )
     return Examples.of(kept, {'margin': np.asarray(margins, np.float32)}, notes)
+
+
+def _prompts_differ(pair: formats.Preference) -> bool:
+    assert pair.chosen is not None
+    assert pair.rejected is not None
+    return pair.chosen.turns[:-1] != pair.rejected.turns[:-1]
 
 
 def stacked(batch: Batch, sides: tuple[str, ...]) -> dict[str, jax.Array]:

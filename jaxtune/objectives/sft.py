@@ -3,6 +3,7 @@
 Only the tokens that the assistant writes are scored, with the one that ends its turn.
 """
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -34,9 +35,9 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
             source.records, lambda place, record: formats.chat(source.format, place, record), source.records.name
         )
         chats = [(place, source.prepared(chat)) for place, chat in chats]
-        encode = source.encoder(settings.train_on == 'last')
+        encode = source.encoder(settings.train_on)
         encoded, notes = encode_all(chats, encode, data.seq_len, f'tokenise data.{split}')
-        return Examples.of((one for one in encoded if one is not None), notes=notes)
+        return Examples.of(itertools.chain.from_iterable(encoded), notes=notes)
 
     key = ['sft', settings.train_on, data.seq_len]
     examples = source.cached(cache, f'data.{split}', key, build)

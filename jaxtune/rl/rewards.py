@@ -162,9 +162,10 @@ class ByModel:
         chat = Chat((*turns, {'role': 'assistant', 'content': completion}), raw=raw)
         if raw not in self._encoders:
             template = open_template('auto', self.tokenizer, 'preference', raw)
-            self._encoders[raw] = Encoder(template, self.tokenizer, last=True)
+            self._encoders[raw] = Encoder(template, self.tokenizer, 'last')
         try:
-            ids = self._encoders[raw](chat).ids.tolist()
+            (encoded,) = self._encoders[raw](chat)
+            ids = encoded.ids.tolist()
         except FormatError as error:
             raise UserError(
                 f'rl.reward: the reward model cannot read an answer to {prompt.text!r:.60}: {error}'

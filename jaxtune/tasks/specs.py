@@ -25,6 +25,7 @@ def data_spec(config: Settings, **changes: Any) -> DataSpec:
     data = config.data
     same = ('train', 'eval', 'format', 'template', 'seq_len', 'target_len', 'packing', 'append_eos')
     values = {name: data[name] for name in (*same, 'text_key', 'source_key', 'target_key')}
+    values['template_args'] = data.template_args.to_dict()
     values |= {'system': config.sft.system, 'demonstrations': config.sft.demonstrations, 'seed': config.seed}
     values |= {'labels_of': config.model.path, 'default_labels': ('0', '1') if config.task == 'compile' else ()}
     return DataSpec(**(values | changes))

@@ -53,8 +53,10 @@ def spaced() -> PreTrainedTokenizerFast:
 
 def runs(tokenizer, encoded) -> list[tuple[str, bool]]:
     """Runs of tokens that are trained or not, as text."""
+    if isinstance(encoded, list):
+        (encoded,) = encoded  # in one row
     found: list[tuple[list[int], bool]] = []
-    for token, trained in zip(encoded.ids.tolist(), encoded.assistant_mask.tolist(), strict=True):
+    for token, trained in zip(encoded.ids.tolist(), (encoded.assistant_mask > 0).tolist(), strict=True):
         if not found or found[-1][1] != trained:
             found.append(([], trained))
         found[-1][0].append(token)
@@ -165,7 +167,7 @@ def test_answers_and_their_ends_are_trained_and_nothing_else(name, own_end):
         wanted = [(text, bool(i % 2)) for i, text in enumerate(texts)]
         assert runs(tokenizer, Encoder(template, tokenizer)(Chat(turns))) == wanted
         last = [(''.join(text for text, _ in wanted[:-1]), False), wanted[-1]]
-        assert runs(tokenizer, Encoder(template, tokenizer, last=True)(Chat(turns))) == last
+        assert runs(tokenizer, Encoder(template, tokenizer, 'last')(Chat(turns))) == last
 
 
 def _fill(text: str, begin: str, end: str) -> str:
@@ -221,17 +223,17 @@ def test_tokens_never_lie_across_the_border(prompt, completion, ids):
     tokenizer = byte_level(pad='<eos>')
     chat = formats.chat('prompt', 'here', {'prompt': prompt, 'completion': completion})
     template = open_template('auto', tokenizer, raw=chat.raw)
-    found = Encoder(template, tokenizer)(chat)
+    (found,) = Encoder(template, tokenizer)(chat)
     names = tokenizer.convert_ids_to_tokens(found.ids.tolist())
     assert [('*' if trained else '') + name for name, trained in zip(names, found.assistant_mask, strict=True)] == ids
     # What the model reads before it answers is what it will be given.
-    assert found.ids[~found.assistant_mask].tolist() == tokenizer(prompt).input_ids
+    assert found.ids[found.assistant_mask == 0].tolist() == tokenizer(prompt).input_ids
 
 
 def test_a_tokenizer_that_begins_texts_with_a_space_keeps_its_ids():
     tokenizer = spaced()
     chat = formats.chat('prompt', 'here', {'prompt': 'Answer: ', 'completion': 'yes'})
-    found = Encoder(open_template('plain', tokenizer), tokenizer)(chat)
+    (found,) = Encoder(open_template('plain', tokenizer), tokenizer)(chat)
     names = tokenizer.convert_ids_to_tokens(found.ids.tolist())
     assert ''.join(names) == '▁Answer:▁yes</s>'
     assert [name for name, trained in zip(names, found.assistant_mask, strict=True) if trained] == [
@@ -254,19 +256,19 @@ MARKED = REWRITES.replace("{{ '<a>(thinks) '", "{{ '<a>' }}{% generation %}{{ '(
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_unless_it_marks_them():
+@pytest.mark.parametrize('source', [REWRITES, MARKED], ids=['not marked', 'marked'])
+def test_where_a_template_rewrites_its_past_each_answer_is_a_row_of_its_own(source):
     tokenizer, chat = byte_level(), Chat(FOUR[1:])
-    encode = Encoder(open_template(REWRITES, tokenizer), tokenizer)
-    with pytest.raises(UserError, match=r'the given template rewrites earlier text when it comes to turn 4'):
-        encode(chat)
-    last = Encoder(open_template(REWRITES, tokenizer), tokenizer, last=True)(chat)
-    assert runs(tokenizer, last)[-1] == ('(thinks) 4<eos>', True)
-    marked = open_template(MARKED, tokenizer)
-    assert marked.marks
-    assert [text for text, trained in runs(tokenizer, Encoder(marked, tokenizer)(chat)) if trained] == [
-        ' yes 你好<eos>',
-        '(thinks) 4<eos>',
+    template = open_template(source, tokenizer)
+    assert template.marks == (source == MARKED)
+    first, second = Encoder(template, tokenizer)(chat)
+    assert runs(tokenizer, first) == [('<u>2+2? 你<a>', False), ('(thinks)  yes 你好<eos>', True)]
+    # What the second answer is asked after holds the first as the template shows it then.
+    assert runs(tokenizer, second) == [
+        ('<u>2+2? 你<a> yes 你好<eos><u>Hm<a>', False),
+        ('(thinks) 4<eos>', True),
     ]
+    assert runs(tokenizer, Encoder(template, tokenizer, 'last')(chat)) == runs(tokenizer, second)
 
 
 def test_a_template_without_a_generation_prompt_is_refused():
@@ -318,11 +320,13 @@ def test_real_conversations_train_their_answers(shared, name):
     encode = Encoder(open_template('chatml', tokenizer), tokenizer)
     for line in lines:
         chat = formats.chat(kind, 'here', json.loads(line))
-        found = encode(chat)
+        (found,) = encode(chat)
         answers = [turn['content'] for turn in chat.turns if turn['role'] == 'assistant']
-        trained = tokenizer.decode(found.ids[found.assistant_mask].tolist())
+        trained = tokenizer.decode(found.ids[found.assistant_mask > 0].tolist())
         assert trained == ''.join(answer + '<|endoftext|>' for answer in answers)
-        assert tokenizer.decode(found.ids.tolist()) == encode.text(chat)[0]
+        last = max(i for i, turn in enumerate(chat.turns) if turn['role'] == 'assistant')
+        text = encode.template.render(chat.before(last + 1))
+        assert tokenizer.decode(found.ids.tolist()) == text.removesuffix('\n')
         assert not np.any(found.assistant_mask[:3])
 
 
@@ -357,8 +361,8 @@ def test_marks_are_taken_as_transformers_takes_them():
     theirs = tokenizer.apply_chat_template(
         list(FOUR), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    found = Encoder(open_template('auto', tokenizer), tokenizer)(Chat(FOUR))
+    (found,) = Encoder(open_template('auto', tokenizer), tokenizer)(Chat(FOUR))
     assert found.ids.tolist() == theirs['input_ids']
     assert found.assistant_mask.astype(int).tolist() == theirs['assistant_masks']
-    last = runs(tokenizer, Encoder(open_template('auto', tokenizer), tokenizer, last=True)(Chat(FOUR)))
+    last = runs(tokenizer, Encoder(open_template('auto', tokenizer), tokenizer, 'last')(Chat(FOUR)))
     assert [text for text, trained in last if trained] == ['\n4<|im_end|>\n']

@@ -8,6 +8,7 @@ from test_spans import byte_level, runs
 
 from jaxtune.data import formats
 from jaxtune.data.formats import Chat, FormatError
+from jaxtune.data.served import Reader
 from jaxtune.data.spans import Encoder, end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
@@ -54,7 +55,7 @@ def test_a_hostile_template_ends_in_one_line(source):
     assert HOSTILE[source] in str(caught.value)
     assert '\n' not in str(caught.value)
     # The next template is served all the same.
-    assert Encoder(open_template('chatml', byte_level()), byte_level())(CHAT).assistant_mask.any()
+    assert Encoder(open_template('chatml', byte_level()), byte_level())(CHAT)[0].assistant_mask.any()
 
 
 @pytest.mark.parametrize('template', [5, True, {'default': 5}])
@@ -89,7 +90,8 @@ def test_a_template_sees_what_transformers_shows_it(name):
     tokenizer.chat_template = READS
     theirs = tokenizer.apply_chat_template(record['messages'], tools=record.get('tools'), tokenize=False)
     chat = formats.chat('messages', 'here', record)
-    ours = Encoder(open_template('auto', tokenizer), tokenizer).text(chat)[0]
+    (answer,) = next(Reader(open_template('auto', tokenizer), tokenizer).answers([(chat, [1])]))
+    ours = answer.prompt + answer.written
     assert ours == theirs
     assert ours.endswith('<|end|>')
 
@@ -124,7 +126,7 @@ def test_a_template_that_leaves_something_out_is_refused_by_its_name(what):
     )
     turns = [USER, {'role': 'assistant'} | answer]
     chat = formats.chat('messages', 'here', {'messages': turns, 'tools': [TOOL]})
-    assert whole(chat).assistant_mask.any()
+    assert whole(chat)[0].assistant_mask.any()
     with pytest.raises(FormatError, match=f'the given template does not write {what}'):
         without(chat)
     asked = formats.chat('messages', 'here', {'messages': [*turns, USER], 'tools': [TOOL]}, answered=False)
@@ -138,12 +140,12 @@ def test_a_template_that_leaves_something_out_is_refused_by_its_name(what):
 
 def test_the_whole_answer_must_be_written():
     """Not its last letters alone, nor letters that the template has anyway."""
-    thinks = READS.replace('m.content }}', "m.content.split('</think>')[-1] }}")
+    shortens = READS.replace('m.content }}', "m.content.split('.')[0] }}")
     tokenizer = byte_level('<|end|>')
-    for source, content in ((thinks, '<think>Long thoughts.</think>Yes.'), (READS.replace('m.content', "''"), 'end')):
+    for source, content in ((shortens, 'Yes. No'), (READS.replace('m.content', "''"), 'end')):
         with pytest.raises(UserError, match=f'does not write the answer of turn 2, {content!r}'):
             Encoder(open_template(source, tokenizer), tokenizer)(Chat((USER, ANSWER | {'content': content})))
-    Encoder(open_template(thinks, tokenizer), tokenizer)(Chat((USER, ANSWER)))
+    Encoder(open_template(shortens, tokenizer), tokenizer)(Chat((USER, ANSWER)))
 
 
 # Phi-3's: an EOS after the last turn only.
@@ -171,8 +173,9 @@ def test_no_answer_is_taken_for_its_end(answer):
         expected = [(head, False), (answer + end, True), (between, False), (answer + end, True)]
         assert runs(tokenizer, Encoder(template, tokenizer)(Chat(turns))) == expected
         assert tokenizer.convert_ids_to_tokens(end_of_turn(template, tokenizer)) == end
-    bare = runs(tokenizer, Encoder(open_template(BARE, tokenizer), tokenizer)(Chat(turns)))
-    assert bare[-1] == (f'{answer}\n<eos>', True)
+    # Where no token ends a turn, EOS does: no text goes on after it.
+    for row in Encoder(open_template(BARE, tokenizer), tokenizer)(Chat(turns)):
+        assert runs(tokenizer, row)[-1] == (f'{answer}\n<eos>', True)
 
 
 def test_calls_with_special_tokens_are_part_of_the_answer():
@@ -198,7 +201,7 @@ def test_marks_train_the_end_of_the_turn_wherever_it_stands(inside):
     turns = Chat((USER, ANSWER, {'role': 'user', 'content': 'e'}, ANSWER | {'content': 'e'}))
     encode = Encoder(open_template(source, tokenizer), tokenizer)
     assert [text for text, trained in runs(tokenizer, encode(turns)) if trained] == ['Hello<|im_end|>', 'e<|im_end|>']
-    for only in (Encoder(encode.template, tokenizer, last=True), Encoder(encode.template, tokenizer, skip=2)):
+    for only in (Encoder(encode.template, tokenizer, 'last'), Encoder(encode.template, tokenizer, skip=2)):
         assert [text for text, trained in runs(tokenizer, only(turns)) if trained] == ['e<|im_end|>']
 
 
@@ -216,10 +219,8 @@ def test_published_templates_train_what_their_marked_forms_do():
         texts = [path.read_text() for path in pair]
         marks = set(re.findall(r'<\|?[\w]+\|?>', ''.join(texts)))
         tokenizer = byte_level(*sorted(marks), bos='<bos>')
-        plain, marked = (
-            Encoder(open_template(text, tokenizer), tokenizer, last=True).text(Chat(turns)) for text in texts
-        )
-        trained = ''.join(plain[0][low:high] for low, high in plain[1])
-        wanted = ''.join(marked[0][low:high] for low, high in marked[1])
+        readers = (Reader(open_template(text, tokenizer), tokenizer) for text in texts)
+        answers = (next(reader.answers([(Chat(turns), [3])]))[0] for reader in readers)
+        trained, wanted = (''.join(one.written[low:high] for low, high in one.spans) for one in answers)
         assert wanted.strip().endswith(trained.strip()), pair
         assert 'end' in trained, pair

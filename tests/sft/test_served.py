@@ -1,0 +1,208 @@
+"""Conversations are trained as they are served, with templates of the structure of published ones."""
+
+import json
+
+import numpy as np
+import pytest
+from published import PUBLISHED
+from test_spans import byte_level, runs
+
+from jaxtune.data import formats
+from jaxtune.data.formats import FormatError
+from jaxtune.data.spans import Encoder
+from jaxtune.data.templates import open_template
+from jaxtune.errors import UserError
+
+SYSTEM = {'role': 'system', 'content': 'Be kind.'}
+TOOL = {'type': 'function', 'function': {'name': 'weather', 'parameters': {'type': 'object'}}}
+CALL = {'type': 'function', 'function': {'name': 'weather', 'arguments': {'city': 'Zürich'}}}
+
+
+def ask(content):
+    return {'role': 'user', 'content': content}
+
+
+def say(content, **more):
+    return {'role': 'assistant', 'content': content, **more}
+
+
+THREE = [ask('Hi?'), say('Hello'), ask('And 2+2?'), say(' 4 '), ask('Thanks'), say('yes\n你好')]
+THOUGHTS = [turn | {'reasoning_content': 'Let me see.'} if turn['role'] == 'assistant' else turn for turn in THREE]
+CASES = {
+    'one exchange': {'messages': THREE[:2]},
+    'three exchanges': {'messages': THREE},
+    'system': {'messages': [SYSTEM, *THREE]},
+    'tools': {
+        'messages': [ask('Rain?'), say('', tool_calls=[CALL]), {'role': 'tool', 'content': '21'}, say('Dry'), *THREE],
+        'tools': [TOOL],
+    },
+    'thinking in history': {'messages': [*THOUGHTS[:4], *THREE[4:]]},
+    'thinking last': {'messages': [*THREE[:4], *THOUGHTS[4:]]},
+    'thinking always': {'messages': THOUGHTS},
+    'thinking in the text': {
+        'messages': [say(f'<think>\nHm.\n</think>\n\n{m["content"]}') if m['role'] == 'assistant' else m for m in THREE]
+    },
+    'empty content': {'messages': [*THREE[:3], say(''), *THREE[4:]]},
+}
+THINKS = ('thinking in history', 'thinking last', 'thinking always')
+CLOSED = ('qwen3, no thinking', 'qwen3.5, no thinking', 'smollm3, no thinking')
+UNTHINKING = (
+    'llama3', 'qwen2.5', 'mistral v0.3', 'mistral tekken', 'gemma', 'gemma3', 'phi3', 'phi4', 'deepseek r1, first',
+    'command-r', 'glm-4', 'smollm3',
+)  # fmt: skip
+# (template, case) -> what the refusal says beside the turn, where the two do not go together.
+REFUSED = (
+    {(name, case): 'does not write the reasoning of turn' for name in UNTHINKING for case in THINKS}
+    | {(name, case): 'after another text than the model reads' for name in CLOSED[:2] for case in (*THINKS, 'thinking in the text')}
+    | {(CLOSED[2], case): 'does not write the reasoning of turn' for case in THINKS}
+    | {(name, case): 'holds no reasoning' for name in ('qwen3.5', 'deepseek r1') for case in CASES if 'always' not in case and 'text' not in case}
+    | {
+        ('gemma', 'system'): 'System role not supported',
+        ('gemma', 'tools'): 'does not write the',
+        ('gemma3', 'tools'): 'does not write the',
+        ('phi3', 'tools'): 'does not write the',
+        ('command-r', 'tools'): 'does not write the',
+        ('smollm3', 'tools'): 'does not write the',
+        ('smollm3, no thinking', 'tools'): 'does not write the',
+        ('phi4', 'tools'): "does not write the record's tools",
+        ('deepseek r1, first', 'tools'): "does not write the record's tools",
+    }
+)  # fmt: skip
+
+
+def tokenizer_of(published):
+    tokenizer = byte_level(*published.tokens, eos=published.eos, pad='<pad>', bos=published.bos)
+    tokenizer.chat_template = published.source
+    return tokenizer
+
+
+def served(tokenizer, record, number, args):
+    """What `transformers` hands to a model that is asked for a turn, as text and ids."""
+    turns = []
+    for turn in record['messages'][:number]:
+        thought = turn.get('reasoning_content')
+        turns.append(turn if thought is None else turn | {'thinking': thought})
+    given = {'tools': record.get('tools'), 'add_generation_prompt': True, **args}
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **given)
+    return text, tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **given)['input_ids']
+
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_what_stands_before_an_answer_is_what_is_served(name, case):
+    published, record = PUBLISHED[name], CASES[case]
+    tokenizer, args = tokenizer_of(published), dict(published.args)
+    template = open_template('auto', tokenizer, args=args)
+    chat = formats.chat('messages', 'here', json.loads(json.dumps(record)))
+    encode = Encoder(template, tokenizer)
+    if (name, case) in REFUSED:
+        with pytest.raises((UserError, FormatError)) as caught:
+            encode(chat)
+        assert REFUSED[name, case] in str(caught.value)
+        assert 'turn' in str(caught.value) or 'record' in str(caught.value)
+        assert '\n' not in str(caught.value)
+        return
+    rows = encode(chat)
+    answers = [i for i, turn in enumerate(record['messages']) if turn['role'] == 'assistant']
+    trained = []
+    for row in rows:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.assistant_mask > 0, [0]])))
+        trained += [(row, *pair) for pair in edges.reshape(-1, 2).tolist()]
+    assert len(trained) == len(answers)
+    for number, (row, start, end) in zip(answers, trained, strict=True):
+        text, ids = served(tokenizer, record, number, args)
+        assert row.ids[:start].tolist() == ids
+        written, turn = tokenizer.decode(row.ids[start:end].tolist()), record['messages'][number]
+        assert ''.join(turn['content'].split()).removeprefix('<think>') in ''.join(written.split())
+        assert ('Let me see.' in written) == ('reasoning_content' in turn)
+        assert ('weather' in written) == ('tool_calls' in turn)
+        assert written.endswith((*published.tokens, published.eos))
+        assert '<think>\n\n</think>' not in written
+        # One turn's: no header of a turn, neither its own nor the next one's.
+        assert not any(
+            mark in written for mark in ('im_start', 'header_id', '<|user|>', '<start_of_turn>', '[INST]', '<|START|>')
+        )
+        assert text + written.rstrip() in tokenizer.decode(row.ids[:end].tolist()) + '\n'
+
+
+def test_three_exchanges_of_a_template_that_drops_thinking():
+    tokenizer = tokenizer_of(PUBLISHED['qwen3'])
+    plain = Encoder(open_template('auto', tokenizer), tokenizer)(formats.chat('messages', '', CASES['three exchanges']))
+    (row,) = plain  # nothing is rewritten once the empty block is not taken for an answer
+    assert [text for text, trained in runs(tokenizer, row) if trained] == [
+        'Hello<|im_end|>', ' 4 <|im_end|>', 'yes\n你好<|im_end|>',
+    ]  # fmt: skip
+    thinking = Encoder(open_template('auto', tokenizer), tokenizer)(
+        formats.chat('messages', '', CASES['thinking always'])
+    )
+    assert len(thinking) == 3
+    assert [runs(tokenizer, row)[-1][0] for row in thinking] == [
+        f'<think>\nLet me see.\n</think>\n\n{answer}<|im_end|>' for answer in ('Hello', ' 4 ', 'yes\n你好')
+    ]
+    assert 'Let me see.' not in runs(tokenizer, thinking[-1])[0][0]
+
+
+def test_weights_of_turns_and_records_reach_the_tokens():
+    tokenizer = tokenizer_of(PUBLISHED['qwen2.5'])
+    turns = [*THREE[:1], say('Hello', weight=0.5), THREE[2], say('4', train=False), THREE[4], say('yes', train=True)]
+    template = open_template('auto', tokenizer)
+    chat = formats.chat('messages', 'here', {'messages': turns, 'weight': 3})
+
+    def weighed(train_on):
+        (row,) = Encoder(template, tokenizer, train_on)(chat)
+        places = np.flatnonzero(row.assistant_mask)
+        return {
+            weight: tokenizer.decode(row.ids[places[row.assistant_mask[places] == weight]].tolist())
+            for weight in np.unique(row.assistant_mask[places]).tolist()
+        }
+
+    assert weighed('all') == {1.5: 'Hello<|im_end|>', 3.0: 'yes<|im_end|>'}
+    assert weighed('marked') == {3.0: 'yes<|im_end|>'}
+    assert weighed('last') == {3.0: 'yes<|im_end|>'}
+    assert 'weight' not in template.render(chat)
+    assert Encoder(template, tokenizer, 'marked')(formats.chat('messages', 'here', {'messages': THREE})) == []
+
+
+CALLERS = {
+    'a mapping is wanted': "{% for name, value in call.function.arguments | items %}{{ name + '=' + value }}{% endfor %}",
+    'a mapping is written as JSON': '{{ call.function.arguments | tojson }}',
+    'a text is wanted': "{{ '>' + call.function.arguments }}",
+    'a text is written': '{{ call.function.arguments }}',
+}
+
+
+@pytest.mark.parametrize('wanted', CALLERS)
+def test_arguments_of_calls_come_as_a_template_takes_them(wanted):
+    source = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.name + '(' }}" + CALLERS[wanted] + "{{ ')' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = byte_level('<|im_start|>', '<|im_end|>')
+    encode = Encoder(open_template(source, tokenizer), tokenizer)
+    written = set()
+    for arguments in ({'city': 'Zürich'}, '{"city": "Zürich"}'):
+        call = {'function': {'name': 'weather', 'arguments': arguments}}
+        (row,) = encode(formats.chat('messages', 'here', {'messages': [ask('Rain?'), say('', tool_calls=[call])]}))
+        written.add(runs(tokenizer, row)[-1][0])
+    shown = 'city=Zürich' if wanted == 'a mapping is wanted' else '{"city": "Zürich"}'
+    (text,) = written
+    assert text.removeprefix('weather(').removeprefix('>') == f'{shown})<|im_end|>'
+
+
+def test_documents_and_arguments_of_a_template():
+    source = (
+        "{{ style }}{% for d in documents or [] %}{{ '[' + d.title + ']' }}{% endfor %}" + PUBLISHED['qwen2.5'].source
+    )
+    tokenizer = byte_level('<|im_start|>', '<|im_end|>')
+    template = open_template(source, tokenizer, args={'style': 'terse ', 'documents': [{'title': 'Given'}]})
+    record = {'messages': THREE[:2]}
+    for more, expected in (
+        ({}, 'terse [Given]'),
+        ({'documents': [{'title': 'Own'}], 'chat_template_kwargs': {'style': 'long '}}, 'long [Own]'),
+    ):
+        text, _ = Encoder(template, tokenizer).prompt(formats.chat('messages', 'here', record | more))
+        assert text.startswith(expected + '<|im_start|>')
+    deaf = Encoder(open_template(PUBLISHED['qwen2.5'].source, tokenizer), tokenizer)
+    with pytest.raises(FormatError, match="does not write the record's documents"):
+        deaf(formats.chat('messages', 'here', record | {'documents': [{'title': 'Own'}]}))
