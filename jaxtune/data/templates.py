@@ -253,6 +253,8 @@ def open_template(
     Raises:
       UserError: no such template, one that does not compile, or a named one for a tokenizer without EOS.
     """
+    if taken := sorted({'messages', 'add_generation_prompt'} & set(args or {})):
+        raise UserError(f'data.template_args.{taken[0]}: expected another name: the template is given this one anyway')
     return dataclasses.replace(_open(wanted, tokenizer, format_name, raw), args=args or {})
 
 

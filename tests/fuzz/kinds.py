@@ -28,7 +28,9 @@ _INNER = {
         'num_hidden_layers', 'rope_theta', 'intermediate_size',
     ),
     'data.sources': ('web', 'a.path', 'a.kind', 'a.weight', 'a', '../x', 'a b'),
+    'data.template_args': ('enable_thinking', 'tools', 'documents', 'messages', 'date_string', 'a b'),
 }  # fmt: skip
+_NAMES = ('a', 'b', 'a.b', 'name', '__class__')
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def recipe(made: Made, rng: Rng, folder: Path) -> Case:
     for _ in range(rng.choice((1, 1, 2, 3))):
         key = rng.choice(list(SCHEMA))
         if isinstance(SCHEMA[key], OpenSubtree) and rng.random() < 0.8:
-            key = f'{key}.{rng.choice(_INNER[key])}'
+            key = f'{key}.{rng.choice(_INNER.get(key, _NAMES))}'
         elif rng.random() < 0.06:
             key = rng.choice((key + 'x', key.split('.')[0], 'x.' + key, key + '.x', '__class__', 'stages'))
         if rng.random() < 0.3:
