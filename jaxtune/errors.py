@@ -27,7 +27,10 @@ def shown(value: Any) -> str:
 
 def reason(error: BaseException) -> str:
     """The type and the message of an exception, on one line."""
-    text = ' '.join(str(error).split())
+    try:
+        text = ' '.join(str(error).split())
+    except Exception:  # a foreign __str__ may raise anything
+        text = ''
     return _cut(f'{type(error).__name__}: {text}' if text else type(error).__name__)
 
 
@@ -39,8 +42,8 @@ def out_of_memory(error: BaseException) -> str:
     """The message for an error that means out of memory, of the host or a device; '' for other errors."""
     seen = error
     while seen is not None:
-        text = str(seen)
-        refused = type(seen).__name__ in ('JaxRuntimeError', 'XlaRuntimeError') and 'RESOURCE_EXHAUSTED' in text
+        known = type(seen).__name__ in ('JaxRuntimeError', 'XlaRuntimeError')
+        refused = known and 'RESOURCE_EXHAUSTED' in str(seen)
         if refused or isinstance(seen, MemoryError) or getattr(seen, 'errno', None) == errno.ENOMEM:
             return (
                 f'out of memory ({reason(seen)}): expected smaller sizes (train.batch_size, eval.batch_size, '

@@ -5,6 +5,7 @@ Nothing of the program is changed for it: a child calls `jaxtune.main.main` with
 
 import contextlib
 import dataclasses
+import gc
 import os
 import pathlib
 import pkgutil
@@ -69,6 +70,9 @@ def preload() -> None:
 
     for kind in ('llama', 'qwen2', 'gpt2', 'bert', 't5'):
         CONFIG_MAPPING[kind]  # imported when it is asked for
+    # A child's collections of garbage would copy every page that it shares.
+    gc.collect()
+    gc.freeze()
 
 
 def run(

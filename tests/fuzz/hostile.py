@@ -1,5 +1,6 @@
 """What somebody hostile, or a broken tool, hands in: chat templates, reward functions, raw documents, XML."""
 
+import functools
 import gzip
 import io
 import random
@@ -90,6 +91,13 @@ def _warc(length: bytes, kind: bytes = b'text/html', body: bytes = b'<html><p>so
     return head + b'Content-Length: %s\r\n\r\n%s\r\n\r\n' % (length or b'%d' % len(inner), inner)
 
 
+@functools.cache
+def _large(kind: str, head: bytes, size: int) -> bytes:
+    """A small file that unpacks to a text of `size` bytes."""
+    text = head + b'x' * size
+    return _epub(text) if kind == 'epub' else gzip.compress(text)
+
+
 def xml(rng: random.Random) -> tuple[str, bytes]:
     """A file of XML or HTML, by its name and content."""
     return rng.choice(
@@ -108,7 +116,7 @@ def xml(rng: random.Random) -> tuple[str, bytes]:
             ('data.xml', _PAGE % (b'<![CDATA[' + b'x' * 5000 + b']]>')),
             ('a.epub', _epub(b'<html><p>A book of text.</p></html>')),
             ('entities.epub', _epub(b'<p>x</p>', _ENTITIES)),
-            ('large.epub', _epub(b'<p>' + b'x' * 80_000_000)),
+            ('large.epub', _large('epub', b'<p>', 80_000_000)),
             ('outside.epub', _epub(b'<p>x</p>', href=b'../../etc/passwd')),
             ('open.epub', _epub(b'<p>' + b'<b> </b>' * 20_000)),
             ('empty.epub', _zip({})),
@@ -176,8 +184,8 @@ def document(rng: random.Random) -> tuple[str, bytes]:
             ('a.jsonl.bz2', b'BZh9'),
             ('a.jsonl.xz', b'\xfd7zXZ'),
             ('a.jsonl.zst', b'\x28\xb5\x2f\xfd'),
-            ('large.txt.gz', gzip.compress(b'x' * 50_000_000)),
-            ('large.jsonl.gz', gzip.compress(b'{"text": "' + b'x' * 50_000_000)),
-            ('large.xml.gz', gzip.compress(b'<page><title>T</title><text>' + b'x' * 50_000_000)),
+            ('large.txt.gz', _large('gz', b'', 50_000_000)),
+            ('large.jsonl.gz', _large('gz', b'{"text": "', 50_000_000)),
+            ('large.xml.gz', _large('gz', b'<page><title>T</title><text>', 50_000_000)),
         )
     )

@@ -54,6 +54,14 @@ def nothing(completions, **rest):
     pass
 
 
+def speechless(prompts, completions):
+    class Bad(Exception):
+        def __str__(self):
+            raise ValueError
+
+    raise Bad
+
+
 def raises(completions, **rest):
     raise KeyboardInterrupt
 """
@@ -85,6 +93,7 @@ def test_it_keeps_what_it_remembers_and_prints_where_the_run_prints(opened, capf
         ('asks', r'mine.py:\d+: EOFError'),
         ('nothing', 'TypeError'),
         ('raises', r'mine.py:\d+: KeyboardInterrupt'),
+        ('speechless', r'mine.py:\d+: Bad'),
     ],
 )
 def test_what_it_does_instead_of_returning_numbers_is_said(opened, name, said):

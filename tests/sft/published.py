@@ -3,6 +3,7 @@
 Each has what makes its model's template hard: what it does to turns that lie in the past, where thinking goes, where
 the system prompt and the tools are put, how calls are written, what ends a turn.
 """
+# ruff: noqa: E501  # a template is read as it stands
 
 import dataclasses
 

@@ -51,23 +51,16 @@ UNTHINKING = (
     'command-r', 'glm-4', 'smollm3',
 )  # fmt: skip
 # (template, case) -> what the refusal says beside the turn, where the two do not go together.
-REFUSED = (
-    {(name, case): 'does not write the reasoning of turn' for name in UNTHINKING for case in THINKS}
-    | {(name, case): 'after another text than the model reads' for name in CLOSED[:2] for case in (*THINKS, 'thinking in the text')}
-    | {(CLOSED[2], case): 'does not write the reasoning of turn' for case in THINKS}
-    | {(name, case): 'holds no reasoning' for name in ('qwen3.5', 'deepseek r1') for case in CASES if 'always' not in case and 'text' not in case}
-    | {
-        ('gemma', 'system'): 'System role not supported',
-        ('gemma', 'tools'): 'does not write the',
-        ('gemma3', 'tools'): 'does not write the',
-        ('phi3', 'tools'): 'does not write the',
-        ('command-r', 'tools'): 'does not write the',
-        ('smollm3', 'tools'): 'does not write the',
-        ('smollm3, no thinking', 'tools'): 'does not write the',
-        ('phi4', 'tools'): "does not write the record's tools",
-        ('deepseek r1, first', 'tools'): "does not write the record's tools",
-    }
-)  # fmt: skip
+OPEN = ('qwen3.5', 'deepseek r1')  # they ask for thinking
+HARMLESS = ('thinking always', 'thinking in the text')
+REFUSED = {
+    **{(name, case): 'does not write the reasoning of turn' for name in (*UNTHINKING, CLOSED[2]) for case in THINKS},
+    **{(name, case): 'after another text than' for name in CLOSED[:2] for case in (*THINKS, 'thinking in the text')},
+    **{(name, case): 'holds no reasoning' for name in OPEN for case in CASES if case not in HARMLESS},
+    ('gemma', 'system'): 'System role not supported',
+    **{(name, 'tools'): 'does not write the' for name in ('gemma', 'gemma3', 'phi3', 'phi4', 'command-r')},
+    **{(name, 'tools'): 'does not write the' for name in ('smollm3', 'smollm3, no thinking', 'deepseek r1, first')},
+}
 
 
 def tokenizer_of(published):
@@ -164,7 +157,7 @@ def test_weights_of_turns_and_records_reach_the_tokens():
 
 
 CALLERS = {
-    'a mapping is wanted': "{% for name, value in call.function.arguments | items %}{{ name + '=' + value }}{% endfor %}",
+    'a mapping is wanted': "{% for k, v in call.function.arguments | items %}{{ k + '=' + v }}{% endfor %}",
     'a mapping is written as JSON': '{{ call.function.arguments | tojson }}',
     'a text is wanted': "{{ '>' + call.function.arguments }}",
     'a text is written': '{{ call.function.arguments }}',
