@@ -9,15 +9,17 @@ import tempfile
 import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Tests compile a lot and compute little: XLA's own passes all run, but machine code is made the quick way, and what was
-# compiled once is read back where another test builds the same program.
+# Tests compile a lot and compute little: XLA's own passes all run, but machine code is made the quick way, in one piece,
+# and what was compiled once is read back where another test, of any worker, builds the same program.
 os.environ.setdefault(
     'XLA_FLAGS',
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
+    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '
+    '--xla_cpu_parallel_codegen_split_count=1',
 )
-_compiled = tempfile.mkdtemp(prefix='jaxtune-tests-')
-atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled
+if 'PYTEST_XDIST_WORKER' not in os.environ:  # a worker has the folder of the process that started it
+    _compiled = tempfile.mkdtemp(prefix='jaxtune-tests-')
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 os.environ.setdefault('HF_HUB_OFFLINE', '1')

@@ -14,7 +14,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from jaxtune.common import paths
-from jaxtune.errors import UserError, blamed_on, shown
+from jaxtune.errors import UserError, blamed_on, reason, shown
 
 
 def function(key: str, name: str) -> Callable:
@@ -45,7 +45,10 @@ def import_from_string(key: str, name: str) -> Any:
     if not attribute.isidentifier() or not (where.endswith('.py') or re.fullmatch(r'[^\W\d]\w*(\.\w+)*', where)):
         raise UserError(f'{key}={shown(name)}: expected module:function or file.py:function')
     module = _from_file(key, name, where) if where.endswith('.py') else _by_name(key, name, where)
-    value = getattr(module, attribute, None)
+    try:
+        value = getattr(module, attribute, None)
+    except Exception as error:  # of a module's own __getattr__
+        raise UserError(f'{key}={name}: {where} does not give {attribute!r}: {reason(error)}') from None
     if value is None:
         near = difflib.get_close_matches(attribute, [own for own in vars(module) if not own.startswith('_')], 1)
         hint = f' (nearest: {near[0]})' if near else ''

@@ -92,13 +92,21 @@ def apply_overrides(config: Settings, changes: Mapping[str, Any], prefix: str = 
             value = key.check(value) if isinstance(key, Key) else plain(value)
         except ExpectedError as error:
             raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
-        if path == subtree:
-            value = ConfigDict(config_get(config, path).to_dict() | value, type_safe=False)
-        *parents, last = path.split('.')
-        node: Any = config
-        for parent in parents:
-            node = child(node, parent)
-        node[last] = value
+        try:
+            _lay(config, path, value, whole=path == subtree)
+        except AttributeError as error:  # ConfigDict's own names: items, lock, __class__
+            raise UserError(f'{prefix}{path}: expected other names than a ConfigDict has itself: {error}') from None
+
+
+def _lay(config: ConfigDict, path: str, value: Any, whole: bool) -> None:
+    """Sets a key; those of a `whole` open subtree are added to its own."""
+    if whole:
+        value = ConfigDict(config_get(config, path).to_dict() | value, type_safe=False)
+    *parents, last = path.split('.')
+    node: Any = config
+    for parent in parents:
+        node = child(node, parent)
+    node[last] = value
 
 
 def _open_subtree(path: str) -> str:

@@ -85,6 +85,15 @@ def test_values_without_sense_are_named(key, value):
     assert 'expected' in str(caught.value)
 
 
+def test_names_that_a_subtree_cannot_hold_are_said():
+    config = recipes.defaults()
+    recipes.apply_overrides(config, {'custom': {'gamma': 1, 'inner': {'beta': 2}}})
+    assert config.custom.inner.beta == 2
+    for name in ('items', '__class__', 'lock'):
+        with pytest.raises(UserError, match=f'^custom: expected other names than .*{name}'):
+            recipes.apply_overrides(config, {'custom': {name: 1}})
+
+
 def test_every_number_has_an_upper_bound():
     """Of each key that takes an integer, one of 5,000 digits is refused, as a number and as a text."""
     for path, key in SCHEMA.items():
@@ -146,6 +155,7 @@ def test_the_key_that_is_meant(given, meant):
 def test_a_function_of_a_file_and_of_the_current_folder(tmp_path, monkeypatch):
     (tmp_path / 'helper.py').write_text('VALUE = 3\n')
     (tmp_path / 'my_rewards.py').write_text('import helper\ndef f():\n    return helper.VALUE\nnumber = 1\n')
+    (tmp_path / 'own_names.py').write_text('def __getattr__(name):\n    raise ValueError(name)\n')
     assert imports.function('rl.reward', f'{tmp_path}/my_rewards.py:f')() == 3
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
@@ -157,6 +167,7 @@ def test_a_function_of_a_file_and_of_the_current_folder(tmp_path, monkeypatch):
     for name, words in (
         ('my_rewards.py:g', r"has no 'g'"),
         ('my_rewards.py:number', 'expected a function, found int'),
+        ('own_names.py:f', r"does not give 'f': ValueError: f"),
         ('gone.py:f', 'no such file'),
         ('gone:f', 'module:function'),
         ('my_rewards', 'module:function'),

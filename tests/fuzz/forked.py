@@ -24,7 +24,8 @@ PROGRAM = pathlib.Path(__file__).resolve().parents[2] / 'jaxtune'
 sys.path.insert(0, str(PROGRAM.parent))
 MADE = pathlib.Path(os.environ.get('JAXTUNE_FUZZ', os.path.join(tempfile.gettempdir(), f'jaxtune-fuzz.{os.getuid()}')))
 _SETTINGS = {
-    'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false',
+    'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false '
+    '--xla_cpu_parallel_codegen_split_count=1',
     'JAX_COMPILATION_CACHE_DIR': str(MADE / 'compiled'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',

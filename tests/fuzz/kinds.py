@@ -216,7 +216,11 @@ def _damage(rng: Rng, run: Path) -> str:
             file.unlink()
             file.mkdir()
         elif file.suffix == '.json':
-            value, how = mutate.json_value(rng, json.loads(file.read_text() or '{}'), rng.choice((1, 3)))
+            try:
+                held = json.loads(file.read_text() or '{}')
+            except RecursionError:  # an earlier change made it so deep
+                held = {}
+            value, how = mutate.json_value(rng, held, rng.choice((1, 3)))
             file.write_text(mutate.dumps(value))
         return f'{file.name}: {how}'
     if how == 'empty step':
