@@ -9,8 +9,8 @@ import tempfile
 import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Tests compile a lot and compute little: XLA's own passes all run, but machine code is made the quick way, in one piece,
-# and what was compiled once is read back where another test, of any worker, builds the same program.
+# Tests compile a lot and compute little: XLA's own passes all run, but machine code is made the quick way and in one
+# piece, and what was compiled once is read back where another test, of any worker, builds the same program.
 os.environ.setdefault(
     'XLA_FLAGS',
     '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false '

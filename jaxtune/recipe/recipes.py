@@ -94,7 +94,7 @@ def apply_overrides(config: Settings, changes: Mapping[str, Any], prefix: str = 
             raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
         try:
             _lay(config, path, value, whole=path == subtree)
-        except AttributeError as error:  # ConfigDict's own names: items, lock, __class__
+        except AttributeError as error:  # of ConfigDict's own names, such as __class__
             raise UserError(f'{prefix}{path}: expected other names than a ConfigDict has itself: {error}') from None
 
 

@@ -89,7 +89,7 @@ def test_names_that_a_subtree_cannot_hold_are_said():
     config = recipes.defaults()
     recipes.apply_overrides(config, {'custom': {'gamma': 1, 'inner': {'beta': 2}}})
     assert config.custom.inner.beta == 2
-    for name in ('items', '__class__', 'lock'):
+    for name in ('__class__', '__init__'):
         with pytest.raises(UserError, match=f'^custom: expected other names than .*{name}'):
             recipes.apply_overrides(config, {'custom': {name: 1}})
 
