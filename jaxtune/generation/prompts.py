@@ -77,7 +77,7 @@ def read_prompts(
     if chats:
         source = open_data(path, key, formats.CHATS)
     elif bundle.model.kind == 'decoder':
-        source = _conversations(spec, split)
+        source = _conversations(spec, split, templated=bool(bundle.tokenizer.chat_template))
     prompts = _texts(spec, bundle, split) if source is None else _questions(spec, bundle, source)
     limits = [size for size in (bundle.model.config.max_positions, spec.limit) if size]
     room, limit = spec.max_new_tokens, min(limits, default=None)
@@ -142,8 +142,11 @@ def _text_keys(data: DataSpec, record: Any) -> tuple[str, str, str]:
     return data.text_key, 'data.text_key', ''
 
 
-def _conversations(spec: PromptSpec, split: str) -> Records | None:
-    """The records of a split where they are conversations; None where they are texts to go on from."""
+def _conversations(spec: PromptSpec, split: str, templated: bool) -> Records | None:
+    """The records of a split where they are conversations; None where they are texts to go on from.
+
+    A prompt that is a text is asked as a user's turn where there is a template (`templated`: the tokenizer has one).
+    """
     name, path = spec.data.format, spec.data.path(split)
     if name not in ('auto', *formats.CHATS):
         return None
@@ -157,7 +160,7 @@ def _conversations(spec: PromptSpec, split: str) -> Records | None:
         if kind not in formats.CHATS:
             return None
         asked = kind == 'prompt' and isinstance(record.get(formats.prompt_fields(record)[0]), str)
-        return None if asked and spec.data.template == 'auto' else records
+        return None if asked and spec.data.template == 'auto' and not templated else records
     return None
 
 

@@ -128,6 +128,7 @@ class RewardTask:
         self.unit = sizes.accumulate * shape['data'] * shape['fsdp']
         self.score_rows, self.compute_advantages = self._functions()
         self.warned = False  # that a step had nothing to learn from
+        self.shown = False  # what a prompt and its answer look like
 
     def _functions(self) -> tuple[Callable, Callable]:
         """The log-probabilities of policy and reference, and what the algorithm makes of them; compiled."""
@@ -161,6 +162,8 @@ class RewardTask:
         seconds = time.perf_counter() - began
         with self.info.timed('reward'):
             scores = self._scores(answers)
+        if not self.shown:
+            self._show(answers, scores)
         with self.info.timed('step'):
             rollouts = self._score_rows(state, answers, scores)
             fields, metrics = jax.tree.map(np.asarray, self.compute_advantages(rollouts))
@@ -177,6 +180,15 @@ class RewardTask:
             'tokens': int(answers.end.sum()) * sizes.epochs,
             'sampled_tokens_per_second': float((answers.end - answers.start).sum() / seconds),
         }
+
+    def _show(self, answers: Rollouts, scores: np.ndarray) -> None:
+        """Prints the first prompt as the model sees it, its answer, and what that is worth."""
+        self.shown = True
+        prompt = self.sampler.tokenizer.decode(answers.prompts[0].ids, skip_special_tokens=False)
+        console.note(f'the first prompt, as the model reads it: {_beginning_and_end(prompt)}')
+        reference = answers.prompts[0].reference
+        known = '' if reference is None else f'; the record has {_beginning_and_end(reference)}'
+        console.note(f'its first answer, worth {scores[0]:.4g}: {_beginning_and_end(answers.texts[0])}{known}')
 
     def _sample(self, state: State, prompts: Sequence[Prompt], first: int) -> Rollouts:
         with self.info.timed('generate'):
@@ -285,3 +297,8 @@ class RewardTask:
             counted='tokens',
             diagnose=self.diagnose,
         )
+
+
+def _beginning_and_end(text: str, most: int = 600) -> str:
+    """A text for a line of the log."""
+    return repr(text if len(text) <= most else f'{text[: most // 2]} … {text[-most // 2 :]}')

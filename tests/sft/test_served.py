@@ -1,17 +1,30 @@
 """Conversations are trained as they are served, with templates of the structure of published ones."""
 
 import json
+import pathlib
+import sys
+import tempfile
 
+import jax
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'trainer'))
+
 from published import PUBLISHED
+from runs import full_config
 from test_spans import byte_level, runs
 
+from jaxtune import models
 from jaxtune.data import formats
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.examples import ExampleRows, Examples
 from jaxtune.data.formats import FormatError
 from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
+from jaxtune.models import hf
+from jaxtune.tasks import specs
 
 SYSTEM = {'role': 'system', 'content': 'Be kind.'}
 TOOL = {'type': 'function', 'function': {'name': 'weather', 'parameters': {'type': 'object'}}}
@@ -199,3 +212,89 @@ def test_documents_and_arguments_of_a_template():
     deaf = Encoder(open_template(PUBLISHED['qwen2.5'].source, tokenizer), tokenizer)
     with pytest.raises(FormatError, match="does not write the record's documents"):
         deaf(formats.chat('messages', 'here', record | {'documents': [{'title': 'Own'}]}))
+
+
+@pytest.mark.parametrize('name', ['toolcall_multiturn_en', 'toolcall_multiturn_zh', 'dolly_en', 'gpteacher_codegen_en'])
+def test_real_conversations_train_the_tokens_and_have_the_loss_of_trl(shared, name):
+    """With a template that marks answers: ids and mask of `assistant_only_loss`, and its mean over those tokens."""
+    trl, torch = pytest.importorskip('trl'), pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    source = (pathlib.Path(trl.__file__).parent / 'chat_templates' / 'qwen3_training.jinja').read_text()
+    tokenizer = tokenizers.load(str(shared / 'data' / 'tokenizers' / 'gpt2'))
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>']})
+    template = open_template(source, tokenizer)
+    tokenizer.chat_template = source
+    encode, kind = Encoder(template, tokenizer), 'sharegpt' if 'multiturn' in name else 'alpaca'
+    lines = (shared / 'data' / 'sft' / f'{name}.jsonl').read_text().splitlines()[:50]
+    compared = []
+    for line in lines:
+        chat = formats.chat(kind, 'here', json.loads(line))
+        last = max(i for i, turn in enumerate(chat.turns) if turn['role'] == 'assistant')
+        theirs = tokenizer.apply_chat_template(
+            list(chat.before(last + 1).turns), tools=json.loads(chat.tools) if chat.tools else None, tokenize=True,
+            return_dict=True, return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        (row,) = encode(chat)
+        assert row.ids.tolist() == theirs['input_ids']
+        assert row.assistant_mask.tolist() == theirs['assistant_masks']
+        compared.append(row)
+    assert len(compared) == len(lines)
+
+    fields = {
+        'model_type': 'llama', 'vocab_size': len(tokenizer), 'hidden_size': 16, 'intermediate_size': 32,
+        'num_hidden_layers': 1, 'num_attention_heads': 2, 'max_position_embeddings': 1024,
+    }  # fmt: skip
+    model = models.build(models.read_config(fields))
+    params = model.init(jax.random.key(0))
+    short = [row for row in compared if len(row.ids) <= 512][:6]
+    rows = ExampleRows(Examples.of(short), 512, packing=True)
+    batch = {name: np.stack([rows[i][name] for i in range(len(rows))]) for name in rows[0]}
+    loss, count, _ = specs.objective(full_config({'objective': 'sft'})).loss(model, params, batch, None)
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save(pathlib.Path(folder), model, params)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    total, scored = 0.0, 0
+    for row in short:
+        ids = torch.tensor(row.ids[None]).long()
+        labels = torch.where(torch.tensor(row.assistant_mask[None]) > 0, ids, -100)
+        with torch.no_grad():
+            logits = reference(ids).logits[:, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits[0], labels[0, 1:], reduction='sum'))
+        scored += int((labels[:, 1:] >= 0).sum())
+    assert count == scored
+    assert float(loss / count) == pytest.approx(total / scored, rel=1e-5)
+
+
+def test_the_likelihood_of_an_answer_is_that_after_the_served_prompt():
+    """What the trainer measures of Qwen3's structure, `transformers` measures after the prompt that it serves."""
+    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+    tokenizer = tokenizer_of(PUBLISHED['qwen3'])
+    fields = {
+        'model_type': 'qwen3', 'vocab_size': len(tokenizer), 'hidden_size': 16, 'intermediate_size': 32, 'head_dim': 8,
+        'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 1, 'initializer_range': 0.3,
+    }  # fmt: skip
+    model = models.build(models.read_config(fields))
+    params = model.init(jax.random.key(0))
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save(pathlib.Path(folder), model, params)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for args in ({}, {'enable_thinking': False}):
+        record = CASES['three exchanges' if args else 'thinking always']
+        encode = Encoder(open_template('auto', tokenizer, args=args), tokenizer)
+        examples = encode(formats.chat('messages', 'here', record))
+        rows = ExampleRows(Examples.of(examples), 256, packing=True)
+        batch = {name: np.stack([rows[i][name] for i in range(len(rows))]) for name in rows[0]}
+        loss, count, _ = specs.objective(full_config({'objective': 'sft'})).loss(model, params, batch, None)
+        total, scored = 0.0, 0
+        for number, turn in enumerate(record['messages']):
+            if turn['role'] != 'assistant':
+                continue
+            _, ids = served(tokenizer, record, number, args)
+            thought = '' if args else '<think>\nLet me see.\n</think>\n\n'
+            answer = tokenizer(f'{thought}{turn["content"]}<|im_end|>', add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = reference(torch.tensor([ids + answer])).logits[0, len(ids) - 1 : -1]
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction='sum'))
+            scored += len(answer)
+        assert count == scored
+        assert float(loss / count) == pytest.approx(total / scored, rel=1e-5)
