@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, shown
 
 
 @contextlib.contextmanager
@@ -63,6 +63,18 @@ def read_json(path: pathlib.Path) -> Any:
         raise UserError(f'{path}: cannot be read: {error.strerror}') from None
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: expected JSON: {error}') from None
+
+
+def read_mapping(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object that a JSON file holds, or None where there is none.
+
+    Raises:
+      UserError: the file is not JSON, holds another value, or cannot be read.
+    """
+    value = read_json(path)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f'{path}: expected a JSON object, found {shown(value)}')
+    return value
 
 
 def replace_folder(new: pathlib.Path, folder: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtune.common import console
-from jaxtune.common.io import read_json, write_json
+from jaxtune.common.io import read_json, read_mapping, write_json
 from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
 from jaxtune.recipe import ownership
@@ -59,8 +59,8 @@ def signature(recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str,
 
 def stored_signature(workdir: pathlib.Path) -> dict[str, Any]:
     """The signature of the recipe in a workdir, {} if there is none."""
-    recipe = read_json(workdir / ownership.RECIPE)
-    return {} if recipe is None else signature(recipe, read_json(workdir / INPUTS) or {})
+    recipe = read_mapping(workdir / ownership.RECIPE)
+    return {} if recipe is None else signature(recipe, read_mapping(workdir / INPUTS) or {})
 
 
 def _others(workdir: pathlib.Path, own: Mapping[str, Any], known: bool) -> Iterator[str]:
@@ -93,10 +93,10 @@ def _differences(
     if stored is None:
         names = [name for name in ownership.results(workdir) if not name.startswith('checkpoints/')]
         return [f'{name} (of a recipe that is not there any more)' for name in names] + others
-    before = read_json(workdir / INPUTS) or {}
+    before = read_mapping(workdir / INPUTS) or {}
     changed = [f'the result of stage {name}, made anew since' for name in before if before[name] != inputs.get(name)]
     differs = differing(stored, config)
-    if (read := read_json(workdir / DATA)) and not any(name.startswith('data.') for name in differs):
+    if (read := read_mapping(workdir / DATA)) and not any(name.startswith('data.') for name in differs):
         changed += _changes(read, data)
     return differs + changed + others
 
@@ -139,7 +139,7 @@ def _checked(
     """The recipe in a workdir, and what conflicts with this one; see `check_workdir`."""
     stored = None
     try:
-        stored = read_json(workdir / ownership.RECIPE)
+        stored = read_mapping(workdir / ownership.RECIPE)
         names = _differences(workdir, stored, config, recipe, inputs, data)
     except UserError as error:  # a damaged file
         names = [str(error)]
@@ -187,7 +187,7 @@ def open_workdir(
             (workdir / 'result.json').unlink(missing_ok=True)
         if inputs:
             write_json(workdir / INPUTS, inputs)
-        if data and dict(data) != read_json(workdir / DATA):
+        if data and dict(data) != read_mapping(workdir / DATA):
             write_json(workdir / DATA, dict(data))
         write_json(workdir / ownership.RECIPE, recipe)
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxtune.common import console
 from jaxtune.common.formatting import duration
-from jaxtune.common.io import read_json, write_text
+from jaxtune.common.io import read_mapping, write_text
 from jaxtune.config import trains
 from jaxtune.recipe.workdir import make_result, write_result
 from jaxtune.report import sections
@@ -63,7 +63,7 @@ def render(workdir: pathlib.Path, result: Mapping[str, Any] | None = None) -> st
 
 def _contents(workdir: pathlib.Path, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The variables of `page.html.j2`."""
-    result = (read_json(workdir / 'result.json') or {}) if given is None else given
+    result = (read_mapping(workdir / 'result.json') or {}) if given is None else given
     contents = {'name': workdir.absolute().name, 'status': result.get('status', 'not finished')}
     stages = [read(workdir / stage, stage) for stage in result.get('stages') or ()]
     if not stages:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtune.common.io import read_json
+from jaxtune.common.io import read_mapping
 from jaxtune.config import SCHEMA, OpenSubtree, is_rewarded
 from jaxtune.metrics.samples import read_samples
 from jaxtune.metrics.writer import read_metrics
@@ -125,10 +125,10 @@ def read(folder: pathlib.Path, name: str = '') -> Source:
     """Reads a workdir; missing files are empty."""
     return Source(
         name or folder.absolute().name,
-        read_json(folder / 'config.json') or {},
-        read_json(folder / 'result.json') or {},
-        read_json(folder / 'run.json') or {},
+        read_mapping(folder / 'config.json') or {},
+        read_mapping(folder / 'result.json') or {},
+        read_mapping(folder / 'run.json') or {},
         _curves(folder / 'metrics.jsonl'),
         read_samples(folder),
-        read_json(folder / 'stats.json') or {},
+        read_mapping(folder / 'stats.json') or {},
     )

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune.common import console
-from jaxtune.common.io import read_json
+from jaxtune.common.io import read_mapping
 from jaxtune.common.settings import Settings
 from jaxtune.config import is_rewarded
 from jaxtune.errors import UserError
@@ -90,7 +90,7 @@ def stored_recipe(source: pathlib.Path) -> Settings:
     Raises:
       UserError: there is none.
     """
-    stored = read_json(source / 'config.json')
+    stored = read_mapping(source / 'config.json')
     if stored is None:
         raise UserError(f'model.path={source}: expected a jaxtune workdir with config.json')
     recipe = recipes.defaults()

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtune.common import console
-from jaxtune.common.io import read_json, write_json
+from jaxtune.common.io import read_mapping, write_json
 from jaxtune.models import Model
 from jaxtune.parallel import copied_bytes, hardware
 from jaxtune.training.phases import PhaseTimer
@@ -146,7 +146,7 @@ class RunInfo:
 
 def _earlier(workdir: pathlib.Path) -> dict[str, Any]:
     """What earlier runs in the workdir wrote; nothing where that is damaged."""
-    stored = read_json(workdir / NAME)
+    stored = read_mapping(workdir / NAME)
     stored = stored if isinstance(stored, dict) else {}
     phases = stored.get('phases')
     earlier: dict[str, Any] = {'phases': {}}

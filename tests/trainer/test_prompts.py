@@ -6,6 +6,7 @@ import jax
 import pytest
 from runs import full_config, metrics, recipe, train
 
+from jaxtune.data.templates import NAMED
 from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.metrics.samples import read_samples
 from jaxtune.parallel import AXES, make_mesh
@@ -24,6 +25,12 @@ def mesh():
 def parts(corpus, mesh):
     with jax.set_mesh(mesh):
         return load_model(specs.model_spec(full_config(recipe(corpus))), mesh)
+
+
+@pytest.fixture(autouse=True)
+def _no_template(parts, monkeypatch):
+    """Reading conversations gives the tokenizer their template."""
+    monkeypatch.setattr(parts.tokenizer, 'chat_template', None)
 
 
 @pytest.fixture
@@ -87,3 +94,36 @@ def test_samples_that_cannot_be_drawn_do_not_stop_training(tmp_path, capsys):
     assert read_samples(tmp_path / 'run') == []
     said = ' '.join(capsys.readouterr().out.split())
     assert 'eval.samples=2: none is written: no prompt of data.eval leaves room for generate.max_new_tokens=100' in said
+
+
+QUESTION = {'question': 'How many?', 'answer': 'Two.\n#### 2'}
+
+
+QUESTIONS = (
+    QUESTION,
+    {'prompt': QUESTION['question'], 'completion': QUESTION['answer']},
+    {'instruction': QUESTION['question'], 'output': QUESTION['answer']},
+    {'messages': [{'role': 'user', 'content': 'How many?'}, {'role': 'assistant', 'content': QUESTION['answer']}]},
+    {'conversations': [{'from': 'human', 'value': 'How many?'}, {'from': 'gpt', 'value': QUESTION['answer']}]},
+)
+# What alpaca writes around an instruction is longer than this model's positions.
+ASKED = [
+    (record, templated) for record in QUESTIONS for templated in (True, False) if templated or 'output' not in record
+]
+
+
+@pytest.mark.parametrize(('record', 'templated'), ASKED)
+def test_rewards_learn_from_every_format_of_questions(parts, corpus, tmp_path, record, templated, monkeypatch):
+    """With a template, a question is asked as it is in a conversation; the record's answer is the reference."""
+    tokenizer = parts.tokenizer
+    monkeypatch.setattr(tokenizer, 'chat_template', NAMED['chatml'][1].replace('EOT', "'!'") if templated else None)
+    path = write(tmp_path / 'q' / 'asked.jsonl', record)
+    config = full_config(recipe(corpus, task='grpo', data__train=str(path), data__eval='', generate__max_new_tokens=8))
+    (prompt,) = read_prompts(specs.prompt_spec(config), parts, split='train')
+    assert prompt.reference == QUESTION['answer']
+    shown = tokenizer.decode(prompt.ids)
+    if templated:
+        assert shown == '<|im_start|>user\nHow many?!\n<|im_start|>assistant\n'
+    else:
+        assert 'How many?' in shown
+        assert ('assistant' in shown) == (next(iter(record)) not in ('question', 'prompt'))
