@@ -3,6 +3,7 @@
 import concurrent.futures
 import hashlib
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,6 +66,7 @@ class Checkpoints:
             read_only=read_only,
             step_prefix=None,
         )
+        hosts.from_primary(lambda: _without_damaged_metrics(folder))
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def newest(self) -> int | None:
@@ -153,6 +155,17 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then frees the manager's threads."""
         self._manager.close()
+
+
+def _without_damaged_metrics(folder: pathlib.Path) -> None:
+    """Removes metrics that are no JSON, all of which Orbax reads at once; the checksums tell of their checkpoint."""
+    for metrics in folder.glob('[0-9]*/metrics/metrics'):
+        try:
+            whole = isinstance(read_json(metrics), dict | None)
+        except UserError:
+            whole = False
+        if not whole:
+            shutil.rmtree(metrics.parent)
 
 
 def checksums(folder: pathlib.Path) -> dict[str, list]:

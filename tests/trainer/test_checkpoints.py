@@ -72,6 +72,19 @@ def test_the_newest_whole_one_is_gone_on_from(copy, keys, whole, capsys, damaged
     assert check(copy / 'checkpoints' / '6') == (True, '')
 
 
+def test_metrics_that_cannot_be_read_are_those_of_a_damaged_one(corpus, tmp_path, capsys):
+    scored = recipe(corpus, train__steps=4, checkpoint__every=2, checkpoint__keep=3, eval__every=2)
+    train(scored, tmp_path / 'whole')
+    for damage in (b'\xff{', b'\0' * 40, b'[1]', b''):
+        run = shutil.copytree(tmp_path / 'whole', tmp_path / 'run', dirs_exist_ok=True)
+        (run / 'checkpoints' / '4' / 'metrics' / 'metrics').write_bytes(damage)
+        train(scored, run)
+        output = capsys.readouterr().out
+        assert f'damaged, left out: {run}/checkpoints/4: metrics/' in output
+        assert 'continuing from checkpoint 2 of 4' in output
+        assert exported(run) == exported(tmp_path / 'whole')
+
+
 def test_where_all_are_damaged_the_newest_is_named(copy, keys):
     for step in (2, 4, 6):
         (copy / 'checkpoints' / str(step) / 'loop' / 'metadata').write_text('{')
