@@ -66,13 +66,13 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict:
         prompts = read_prompts(specs.prompt_spec(config), bundle)
         complete = Generator(config.generate, mesh, bundle, config.generate.batch_size, config.seed)
         started = time.perf_counter()
-        tokens = _complete(config, workdir, complete, bundle, prompts, info)
+        tokens, before = _complete(config, workdir, complete, bundle, prompts, info)
         seconds = time.perf_counter() - started
     metrics = {
         'generate/prompts': len(prompts),
         'generate/completions': len(prompts) * config.generate.samples * max(1, len(bundle.adapters)),
         'generate/tokens': tokens,
-        'generate/tokens_per_second': tokens / seconds,
+        'generate/tokens_per_second': (tokens - before) / seconds,
         'memory/peak_bytes': peak_memory_bytes(),
     }
     if not console.is_primary():
@@ -98,7 +98,11 @@ def _finished_lines(path: pathlib.Path, ends: Iterable[int]) -> list[dict]:
     lines = lines[: max((end for end in ends if end <= len(lines)), default=0)]
     with open(path, 'r+b') as file:
         file.truncate(sum(len(line) + 1 for line in lines))
-    return [json.loads(line) for line in lines]
+    samples = [json.loads(line) for line in lines]
+    if all('tokens' in sample for sample in samples):
+        return samples
+    path.unlink()  # of a version that did not count them
+    return []
 
 
 def _complete(
@@ -108,8 +112,8 @@ def _complete(
     bundle: ModelBundle,
     prompts: list[Prompt],
     info: RunInfo,
-) -> int:
-    """Samples batch by batch, appending to the partial file; returns the number of tokens sampled."""
+) -> tuple[int, int]:
+    """Samples batch by batch, appending to the partial file; returns all sampled tokens, and those of earlier runs."""
     size = complete.batch_size
     work = [prompt for prompt in prompts for _ in range(config.generate.samples)]
     # Batches as (adapter, first prompt, one after the last): adapters follow each other.
@@ -117,7 +121,7 @@ def _complete(
     batches = [(name, *bound) for name in bundle.adapters or ('',) for bound in bounds]
     ends = list(itertools.accumulate(last - first for _, first, last in batches))
     done = _finished_lines(_partial(workdir), ends)
-    tokens = sum(len(bundle.tokenizer(line['completion']).input_ids) for line in done)
+    before = tokens = sum(line['tokens'] for line in done)
     with (
         open(_partial(workdir) if console.is_primary() else os.devnull, 'a', encoding='utf-8') as file,
         console.progress(ends[-1], 'generate', 'completion', initial=len(done)) as bar,
@@ -130,11 +134,11 @@ def _complete(
                 completions = complete(bundle.adapters.get(name, bundle.params), chosen, first)
             for prompt, (completion, count) in zip(chosen, completions, strict=True):
                 tokens += count
-                line = sample_record(prompt, completion, 0) | ({'adapter': name} if name else {})
+                line = sample_record(prompt, completion, 0) | {'tokens': count} | ({'adapter': name} if name else {})
                 file.write(json.dumps(line, ensure_ascii=False) + '\n')
             file.flush()
             bar.advance(len(chosen))
-    return tokens
+    return tokens, before
 
 
 def _scores(path: pathlib.Path, tokenize: str, adapters: tuple[str, ...]) -> dict[str, float]:
