@@ -63,10 +63,10 @@ def outside(tmp_path):
     (tmp_path / 'steps_outside' / '__init__.py').write_text('')
     (tmp_path / 'steps_outside' / 'shouting.py').write_text(STEP.format(wait=str(wait)))
     (tmp_path / 'recipe.py').write_text(RECIPE.format(path=str(tmp_path / 'corpus.jsonl')))
-    texts = [prose(200, i) for i in range(60)]
+    texts = [prose(200, i) for i in range(24)]
     texts[5] = texts[5].upper()
     texts[9] += ' This was said aloud.'
-    texts[50] += ' Please wait here.'
+    texts[20] += ' Please wait here.'
     (tmp_path / 'corpus.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
     return tmp_path
 
@@ -91,7 +91,7 @@ def test_run_counted_reported_and_continued(outside):
         'clean', 'length', 'language', 'no shouting', 'exact duplicates', 'near-duplicates'
     ]  # fmt: skip
     counts = stats['steps']['no shouting']
-    assert (counts['documents_in'], counts['documents_out'], counts['changed']) == (60, 59, 1)
+    assert (counts['documents_in'], counts['documents_out'], counts['changed']) == (24, 23, 1)
     assert [(why, entry['documents']) for why, entry in counts['dropped'].items()] == [('all capitals', 1)]
     result = json.loads((outside / 'whole' / 'result.json').read_text())
     assert result['metrics']['data/dropped_no_shouting'] == 1
