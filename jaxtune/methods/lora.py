@@ -4,6 +4,8 @@ Variants: rsLoRA's scale (Kalajdzievski 2023, arXiv:2312.03732), DoRA's magnitud
 LoRA+'s faster `b` (Hayou et al. 2024, arXiv:2402.12354), and beginnings other than zero: PiSSA's, the weight's largest
 singular vectors (Meng et al. 2024, arXiv:2404.02948), and LoftQ's, those of what quantisation lost (Li et al. 2023,
 arXiv:2310.08659; its first iteration, which leaves the quantised base as it is).
+
+Which weights get factors, and their beginnings; the forward pass is that of the leaf, `weights.lora`.
 """
 
 import dataclasses

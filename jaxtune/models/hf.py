@@ -1,5 +1,8 @@
 """Hugging Face folders in and out: safetensors tensor by tensor, each straight to its devices and dtype.
 
+Which tensor of a folder is which leaf of the tree, a family says: `models.model.Tensor`, made by `_tensors` of each
+kind of model from the names in its table of families (`decoder_families` and its kin).
+
 Nothing that a folder holds is unpickled or executed: pickled weights are refused and code is ignored.
 """
 

@@ -2,11 +2,12 @@
 
 | `dpo.loss` | loss of a pair, with `c`, `r` the log-probabilities of its answers less the reference's |
 |---|---|
-| `sigmoid` | `-log sigmoid(beta (c - r))` |
-| `ipo` | `(c / length - r / length - 1 / (2 beta))^2` (Azar et al. 2023, arXiv:2310.12036) |
+| `sigmoid` | `-log sigmoid(beta (c - r))`, with `dpo.label_smoothing` mixed with that of the swapped pair |
+| `ipo` | `(c / length - r / length - 1 / (2 beta))^2`, averaged per token (Azar et al. 2023, arXiv:2310.12036, sum) |
 | `hinge` | `max(0, 1 - beta (c - r))` (SLiC, arXiv:2305.10425) |
 | `kto` | `1 - sigmoid(beta (c - z))` and `1 - sigmoid(beta (z - r))`, unpaired data too (arXiv:2402.01306) |
-| `orpo` | the chosen answer's own loss, less `beta log sigmoid` of the log odds ratio (arXiv:2403.07691) |
+| | `z` is the KL divergence to the reference on mismatched answers, a mean of the batch, at least 0 |
+| `orpo` | the chosen answer's loss, less `beta log sigmoid` of the log odds ratio; no reference (arXiv:2403.07691) |
 | `simpo` | `-log sigmoid(beta (mean c - mean r) - gamma)` without reference (arXiv:2405.14734) |
 
 The reference's log-probabilities are computed once, before training (`training.reference`).
@@ -94,7 +95,7 @@ def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.A
     if settings.loss not in _WITHOUT_REFERENCE:
         reference = jnp.stack([batch[f'reference_{side}'] for side in SIDES], axis=1)
     weights = jnp.stack([batch['chosen_weight'], batch['rejected_weight']], axis=1)
-    kl = batch.get('kl', 0.0)
+    kl = batch.get('kl', 0.0)  # of `statistics`, which the step adds to the batch
     losses, chosen, rejected = losses_of(settings, sums, reference, jnp.maximum(lengths, 1), weights, kl)
     chosen, rejected = jax.lax.stop_gradient((chosen, rejected))
     paired = weights.min(1)
@@ -141,14 +142,14 @@ def losses_of(
         rewards = beta * means[:, 0], beta * means[:, 1]
         losses = _smoothed(rewards[0] - rewards[1] - settings.gamma, smooth)
     elif settings.loss == 'orpo':
-        odds = means[:, 0] - means[:, 1] - (_log1mexp(means[:, 0]) - _log1mexp(means[:, 1]))
+        log_odds_ratio = means[:, 0] - means[:, 1] - (_log1mexp(means[:, 0]) - _log1mexp(means[:, 1]))
         rewards = beta * means[:, 0], beta * means[:, 1]
-        losses = -means[:, 0] - beta * jax.nn.log_sigmoid(odds)
-    else:
-        base = jnp.maximum(kl, 0.0)
-        good = settings.chosen_weight * (1 - jax.nn.sigmoid(beta * (chosen - base)))
-        bad = settings.rejected_weight * (1 - jax.nn.sigmoid(beta * (base - rejected)))
-        return good * weights[:, 0] + bad * weights[:, 1], *rewards
+        losses = -means[:, 0] - beta * jax.nn.log_sigmoid(log_odds_ratio)
+    else:  # kto
+        baseline = jnp.maximum(kl, 0.0)
+        desirable = settings.chosen_weight * (1 - jax.nn.sigmoid(beta * (chosen - baseline)))
+        undesirable = settings.rejected_weight * (1 - jax.nn.sigmoid(beta * (baseline - rejected)))
+        return desirable * weights[:, 0] + undesirable * weights[:, 1], *rewards
     return losses * both, *rewards
 
 

@@ -65,7 +65,7 @@ class RewardProcess:
 
         Raises:
           UserError: it raises, leaves, or does not return in time.
-          interrupt.Interrupted: it does not return, and this process is to stop.
+          preemption.Interrupted: it does not return, and this process is to stop.
         """
         with contextlib.suppress(OSError):  # it has ended: the answer says how
             self._connection.send(dict(given))

@@ -66,7 +66,8 @@ class Schedule:
 
     Attributes:
       steps: of the whole run.
-      log_every, eval_every, save_every: steps between; 0 = only at the end.
+      log_every, eval_every: steps between; 0 = only at the end.
+      save_every: steps between checkpoints; 0 = at every evaluation. An improvement is always saved.
       patience: evaluations without a better value before it stops; 0 = never.
       metric: what "better" means.
       higher_is_better: whether a higher value of it is.
@@ -176,7 +177,7 @@ class Trainer:
                 self.checkpoints.wait()
                 if preemption.waiting():
                     self._leave(step)
-        except preemption.Interrupted:  # where the state cannot be saved as one that an evaluation has seen
+        except preemption.Interrupted:  # during an evaluation, or before the first update: go on from the last save
             console.note(f'stopped by {preemption.name()}: the same command continues from the last checkpoint')
             preemption.leave()
         except BaseException:
@@ -265,7 +266,7 @@ class Trainer:
     def _leave_inside(self, step: int) -> NoReturn:
         """Ends the program in the middle of the step after this one, whose state is untouched."""
         if step and self.checkpoints.newest() != step:
-            self.checkpoints.save(step, self.state, dataclasses.asdict(self.best), {})
+            self._save(step, {})
         self._leave(step)
 
     def _finish(self, step: int, conclude: Callable[[int, Mapping[str, Any]], None]) -> dict[str, Any]:

@@ -25,7 +25,10 @@ from jaxtune.weights.leaf import Fit, Weight, dot, kernel_gradient, lookup, mate
 )
 @dataclasses.dataclass(frozen=True)
 class LoRA(Weight):
-    """`base + scale * a @ b`, with DoRA scaled to a trained length of every output's weights.
+    """`base + scale * a @ b`, with DoRA scaled to a trained norm of every output's weights.
+
+    Which weights have one, and how its factors begin, is `methods.lora`'s. A beginning other than zero (PiSSA) is taken
+    off again: `base - scale * a_start @ b_start + scale * a @ b`.
 
     Ranks that differ between layers are filled up with zeros in both factors, which no gradient ever moves.
 
@@ -68,7 +71,7 @@ class LoRA(Weight):
 
     @property
     def size(self) -> int:
-        """Number of parameters among its arrays that are there."""
+        """Number of parameters: of the base, both factors and the magnitudes."""
         return sum(leaf.size for leaf in (self.base, self.a, self.b, self.magnitude) if leaf is not None)
 
     @property

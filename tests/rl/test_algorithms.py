@@ -118,9 +118,9 @@ def test_an_answer_is_measured_by_its_siblings():
     scores = np.random.default_rng(3).normal(2, 3, (5, 4)).astype(np.float32)
     theirs = torch.tensor(scores)
     theirs = (theirs - theirs.mean(1, keepdim=True)) / (theirs.std(1, keepdim=True) + 1e-4)
-    np.testing.assert_allclose(grpo.relative(scores), theirs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grpo.group_normalised(scores), theirs, rtol=1e-4, atol=1e-5)
     for score, size in ((7.0, 4), (0.7, 8), (100.1, 6), (12345.678, 6)):  # of which a mean is not always the number
-        np.testing.assert_array_equal(grpo.relative(jnp.full((2, size), score, jnp.float32)), 0.0)
+        np.testing.assert_array_equal(grpo.group_normalised(jnp.full((2, size), score, jnp.float32)), 0.0)
         np.testing.assert_array_equal(ppo.whiten(jnp.full((2, size), score), jnp.ones((2, size))), 0.0)
     weights = weights_of(answers(np.random.default_rng(4)))
     zeros = np.zeros_like(weights)
