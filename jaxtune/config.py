@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from jaxtune.common import sources
 from jaxtune.common.checks import (
     Check,
     axis_size,
@@ -29,6 +30,10 @@ class Key:
     default: Any
     check: Check
     comment: str
+
+
+class Sources(Key):
+    """A key whose value is a path, or a mapping of sources, whose fields may be named: `data.train.LABEL.weight`."""
 
 
 class OpenSubtree:
@@ -135,13 +140,18 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'method.virtual_tokens': Key(20, integer(1, high=_WIDE), 'prompt tuning: number of virtual tokens'),
     'method.init_text': Key('', text, 'prompt tuning: text whose embeddings initialise them; empty = random'),
     'method.prefix': Key(False, boolean, 'prompt tuning: train keys and values of every layer instead (prefix tuning)'),
-    'data.train': Key('', path, 'training data: a path, glob, folder, dataset id, python-stdlib or @STAGE'),
-    'data.eval': Key('', path, 'held-out data, given the same way; prompts of generate'),
-    'data.format': Key(
-        'auto',
-        one_of('auto', 'text', 'pair', 'alpaca', 'sharegpt', 'messages', 'prompt', 'preference'),
-        'format of the records',
+    'data.train': Sources(
+        '',
+        sources.check,
+        'training data: a path, glob, folder, dataset id, python-stdlib or @STAGE; several by weight: a mapping, label '
+        "-> a path, or path, weight, format, text_key, source_key, target_key; or 'a.jsonl:0.7,b.jsonl:0.3'",
     ),
+    'data.eval': Sources(
+        '',
+        sources.check,
+        'held-out data, given the same way; auto = a share of data.train; prompts of generate',
+    ),
+    'data.format': Key('auto', one_of(*sources.FORMATS), 'format of the records'),
     'data.template': Key('auto', template, "chat template: auto (the tokenizer's), a name, or Jinja"),
     'data.template_args': OpenSubtree('what else the template is given: enable_thinking, a date, tools, documents, …'),
     'data.seq_len': Key(512, integer(2, high=_LONG), 'sequence length, in tokens'),
@@ -151,7 +161,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'data.source_key': Key('source', text, 'field of a pair that holds the source'),
     'data.target_key': Key('target', text, 'field of a pair that holds the target'),
     'data.target_len': Key(0, integer(0, high=_LONG), 'target length, in tokens; 0 = data.seq_len'),
-    'data.eval_fraction': Key(0.02, number(0, 0.5), 'prepare: share of documents to hold out'),
+    'data.eval_fraction': Key(0.02, number(0, 0.5), 'prepare, and data.eval=auto: share of the records to hold out'),
     'data.min_chars': Key(1, integer(0), 'prepare: minimum length of a document, in characters'),
     'data.vocab_size': Key(8192, integer(300, high=_LONG), 'prepare: size of the vocabulary to train'),
     'data.sources': OpenSubtree('prepare: sources, label -> a path, or path, kind, weight, preset, language, text_key'),
@@ -255,7 +265,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'optimizer.clip_norm': Key(1.0, number(0), 'gradient clipping by global norm; 0 = off'),
     'optimizer.offload': Key(False, boolean, 'keep optimizer state in pinned host memory'),
     'eval.every': Key(0, integer(0), 'updates between evaluations; 0 = only at the end'),
-    'eval.batches': Key(0, integer(0), 'maximum number of batches per evaluation; 0 = all'),
+    'eval.batches': Key(0, integer(0), 'maximum number of batches per evaluation, of each source; 0 = all'),
     'eval.batch_size': Key(0, integer(0, high=_WIDE), 'sequences per batch; 0 = as in a training micro-batch'),
     'eval.patience': Key(0, integer(0), 'early stopping: evaluations without improvement; 0 = off'),
     'eval.samples': Key(

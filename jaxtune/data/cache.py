@@ -1,5 +1,6 @@
 """`open_tokens`: the tokens of a split, from a prepare stage's folder or tokenised once into the workdir's cache."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -10,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxtune.common import console
+from jaxtune.data import holdout
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.documents import Documents, open_documents
 from jaxtune.data.spec import DataSpec
@@ -37,7 +39,8 @@ def open_tokens(data: DataSpec, split: str, tokenizer: PreTrainedTokenizerBase, 
     prepared = prepared_tokens(path, key)
     if prepared is not None:
         return _checked(Tokens.open(prepared), f'{key}={path}', tokenizer, data.append_eos)
-    documents = open_documents(path, key, data.text_key)
+    select = functools.partial(holdout.part, data=data, split=split)
+    documents = open_documents(path, holdout.key_of(data, split), data.text_key, select)
     settings = [documents.identity, tokenizers.fingerprint(tokenizer), data.append_eos, split == 'eval']
     folder = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     once(lambda: (folder / 'meta.json').is_file(), lambda: _tokenise(documents, folder, tokenizer, data, split), key)

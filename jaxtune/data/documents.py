@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxtune.data.records import field, open_records
+from jaxtune.data.holdout import Recordwise
+from jaxtune.data.records import Records, field, open_records
 from jaxtune.errors import UserError
 
 
@@ -40,21 +41,39 @@ class Documents:
         return count, size
 
 
-def open_documents(path: str, key: str = 'data.train', text_key: str = 'text') -> Documents:
+def open_documents(
+    path: str,
+    key: str = 'data.train',
+    text_key: str = 'text',
+    select: Callable[[Records], Records] = lambda records: records,
+) -> Documents:
     """Finds the documents that a recipe's key names: a text file is one, and so is each record's field `text_key`.
 
     Args:
       path: the value of the key, as `records.open_records` reads it.
       key: its name, for messages.
       text_key: field or column that holds the text.
+      select: of the records those that are read.
 
     Raises:
       UserError: nothing is there. Reading raises it too, with `file:line`, where a file is not what it should be.
     """
-    records = open_records(path, key, {text_key: 'data.text_key'}, text_key)
+    records = select(open_texts(path, key, text_key))
 
     def read() -> Iterator[str]:
         for place, record in records:
             yield field(record, place, text_key, 'data.text_key')
 
     return Documents(records.name, [records.identity, text_key], read)
+
+
+def open_texts(path: str, key: str, text_key: str) -> Records:
+    """The records of documents, of tables the one column."""
+    return open_records(path, key, {text_key: 'data.text_key'}, text_key)
+
+
+TEXTS = Recordwise(
+    'texts',
+    lambda data, key: open_texts(data.path('train'), key, data.text_key),
+    lambda data, record: record.get(data.text_key) if isinstance(record, dict) else record,
+)

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtune.common import console
 from jaxtune.common.io import replace_folder
-from jaxtune.data import formats, stdlib_instructions, templates
+from jaxtune.data import formats, holdout, stdlib_instructions, templates
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.cache import once
+from jaxtune.data.cache import once, prepared_tokens
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.packing import Row, pack
 from jaxtune.data.records import Records, open_records
@@ -113,7 +113,7 @@ class Source:
 
     def __init__(self, data: DataSpec, split: str, tokenizer: PreTrainedTokenizerBase, suits: tuple[str, ...]) -> None:
         self.data, self.tokenizer = data, tokenizer
-        self.records = open_data(data.path(split), f'data.{split}', suits)
+        self.records = holdout.part(open_data(data.path(split), holdout.key_of(data, split), suits), data, split)
         counts = formats.find(self.records, data.format, self.records.name, suits)
         self.formats = ', '.join(f'{name} ({count:,})' for name, count in counts.items())
         self.format = next(iter(counts), '') if len(counts) == 1 else ''
@@ -148,6 +148,38 @@ def open_data(path: str, key: str, suits: tuple[str, ...]) -> Records:
     if path == 'python-stdlib':
         return stdlib_instructions.open_instructions(key, 'preference' in suits)
     return open_records(path, key)
+
+
+def is_text(data: DataSpec, split: str) -> bool:
+    """Whether a source holds texts, not conversations: by its format, or beside other sources by its first record.
+
+    Alone and without `data.format=text`, texts are taken for conversations that are wrong.
+    """
+    if data.format != 'auto' or not data.label:
+        return data.format == 'text'
+    path, key = data.path(split), holdout.key_of(data, split)
+    if prepared_tokens(path, key) is not None:
+        return True
+    if path == 'python-stdlib':
+        return False
+    _, record = next(iter(open_records(path, key, None, data.text_key)), ('', None))
+    return formats.detect(record) is None and isinstance(record, dict) and data.text_key in record
+
+
+def recordwise(name: str, suits: tuple[str, ...]) -> holdout.Recordwise:
+    """How conversations or pairs are told apart: by all that is read of them, and by nothing else."""
+
+    def content(data: DataSpec, record: Any) -> Any:
+        held = record if isinstance(record, dict) else {}
+        found = {name: held[name] for name in formats.CONTENT if name in held}
+        return found or held.get(data.text_key, record)
+
+    def open_source(data: DataSpec, key: str) -> Records:
+        if 'preference' not in suits and is_text(data, 'train'):
+            return open_records(data.path('train'), key, None, data.text_key)
+        return open_data(data.path('train'), key, suits)
+
+    return holdout.Recordwise(name, open_source, content)
 
 
 def open_template(data: DataSpec, tokenizer: PreTrainedTokenizerBase, format_name: str, records: Iterable) -> Template:

@@ -21,6 +21,9 @@ from jaxtune.errors import UserError
 
 CHATS = ('alpaca', 'sharegpt', 'messages', 'prompt')
 FORMATS = (*CHATS, 'preference')
+# The fields of a record that are read, in any of the formats.
+CONTENT = ('messages', 'conversations', 'instruction', 'input', 'output', 'history', 'system', 'tools')
+CONTENT += ('prompt', 'completion', 'question', 'answer', 'chosen', 'rejected')
 ROLES = ('system', 'user', 'assistant', 'tool')
 
 _ROLES = {role: role for role in ROLES} | {

@@ -3,7 +3,9 @@
 import hashlib
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
+from jaxtune.common import sources
 from jaxtune.data.cache import prepared_tokens
 from jaxtune.data.records import find_files
 from jaxtune.errors import UserError
@@ -14,14 +16,14 @@ _BUDGET = 256 << 20
 _PIECES = 16
 
 
-def fingerprints(paths: Mapping[str, str]) -> dict[str, str]:
-    """A fingerprint of the content of each file that data keys name: `{'KEY: FILE': fingerprint}`.
+def fingerprints(values: Mapping[str, Any]) -> dict[str, str]:
+    """A fingerprint of the content of each file that data keys name, by path or sources: `{'KEY: FILE': fingerprint}`.
 
     Nothing for what another stage makes, for datasets of the hub, and for what is not there: reading it says so.
     """
     fingerprints = {}
-    for key, path in paths.items():
-        if not path or path.startswith('@') or path == 'python-stdlib':
+    for key, path in ((key, source.path) for key, value in values.items() for source in sources.read(value)):
+        if path.startswith('@') or path in ('python-stdlib', sources.AUTO):
             continue
         try:
             folder = prepared_tokens(path, key) if key != 'sft.demonstrations' else None

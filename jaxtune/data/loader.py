@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import grain
 import numpy as np
 
+from jaxtune.data.mixture import Mixture, passes
 from jaxtune.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -21,11 +21,13 @@ ReadRows = Callable[[int, int], Batch]
 class Loader:
     """Cuts rows into batches.
 
-    Shuffled, the passes over the rows follow each other without a gap, each in an order of its own. In order, the last
+    Shuffled, the passes over the rows follow each other without a gap, each in an order of its own; of a mixture, those
+    over each source. In order, the last
     batch of a pass is filled up with rows of zeros (weight 0, segment 0), so that each row is seen exactly once.
 
     Args:
-      rows: numbered rows `{field: array}` of equal shapes: a `grain.MapDataset`, or whatever can be its source.
+      rows: numbered rows `{field: array}` of equal shapes: a `grain.MapDataset`, or whatever can be its source; or, to
+        be shuffled, a `Mixture` of them.
       batch_size: rows of a global batch.
       seed: of the order.
       shuffle: in an order drawn anew for every pass, or in the rows' own.
@@ -38,12 +40,10 @@ class Loader:
         if not len(rows):
             raise UserError('data.train, data.eval: the data gives no rows; expected at least one')
         self.batch_size, self.shuffle, self.size = batch_size, shuffle, len(rows)
-        dataset = rows if isinstance(rows, grain.MapDataset) else grain.MapDataset.source(rows)
+        dataset: Any = rows
         if shuffle:
-            # Grain adds the number of the pass to the seed; mixed first, neighbouring seeds do not share their passes.
-            mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-            dataset = dataset.shuffle(seed=mixed).repeat()
-        self._dataset: Any = dataset
+            dataset = rows.shuffled(seed) if isinstance(rows, Mixture) else passes(rows, seed)
+        self._dataset = dataset
         first: Any = dataset[0]
         self._padding = {name: np.zeros_like(value) for name, value in first.items()}
 

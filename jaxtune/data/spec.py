@@ -1,8 +1,13 @@
 """Which records a run reads, and how they become rows."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from jaxtune.common.sources import DataSource
+from jaxtune.data.holdout import Holdout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,7 +15,7 @@ class DataSpec:
     """A recipe's data as a value.
 
     Attributes:
-      train, eval: what `data.train` and `data.eval` name; '' = nothing.
+      train, eval: what `data.train` and `data.eval` name: a path ('' = nothing), or several sources.
       format: what a record looks like; `auto` = its fields tell.
       template: of conversations: `auto`, a name, or a Jinja text.
       template_args: what else the template is given, by name.
@@ -24,10 +29,13 @@ class DataSpec:
       seed: of what is drawn while rows are made.
       labels_of: the model whose labels a classifier keeps where they cover the data's; '' = from scratch.
       default_labels: what labels are called where neither the data nor that model names any.
+      holdout: which records of `train` are `eval`'s instead; None = each has records of its own.
+      label: of the one source that this is, of several.
+      whole: the data that this is a source of; None = all of it.
     """
 
-    train: str = ''
-    eval: str = ''
+    train: str | tuple[DataSource, ...] = ''
+    eval: str | tuple[DataSource, ...] = ''
     format: str = 'auto'
     template: str = 'auto'
     template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -43,7 +51,28 @@ class DataSpec:
     seed: int = 0
     labels_of: str = ''
     default_labels: tuple[str, ...] = ()
+    holdout: Holdout | None = None
+    label: str = ''
+    whole: DataSpec | None = None
+
+    def sources(self, split: str) -> tuple[DataSource, ...]:
+        """The sources of a split, `train` or `eval`, by label; a path is one without a label."""
+        value = self.train if split == 'train' else self.eval
+        if isinstance(value, str):
+            return (DataSource('', value),) if value else ()
+        return value
+
+    def mixed(self, split: str) -> bool:
+        """Whether the sources of a split have labels."""
+        return not isinstance(self.train if split == 'train' else self.eval, str)
+
+    def of(self, split: str, source: DataSource) -> DataSpec:
+        """The data of one source alone: its path, and the formats and fields that it names instead of the recipe's."""
+        named = ('format', 'text_key', 'source_key', 'target_key')
+        changes = {name: value for name in named if (value := getattr(source, name))}
+        return dataclasses.replace(self, **{split: source.path}, **changes, label=source.label, whole=self)
 
     def path(self, split: str) -> str:
-        """What the key of a split, `train` or `eval`, names."""
-        return self.train if split == 'train' else self.eval
+        """The path of a split, of data that has one source there."""
+        (source,) = self.sources(split) or (DataSource('', ''),)
+        return source.path

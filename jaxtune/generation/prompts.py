@@ -6,8 +6,9 @@ import pathlib
 from typing import Any, NamedTuple
 
 from jaxtune.common import console
-from jaxtune.data import formats
-from jaxtune.data.examples import demonstrations, open_data, open_template, prepare
+from jaxtune.common.sources import DataSource
+from jaxtune.data import formats, holdout
+from jaxtune.data.examples import demonstrations, is_text, open_data, open_template, prepare
 from jaxtune.data.prepare import HELD_OUT
 from jaxtune.data.records import Records, field, open_records
 from jaxtune.data.spans import Encoder
@@ -61,6 +62,8 @@ def read_prompts(
 ) -> list[Prompt]:
     """The prompts of `data.eval`, cut to `generate.prompt_tokens`; or the questions of conversations.
 
+    Those of several sources follow each other; where at most some are wanted, they take turns.
+
     Args:
       spec: which.
       bundle: model and tokenizer.
@@ -73,9 +76,40 @@ def read_prompts(
       UserError: none, where one is needed; an empty one, or one that leaves no room for the completion in the model's
         positions.
     """
+    by_source = list(prompts_by_source(spec, bundle, chats, fitting, split, needed).values())
+    if not spec.count:
+        return [prompt for prompts in by_source for prompt in prompts]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_source))
+    return [prompt for prompt in turns if prompt is not None][: spec.count]
+
+
+def prompts_by_source(
+    spec: PromptSpec,
+    bundle: ModelBundle,
+    chats: bool = False,
+    fitting: bool = False,
+    split: str = 'eval',
+    needed: bool = True,
+) -> dict[str, list[Prompt]]:
+    """The prompts of each source by its label; those of a path by ''. Texts beside conversations have none.
+
+    Args and errors: as `read_prompts`.
+    """
+    found = {}
+    for source in spec.data.sources(split) or (DataSource('', ''),):
+        data = spec.data.of(split, source)
+        if not (chats and is_text(data, split)):
+            one = dataclasses.replace(spec, data=data)
+            found[source.label] = _read_source(one, bundle, chats, fitting, split, needed)
+    return found
+
+
+def _read_source(
+    spec: PromptSpec, bundle: ModelBundle, chats: bool, fitting: bool, split: str, needed: bool
+) -> list[Prompt]:
     source, key, path = None, f'data.{split}', spec.data.path(split)
     if chats:
-        source = open_data(path, key, formats.CHATS)
+        source = _selected(open_data(path, holdout.key_of(spec.data, split), formats.CHATS), spec, split)
     elif bundle.model.kind == 'decoder':
         source = _conversations(spec, split, templated=bool(bundle.tokenizer.chat_template))
     prompts = _texts(spec, bundle, split) if source is None else _questions(spec, bundle, source)
@@ -103,6 +137,10 @@ def read_prompts(
     return prompts
 
 
+def _selected(records: Records, spec: PromptSpec, split: str) -> Records:
+    return holdout.part(records, spec.data, split)
+
+
 def _texts(spec: PromptSpec, bundle: ModelBundle, split: str) -> list[Prompt]:
     data, limit = spec.data, spec.prompt_tokens
     # What an encoder reads ends, and was introduced in training.
@@ -111,7 +149,7 @@ def _texts(spec: PromptSpec, bundle: ModelBundle, split: str) -> list[Prompt]:
     held_out = pathlib.Path(data.path(split)).expanduser() / HELD_OUT
     path = str(held_out) if held_out.is_file() else data.path(split)
     prompts = []
-    records = open_records(path, f'data.{split}', None, data.text_key)
+    records = _selected(open_records(path, holdout.key_of(data, split), None, data.text_key), spec, split)
     for place, record in itertools.islice(records, spec.count or None):
         text_key, named, reference_key = _text_keys(data, record)
         text = field(record, place, text_key, named)
@@ -154,7 +192,7 @@ def _conversations(spec: PromptSpec, split: str, templated: bool) -> Records | N
         return None
     if (pathlib.Path(path).expanduser() / HELD_OUT).is_file():
         return None
-    records = open_data(path, f'data.{split}', formats.CHATS)
+    records = _selected(open_data(path, holdout.key_of(spec.data, split), formats.CHATS), spec, split)
     for _, record in records:
         kind = formats.detect(record)
         if kind not in formats.CHATS:

@@ -33,6 +33,11 @@ _SHARES += ('ended', 'alike')  # of earlier versions
 HIGHER_IS_BETTER = ('accuracy', 'reward', 'bleu', 'f1', 'exact_match', 'margin')
 
 
+def source_of(name: str) -> str:
+    """The label of the source that a held-out loss is of, `eval/loss/LABEL`; '' for other metrics."""
+    return name.removeprefix('eval/loss/') if name.startswith('eval/loss/') else ''
+
+
 def title(name: str, titles: Mapping[str, str] | None = None) -> str:
     """A metric's name in words: `eval/bits_per_byte` -> `Bits per byte`.
 
@@ -58,4 +63,6 @@ def higher_is_better(name: str, declared: Collection[str] = ()) -> bool:
       name: of the metric.
       declared: last parts of the names of metrics, of a plug-in, of which it is.
     """
+    if source_of(name):  # whatever its label is
+        return False
     return name.rsplit('/', 1)[-1] in declared or any(part in name for part in HIGHER_IS_BETTER)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxtune.common.registry import Registry
+from jaxtune.errors import UserError
 
 # The names below are a recipe's choices, which are checked before anything slow is imported.
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import jax
 
     from jaxtune.common.settings import Settings
+    from jaxtune.common.sources import DataSource
+    from jaxtune.data.holdout import Recordwise
     from jaxtune.data.spec import DataSpec
     from jaxtune.models import Model
 
@@ -104,6 +107,8 @@ class Objective:
       batch_spec: what one row of a batch holds.
       dataset: rows of a split.
       loss: the summed loss.
+      records: how its records are told apart, for `data.eval=auto`, which without it is refused; `dataset` reads them
+        through `jaxtune.data.holdout.part`.
       kinds: of models that it suits.
       head: what follows the model's last layer: `lm`, `classification` or `reward`.
       label_fields: where the head has labels: Hugging Face's `id2label` and `label2id`.
@@ -127,6 +132,7 @@ class Objective:
     batch_spec: BatchSpecOf
     dataset: DatasetOf
     loss: LossOf
+    records: Recordwise | None = None
     kinds: tuple[str, ...] = ('decoder', 'encoder', 'encdec')
     head: str = 'lm'
     label_fields: Callable[[Settings, DataSpec], dict[str, Any]] | None = None
@@ -178,8 +184,46 @@ class BoundObjective:
         return self.objective.batch_spec(self.settings, self.data)
 
     def dataset(self, split: str, tokenizer: Any, cache: pathlib.Path) -> Any:
-        """Rows of `train` or `eval`."""
-        return self.objective.dataset(self.settings, self.data, split, tokenizer, cache)
+        """Rows of `train` or `eval`; of several sources a `Mixture`.
+
+        Raises:
+          UserError: the data is wrong.
+        """
+        from jaxtune.data.mixture import Mixture  # of names alone, which the schema checks, nothing slow is imported
+
+        data = self.decided(cache, said=split == 'eval')
+        sources = data.sources(split)
+
+        def rows(source: DataSource) -> Any:
+            return self.objective.dataset(self.settings, data.of(split, source), split, tokenizer, cache)
+
+        if not data.mixed(split):
+            return rows(*sources)
+        return Mixture(
+            {source.label: rows(source) for source in sources}, {source.label: source.weight for source in sources}
+        )
+
+    def decided(self, cache: pathlib.Path, said: bool = False) -> DataSpec:
+        """The data, with what `data.eval=auto` holds out; `said` prints how much that is.
+
+        Raises:
+          UserError: there is too little of it, or the objective does not tell records apart.
+        """
+        if self.data.holdout is None:
+            return self.data
+        from jaxtune.data import holdout  # as above
+
+        if self.objective.records is None:
+            raise UserError(
+                f'data.eval=auto: objective={self.objective.name} does not say what its records are; expected held-out '
+                'data of its own'
+            )
+        found, counts = holdout.decide(self.data, self.objective.records, cache)
+        if said:
+            from jaxtune.common import console  # as above
+
+            console.note(holdout.words(counts))
+        return dataclasses.replace(self.data, holdout=found)
 
     def loss(self, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
         """The summed loss of a batch."""

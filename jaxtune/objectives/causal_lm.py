@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxtune.common.settings import Settings
 from jaxtune.data import open_tokens
+from jaxtune.data.documents import TEXTS
 from jaxtune.data.packing import Rows, concat_rows, window_rows
 from jaxtune.data.spec import DataSpec
 from jaxtune.models import Model
@@ -46,6 +47,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
+    records=TEXTS,
     kinds=('decoder',),
     prompt_tokens=32,
 )

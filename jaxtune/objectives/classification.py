@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxtune.common import hub
 from jaxtune.common.settings import Settings
+from jaxtune.data import holdout
 from jaxtune.data.packing import Row
 from jaxtune.data.records import field, open_records
 from jaxtune.data.spec import DataSpec
@@ -83,8 +84,9 @@ class Labels:
           UserError: neither data nor model name any.
         """
         known = _folder_names(data.labels_of) if data.labels_of else ()
-        if data.train:
-            labels = {label for _, _, label in _read(data, 'train')}
+        data = data.whole or data
+        if sources := data.sources('train'):
+            labels = {label for one in sources for _, _, label in _read(data.of('train', one), 'train', both=True)}
             names = tuple(map(str, sorted(labels, key=lambda label: (isinstance(label, str), label))))
             if not set(names) <= set(known):
                 ids = all(isinstance(label, int) and 0 <= label < len(known) for label in labels)
@@ -126,10 +128,19 @@ def _folder_names(path: str) -> tuple[str, ...]:
         return ()  # opening the model says what is wrong with it
 
 
-def _read(data: DataSpec, split: str) -> Iterator[tuple[str, tuple[str, ...], str | int]]:
-    """`(place, texts, label)` of every record."""
-    key = f'data.{split}'
-    for place, record in open_records(data.path(split), key):
+RECORDS = holdout.Recordwise(
+    'labelled texts',
+    lambda data, key: open_records(data.path('train'), key),
+    lambda data, record: (
+        [record.get(name) for name in ('text1', 'text2', data.text_key)] if isinstance(record, dict) else record
+    ),
+)
+
+
+def _read(data: DataSpec, split: str, both: bool = False) -> Iterator[tuple[str, tuple[str, ...], str | int]]:
+    """`(place, texts, label)` of every record of a split; with `both`, of those held out of it too."""
+    records = open_records(data.path(split), holdout.key_of(data, split))
+    for place, record in records if both else holdout.part(records, data, split):
         if isinstance(record, dict) and 'text1' in record:
             texts = (field(record, place, 'text1'), field(record, place, 'text2'))
         else:
@@ -187,6 +198,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
+    records=RECORDS,
     kinds=('encoder',),
     head='classification',
     label_fields=label_fields,

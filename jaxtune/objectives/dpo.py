@@ -26,7 +26,7 @@ from jaxtune.data.spec import DataSpec
 from jaxtune.models import Model
 from jaxtune.objectives import Batch, Objective, Reference, Sums, preferences
 from jaxtune.objectives.cross_entropy import token_logprobs
-from jaxtune.objectives.preferences import SIDES, Pairs, preview, stacked
+from jaxtune.objectives.preferences import RECORDS, SIDES, Pairs, preview, stacked
 
 _WITHOUT_REFERENCE = ('orpo', 'simpo')
 
@@ -170,6 +170,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
+    records=RECORDS,
     kinds=('decoder',),
     statistics=statistics,
     reference=Reference(reference_path, 'dpo.reference', sides_of, reference_logps),

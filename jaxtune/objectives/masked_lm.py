@@ -10,6 +10,7 @@ import grain
 
 from jaxtune.common.settings import Settings
 from jaxtune.data import open_tokens
+from jaxtune.data.documents import TEXTS
 from jaxtune.data.masking import Masking
 from jaxtune.data.packing import concat_rows, window_rows
 from jaxtune.data.spec import DataSpec
@@ -42,6 +43,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
+    records=TEXTS,
     kinds=('encoder',),
     auto_class='MaskedLM',
 )

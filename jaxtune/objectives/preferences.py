@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.data import formats
-from jaxtune.data.examples import Examples, Source, encode_all, pieces
+from jaxtune.data.examples import Examples, Source, encode_all, pieces, recordwise
 from jaxtune.data.packing import Row
 from jaxtune.data.spans import Encoded
 from jaxtune.data.spec import DataSpec
@@ -16,6 +16,7 @@ from jaxtune.errors import UserError
 from jaxtune.objectives import Batch, completion_mask
 
 SIDES = ('chosen', 'rejected')
+RECORDS = recordwise('preferences', ('preference',))
 _NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 

@@ -13,7 +13,7 @@ from jaxtune.common.settings import Settings
 from jaxtune.data.spec import DataSpec
 from jaxtune.models import Model
 from jaxtune.objectives import Batch, Objective, Sums, preferences
-from jaxtune.objectives.preferences import SIDES, Pairs, preview
+from jaxtune.objectives.preferences import RECORDS, SIDES, Pairs, preview
 
 _BINS = 10  # of confidence, for the calibration error
 
@@ -103,6 +103,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
+    records=RECORDS,
     kinds=('decoder',),
     head='reward',
     label_fields=label_fields,

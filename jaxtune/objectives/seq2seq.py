@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtune.common import console
 from jaxtune.common.settings import Settings
-from jaxtune.data import Tokens
+from jaxtune.data import Tokens, holdout
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.cache import once
 from jaxtune.data.packing import Bins, Row
@@ -39,8 +39,8 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
     if data.format not in ('auto', 'pair'):
         raise UserError(f'data.format={data.format!r}: expected auto or pair for objective=seq2seq')
     key = f'data.{split}'
-    columns = {data.source_key: 'data.source_key', data.target_key: 'data.target_key'}
-    records = open_records(data.path(split), key, columns)
+    columns = _columns(data)
+    records = holdout.part(open_records(data.path(split), holdout.key_of(data, split), columns), data, split)
     identity = [records.identity, tokenizers.fingerprint(tokenizer), list(columns), settings.prefix]
     folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     once(
@@ -57,6 +57,17 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
                 f'{records.name}: {cut:,} of {source.documents:,} {name}s are longer than data.{length} and cut'
             )
     return pairs
+
+
+def _columns(data: DataSpec) -> dict[str, str]:
+    return {data.source_key: 'data.source_key', data.target_key: 'data.target_key'}
+
+
+RECORDS = holdout.Recordwise(
+    'pairs',
+    lambda data, key: open_records(data.path('train'), key, _columns(data)),
+    lambda data, record: [record.get(name) for name in _columns(data)] if isinstance(record, dict) else record,
+)
 
 
 def _tokenise(records: Records, folder: pathlib.Path, tokenizer: Any, data: DataSpec, prefix: str, key: str) -> None:
@@ -114,6 +125,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
+    records=RECORDS,
     kinds=('encdec',),
     summarise=summarise,
     prompt_tokens=0,

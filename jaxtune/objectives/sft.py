@@ -1,6 +1,7 @@
 """Instruction tuning: from a conversation's prompt the model learns the answers (Ouyang et al. 2022, arXiv:2203.02155).
 
-Only the tokens that the assistant writes are scored, with the one that ends its turn.
+Only the tokens that the assistant writes are scored, with the one that ends its turn. Plain texts (`data.format=text`,
+or a source of texts beside conversations) are scored whole, as `causal_lm` does.
 """
 
 import itertools
@@ -9,18 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune.common.settings import Settings
 from jaxtune.data import formats
-from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all, pieces
+from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all, is_text, pieces, recordwise
+from jaxtune.data.packing import Rows
 from jaxtune.data.spec import DataSpec
 from jaxtune.models import Model
-from jaxtune.objectives import Batch, Objective, Sums
+from jaxtune.objectives import Batch, Objective, Sums, causal_lm
 from jaxtune.objectives.causal_lm import batch_spec
 from jaxtune.objectives.exact_match import score, summarise
 
+RECORDS = recordwise('conversations', formats.CHATS)
 
-def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> ExampleRows:
+
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> ExampleRows | Rows:
     """Rows of `data.train` or `data.eval`: conversations of at most `seq_len` tokens, packed or one a row.
 
     The template becomes the tokenizer's own.
@@ -28,6 +33,8 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
     Raises:
       UserError: no such data, conversations that are none (with `file:line` and a count), or a template that fails.
     """
+    if is_text(data, split):
+        return causal_lm.dataset(settings, data, split, tokenizer, cache)
     source = Source(data, split, tokenizer, formats.CHATS)
 
     def build() -> Examples:
@@ -74,8 +81,11 @@ def neftune(key: jax.Array, segment_ids: jax.Array, d_model: int, alpha: float) 
     return jax.random.uniform(key, (*segment_ids.shape, d_model), minval=-1.0, maxval=1.0) * scale[..., None]
 
 
-def preview(rows: ExampleRows, tokenizer: Any) -> list[tuple[str, bool]]:
+def preview(rows: ExampleRows | Rows, tokenizer: Any) -> list[tuple[str, bool]]:
     """The first example as text, in runs of trained tokens and others."""
+    if isinstance(rows, Rows):
+        ids = np.asarray(rows.tokens.document(0)[: rows.seq_len])
+        return pieces(tokenizer, ids, np.arange(len(ids)) > 0)
     example = rows.examples[0]
     assistant_mask = example.assistant_mask.copy()
     assistant_mask[:1] = False  # no position predicts it
@@ -87,6 +97,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
+    records=RECORDS,
     kinds=('decoder',),
     summarise=summarise,
     preview=preview,

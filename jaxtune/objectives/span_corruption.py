@@ -21,6 +21,7 @@ import numpy as np
 from jaxtune.common.settings import Settings
 from jaxtune.data import open_tokens
 from jaxtune.data.denoising import MODES, Denoiser, denoisers
+from jaxtune.data.documents import TEXTS
 from jaxtune.data.packing import Bins, Row, cut_documents
 from jaxtune.data.spec import DataSpec
 from jaxtune.data.tokens import Tokens
@@ -148,6 +149,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
+    records=TEXTS,
     kinds=('encdec',),
     extra_vocab=extra_vocab,
     auto_class='Seq2SeqLM',

@@ -16,7 +16,7 @@ from ml_collections.config_flags import config_flags
 from jaxtune.common import paths
 from jaxtune.common.checks import ExpectedError
 from jaxtune.common.settings import Settings
-from jaxtune.config import SCHEMA, Key, OpenSubtree
+from jaxtune.config import SCHEMA, Key, OpenSubtree, Sources
 from jaxtune.errors import UserError, reason, shown
 from jaxtune.recipe import recipes
 from jaxtune.recipe.aliases import nearest
@@ -76,20 +76,24 @@ def _choose_stages(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
 
 
 def _set_sources(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
-    """Reads `--config.data.sources.LABEL=PATH`; an empty one removes the source, of one with fields it sets `path`."""
-    rest = []
+    """Reads `--config.data.sources.LABEL=PATH`; an empty one removes the source, of one with fields it sets `path`.
+
+    The same for `data.train` and `data.eval`, whose sources always have fields.
+    """
+    rest, place = [], r'(--?config\.(?:([\w-]+)\.)?data\.(sources|train|eval)\.([^.=]+))=(.*)'
     for word in words:
-        match = re.fullmatch(r'(--?config\.(?:([\w-]+)\.)?data\.sources\.([^.=]+))=(.*)', word, re.DOTALL)
+        match = re.fullmatch(place, word, re.DOTALL)
         own: Any = recipe.get(match[2], {}) if match and match[2] else recipe
-        sources = own.get('data', {}).get('sources', {}) if match else {}
-        label, value = match.group(3, 4) if match else ('', '')
+        sources = own.get('data', {}).get(match[3], {}) if match else {}
+        label, value = match.group(4, 5) if match else ('', '')
         if match and not value:
-            if label not in sources:
-                names = ', '.join(sources) or 'none'
+            if isinstance(sources, str) or label not in sources:
+                names = '' if isinstance(sources, str) else ', '.join(sources)
+                names = names or 'none'
                 raise UserError(f'{word}: expected the label of a source to leave out ({names}), or its path')
             with recipe.unlocked():
                 del sources[label]
-        elif match and isinstance(sources.get(label), ConfigDict):
+        elif match and (match[3] != 'sources' or isinstance(sources.get(label), ConfigDict)):
             rest.append(f'{match[1]}.path={value}')
         else:
             rest.append(word)
@@ -97,7 +101,7 @@ def _set_sources(recipe: ConfigDict, words: Sequence[str]) -> list[str]:
 
 
 def _in_open_subtree(path: str) -> bool:
-    return any(isinstance(kind, OpenSubtree) and path.startswith(f'{key}.') for key, kind in SCHEMA.items())
+    return any(isinstance(kind, OpenSubtree | Sources) and path.startswith(f'{key}.') for key, kind in SCHEMA.items())
 
 
 def _refuse_left_out(named: Sequence[str], all_stages: Sequence[str], stages: Sequence[str]) -> None:
@@ -131,6 +135,8 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
             raise UserError(f'--config.{path}: unknown key{hint}')
         if not all(part.isidentifier() for part in path.split('.')):
             raise UserError(f'--config.{path}: expected names of letters, digits and _, with a dot between them')
+        if sources := recipes.sources_key(own):
+            _prepare_sources(values[stage] if stage else values, sources, own, f'--config.{path}')
         if _in_open_subtree(own):  # the type of a key that no recipe names is read off the value
             node = values
             for parent in parents:
@@ -138,6 +144,15 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
             if last not in node:
                 node[last] = recipes.placeholder()
     return values
+
+
+def _prepare_sources(values: ConfigDict, key: str, path: str, flag: str) -> None:
+    """Gives sources the type that a flag sets: a text for all of them, a mapping for a field of one."""
+    if path == key:
+        parent, _, last = key.rpartition('.')
+        recipes.config_get(values, parent)[last] = ''
+    else:
+        recipes.label_sources(values, key, flag)
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -16,7 +16,7 @@ from jaxtune.common import paths
 from jaxtune.common.checks import ExpectedError, plain
 from jaxtune.common.imports import of_file
 from jaxtune.common.settings import Settings
-from jaxtune.config import SCHEMA, Key, OpenSubtree
+from jaxtune.config import SCHEMA, Key, OpenSubtree, Sources
 from jaxtune.errors import UserError, blamed_on, shown
 from jaxtune.recipe.aliases import nearest
 
@@ -55,11 +55,11 @@ def defaults() -> ConfigDict:
 
 
 def flatten(config: Mapping | Settings, prefix: str = '') -> dict[str, Any]:
-    """`{'train.steps': 10, ...}`; an open subtree is one value, a plain dict."""
+    """`{'train.steps': 10, ...}`; an open subtree is one value, a plain dict, and so are labelled sources."""
     flat = {}
     for name, value in config.items():
         path = f'{prefix}{name}'
-        if isinstance(SCHEMA.get(path), OpenSubtree):
+        if isinstance(SCHEMA.get(path), OpenSubtree | Sources):
             flat[path] = value.to_dict() if isinstance(value, ConfigDict) else value
         elif isinstance(value, Mapping | ConfigDict):
             if path not in SCHEMA and not any(key.startswith(path + '.') for key in SCHEMA):
@@ -82,17 +82,22 @@ def apply_overrides(config: Settings, changes: Mapping[str, Any], prefix: str = 
       UserError: an unknown key or an impossible value.
     """
     for path, value in changes.items():
-        subtree = _open_subtree(path)
-        key = SCHEMA.get(subtree or path)
+        subtree, sources = _open_subtree(path), sources_key(path)
+        key = SCHEMA.get(subtree or sources or path)
         if key is None:
             raise _unknown(path, prefix)
         if path == subtree and not isinstance(value, Mapping):
             raise UserError(f'{prefix}{path}={shown(value)}: expected a ConfigDict of {key.comment}')
         try:
-            value = key.check(value) if isinstance(key, Key) else plain(value)
+            # The fields of a source are checked when all are there.
+            value = key.check(value) if isinstance(key, Key) and sources in ('', path) else plain(value)
         except ExpectedError as error:
             raise UserError(f'{prefix}{path}={shown(value)}: expected {error}') from None
         try:
+            if sources and path != sources:
+                label_sources(config, sources, path, prefix)
+            elif sources and isinstance(value, Mapping):
+                value = ConfigDict(value, type_safe=False)
             _lay(config, path, value, whole=path == subtree)
         except AttributeError as error:  # of ConfigDict's own names, such as __class__
             raise UserError(f'{prefix}{path}: expected other names than a ConfigDict has itself: {error}') from None
@@ -113,6 +118,39 @@ def _open_subtree(path: str) -> str:
     """The open subtree that a path names or lies in; '' for other keys."""
     subtrees = (name for name, key in SCHEMA.items() if isinstance(key, OpenSubtree))
     return next((name for name in subtrees if path == name or path.startswith(f'{name}.')), '')
+
+
+def sources_key(path: str) -> str:
+    """The key of sources that a path names, or in whose mapping it lies; '' for other keys."""
+    keys = (name for name, key in SCHEMA.items() if isinstance(key, Sources))
+    return next((name for name in keys if path == name or path.startswith(f'{name}.')), '')
+
+
+def label_sources(config: Settings, key: str, path: str, prefix: str = '') -> None:
+    """Makes the value of a key a mapping of sources, where there is none yet, for a path into it to be set.
+
+    Args:
+      config: a full recipe.
+      key: of sources.
+      path: what will be set, a source or a field of one.
+      prefix: put before the path in messages.
+
+    Raises:
+      UserError: the value is a path, which has no label; or a field has no parts.
+    """
+    parent, _, last = key.rpartition('.')
+    node = config_get(config, parent)
+    if path.count('.') > key.count('.') + 2:
+        raise _unknown(path, prefix)
+    if not node[last]:
+        node[last] = ConfigDict(type_safe=False)
+    elif isinstance(node[last], str):
+        raise UserError(
+            f'{prefix}{path}: {key} is {shown(node[last])}; expected a mapping of sources with labels there'
+        )
+    label, _, field = path.removeprefix(f'{key}.').partition('.')
+    if field and isinstance(node[last].get(label), str):
+        node[last][label] = ConfigDict({'path': node[last][label]}, type_safe=False)
 
 
 def placeholder() -> config_dict.FieldReference:
@@ -221,6 +259,7 @@ def resolve(
     return configs
 
 
+_SOURCES = tuple(path for path, key in SCHEMA.items() if isinstance(key, Sources))
 REFERENCES = (
     'model.path',
     'method.path',
@@ -234,17 +273,23 @@ REFERENCES = (
 
 
 def _source_paths(config: Settings) -> dict[str, Any]:
-    """Key of every path inside `data.sources` -> its value."""
+    """Key of every path inside `data.sources` and labelled sources -> its value."""
     values = {}
-    for label, source in config.data.sources.items():
-        if isinstance(source, Mapping | ConfigDict):
-            values[f'data.sources.{label}.path'] = source.get('path')
-        else:
-            values[f'data.sources.{label}'] = source
+    for key in ('data.sources', *_SOURCES):
+        sources = config_get(config, key)
+        for label, source in sources.items() if isinstance(sources, Mapping | ConfigDict) else ():
+            if isinstance(source, Mapping | ConfigDict):
+                values[f'{key}.{label}.path'] = source.get('path')
+            else:
+                values[f'{key}.{label}'] = source
     return values
 
 
 def _check_sources(config: Settings, prefix: str) -> None:
+    for path in _SOURCES:
+        value = config_get(config, path)
+        if isinstance(value, ConfigDict):
+            apply_overrides(config, {path: value.to_dict()}, prefix)
     for key, value in _source_paths(config).items():
         if isinstance(value, str) and (problem := paths.wrong(value)):
             raise UserError(f'{prefix}{key}={shown(value)}: expected {problem}')

@@ -105,6 +105,7 @@ def _run(source: Source) -> dict[str, Any]:
         'tiles': sections.tiles(source),
         'preparation': preparation(source),
         'charts': sections.charts(source),
+        'mixture': sections.mixture(source),
         'example': source.run.get('example') or (),
         'samples': sections.samples(source),
         'phases': sections.time_spent(source),

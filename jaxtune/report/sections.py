@@ -1,11 +1,13 @@
 """The parts of a report: functions from a run's files to the values of a template, empty if there are none."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtune.common.formatting import amount, duration, size
+from jaxtune.common.sources import AUTO
 from jaxtune.metrics import names
 from jaxtune.report.charts import Figure, Series, chart, smooth
 from jaxtune.report.source import Source
@@ -73,14 +75,14 @@ def lead(source: Source) -> str:
     """One sentence that describes the run, plain text."""
     key, model, steps = source.key, source.run.get('model') or {}, source.result.get('step')
     if source.task == 'prepare':
-        sources = _short(key('data.train')) if key('data.train') else ', '.join(source.stats.get('sources') or ())
+        sources = _named(key('data.train')) if key('data.train') else ', '.join(source.stats.get('sources') or ())
         collected, kept = source.metric('data/collected_documents'), source.metric('data/documents')
         of = f': {kept:,} of {collected:,} documents stay' if collected and kept is not None else ''
         return f'Text from {sources or "its sources"}, made ready for training{of}.'
     if source.task == 'generate':
-        return f'Completions by {_short(key("model.path"))} of prompts from {_short(key("data.eval"))}.'
+        return f'Completions by {_short(key("model.path"))} of prompts from {_named(key("data.eval"))}.'
     if source.task == 'evaluate':
-        return f'{_short(key("model.path"))} scored on {_short(key("data.eval"))}.'
+        return f'{_short(key("model.path"))} scored on {_held_out_data(source)}.'
     if source.task != 'train' and not source.rewarded:
         return ''
     kind = key('model.config.model_type') or model.get('family') or 'model'
@@ -91,7 +93,7 @@ def lead(source: Source) -> str:
             words.append(f'({model["layers"]} layers, width {model["d_model"]:,})')
     path = key('model.path')
     words.append(f'trained from {"the weights of " + _short(path) if path else "scratch"}')
-    words.append(f'on {_short(key("data.train", "its data"))}')
+    words.append(f'on {_named(key("data.train", "its data"))}')
     if source.rewarded:
         words.append(f'by {source.algorithm.upper()} for {steps or 0:,} steps of {key("rl.rollouts", "some")} answers,')
         words.append(f'each scored by {_short(key("rl.reward"))},')
@@ -103,6 +105,19 @@ def lead(source: Source) -> str:
     if machine:
         words.append(f'on {device_words(machine)}')
     return ' '.join(words) + '.'
+
+
+def _named(data: Any) -> str:
+    """Data in words: the end of a path, or the labels of its sources."""
+    if not isinstance(data, Mapping):
+        return _short(data)
+    *others, last = data
+    return f'{", ".join(others)} and {last}' if others else last
+
+
+def _held_out_data(source: Source) -> str:
+    held_out = source.key('data.eval')
+    return f'a held-out share of {_named(source.key("data.train"))}' if held_out == AUTO else _named(held_out)
 
 
 def _short(path: Any) -> str:
@@ -221,10 +236,12 @@ def charts(source: Source) -> list[Figure]:
     """The loss, large, and all other curves, small."""
     by_name: dict[str, list[str]] = {}
     for metric in source.curves:
+        if names.source_of(metric):
+            continue  # drawn together
         by_name.setdefault(metric.rsplit('/', 1)[-1], []).append(metric)
     drawn = []
     if not source.rewarded:
-        drawn.append(_loss_chart(source))
+        drawn += [_loss_chart(source), _source_chart(source)]
         by_name.pop('loss', None)
     last_parts = [name for name in _FIRST if name in by_name]
     last_parts += [name for name in sorted(by_name) if name not in last_parts and name not in _NO_CHART]
@@ -261,6 +278,63 @@ def _loss_chart(source: Source) -> Figure | None:
     return chart(
         f'Loss, nats a {_counted(source).split()[-1]}', series, number, axis, kind='log', large=True, mark=mark
     )
+
+
+_SOURCE_COLORS = ('train', 'eval', 'data', 'compile', 'checkpoint', 'load', 'export', 'plain')
+
+
+def _source_chart(source: Source) -> Figure | None:
+    """The held-out loss of each source of a mixture, those of the largest share first."""
+    curves = {label: source.curves.get(f'eval/loss/{label}', []) for label in _labels(source)}
+    shown = {label: points for label, points in curves.items() if len(points) > 1}
+    series = [
+        Series(label, points, color, 'dots')
+        for (label, points), color in zip(shown.items(), itertools.cycle(_SOURCE_COLORS), strict=False)
+    ]
+    title = f'Held-out loss by source, nats a {_counted(source).split()[-1]}'
+    return chart(title, series, number, axis, kind='log')
+
+
+def _labels(source: Source) -> list[str]:
+    """The sources that a run knows by label, in the order of `run.json`, then by name."""
+    labels = dict.fromkeys(source.run.get('mixture') or {})
+    found = sorted(filter(None, map(names.source_of, (*source.curves, *source.metrics))))
+    return list(labels | dict.fromkeys(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedSource:
+    """A source of a mixture, its numbers as text: '' where it has none.
+
+    Attributes:
+      label: the recipe's.
+      share: of the rows of training.
+      epochs: how often it was passed over.
+      loss: held out, at the end.
+    """
+
+    label: str
+    share: str
+    epochs: str
+    loss: str
+
+
+def mixture(source: Source) -> list[MixedSource]:
+    """The sources of a mixture, in training and held out."""
+    mixed = source.run.get('mixture') or {}
+    rows = []
+    for label in _labels(source):
+        loss, own = source.metric(f'eval/loss/{label}'), mixed.get(label) or {}
+        share, epochs = (own.get(name) for name in ('share', 'epochs'))
+        rows.append(
+            MixedSource(
+                label,
+                '' if share is None else f'{100 * share:.3g} %',
+                '' if epochs is None else f'{epochs:.3g}',
+                '' if loss is None else f'{loss:.4f}',
+            )
+        )
+    return rows
 
 
 @dataclasses.dataclass(frozen=True)

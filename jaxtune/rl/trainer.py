@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.common import console
 from jaxtune.data.loader import Loader
+from jaxtune.data.mixture import Mixture
 from jaxtune.generation.generator import sample_record
 from jaxtune.generation.prompts import Prompt
 from jaxtune.metrics.samples import add_samples
@@ -61,17 +62,17 @@ class StepSizes:
     missing_eos_penalty: float = 0.0
 
 
-class _Numbers:
-    """The prompts' numbers, as rows for a loader."""
+class PromptNumbers:
+    """The numbers of `count` prompts from `first` on, as rows for a loader."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, first: int = 0) -> None:
+        self.count, self.first = count, first
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {'number': np.asarray(index, np.int32)}
+        return {'number': np.asarray(self.first + index, np.int32)}
 
 
 class RewardTask:
@@ -86,6 +87,7 @@ class RewardTask:
       sampler: answers prompts.
       reward: scores answers.
       prompts: those to train on.
+      order: rows with their numbers, in which they are asked.
       held_out: those to evaluate on.
       sizes: of a step.
       info: of the run.
@@ -105,6 +107,7 @@ class RewardTask:
         sampler: Sampler,
         reward: Reward,
         prompts: Sequence[Prompt],
+        order: PromptNumbers | Mixture,
         held_out: Sequence[Prompt],
         sizes: StepSizes,
         info: RunInfo,
@@ -120,7 +123,7 @@ class RewardTask:
         batches = -(-len(held_out) // sampler.batch_size)
         self.evaluation_batches = min(batches, evaluation_batches) if evaluation_batches else batches
         self.asked = sizes.rollouts // algorithm.group
-        self.loader = Loader(_Numbers(len(prompts)), self.asked, program.seed, shuffle=True)
+        self.loader = Loader(order, self.asked, program.seed, shuffle=True)
         self.reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state['trainable'])
         # Packed, the answers of an update are fewer rows, a multiple of this.
         self.compiled, self.step = compiled, program.train_step(sizes.accumulate)

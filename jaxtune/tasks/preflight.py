@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.sharding import Mesh
 
+from jaxtune.common import sources
 from jaxtune.common.formatting import amount
 from jaxtune.common.settings import Settings
 from jaxtune.config import is_rewarded
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.inputs import KEYS, fingerprints
+from jaxtune.data.mixture import Mixture
 from jaxtune.data.prepare import streaming
 from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
@@ -87,12 +89,13 @@ def _without_stages(config: Settings) -> list[str]:
     mesh = compile.target_mesh(config) if config.task == 'compile' else make_mesh(config.mesh)
     module.get(config.task, rewarded).check(config, mesh)
     given = {key: recipes.config_get(config, key) for key in recipes.REFERENCES}
-    given = {key: value for key, value in given.items() if value and not value.startswith('@')}
+    given = {key: value for key, value in given.items() if value and (not isinstance(value, str) or value[0] != '@')}
     if 'tokenizer.path' in given:
         tokenizers.load(load.tokenizer_folder(specs.model_spec(config)))
     for key in ('data.train', 'data.eval', 'sft.demonstrations'):
-        if given.get(key, 'python-stdlib') != 'python-stdlib':
-            next(iter(open_records(given[key], key)), None)
+        for source in sources.read(given.get(key, '')):
+            if source.path not in ('python-stdlib', sources.AUTO) and not source.path.startswith('@'):
+                next(iter(open_records(source.path, key)), None)
     if ':' in given.get('rl.reward', ''):
         rewarded.reward(config, mesh, weights=False)
     return ['keys', *(key for key in given if key not in ('model.path', 'method.path', 'dpo.reference'))]
@@ -125,7 +128,8 @@ def _rows(config: Settings, bundle: load.ModelBundle, cache: pathlib.Path, split
     for split in splits:
         if config.data[split]:
             rows = objective.dataset(split, bundle.tokenizer, cache)
-            facts.append(f'{len(rows):,} rows of data.{split}')
+            labels = f' ({", ".join(rows.parts)})' if isinstance(rows, Mixture) else ''
+            facts.append(f'{len(rows):,} rows of data.{split}{labels}')
     return facts
 
 
@@ -147,7 +151,7 @@ def _learn_from_rewards(config: Settings, cache: pathlib.Path) -> list[str]:
         rewarded.reward(config, mesh, weights=False)
         prompts, held_out = rewarded.all_prompts(config, bundle)
         _trace(config, mesh, bundle, specs.bound_algorithm(config))
-    facts = [f'{len(prompts):,} prompts of data.train', f'rl.reward={config.rl.reward}']
+    facts = [f'{sum(map(len, prompts.values())):,} prompts of data.train', f'rl.reward={config.rl.reward}']
     return [*_described(bundle), *facts, *([f'{len(held_out):,} of data.eval'] if held_out else [])]
 
 

@@ -48,6 +48,8 @@ def check(config: Settings) -> plans.Plan | None:
       UserError: the recipe is wrong, packages are missing, or a step of the user's own is none.
     """
     data, defaults = config.data, cast(Settings, recipes.defaults())
+    if not isinstance(data.train, str):
+        raise UserError(f'data.train={", ".join(data.train)}: task=prepare mixes data.sources; expected them there')
     if not plans.needed(data, defaults.data):
         _check_raw('data.train', data.train)
         return None

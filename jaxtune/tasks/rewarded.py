@@ -1,17 +1,23 @@
 """Tasks that learn from rewards: `task=ppo`, `task=grpo`, or an algorithm named as `module:NAME`."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxtune.common import console
 from jaxtune.common.formatting import amount
 from jaxtune.common.settings import Settings
+from jaxtune.common.sources import AUTO
+from jaxtune.data.holdout import Holdout, words
+from jaxtune.data.mixture import Mixture
 from jaxtune.errors import UserError
-from jaxtune.generation.prompts import Prompt, read_prompts
+from jaxtune.generation.prompts import Prompt, prompts_by_source, read_prompts
 from jaxtune.models import value_head
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_batch, check_rows
@@ -21,7 +27,7 @@ from jaxtune.recipe.flags import Command
 from jaxtune.rl import Reward
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Sampler
-from jaxtune.rl.trainer import RewardTask, StepSizes
+from jaxtune.rl.trainer import PromptNumbers, RewardTask, StepSizes
 from jaxtune.tasks import present, setup, specs
 from jaxtune.training import announce, divergence
 from jaxtune.training.run_info import compiled_memory
@@ -92,16 +98,46 @@ def check_policy(config: Settings, bundle: ModelBundle) -> None:
         )
 
 
-def all_prompts(config: Settings, bundle: ModelBundle) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and those held out, of each what leaves room for an answer.
+def all_prompts(config: Settings, bundle: ModelBundle) -> tuple[dict[str, list[Prompt]], list[Prompt]]:
+    """The prompts to train on, by source, and those held out, of each what leaves room for an answer.
 
     Raises:
       UserError: there are none to train on.
     """
-    limit = config.data.seq_len
-    train = read_prompts(specs.prompt_spec(config, count=0, limit=limit), bundle, fitting=True, split='train')
+    limit, data = config.data.seq_len, specs.data_spec(config, holdout=None)
+    spec = specs.prompt_spec(config, count=0, limit=limit, data=data)
+    train = prompts_by_source(spec, bundle, fitting=True, split='train')
+    if config.data.eval == AUTO:
+        return _held_out(train, Holdout(config.data.eval_fraction, config.seed), config.generate.prompts)
     held_out = read_prompts(specs.prompt_spec(config, limit=limit), bundle, fitting=True) if config.data.eval else []
     return train, held_out
+
+
+def _held_out(
+    prompts: dict[str, list[Prompt]], holdout: Holdout, count: int
+) -> tuple[dict[str, list[Prompt]], list[Prompt]]:
+    """Of all prompts those to train on and those that `data.eval=auto` holds out, at most `count`; 0 = all."""
+    scores = {label: [holdout.score(prompt.text) for prompt in some] for label, some in prompts.items()}
+    holdout = holdout.decided({label: np.array(values) for label, values in scores.items()})
+    train: dict[str, list[Prompt]] = {label: [] for label in prompts}
+    held_out: list[Prompt] = []
+    for label, some in prompts.items():
+        for prompt, score in zip(some, scores[label], strict=True):
+            (held_out if holdout.holds(score) else train[label]).append(prompt)
+    console.note(words({label: (len(prompts[label]) - len(train[label]), len(prompts[label])) for label in prompts}))
+    return train, held_out[: count or None]
+
+
+def prompt_order(config: Settings, prompts: dict[str, list[Prompt]]) -> PromptNumbers | Mixture:
+    """In which order the prompts of all sources, one after the other, are asked: by the weights of the sources."""
+    sources = specs.data_spec(config).sources('train')
+    firsts = itertools.accumulate((len(some) for some in prompts.values()), initial=0)
+    parts = {
+        label: PromptNumbers(len(some), first) for (label, some), first in zip(prompts.items(), firsts, strict=False)
+    }
+    if '' in parts:
+        return parts['']
+    return Mixture(parts, {source.label: source.weight for source in sources})
 
 
 def reward(config: Settings, mesh: Mesh, *, weights: bool = True) -> Reward:
@@ -123,7 +159,9 @@ def open_trainer(
         check_policy(config, bundle)
         scorer = reward(config, mesh)
     with info.timed('data'):
-        prompts, held_out = all_prompts(config, bundle)
+        by_source, held_out = all_prompts(config, bundle)
+        prompts = [prompt for some in by_source.values() for prompt in some]
+        order = prompt_order(config, by_source)
     asked = config.rl.rollouts // algorithm.group
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(prompts) / asked))
     updates = config.rl.epochs * (config.rl.rollouts // config.train.batch_size)  # a step
@@ -163,6 +201,7 @@ def open_trainer(
         sampler,
         scorer,
         prompts,
+        order,
         held_out,
         StepSizes(
             rl.rollouts, rl.epochs, config.train.batch_size, accumulate, config.data.packing, rl.missing_eos_penalty
@@ -192,7 +231,14 @@ def open_trainer(
     def first_lines() -> None:
         line = _updates_line(rl.rollouts, algorithm.group, steps, updates, len(prompts), config, accumulate)
         announce.announce(
-            info, workdir, data={}, kernels=kernels, memory=memory, updates=line, optimizer=config.optimizer
+            info,
+            workdir,
+            data={},
+            kernels=kernels,
+            memory=memory,
+            updates=line,
+            optimizer=config.optimizer,
+            mixture=announce.mixture_facts(order, steps * asked),
         )
 
     def last_lines(exported: int, metrics: Mapping[str, Any]) -> None:

@@ -132,11 +132,12 @@ def sample_callback(config: Settings, mesh: Mesh, bundle: ModelBundle, workdir: 
       UserError: the prompts are wrong.
     """
     count, objective = config.eval.samples, specs.objective(config).objective
+    changes = {'format': 'pair'} if objective.name == 'seq2seq' else {}
     if not count or not config.data.eval:
         return None
-    changes = {'data': specs.data_spec(config, format='pair')} if objective.name == 'seq2seq' else {}
+    data = specs.objective(config, **changes).decided(workdir / 'cache')
     # Some of the prompts may be too long.
-    spec = specs.prompt_spec(config, count=8 * count, prompt_tokens=objective.prompt_tokens, **changes)
+    spec = specs.prompt_spec(config, count=8 * count, prompt_tokens=objective.prompt_tokens, data=data)
     prompts = read_prompts(spec, bundle, objective.name == 'sft', fitting=True, needed=False)[:count]
     if not prompts:
         console.note(

@@ -4,8 +4,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxtune.common import sources
 from jaxtune.common.settings import Settings
+from jaxtune.common.sources import AUTO, DataSource
 from jaxtune.config import is_rewarded, trains
+from jaxtune.data.holdout import Holdout
 from jaxtune.data.spec import DataSpec
 from jaxtune.generation.prompts import PromptSpec
 from jaxtune.methods import METHODS, BoundMethod
@@ -23,12 +26,19 @@ def algorithm(config: Settings) -> Algorithm:
 def data_spec(config: Settings, **changes: Any) -> DataSpec:
     """The recipe's `data`, with what of `sft` and `model` belongs to it."""
     data = config.data
-    same = ('train', 'eval', 'format', 'template', 'seq_len', 'target_len', 'packing', 'append_eos')
+    same = ('format', 'template', 'seq_len', 'target_len', 'packing', 'append_eos')
     values = {name: data[name] for name in (*same, 'text_key', 'source_key', 'target_key')}
     values['template_args'] = data.template_args.to_dict()
     values |= {'system': config.sft.system, 'demonstrations': config.sft.demonstrations, 'seed': config.seed}
+    values |= {split: _sources(data[split]) for split in ('train', 'eval')}
+    if data.eval == AUTO:
+        values |= {'eval': values['train'], 'holdout': Holdout(data.eval_fraction, config.seed)}
     values |= {'labels_of': config.model.path, 'default_labels': ('0', '1') if config.task == 'compile' else ()}
     return DataSpec(**(values | changes))
+
+
+def _sources(value: Any) -> str | tuple[DataSource, ...]:
+    return value if isinstance(value, str) else sources.read(value)
 
 
 def _settings_of(config: Settings, objective: Objective) -> Any:

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from jaxtune.common import console
 from jaxtune.common.settings import Settings
 from jaxtune.data.loader import Loader
+from jaxtune.data.mixture import Mixture
 from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter
-from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives import OBJECTIVES, Objective
 from jaxtune.parallel import make_mesh, place
 from jaxtune.parallel.batches import check_batch
 from jaxtune.pretrained.load import load_model
@@ -145,6 +146,18 @@ class TrainTask:
                 self.samples.write(tree.combine(trainable, self.frozen), step)
 
 
+def _example(objective: Objective, rows: Any, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The first example as the objective shows it, of each source of a mixture, after its label."""
+    if not objective.preview:
+        return []
+    if not isinstance(rows, Mixture):
+        return list(objective.preview(rows, tokenizer))
+    shown = []
+    for label, part in rows.parts.items():
+        shown += [(f'[{label}] ', False), *objective.preview(part, tokenizer), ('\n', False)]
+    return shown
+
+
 def open_trainer(
     config: Settings, workdir: pathlib.Path, mesh: Mesh, command: Command
 ) -> tuple[Trainer, Callable[[], None], Callable[[int, Mapping[str, Any]], None]]:
@@ -213,8 +226,7 @@ def open_trainer(
         workdir,
         wandb=config.log.wandb,
     )
-    preview = objective.objective.preview
-    pieces = list(preview(rows, bundle.tokenizer)) if preview else []
+    pieces = _example(objective.objective, rows, bundle.tokenizer)
     data, memory = data_facts(rows), compiled_memory(step)
     kernels = bundle.model.kernels
     if titles := setup.declared(config).titles:
@@ -222,8 +234,10 @@ def open_trainer(
     info.facts |= {'steps': steps, 'accumulate': accumulate, 'gzip_bits_per_byte': gzip}
 
     def first_lines() -> None:
+        mixture = announce.mixture_facts(rows, steps * config.train.batch_size)
+        of = None if mixture else data['rows']
         updates = announce.updates_line(
-            steps, accumulate, config.train.batch_size, info.tokens_per_step, config.data.seq_len, data['rows']
+            steps, accumulate, config.train.batch_size, info.tokens_per_step, config.data.seq_len, of
         )
         announce.announce(
             info,
@@ -233,6 +247,7 @@ def open_trainer(
             memory=memory,
             updates=updates,
             optimizer=config.optimizer,
+            mixture=mixture,
         )
         if pieces:
             announce.show_example(info, pieces)

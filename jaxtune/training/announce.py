@@ -8,6 +8,7 @@ from typing import Any
 from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.common.settings import Settings
+from jaxtune.data.mixture import Mixture
 from jaxtune.models.attention import KernelLog
 from jaxtune.training.run_info import RunInfo
 
@@ -24,6 +25,7 @@ def announce(
     memory: Mapping[str, int],
     updates: str,
     optimizer: Settings,
+    mixture: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """Prints the first lines.
 
@@ -35,10 +37,13 @@ def announce(
       memory: bytes of the compiled step.
       updates: how many, and of what.
       optimizer: the recipe's `optimizer` subtree.
+      mixture: of the training data, as `mixture_facts` has it.
     """
     _ = info.peak_flops  # measured now, while nothing else runs
     machine = info.machine()
     info.facts |= {'attention': list(kernels.names), 'data': dict(data), 'memory': dict(memory)}
+    if mixture:
+        info.facts['mixture'] = dict(mixture)
     console.facts(
         [
             ('devices', f'{_devices(machine)}; mesh {_mesh(info)}'),
@@ -46,11 +51,26 @@ def announce(
             ('memory', _memory_line(info.facts.get('model'), memory)),
             ('attention', str(kernels)),
             ('data', _data_line(data)),
+            ('mixture', _mixture_line(mixture or {})),
             ('updates', updates),
             ('optimizer', _optimizer_line(optimizer)),
             ('results', f'{workdir}'),
         ]
     )
+
+
+def mixture_facts(rows: Any, count: int) -> dict[str, dict[str, float]]:
+    """Of each source of a `Mixture` its share of the first rows of training, and how often these go through it.
+
+    Args:
+      rows: those of training; for any but a mixture there is nothing to say.
+      count: how many of them the run takes.
+    """
+    if not isinstance(rows, Mixture):
+        return {}
+    shares, taken, epochs = rows.shares, rows.taken(count), rows.epochs(count)
+    order = sorted(shares, key=lambda label: (-shares[label], label))
+    return {label: {'share': float(shares[label]), 'rows': taken[label], 'epochs': epochs[label]} for label in order}
 
 
 def show_example(info: RunInfo, pieces: Sequence[tuple[str, bool]]) -> None:
@@ -152,6 +172,12 @@ def _devices(machine: Mapping[str, Any]) -> str:
 def _data_line(data: Mapping[str, Any]) -> str:
     names = tuple((name, name.replace('_', ' ')) for name in _DATA)
     return ', '.join(f'{amount(data[name])} {word}' for name, word in names if name in data)
+
+
+def _mixture_line(mixture: Mapping[str, Mapping[str, float]]) -> str:
+    return ', '.join(
+        f'{label} {100 * source["share"]:.3g} % ({source["epochs"]:.3g} epochs)' for label, source in mixture.items()
+    )
 
 
 def _optimizer_line(settings: Settings) -> str:

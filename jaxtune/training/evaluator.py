@@ -1,6 +1,7 @@
 """Scoring held-out data: sums over all batches, divided once."""
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.data.loader import Loader
+from jaxtune.data.mixture import Mixture
 from jaxtune.errors import UserError
 from jaxtune.objectives import Objective
 from jaxtune.parallel import compiler_options, place
@@ -31,9 +33,9 @@ class Evaluator:
     Attributes:
       step: compiled `(trainable, frozen, batch) -> sums`.
       statistics: `(trainable, frozen, batch) -> {name: (sum, count)}`, whose means over all rows `step` takes; or None.
-      loader: the held-out rows.
+      loaders: the held-out rows by label; '' is that of rows without one.
       mesh: where batches go.
-      batches: at most so many; 0 = all.
+      batches: at most so many of each; 0 = all.
       text_bytes: UTF-8 bytes of the held-out documents, where all of them are scored, else 0.
       unscored_bits: bits charged for the tokens that have no prediction (each document's first).
       counted: what the loss is a mean over.
@@ -42,7 +44,7 @@ class Evaluator:
     """
 
     step: Callable
-    loader: Any
+    loaders: Mapping[str, Loader]
     mesh: Mesh
     batches: int = 0
     text_bytes: int = 0
@@ -53,12 +55,17 @@ class Evaluator:
     statistics: Callable | None = None
 
     def __len__(self) -> int:
-        return min(self.batches, len(self.loader)) if self.batches else len(self.loader)
+        return sum(map(self._count, self.loaders.values()))
+
+    def _count(self, loader: Loader) -> int:
+        """Batches of a loader that are scored."""
+        return min(self.batches, len(loader)) if self.batches else len(loader)
 
     def run(self, trainable: Any, frozen: Any, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Metrics `eval/loss` (nats a scored token), `eval/perplexity`, `eval/tokens` and the objective's own.
 
-        Where the objective counts something else (`pairs`), `eval/pairs` stands for the last two.
+        Where the objective counts something else (`pairs`), `eval/pairs` stands for the last two. Of rows with labels
+        there is `eval/loss/LABEL` too; the others are over all rows together, whatever their label.
 
         Raises:
           UserError: there is nothing that could be scored.
@@ -67,31 +74,41 @@ class Evaluator:
         statistics = self.statistics
         if statistics is not None:
             sums = self._sums(lambda batch: statistics(trainable, frozen, batch))
+            sums = functools.reduce(_added_sums, sums.values())
             means = {name: np.float32(total / max(count, 1.0)) for name, (total, count) in sums.items()}
-        return self._metrics(self._sums(lambda batch: self.step(trainable, frozen, batch | means), advance))
+        sums = self._sums(lambda batch: self.step(trainable, frozen, batch | means), advance)
+        return self._metrics(sums)
 
-    def _sums(self, step: Callable, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """What a step gives, added up over all batches."""
-        size, totals, waiting = self.loader.batch_size, None, None
-        for t in range(len(self)):
-            batch = place(lambda low, high, t=t: self.loader.rows(t, low, high), size, self.mesh)
+    def _sums(self, step: Callable, advance: Callable[[], None] = lambda: None) -> dict[str, dict[str, Any]]:
+        """What a step gives by label, added up over all batches."""
+        return {label: self._sums_of(loader, step, advance) for label, loader in self.loaders.items()}
+
+    def _sums_of(self, loader: Loader, step: Callable, advance: Callable[[], None]) -> dict[str, Any]:
+        size, totals, waiting = loader.batch_size, None, None
+        for t in range(self._count(loader)):
+            batch = place(lambda low, high, t=t: loader.rows(t, low, high), size, self.mesh)
             ahead = step(batch)  # one batch is always under way while the next is read
             totals, waiting = _added(totals, waiting), ahead
             advance()
         return _added(totals, waiting)
 
-    def _metrics(self, totals: dict[str, Any]) -> dict[str, float]:
+    def _metrics(self, sums: dict[str, dict[str, Any]]) -> dict[str, float]:
+        by_label = {}
+        for label, found in sums.items():
+            if not found['count']:
+                raise UserError(
+                    f'data.eval: none of {f"the {self.counted} of {label!r}" if label else f"its {self.counted}"} is '
+                    f'scored, and a loss over nothing is no number; expected {NOTHING}'
+                )
+            if label:
+                by_label[f'eval/loss/{label}'] = found['loss'] / found['count']
+        totals = dict(functools.reduce(_added_sums, sums.values()))
         count, loss = totals.pop('count'), totals.pop('loss')
-        if not count:
-            raise UserError(
-                f'data.eval: none of its {self.counted} is scored, and a loss over nothing is no number; expected '
-                + NOTHING
-            )
         mean = loss / count
-        metrics = {'eval/loss': mean, f'eval/{self.counted}': int(count)}
+        metrics = {'eval/loss': mean, **by_label, f'eval/{self.counted}': int(count)}
         if self.counted == 'tokens':
             metrics['eval/perplexity'] = math.exp(min(mean, 700.0))
-        if self.text_bytes and len(self) == len(self.loader):
+        if self.text_bytes and len(self) == sum(map(len, self.loaders.values())):
             metrics['eval/bits_per_byte'] = (loss / math.log(2) + self.unscored_bits) / self.text_bytes
         if self.summarise is not None:
             means = self.summarise(totals, count)
@@ -105,7 +122,11 @@ def _added(totals: Any, sums: Any) -> Any:
     if sums is None:
         return totals
     sums = jax.tree.map(lambda value: float(np.float64(value)), sums)
-    return sums if totals is None else jax.tree.map(operator.add, totals, sums)
+    return sums if totals is None else _added_sums(totals, sums)
+
+
+def _added_sums(totals: Any, sums: Any) -> Any:
+    return jax.tree.map(operator.add, totals, sums)
 
 
 def make_evaluator(
@@ -122,31 +143,31 @@ def make_evaluator(
     Args:
       objective: whose loss it is.
       mesh: where batches go.
-      rows: the held-out rows.
+      rows: the held-out rows, or a `Mixture` of them.
       step: compiled `(trainable, frozen, batch) -> sums`.
       batch_size: sequences a batch.
       statistics: what the loss must know of all rows before it.
-      batches: at most so many; 0 = all.
+      batches: at most so many, of each source; 0 = all.
 
     Raises:
       UserError: the mesh does not divide the batch.
     """
     check_rows(mesh, 'eval.batch_size', batch_size)
-    loader = Loader(rows, batch_size, shuffle=False)
-    source = getattr(rows, 'tokens', None)
+    parts = rows.parts if isinstance(rows, Mixture) else {'': rows}
+    texts = [part for part in parts.values() if getattr(part, 'tokens', None) is not None]
     text_bytes = unscored = 0
-    if source is not None:
-        text_bytes = source.text_bytes
-        unscored = rows.unscored_tokens * math.log2(source.vocab_size)
+    if len(texts) == len(parts):
+        text_bytes = sum(part.tokens.text_bytes for part in texts)
+        unscored = sum(part.unscored_tokens * math.log2(part.tokens.vocab_size) for part in texts)
     return Evaluator(
         step,
-        loader,
+        {label: Loader(part, batch_size, shuffle=False) for label, part in parts.items()},
         mesh,
         batches,
         text_bytes,
         unscored,
         counted=objective.counted,
         summarise=objective.summarise,
-        constants=getattr(rows, 'baselines', {}),
+        constants=getattr(rows, 'baselines', {}),  # means, which a mixture's sources do not add up to
         statistics=statistics and jax.jit(make_statistics(statistics), compiler_options=compiler_options()),
     )

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.common import console, io
 from jaxtune.data.loader import Loader
+from jaxtune.data.mixture import Mixture
 from jaxtune.models import Model
 from jaxtune.objectives import BoundObjective
 from jaxtune.parallel import hosts, place
@@ -56,6 +57,10 @@ class ReferenceLogps:
         reference = self.objective.objective.reference
         path = reference.path(self.objective.settings) if reference else None
         if reference is None or path is None:
+            return rows
+        if isinstance(rows, Mixture):
+            for part in rows.parts.values():
+                self.complete(part, split)
             return rows
         sides = reference.sides(self.objective.settings)
         file = self.cache / f'reference-{self._digest(rows, path, sides)}.npy'

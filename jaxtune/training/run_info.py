@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import pathlib
 import shlex
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxtune.common import console
 from jaxtune.common.io import read_mapping, write_json
+from jaxtune.data.mixture import Mixture
 from jaxtune.models import Model
 from jaxtune.parallel import copied_bytes, hardware
 from jaxtune.training.phases import PhaseTimer
@@ -172,7 +174,12 @@ def compiled_memory(step: Any) -> dict[str, int]:
 
 
 def data_facts(rows: Any) -> dict[str, Any]:
-    """Rows, documents and tokens of the training data, as far as its source knows them."""
+    """Rows, documents and tokens of the training data, as far as its source knows them; of a mixture, of all of it."""
+    if isinstance(rows, Mixture):
+        parts = [data_facts(part) for part in rows.parts.values()]
+        whole = {name: sum(part.get(name, 0) for part in parts) for name in dict.fromkeys(itertools.chain(*parts))}
+        # What only some sources count would read as if it were all of them.
+        return {name: n for name, n in whole.items() if name != 'trained_tokens' or all(name in part for part in parts)}
     source, counts = getattr(rows, 'tokens', None), {'rows': len(rows), **getattr(rows, 'facts', {})}
     if source is not None:
         counts = {'documents': source.documents, 'tokens': len(source), **counts, 'text_bytes': source.text_bytes}
