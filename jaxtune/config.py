@@ -230,7 +230,11 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'data.slurm.setup': Key('', text, 'slurm: shell command that makes jaxtune importable'),
     'data.slurm.dry_run': Key(False, boolean, 'slurm: print the scripts instead of submitting them'),
     'train.steps': Key(0, integer(0), 'number of updates; 0 = from train.epochs'),
-    'train.epochs': Key(1.0, number(above=0, high=1e6), 'passes over the data if train.steps is 0'),
+    'train.epochs': Key(
+        1.0,
+        number(above=0, high=1e6),
+        'passes over the data if train.steps is 0; one of a mixture has as many rows as its sources together',
+    ),
     'train.batch_size': Key(8, integer(1, high=_WIDE), 'global batch size, in sequences per update'),
     'train.accumulate': Key(
         'auto',

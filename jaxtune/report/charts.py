@@ -55,7 +55,7 @@ class Series:
     Attributes:
       name: in the legend; '' leaves it out of it.
       points: in the order of x.
-      color: of the stylesheet: `train`, `eval`, `plain`.
+      color: of the stylesheet: `train`, `eval`, `plain`, or that of a phase.
       style: `line`, `faint` (a thin line behind) or `dots` (a thin line with a dot at each point).
     """
 

@@ -1,7 +1,6 @@
 """The parts of a report: functions from a run's files to the values of a template, empty if there are none."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.common.sources import AUTO
 from jaxtune.metrics import names
+from jaxtune.report import mixture
 from jaxtune.report.charts import Figure, Series, chart, smooth
 from jaxtune.report.source import Source
 
@@ -280,61 +280,10 @@ def _loss_chart(source: Source) -> Figure | None:
     )
 
 
-_SOURCE_COLORS = ('train', 'eval', 'data', 'compile', 'checkpoint', 'load', 'export', 'plain')
-
-
 def _source_chart(source: Source) -> Figure | None:
-    """The held-out loss of each source of a mixture, those of the largest share first."""
-    curves = {label: source.curves.get(f'eval/loss/{label}', []) for label in _labels(source)}
-    shown = {label: points for label, points in curves.items() if len(points) > 1}
-    series = [
-        Series(label, points, color, 'dots')
-        for (label, points), color in zip(shown.items(), itertools.cycle(_SOURCE_COLORS), strict=False)
-    ]
+    """The held-out loss of each source of a mixture."""
     title = f'Held-out loss by source, nats a {_counted(source).split()[-1]}'
-    return chart(title, series, number, axis, kind='log')
-
-
-def _labels(source: Source) -> list[str]:
-    """The sources that a run knows by label, in the order of `run.json`, then by name."""
-    labels = dict.fromkeys(source.run.get('mixture') or {})
-    found = sorted(filter(None, map(names.source_of, (*source.curves, *source.metrics))))
-    return list(labels | dict.fromkeys(found))
-
-
-@dataclasses.dataclass(frozen=True)
-class MixedSource:
-    """A source of a mixture, its numbers as text: '' where it has none.
-
-    Attributes:
-      label: the recipe's.
-      share: of the rows of training.
-      epochs: how often it was passed over.
-      loss: held out, at the end.
-    """
-
-    label: str
-    share: str
-    epochs: str
-    loss: str
-
-
-def mixture(source: Source) -> list[MixedSource]:
-    """The sources of a mixture, in training and held out."""
-    mixed = source.run.get('mixture') or {}
-    rows = []
-    for label in _labels(source):
-        loss, own = source.metric(f'eval/loss/{label}'), mixed.get(label) or {}
-        share, epochs = (own.get(name) for name in ('share', 'epochs'))
-        rows.append(
-            MixedSource(
-                label,
-                '' if share is None else f'{100 * share:.3g} %',
-                '' if epochs is None else f'{epochs:.3g}',
-                '' if loss is None else f'{loss:.4f}',
-            )
-        )
-    return rows
+    return chart(title, mixture.curves(source), number, axis, kind='log')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,7 +396,7 @@ def results(source: Source) -> list[tuple[str, str]]:
 def _value(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str('not finite' if value is None else value)
-    if name.endswith('bytes'):
+    if name.endswith('bytes') and not names.source_of(name):
         return size(value)
     return f'{value:,}' if isinstance(value, int) else f'{value:,.6g}'
 
