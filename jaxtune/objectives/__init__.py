@@ -107,8 +107,6 @@ class Objective:
       batch_spec: what one row of a batch holds.
       dataset: rows of a split.
       loss: the summed loss.
-      records: how its records are told apart, for `data.eval=auto`, which without it is refused; `dataset` reads them
-        through `jaxtune.data.holdout.part`.
       kinds: of models that it suits.
       head: what follows the model's last layer: `lm`, `classification` or `reward`.
       label_fields: where the head has labels: Hugging Face's `id2label` and `label2id`.
@@ -126,13 +124,14 @@ class Objective:
       auto_class: `AutoModelFor…` of `transformers` that loads what it trains.
       titles: of its own metrics, for the report.
       higher_is_better: those of its own metrics of which a higher value is better.
+      records: how its records are told apart, for `data.eval=auto`, which without it is refused; `dataset` reads them
+        through `jaxtune.data.holdout.part`.
     """
 
     name: str
     batch_spec: BatchSpecOf
     dataset: DatasetOf
     loss: LossOf
-    records: Recordwise | None = None
     kinds: tuple[str, ...] = ('decoder', 'encoder', 'encdec')
     head: str = 'lm'
     label_fields: Callable[[Settings, DataSpec], dict[str, Any]] | None = None
@@ -147,6 +146,7 @@ class Objective:
     auto_class: str = 'CausalLM'
     titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     higher_is_better: tuple[str, ...] = ()
+    records: Recordwise | None = None
 
 
 OBJECTIVES = Registry(

@@ -38,4 +38,11 @@ def test_recipe_and_its_commands(path):
         assert all(recipes.changed(config) for config in command.configs.values())
         for word in given:
             *_, key = word.partition('=')[0].removeprefix('--config.').rpartition('.')
-            assert any(key in name for config in command.configs.values() for name in recipes.flatten(config)), word
+            assert any(key in name for config in command.configs.values() for name in _names(config)), word
+
+
+def _names(config) -> list[str]:
+    """The keys of a recipe, and the labels of its sources."""
+    flat = recipes.flatten(config)
+    labels = [f'{name}.{label}' for name, value in flat.items() if isinstance(value, dict) for label in value]
+    return [*flat, *labels]

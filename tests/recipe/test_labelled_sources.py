@@ -81,7 +81,7 @@ def test_a_wrong_part_is_said(parse, word):
 
 
 def test_a_path_has_no_label(parse):
-    with pytest.raises(UserError, match="data.train is 'p.jsonl'; expected a mapping of sources"):
+    with pytest.raises(UserError, match=r"data\.train is 'p\.jsonl'; expected a mapping of sources"):
         parse("config.data = ConfigDict({'train': 'p.jsonl'})", '--config.data.train.chat=c.jsonl')
 
 

@@ -171,12 +171,11 @@ def test_kto_measures_by_the_whole_batch_however_it_is_cut(preferences):
 
     # A loss over nothing is no number, and neither is a mean of rejected answers where there are none.
     alone = [row | {'rejected_weight': np.float32(0)} for row in rows]
-    assert 'eval/reward_rejected' not in dataclasses.replace(evaluator, loader=Loader(alone, 8, shuffle=False)).run(
-        params, frozen
-    )
+    loaders = {'': Loader(alone, 8, shuffle=False)}
+    assert 'eval/reward_rejected' not in dataclasses.replace(evaluator, loaders=loaders).run(params, frozen)
     nothing = [row | {'chosen_weight': np.float32(0)} for row in alone]
     with pytest.raises(UserError, match=r'data.eval: none of its pairs is scored.*expected'):
-        dataclasses.replace(evaluator, loader=Loader(nothing, 8, shuffle=False)).run(params, frozen)
+        dataclasses.replace(evaluator, loaders={'': Loader(nothing, 8, shuffle=False)}).run(params, frozen)
 
 
 @pytest.mark.parametrize(('center', 'smooth'), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.2)])

@@ -1,4 +1,4 @@
-"""Mixtures through the trainer: killed, on other meshes and hosts, held-out loss by label, formats beside each other."""
+"""Mixtures through the trainer: killed, on two hosts, held-out loss by label, formats beside each other."""
 
 import json
 import random
@@ -13,6 +13,7 @@ from test_pod import finish, start_pod
 from test_resume import updates, wait_for
 from test_rl import rl_recipe
 
+from jaxtune.data import open_tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.objectives.classification import Labels
@@ -173,9 +174,8 @@ def test_conversations_beside_texts(sources, tmp_path, capsys):
     # All of a text but each document's first token; of a conversation the answers alone.
     assert scored.sum() >= (text['segment_ids'] > 0).sum() - text['segment_ids'].max() - 1
     assert 0 < chat['loss_mask'].sum() < 0.8 * (chat['segment_ids'] > 0).sum()
-    assert {json.loads(line)['prompt'][0]['role'] for line in (tmp_path / 'samples.jsonl').read_text().splitlines()} == {
-        'user'
-    }
+    samples = [json.loads(line) for line in (tmp_path / 'samples.jsonl').read_text().splitlines()]
+    assert {sample['prompt'][0]['role'] for sample in samples} == {'user'}
     example = json.loads((tmp_path / 'run.json').read_text())['example']
     assert ['[web] ', False] in example
 
@@ -226,22 +226,28 @@ def test_auto_holds_out_a_share_that_no_row_of_training_has(corpus, tmp_path, ca
     assert 1 <= held < 60
     assert len(metrics(tmp_path / 'run', 'eval/loss')) == 1
     bound = specs.objective(full_config(keys))
-    if objective == 'classification':
-        pytest.skip('its examples are kept as tokens alone; test_holdout has the rule')
-    rows = {split: bound.dataset(split, tokenizers.load('bytes'), tmp_path / 'cache') for split in ('train', 'eval')}
+    texts = {split: _texts_of(bound, split, tmp_path / 'cache') for split in ('train', 'eval')}
+    assert not set(texts['train']) & set(texts['eval'])
+    pairs = objective in ('reward', 'dpo')  # some of which are left out
+    assert len(texts['train']) <= total - held if pairs else len(texts['train']) == total - held
+    assert len(texts['eval']) <= held if pairs else len(texts['eval']) == held
+
+
+def _texts_of(bound, split, cache):
+    """What each record became, as bytes."""
+    objective = bound.objective.name
+    rows = bound.dataset(split, tokenizers.load('bytes'), cache)
     if objective in ('sft', 'reward', 'dpo'):
-        texts = {split: [one.ids.tobytes() for one in _all(part.examples)] for split, part in rows.items()}
-        assert not set(texts['train']) & set(texts['eval'])
-        assert len(texts['eval']) >= held * (1 if objective == 'sft' else 0)
-    elif objective == 'causal_lm':
-        documents = {split: part.tokens for split, part in rows.items()}
-        texts = {split: {t.document(i).tobytes() for i in range(t.documents)} for split, t in documents.items()}
-        assert not texts['train'] & texts['eval']
-        assert (documents['train'].documents, documents['eval'].documents) == (total - held, held)
-
-
-def _all(examples):
-    return [examples[i] for i in range(len(examples))]
+        examples = rows.examples
+        ids = [examples[i].ids.tobytes() for i in range(len(examples))]
+        return ids if objective == 'sft' else [b'|'.join(ids[i : i + 2]) for i in range(0, len(ids), 2)]
+    if objective == 'classification':
+        return [ids.tobytes() for ids, _, _ in rows.examples]
+    data = bound.decided(cache)
+    tokens = rows.source if objective == 'seq2seq' else None
+    if tokens is None:  # from the cache, as the rows are
+        tokens = open_tokens(data.of(split, *data.sources(split)), split, tokenizers.load('bytes'), cache)
+    return [tokens.document(i).tobytes() for i in range(tokens.documents)]
 
 
 def test_labels_are_those_of_all_sources(corpus, tmp_path):
