@@ -5,7 +5,7 @@
 
 60 % of the rows are conversations, 20 % code and 20 % text, exactly, at every update; small sources are passed over
 more often, each time in another order, and the first lines say how often. Of conversations the answers are learnt,
-plain texts (`format='text'`) whole. 2 % of the records of each source are held out (`data.eval=auto`); the report has their
+plain texts (`format='text'`) whole. Of each source 2 % of the records are held out (`data.eval=auto`); the report has their
 loss by source.
 
 `--config.data.train.code.weight=0.4` changes a weight, `--config.data.train.code=` leaves a source out, another label

@@ -7,7 +7,6 @@ text `a.jsonl:0.7,b.jsonl:0.3`, whose labels come from the files' names.
 import dataclasses
 import difflib
 import glob
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ AUTO = 'auto'  # as `data.eval`: a share of `data.train`
 _WEIGHT = r'[+-]?(?:\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|nan|inf)'
 _WEIGHTED = re.compile(rf'(.+?):({_WEIGHT})\s*(?:,|$)', re.IGNORECASE)
 _LAST_WEIGHT = re.compile(rf'(.+):({_WEIGHT})', re.IGNORECASE)
+_TOO_LARGE = 1e300
 _FORM = 'label -> a path, or label -> path, weight, format'
 
 
@@ -133,7 +133,7 @@ def _label(label: Any) -> str:
 
 def _weight(name: str, weight: Any) -> float:
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight) or not weight > 0:
+    if not number or not 0 < weight < _TOO_LARGE:
         raise ExpectedError(f'a weight > 0 of {name!r}; found {weight!r:.40}')
     return float(weight)
 

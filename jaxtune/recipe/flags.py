@@ -136,7 +136,8 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
         if not all(part.isidentifier() for part in path.split('.')):
             raise UserError(f'--config.{path}: expected names of letters, digits and _, with a dot between them')
         if sources := recipes.sources_key(own):
-            _prepare_sources(values[stage] if stage else values, sources, own, f'--config.{path}')
+            group: Any = values[stage] if stage else values
+            _prepare_sources(group, sources, own, f'--config.{path}')
         if _in_open_subtree(own):  # the type of a key that no recipe names is read off the value
             node = values
             for parent in parents:
