@@ -5,8 +5,8 @@
 
 60 % of the rows are conversations, 20 % code and 20 % text, exactly, at every update; small sources are passed over
 more often, each time in another order, and the first lines say how often. Of conversations the answers are learnt,
-plain texts (`format='text'`) whole. Of each source 2 % of the records are held out (`data.eval=auto`); the report has their
-loss by source.
+plain texts (`format='text'`) whole. Of each source 2 % of the records are held out (`data.eval=auto`), and the report
+has their loss by source.
 
 `--config.data.train.code.weight=0.4` changes a weight, `--config.data.train.code=` leaves a source out, another label
 adds one. `data.eval` takes sources too, for held-out files of your own.

@@ -137,7 +137,7 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
             raise UserError(f'--config.{path}: expected names of letters, digits and _, with a dot between them')
         if sources := recipes.sources_key(own):
             group: Any = values[stage] if stage else values
-            _prepare_sources(group, sources, own, f'--config.{path}')
+            _prepare_sources(group, sources, own, f'--config.{path[: len(path) - len(own)]}')
         if _in_open_subtree(own):  # the type of a key that no recipe names is read off the value
             node = values
             for parent in parents:
@@ -147,13 +147,13 @@ def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]
     return values
 
 
-def _prepare_sources(values: ConfigDict, key: str, path: str, flag: str) -> None:
+def _prepare_sources(values: ConfigDict, key: str, path: str, prefix: str) -> None:
     """Gives sources the type that a flag sets: a text for all of them, a mapping for a field of one."""
     if path == key:
         parent, _, last = key.rpartition('.')
         recipes.config_get(values, parent)[last] = ''
     else:
-        recipes.label_sources(values, key, flag)
+        recipes.label_sources(values, key, path, prefix)
 
 
 def parse(argv: Sequence[str]) -> Command:
