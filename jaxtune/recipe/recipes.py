@@ -103,7 +103,7 @@ def apply_overrides(config: Settings, changes: Mapping[str, Any], prefix: str = 
             raise UserError(f'{prefix}{path}: expected other names than a ConfigDict has itself: {error}') from None
 
 
-def _lay(config: ConfigDict, path: str, value: Any, whole: bool) -> None:
+def _lay(config: Settings, path: str, value: Any, whole: bool) -> None:
     """Sets a key; those of a `whole` open subtree are added to its own."""
     if whole:
         value = ConfigDict(config_get(config, path).to_dict() | value, type_safe=False)

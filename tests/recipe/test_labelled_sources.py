@@ -104,3 +104,8 @@ def test_a_stored_recipe_is_the_same_recipe(parse):
     assert again.data.train == config.data.train
     (found,) = recipes.differing(stored, parse(MIXED, '--config.data.train.chat.weight=3')[''])
     assert found.startswith('data.train')
+
+
+def test_a_field_of_a_source_has_no_parts(parse):
+    with pytest.raises(UserError, match=r'--config\.data\.train\.chat\.path\.x: unknown key'):
+        parse(MIXED, '--config.data.train.chat.path.x=1')
