@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtune.common.io import read_json, write_json
+from jaxtune.common.io import read_mapping, write_json
 from jaxtune.data.prepare.assign_splits import held_out
 from jaxtune.data.records import Placed, Records
 from jaxtune.errors import UserError
@@ -187,6 +187,9 @@ def decide(data: 'DataSpec', recordwise: Recordwise, cache: pathlib.Path) -> tup
         write_json(file, {'added': list(found.added), 'spared': list(found.spared), 'counts': counts})
 
     once(file.is_file, build, 'data.eval=auto')
-    stored = read_json(file)
-    found = dataclasses.replace(holdout, added=tuple(stored['added']), spared=tuple(stored['spared']))
-    return found, {label: (held, total) for label, (held, total) in stored['counts'].items()}
+    stored = read_mapping(file) or {}
+    try:
+        found = dataclasses.replace(holdout, added=tuple(stored['added']), spared=tuple(stored['spared']))
+        return found, {label: (held, total) for label, (held, total) in stored['counts'].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f'{file}: damaged; expected what an earlier run cached there') from None

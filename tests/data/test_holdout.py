@@ -124,3 +124,13 @@ def test_what_a_prepare_stage_held_out_is_taken(tmp_path):
     assert holdout.key_of(data, 'eval') == 'data.eval'
     with pytest.raises(UserError, match='the prepared folder has no eval/'):
         open_tokens(DataSpec(data.train, data.eval, holdout=found), 'eval', BYTES, tmp_path)
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"added": 3}', '{"added": [], "spared": [], "counts": [1]}'])
+def test_a_damaged_cache_is_said(tmp_path, content):
+    data = spec(write(tmp_path / 'a.jsonl', ['one', 'two', 'three']))
+    decide(data, TEXTS, tmp_path)
+    (file,) = tmp_path.glob('holdout-*.json')
+    file.write_text(content)
+    with pytest.raises(UserError, match=file.name):
+        decide(data, TEXTS, tmp_path)
