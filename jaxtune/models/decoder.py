@@ -20,7 +20,6 @@ from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottlen
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.parallel import constrain
-from jaxtune.weights import materialise
 
 _NO_WINDOW = 2**30  # beyond every position
 
@@ -294,8 +293,8 @@ def _head(config: DecoderConfig, head: str, params: Any) -> Head:
     if head == 'reward':
         return Head(params['score']['kernel'])
     if config.tied:
-        return Head(materialise(params['embed_tokens']['embedding']), softcap=config.logit_softcap, vocab_major=True)
-    return Head(materialise(params['lm_head']['kernel']), softcap=config.logit_softcap)
+        return Head.of(params['embed_tokens']['embedding'], softcap=config.logit_softcap, vocab_major=True)
+    return Head.of(params['lm_head']['kernel'], softcap=config.logit_softcap)
 
 
 def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int) -> kv_cache.Cache:

@@ -28,7 +28,6 @@ from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import prefix_of, prepend, put_before, without_prompt
 from jaxtune.parallel import constrain
-from jaxtune.weights import materialise
 
 Cache = kv_cache.Cache | None
 
@@ -360,8 +359,8 @@ def _forward(
 
 def _head(config: EncDecConfig, params: Any) -> Head:
     if config.tied:
-        return Head(materialise(params['shared']['embedding']), scale=config.logit_scale, vocab_major=True)
-    return Head(materialise(params['lm_head']['kernel']), scale=config.logit_scale)
+        return Head.of(params['shared']['embedding'], scale=config.logit_scale, vocab_major=True)
+    return Head.of(params['lm_head']['kernel'], scale=config.logit_scale)
 
 
 def _cache(config: EncDecConfig, dtype: jnp.dtype, batch: int, max_length: int) -> kv_cache.Cache:

@@ -21,7 +21,6 @@ from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottlenec
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.parallel import constrain
-from jaxtune.weights import materialise
 
 _NO_WINDOW = 2**30  # beyond every position
 
@@ -264,11 +263,11 @@ def _forward(
 
 def _head(config: EncoderConfig, head: str, params: Any) -> Head:
     if head != 'lm':
-        return Head(materialise(params['classifier']['kernel']), bias=params['classifier']['bias'])
+        return Head.of(params['classifier']['kernel'], bias=params['classifier']['bias'])
     bias = params['lm_head'].get('bias')
     if config.tied:
-        return Head(materialise(params['embed_tokens']['embedding']), bias=bias, vocab_major=True)
-    return Head(materialise(params['lm_head']['decoder']['kernel']), bias=bias)
+        return Head.of(params['embed_tokens']['embedding'], bias=bias, vocab_major=True)
+    return Head.of(params['lm_head']['decoder']['kernel'], bias=bias)
 
 
 def _no_cache(model_type: str, batch: int, max_length: int) -> NoReturn:

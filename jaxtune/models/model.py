@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxtune.models import kv_cache
 from jaxtune.models.attention import KernelLog
-from jaxtune.weights import expand
+from jaxtune.weights import NewRows, Weight, expand, materialise, put_rows
 
 Params = Any
 
@@ -46,8 +46,8 @@ def virtual_tokens(params: Params) -> int:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=['kernel', 'bias'],
-    meta_fields=['softcap', 'scale', 'vocab_major'],
+    data_fields=['kernel', 'bias', 'rows'],
+    meta_fields=['softcap', 'scale', 'vocab_major', 'ids'],
 )
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -59,6 +59,9 @@ class Head:
       softcap: `softcap * tanh(logits / softcap)` (Gemma 2), or None.
       scale: factor on the product.
       vocab_major: which way the kernel lies.
+      rows: `[new, d_model]`, what stands in the kernel's place for the tokens `ids`, some of which may lie beyond it; or
+        None. They stay apart so that a frozen kernel gets no gradient and no copy of it is made where none is needed.
+      ids: ascending.
     """
 
     kernel: jax.Array
@@ -66,6 +69,15 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
     vocab_major: bool = False
+    rows: jax.Array | None = None
+    ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, weight: jax.Array | Weight, **fields: Any) -> 'Head':
+        """The projection by a table or kernel of any kind, with the further fields."""
+        if isinstance(weight, NewRows):
+            return cls(materialise(weight.base), rows=weight.rows, ids=weight.ids, **fields)
+        return cls(materialise(weight), **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +196,14 @@ class Model:
         head = self.head(params)
         kernel = head.kernel.astype(hidden.dtype)
         dims = (((hidden.ndim - 1,), (1 if head.vocab_major else 0,)), ((), ()))
-        logits = jax.lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32) * head.scale
+        logits = jax.lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32)
+        if head.rows is not None:
+            dims = (((hidden.ndim - 1,), (1,)), ((), ()))
+            new = jax.lax.dot_general(
+                hidden, head.rows.astype(hidden.dtype), dims, preferred_element_type=jnp.float32
+            )
+            logits = put_rows(logits, new, head.ids, -1)
+        logits = logits * head.scale
         if head.bias is not None:
             logits = logits + head.bias.astype(jnp.float32)
         return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)

@@ -8,6 +8,9 @@ pass: three matrix products instead of the four of a backward pass that computes
 On a mesh every device keeps its own tokens and its own part of the vocabulary: a chunk exchanges one number a token
 over `tensor`, and the kernel's gradient is summed over the batch axes once, after the last chunk.
 
+New rows beside a frozen kernel (`weights.NewRows`) are put into their places once a step; their gradient is made of their
+own columns alone, and the kernel has none.
+
 On a single CPU the logits are computed from a copy of the kernel `[d_model, vocab]`, a little wider than the vocabulary
 where rows of logits would lie a multiple of 4 KiB apart: Eigen's product is half as fast otherwise.
 """
@@ -25,6 +28,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.parallel import one_cpu
+from jaxtune.weights import put_rows
 
 # Elements of one chunk's float32 logits (32 MiB), and the fewest tokens for which the kernel's gradient, read and
 # written once a chunk, costs little beside the products.
@@ -49,6 +53,7 @@ class _Plan:
     scatter_axes: tuple[str, ...] = ()
     across: bool = False
     padding: int = 0
+    ids: tuple[int, ...] = ()
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -72,18 +77,19 @@ def cross_entropy(
     Args:
       hidden: `[batch, length, d_model]`, after the final norm.
       head: `Model.head(params)`: `kernel` (`[vocab, d_model]` if `vocab_major`, else `[d_model, vocab]`), `bias`
-        (`[vocab]` or None), `softcap`, `scale`.
+        (`[vocab]` or None), `softcap`, `scale`, and maybe `rows` with their `ids`.
       targets: `[batch, length]` int32; any value where the weight is 0.
       weights: `[batch, length]` float32.
       chunk: tokens at a time on one device, at most; by default what gives logits of 32 MiB, at least 512.
 
     Returns:
       `(loss_sum, correct_sum)`: float32 scalars, `sum(weights * nll)` in nats and the weighted number of targets whose
-      logit is the largest. Differentiable in `hidden`, `kernel`, `bias` and `weights`.
+      logit is the largest. Differentiable in `hidden`, `kernel`, `bias`, `rows` and `weights`.
     """
-    plan = _plan(hidden, head, chunk)
-    targets = jnp.clip(targets, 0, _vocab(head, head.kernel) - 1)
-    return _cross_entropy(plan, hidden, head.kernel, head.bias, targets, weights.astype(jnp.float32))
+    kernel, rows = _parts(head)
+    plan = _plan(hidden, head, kernel, chunk)
+    targets = jnp.clip(targets, 0, _vocab(head, kernel) - 1)
+    return _cross_entropy(plan, hidden, kernel, head.bias, rows, targets, weights.astype(jnp.float32))
 
 
 def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
@@ -96,10 +102,11 @@ def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: i
       chunk: as for `cross_entropy`.
 
     Returns:
-      `[batch, length]` float32, in nats. Differentiable in `hidden`, `kernel` and `bias`; the backward pass computes
+      `[batch, length]` float32, in nats. Differentiable in `hidden`, `kernel`, `bias` and `rows`; the backward pass computes
       the logits again, chunk by chunk.
     """
-    return _token_logprobs(_plan(hidden, head, chunk), hidden, head.kernel, head.bias, targets)
+    kernel, rows = _parts(head)
+    return _token_logprobs(_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, rows, targets)
 
 
 def token_scores(
@@ -109,8 +116,18 @@ def token_scores(
 
     Arguments as for `token_logprobs`. For evaluation: a gradient would hold all logits.
     """
-    logprobs, _, right = _logprobs(_plan(hidden, head, chunk), hidden, head.kernel, head.bias, targets)
+    kernel, _ = _parts(head)
+    logprobs, _, right = _logprobs(_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, targets)
     return logprobs, right
+
+
+def _parts(head: Any) -> tuple[jax.Array, jax.Array | None]:
+    """`(kernel, rows)`: the kernel with new rows in their places, through which no gradient goes, and those rows."""
+    rows = getattr(head, 'rows', None)
+    if rows is None:
+        return head.kernel, None
+    fixed = lax.stop_gradient(rows)
+    return put_rows(head.kernel, fixed if head.vocab_major else fixed.T, head.ids, 0 if head.vocab_major else 1), rows
 
 
 def _vocab(layout: Any, kernel: jax.Array) -> int:
@@ -118,8 +135,8 @@ def _vocab(layout: Any, kernel: jax.Array) -> int:
     return kernel.shape[0 if layout.vocab_major else 1]
 
 
-def _plan(hidden: jax.Array, head: Any, chunk: int | None) -> _Plan:
-    vocab = _vocab(head, head.kernel)
+def _plan(hidden: jax.Array, head: Any, kernel: jax.Array, chunk: int | None) -> _Plan:
+    vocab = _vocab(head, kernel)
     scale = 1.0 if head.scale is None else float(head.scale)
     softcap = None if not head.softcap else float(head.softcap)
     mesh = jax.sharding.get_abstract_mesh()
@@ -145,7 +162,8 @@ def _plan(hidden: jax.Array, head: Any, chunk: int | None) -> _Plan:
         across = bool(head.vocab_major)
         padding = _PADDING if vocab % _PAGE == 0 and softcap is None else 0
         chunk = max(1, chunk * vocab // (vocab + padding))  # the padding is no extra memory
-    return _Plan(chunk, bool(head.vocab_major), scale, softcap, *axes, across, padding)
+    ids = () if getattr(head, 'rows', None) is None else head.ids
+    return _Plan(chunk, bool(head.vocab_major), scale, softcap, *axes, across, padding, ids)
 
 
 def _per_device(plan: _Plan, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -216,6 +234,13 @@ def _local_targets(plan: _Plan, targets: jax.Array, kernel: jax.Array) -> jax.Ar
     return targets - lax.axis_index(plan.vocab_axes) * _vocab(plan, kernel) if plan.vocab_axes else targets
 
 
+def _local_ids(plan: _Plan, kernel: jax.Array) -> jax.Array:
+    """Ids of the new rows counted from this device's first token; those elsewhere lie beyond every column."""
+    places = _local_targets(plan, jnp.asarray(plan.ids, jnp.int32), kernel)
+    # A negative index would count from the end, and padding may follow the last token.
+    return jnp.where((places >= 0) & (places < _vocab(plan, kernel)), places, 2**30)
+
+
 def _score(plan: _Plan, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`(largest logit, exp(logits - largest), their sum, the target's logit)` over the whole vocabulary."""
     vocab = logits.shape[-1]
@@ -250,9 +275,13 @@ def _pull(
     kernel: jax.Array,
     sums: Any,
     wanted: Sequence[bool],
+    new: jax.Array,
 ) -> tuple[jax.Array | None, Any]:
-    """Gradient of one chunk's hidden; adds its kernel's and bias's to `sums`."""
-    (product, plain), (d_kernel, d_bias) = grad, sums
+    """Gradient of one chunk's hidden; adds its kernel's, bias's and new rows' to `sums`.
+
+    `new` are the ids of these rows, counted from this device's first token.
+    """
+    (product, plain), (d_kernel, d_bias, d_rows) = grad, sums
     product = product.astype(hidden.dtype)
     d_hidden = None
     if wanted[0]:
@@ -263,21 +292,26 @@ def _pull(
         d_kernel += lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     if wanted[2]:
         d_bias += plain.sum(0)
-    return d_hidden, (d_kernel, d_bias)
+    if wanted[3]:
+        own = jnp.take(product, new, axis=1, mode='fill', fill_value=0)
+        d_rows += lax.dot_general(own, hidden, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return d_hidden, (d_kernel, d_bias, d_rows)
 
 
 def _zeros(
-    kernel: jax.Array, bias: jax.Array | None, wanted: Sequence[bool]
-) -> tuple[jax.Array | None, jax.Array | None]:
+    plan: _Plan, kernel: jax.Array, bias: jax.Array | None, wanted: Sequence[bool]
+) -> tuple[jax.Array | None, ...]:
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
-    return d_kernel, None if bias is None or not wanted[2] else jnp.zeros(bias.shape, jnp.float32)
+    d_bias = None if bias is None or not wanted[2] else jnp.zeros(bias.shape, jnp.float32)
+    width = kernel.shape[1 if plan.vocab_major else 0]
+    return d_kernel, d_bias, jnp.zeros((len(plan.ids), width), jnp.float32) if wanted[3] else None
 
 
 def _collect(
     plan: _Plan, d_hidden: Any, sums: Any, shape: tuple[int, ...], wanted: Sequence[bool]
 ) -> tuple[jax.Array | None, ...]:
     """Sums the gradients over the devices that share them, once."""
-    d_kernel, d_bias = sums
+    d_kernel, d_bias, d_rows = sums
     if plan.padding and wanted[1]:
         d_kernel = d_kernel[: -plan.padding] if plan.vocab_major else d_kernel[:, : -plan.padding]
     if plan.padding and wanted[2]:
@@ -295,7 +329,9 @@ def _collect(
             d_kernel = lax.psum_scatter(d_kernel, plan.scatter_axes, scatter_dimension=width, tiled=True)
     if wanted[2] and plan.token_axes:
         d_bias = lax.psum(d_bias, plan.token_axes)
-    return d_hidden, d_kernel, d_bias
+    if wanted[3] and plan.token_axes + plan.vocab_axes:
+        d_rows = lax.psum(d_rows, plan.token_axes + plan.vocab_axes)
+    return d_hidden, d_kernel, d_bias, d_rows
 
 
 def _loss_and_gradients(
@@ -307,12 +343,12 @@ def _loss_and_gradients(
     targets: jax.Array,
     weights: jax.Array,
 ) -> tuple[Any, ...]:
-    """`(loss, correct, nll [batch, length], (d_hidden, d_kernel, d_bias))`, a gradient being None if not wanted."""
+    """`(loss, correct, nll [batch, length], gradients)`: those of hidden, kernel, bias and new rows; None if not wanted."""
 
     def device(
         hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array
     ) -> tuple[Any, ...]:
-        targets = _local_targets(plan, targets, kernel)
+        targets, new = _local_targets(plan, targets, kernel), _local_ids(plan, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(carry: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
@@ -325,11 +361,11 @@ def _loss_and_gradients(
             d_hidden = None
             if any(wanted):
                 grad = _logit_gradient(plan, logits, exps / total, targets, weights)
-                d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted)
+                d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted, new)
             return (loss + (weights * nll).sum(), correct + (weights * right).sum(), sums), (nll, d_hidden)
 
         zero = jnp.zeros((), jnp.float32)
-        carry = (zero, zero, _zeros(kernel, bias, wanted))
+        carry = (zero, zero, _zeros(plan, kernel, bias, wanted))
         (loss, correct, sums), (nll, d_hidden) = lax.scan(step, carry, _chunks(plan, hidden, targets, weights))
         if plan.token_axes:
             loss, correct = lax.psum((loss, correct), plan.token_axes)
@@ -338,7 +374,7 @@ def _loss_and_gradients(
 
     specs = _specs(plan, bias)
     hidden_spec, _, bias_spec, token_spec = specs
-    gradient_specs = (hidden_spec, plan.gradient_spec, bias_spec)
+    gradient_specs = (hidden_spec, plan.gradient_spec, bias_spec, P())
     gradient_specs = tuple(spec if want else None for spec, want in zip(gradient_specs, wanted, strict=True))
     out_specs = (P(), P(), token_spec, gradient_specs)
     function = _per_device(plan, device, (*specs, token_spec), out_specs)
@@ -347,20 +383,27 @@ def _loss_and_gradients(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
-    plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array
+    plan: _Plan,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    rows: jax.Array | None,
+    targets: jax.Array,
+    weights: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    return _loss_and_gradients(plan, (False,) * 3, hidden, kernel, bias, targets, weights)[:2]
+    return _loss_and_gradients(plan, (False,) * 4, hidden, kernel, bias, targets, weights)[:2]
 
 
 def _cross_entropy_forward(
-    plan: _Plan, hidden: Any, kernel: Any, bias: Any, targets: Any, weights: Any
+    plan: _Plan, hidden: Any, kernel: Any, bias: Any, rows: Any, targets: Any, weights: Any
 ) -> tuple[Any, Any]:
-    wanted = (hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed)
+    inputs = (hidden, kernel, bias, rows)
+    wanted = tuple(x is not None and x.perturbed for x in inputs)
     arrays: list[Any] = [None if x is None else x.value for x in (hidden, kernel, bias, targets, weights)]
     loss, correct, nll, gradients = _loss_and_gradients(plan, wanted, *arrays)
     gradients = tuple(
-        None if gradient is None else gradient.astype(x.dtype)
-        for gradient, x in zip(gradients, arrays[:3], strict=True)
+        None if gradient is None else gradient.astype(x.value.dtype)
+        for gradient, x in zip(gradients, inputs, strict=True)
     )
     return (loss, correct), (gradients, nll if weights.perturbed else None)
 
@@ -369,7 +412,7 @@ def _cross_entropy_backward(plan: _Plan, residuals: Any, cotangents: Any) -> tup
     gradients, nll = residuals
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
-        return (None,) * 5
+        return (None,) * 6
     gradients = [None if gradient is None else gradient * scale.astype(gradient.dtype) for gradient in gradients]
     return (*gradients, None, None if nll is None else nll * scale)
 
@@ -401,24 +444,31 @@ def _logprobs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(
-    plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array
+    plan: _Plan,
+    hidden: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    rows: jax.Array | None,
+    targets: jax.Array,
 ) -> jax.Array:
     return _logprobs(plan, hidden, kernel, bias, targets)[0]
 
 
-def _token_logprobs_forward(plan: _Plan, hidden: Any, kernel: Any, bias: Any, targets: Any) -> tuple[Any, Any]:
+def _token_logprobs_forward(
+    plan: _Plan, hidden: Any, kernel: Any, bias: Any, rows: Any, targets: Any
+) -> tuple[Any, Any]:
     # `wanted` is told to the backward pass by the structure of the residuals: a bool would be traced.
-    wanted = (hidden.perturbed, kernel.perturbed, bias is not None and bias.perturbed)
+    wanted = tuple(x is not None and x.perturbed for x in (hidden, kernel, bias, rows))
     marks = tuple(() if want else None for want in wanted)
     arrays: list[Any] = [None if x is None else x.value for x in (hidden, kernel, bias, targets)]
     logprobs, lse, _ = _logprobs(plan, *arrays)
-    return logprobs, (*arrays, lse, marks)
+    return logprobs, (*arrays, rows.value if wanted[3] else None, lse, marks)
 
 
 def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tuple[jax.Array | None, ...]:
-    hidden, kernel, bias, targets, lse, marks = residuals
+    hidden, kernel, bias, targets, rows, lse, marks = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return (None,) * 4
+        return (None,) * 5
     wanted = tuple(mark is not None for mark in marks)
 
     def device(
@@ -429,7 +479,7 @@ def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tup
         lse: jax.Array,
         cotangent: jax.Array,
     ) -> tuple[Any, ...]:
-        targets = _local_targets(plan, targets, kernel)
+        targets, new = _local_targets(plan, targets, kernel), _local_ids(plan, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(sums: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
@@ -438,22 +488,22 @@ def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tup
             # Filled-up tokens have lse 0; their cotangent is 0, but exp of their logits must stay finite.
             exps = jnp.exp(jnp.minimum(logits - lse[:, None], 0.0))
             grad = _logit_gradient(plan, logits, exps, targets, -cotangent)
-            d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted)
+            d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted, new)
             return sums, d_hidden
 
         chunks = _chunks(plan, hidden, targets, lse, cotangent)
-        sums, d_hidden = lax.scan(step, _zeros(kernel, bias, wanted), chunks)
+        sums, d_hidden = lax.scan(step, _zeros(plan, kernel, bias, wanted), chunks)
         return _collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
 
     specs = _specs(plan, bias)
     hidden_spec, _, bias_spec, token_spec = specs
-    out_specs = (hidden_spec, plan.gradient_spec, bias_spec)
+    out_specs = (hidden_spec, plan.gradient_spec, bias_spec, P())
     out_specs = tuple(spec if want else None for spec, want in zip(out_specs, wanted, strict=True))
     function = _per_device(plan, device, (*specs, token_spec, token_spec), out_specs)
     gradients = function(hidden, kernel, bias, targets, lse, cotangent)
     gradients = (
         None if gradient is None else gradient.astype(x.dtype)
-        for gradient, x in zip(gradients, (hidden, kernel, bias), strict=True)
+        for gradient, x in zip(gradients, (hidden, kernel, bias, rows), strict=True)
     )
     return (*gradients, None)
 

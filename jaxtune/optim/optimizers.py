@@ -14,7 +14,7 @@ from jaxtune.optim.adam8bit import scale_by_adam_8bit
 from jaxtune.parallel.rules import path_name
 from jaxtune.weights.tree import layer_dims
 
-DECAYED = ('kernel', 'embedding', '/a', '/b')
+DECAYED = ('kernel', 'embedding', '/rows', '/a', '/b')
 
 
 def schedule(config: Settings, steps: int) -> optax.Schedule:

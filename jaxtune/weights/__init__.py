@@ -2,12 +2,14 @@
 
 from jaxtune.weights.leaf import Weight, dot, eval_mode, expand, is_weight, lookup, materialise, merge_weights
 from jaxtune.weights.lora import LoRA
+from jaxtune.weights.new_rows import NewRows, put_rows
 from jaxtune.weights.nf4 import NF4, Codec
 
 __all__ = [
     'NF4',
     'Codec',
     'LoRA',
+    'NewRows',
     'Weight',
     'dot',
     'eval_mode',
@@ -16,4 +18,5 @@ __all__ = [
     'lookup',
     'materialise',
     'merge_weights',
+    'put_rows',
 ]

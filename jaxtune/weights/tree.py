@@ -27,7 +27,7 @@ def nested(leaves: Mapping[str, Any]) -> Any:
 
 
 # How many dimensions one layer's array has, by the last part of its path; a vector else.
-_LAYER_DIMS = {'kernel': 2, 'embedding': 2, 'a': 2, 'b': 2, 'k': 3, 'v': 3}
+_LAYER_DIMS = {'kernel': 2, 'embedding': 2, 'rows': 2, 'a': 2, 'b': 2, 'k': 3, 'v': 3}
 
 
 def layer_dims(path: str) -> int:
