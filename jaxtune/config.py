@@ -8,6 +8,7 @@ from jaxtune.common.checks import (
     Check,
     axis_size,
     boolean,
+    described,
     integer,
     layers,
     names,
@@ -76,6 +77,11 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     ),
     'model.attention': Key('auto', one_of('auto', 'xla', 'flash'), 'attention kernel; the one used is logged'),
     'tokenizer.path': Key('', path, "default: the model's own; @prepare; bytes = UTF-8 bytes, no file needed"),
+    'tokenizer.add': Key(
+        (),
+        described,
+        'tokens to add, which the model grows by: names, or name -> description whose mean embedding they begin as',
+    ),
     'objective': Key(
         'causal_lm',
         plugin('jaxtune.objectives:OBJECTIVES'),
@@ -243,7 +249,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     ),
     'optimizer.name': Key('adamw', one_of('adamw', 'adamw8bit', 'adafactor', 'lion', 'muon', 'sgd'), 'optimizer'),
     'optimizer.lr': Key(2e-5, number(above=0), 'peak learning rate of pretrained weights (from scratch: of all)'),
-    'optimizer.new_lr': Key(1e-4, number(above=0), 'peak learning rate of newly initialised weights'),
+    'optimizer.new_lr': Key(1e-4, number(above=0), 'peak learning rate of newly initialised heads; new rows of tokenizer.add: lr'),
     'optimizer.schedule': Key(
         'cosine', one_of('cosine', 'linear', 'constant', 'wsd'), 'learning-rate schedule after the warm-up'
     ),

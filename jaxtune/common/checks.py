@@ -1,6 +1,7 @@
 """Checks of the values of a recipe: functions that return the value, normalised, or raise what was expected."""
 
 import ast
+import contextlib
 import difflib
 import importlib
 import math
@@ -190,6 +191,25 @@ def names(value: Any) -> str | tuple[str, ...]:
     if not isinstance(value, tuple | list) or not all(isinstance(name, str) and _encodes(name) for name in value):
         raise ExpectedError(expected)
     return tuple(value)
+
+
+def described(value: Any) -> tuple[tuple[str, str], ...]:
+    """Names with descriptions: a text with commas, several names, or a mapping; as pairs, '' where there is none."""
+    expected = "names such as '<a>,<b>' or ('<a>', '<b>'), or a mapping of each to a description; each once"
+    if isinstance(value, str) and value[:1] in '([{' and value[-1:] in ')]}':
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(value)
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(',')] if value.strip() else ()
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    if not isinstance(value, tuple | list):
+        raise ExpectedError(expected)
+    pairs = [pair if isinstance(pair, tuple | list) else (pair, '') for pair in value]
+    good = all(len(pair) == 2 and all(isinstance(part, str) for part in pair) and pair[0].strip() for pair in pairs)
+    if not good or len({pair[0] for pair in pairs}) < len(pairs):
+        raise ExpectedError(expected)
+    return tuple((text(name), text(description)) for name, description in pairs)
 
 
 def layers(value: Any) -> str | tuple[int, ...]:

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     GPT2TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]: a name that is made when it is asked for
@@ -107,23 +107,102 @@ def train(
     return _quiet(_wrap(tokenizer, special[3:]))
 
 
-def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Refuses a tokenizer that makes ids for which the model has no row; rows that no token uses are fine.
+class Added(NamedTuple):
+    """A token that a recipe adds.
+
+    Attributes:
+      id: its number.
+      description: ids of the text that it begins as; () = of none.
+      known: the tokenizer had it already.
+    """
+
+    id: int
+    description: tuple[int, ...] = ()
+    known: bool = False
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[tuple[str, str]]) -> tuple[Added, ...]:
+    """Adds tokens, each whole wherever a text holds it; those that the tokenizer has stay as they are.
+
+    They are not special: what a model writes shows them.
+
+    Args:
+      tokenizer: gets them.
+      tokens: name and description (a text, '' = none) of each.
 
     Raises:
-      UserError: a token's id is `vocab_size` or more.
+      UserError: the tokenizer cannot take one of them.
     """
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    if largest >= vocab_size:
+    tokens, vocab = list(tokens), dict(tokenizer.get_vocab())
+    with parsing('tokenizer.add: the tokenizer fails on a description'):
+        ids = [tokenizer(text, add_special_tokens=False)['input_ids'] if text else [] for _, text in tokens]
+    with parsing('tokenizer.add: the tokenizer does not take them'):
+        new = [name for name, _ in tokens if name not in vocab]
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in new])
+    after, taken = tokenizer.get_vocab(), set(vocab.values())
+    for name in new:
+        if after.get(name) is None or after[name] in taken:
+            raise UserError(f'tokenizer.add: {name!r}: the tokenizer does not take it; expected another name')
+        taken.add(after[name])
+    return tuple(
+        Added(after[name], tuple(description), name in vocab)
+        for (name, _), description in zip(tokens, ids, strict=True)
+    )
+
+
+def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
+    """Refuses a tokenizer whose vocabulary the model has no rows for; rows that no token uses are fine.
+
+    Args:
+      tokenizer: the tokenizer.
+      vocab_size: rows of the model.
+
+    Returns:
+      Added tokens without a row, by id: no text makes one that does not hold its very name, which `check_ids` finds.
+
+    Raises:
+      UserError: another token's id is `vocab_size` or more.
+    """
+    added = tokenizer.get_added_vocab()
+    beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size)
+    ordinary = [(token_id, token) for token_id, token in beyond if token not in added]
+    if ordinary:
+        largest, token = ordinary[-1]
         raise UserError(
             f'tokenizer.path: token {token!r} has id {largest}, but the model has vocab_size={vocab_size}: expected '
             f"the model's own tokenizer, or a model with vocab_size >= {largest + 1}"
         )
+    return [token for _, token in beyond]
 
 
-def vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The smallest number of model rows that covers every token's id."""
-    return max(tokenizer.get_vocab().values()) + 1
+def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Any, vocab_size: int) -> None:
+    """Refuses ids for which the model has no row.
+
+    Args:
+      tokenizer: that made them.
+      ids: integers, a sequence or an array.
+      vocab_size: rows of the model; 0 = not known.
+
+    Raises:
+      UserError: one is `vocab_size` or more; says which, and not where it stands.
+    """
+    if vocab_size and len(ids) and (largest := int(max(ids))) >= vocab_size:
+        raise UserError(no_row(tokenizer, largest, vocab_size))
+
+
+def no_row(tokenizer: PreTrainedTokenizerBase, token_id: int, vocab_size: int) -> str:
+    """What to say of a text that holds a token without a row."""
+    name = tokenizer.convert_ids_to_tokens(token_id)
+    return (
+        f'holds the token {name!r} (id {token_id}), for which the model of {vocab_size} rows has none; expected '
+        'tokenizer.add to name it'
+    )
+
+
+def vocab_size(tokenizer: PreTrainedTokenizerBase, below: int | None = None) -> int:
+    """The smallest number of model rows that covers every token's id; of the ids less than `below`, where given."""
+    ids = tokenizer.get_vocab().values()
+    return max((i for i in ids if below is None or i < below), default=-1) + 1
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -151,6 +230,16 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
             state.pop(name, None)
     text = json.dumps([state, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def extends(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer makes the same ids as another, but for tokens that were added to it; those go to `other` too."""
+    if fingerprint(tokenizer) == fingerprint(other):
+        return True
+    there = other.get_vocab()
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    other.add_tokens([token for _, token in added if str(token) not in there])
+    return fingerprint(tokenizer) == fingerprint(other)
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

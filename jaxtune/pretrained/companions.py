@@ -82,14 +82,14 @@ def write(new: pathlib.Path, tokenizer: Any, folder: str) -> None:
 
 
 def _is_own(tokenizer: Any, folder: str) -> bool:
-    """Whether a tokenizer makes the same ids as the one in a model's folder; also where the folder holds none."""
+    """Whether a tokenizer is the one in a model's folder, or that with tokens added; also where the folder holds none."""
     path = hub.resolve(folder)
     source = pathlib.Path(str(tokenizer.name_or_path))
     if source.is_dir() and source.resolve() == path.resolve():
         return True
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         return True
-    return tokenizers.fingerprint(tokenizers.load(str(path))) == tokenizers.fingerprint(tokenizer)
+    return tokenizers.extends(tokenizer, tokenizers.load(str(path)))
 
 
 def _listed(ids: Any) -> list:

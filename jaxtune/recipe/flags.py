@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from jaxtune.common import paths
-from jaxtune.common.checks import ExpectedError
+from jaxtune.common.checks import ExpectedError, described
 from jaxtune.common.settings import Settings
 from jaxtune.config import SCHEMA, Key, OpenSubtree, Sources
 from jaxtune.errors import UserError, reason, shown
@@ -112,14 +112,24 @@ def _refuse_left_out(named: Sequence[str], all_stages: Sequence[str], stages: Se
             raise UserError(f'--config.{path}: expected a key of a stage to run, --config.stages={",".join(stages)}')
 
 
+def _read_as_texts(values: ConfigDict) -> None:
+    """Makes keys whose own check reads tuples and mappings texts, which absl would take apart by rules of its own."""
+    for path, key in SCHEMA.items():
+        if isinstance(key, Key) and key.check is described:
+            *parents, last = path.split('.')
+            recipes.config_get(values, '.'.join(parents))[last] = ''
+
+
 def _flag_values(recipe: ConfigDict, stages: Sequence[str], named: Sequence[str]) -> ConfigDict:
     """Every key that may be given as a flag, with a value of its type."""
     values = recipes.defaults()
     common = {name: value for name, value in recipe.items() if name != 'stages' and name not in stages}
     recipes.apply_overrides(values, recipes.flatten(common))
+    _read_as_texts(values)
     for stage in stages:
         own = recipes.defaults()
         recipes.apply_overrides(own, recipes.flatten(recipes.stage_recipe(recipe, stage)), f'{stage}.')
+        _read_as_texts(own)
         group: Any = values.get(stage, {})  # of keys that have the stage's name
         for name, value in group.items():
             own[name] = value

@@ -59,10 +59,11 @@ def flatten(config: Mapping | Settings, prefix: str = '') -> dict[str, Any]:
     flat = {}
     for name, value in config.items():
         path = f'{prefix}{name}'
-        if isinstance(SCHEMA.get(path), OpenSubtree | Sources):
+        known = SCHEMA.get(path)
+        if isinstance(known, OpenSubtree | Sources) or (known is not None and isinstance(value, Mapping | ConfigDict)):
             flat[path] = value.to_dict() if isinstance(value, ConfigDict) else value
         elif isinstance(value, Mapping | ConfigDict):
-            if path not in SCHEMA and not any(key.startswith(path + '.') for key in SCHEMA):
+            if not any(key.startswith(path + '.') for key in SCHEMA):
                 raise _unknown(path)
             flat.update(flatten(value, path + '.'))
         else:
@@ -324,11 +325,16 @@ def differing(old: Mapping, new: Settings) -> list[str]:
     names = []
     for path, value in after.items():
         was = before[path]
-        same = was == value or (isinstance(value, tuple) and was == list(value))
+        same = was == value or _listed(was) == _listed(value)
         grown = path == 'train.steps' and isinstance(was, int) and isinstance(value, int) and 0 < was <= value
         if not same and not grown and not path.startswith(MAY_CHANGE):
             names.append(f'{path} ({was!r} there, {value!r} here)')
     return names
+
+
+def _listed(value: Any) -> Any:
+    """A value as JSON gives it back: lists for tuples."""
+    return [_listed(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def changed(config: Settings) -> dict[str, Any]:
