@@ -58,11 +58,12 @@ class Chat:
                 f'--model={config.model.path}: {bundle.model.architecture} does not chat; expected a decoder'
             )
         self.tokenizer = bundle.tokenizer
-        args = config.data.template_args.to_dict()
+        args, rows = config.data.template_args.to_dict(), bundle.model.config.vocab_size
         self.template = templates.open_template(config.data.template, self.tokenizer, args=args)
-        self.encode = Encoder(self.template, self.tokenizer)
+        self.encode = Encoder(self.template, self.tokenizer, vocab_size=rows)
         end = end_of_turn(self.template, self.tokenizer)
-        sampling = from_settings(config.generate, self.tokenizer, bundle.end_ids + (() if end is None else (end,)))
+        stops = bundle.end_ids + (() if end is None else (end,))
+        sampling = from_settings(config.generate, self.tokenizer, stops, rows)
         self.limit = bundle.model.config.max_positions
         self.room, self.stops = sampling.max_new_tokens, set(sampling.stop_ids)
         self.stream = Stream(bundle.model, sampling, bundle.params)
@@ -119,7 +120,8 @@ class Chat:
             try:
                 _, ids = self.encode.prompt(Turns((*head, *self.turns)))
             except FormatError as error:
-                raise UserError(f'data.template: {error}') from None
+                self.turns.pop()
+                raise UserError(f'{"the message" if error.kind == "rows" else "data.template:"} {error}') from None
             if not self.limit or len(ids) + self.room <= self.limit:
                 return ids
             if len(self.turns) < 3:

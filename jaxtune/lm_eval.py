@@ -20,6 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from jaxtune.common import console
 from jaxtune.common.settings import Settings
+from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.generation.sampling import Sampling, pad_prompts, sample
 from jaxtune.models import Model
@@ -108,10 +109,17 @@ class JaxtuneLM(TemplateLM):
         return self.tokenizer.name_or_path.replace('/', '__')
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text; a leading prefix token is not repeated."""
+        """Token ids of a text; a leading prefix token is not repeated.
+
+        Raises:
+          UserError: the model has no row for one of them.
+        """
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        if max(ids, default=0) >= (rows := self.model.config.vocab_size):
+            raise UserError(f'{string!r:.60} {tokenizers.no_row(self.tokenizer, max(ids), rows)}')
+        return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation rendered with the tokenizer's own template."""
@@ -198,13 +206,14 @@ class JaxtuneLM(TemplateLM):
                 if room >= self.max_length:
                     raise UserError(f'max_gen_toks={room}: expected less than the {self.max_length} positions')
                 prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - room) :] for i in numbers]
+                pad = self.tokenizer.pad_token_id or 0
                 sampling = Sampling(
                     max_new_tokens=room,
                     temperature=float(kwargs.get('temperature') or 0.0),
                     top_k=int(kwargs.get('top_k') or 0),
                     top_p=float(kwargs.get('top_p') or 1.0),
                     stop_ids=self.stop_ids,
-                    pad_id=self.tokenizer.pad_token_id or 0,
+                    pad_id=pad if pad < self.model.config.vocab_size else 0,
                 )
                 for chosen in self._batches([len(prompt) for prompt in prompts]):
                     texts = self._complete([prompts[i] for i in chosen], sampling)

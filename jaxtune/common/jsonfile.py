@@ -62,6 +62,15 @@ def token_ids(value: Any) -> int | list[int]:
     return value
 
 
+def ids_by_name(value: Any) -> list[int] | dict[str, list[int]]:
+    """A list of token ids, or lists of them by name; none is empty."""
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    for ids in lists:
+        if not isinstance(ids, list) or not ids or any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
+            raise ExpectedError('a list of token ids, or one by the name of a module')
+    return value
+
+
 def numbers_by_name(value: Any) -> dict[str, float]:
     """Finite numbers by name."""
     good = isinstance(value, dict) and all(

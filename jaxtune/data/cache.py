@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -38,13 +39,35 @@ def open_tokens(data: DataSpec, split: str, tokenizer: PreTrainedTokenizerBase, 
     key, path = f'data.{split}', data.path(split)
     prepared = prepared_tokens(path, key)
     if prepared is not None:
-        return _checked(Tokens.open(prepared), f'{key}={path}', tokenizer, data.append_eos)
+        tokens = _checked(Tokens.open(prepared), f'{key}={path}', tokenizer, data.append_eos)
+        return check_rows(tokens, tokenizer, data.vocab_size, lambda number: f'{key}={path}: document {number + 1}')
     select = functools.partial(holdout.part, data=data, split=split)
     documents = open_documents(path, holdout.key_of(data, split), data.text_key, select)
     settings = [documents.identity, tokenizers.fingerprint(tokenizer), data.append_eos, split == 'eval']
     folder = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     once(lambda: (folder / 'meta.json').is_file(), lambda: _tokenise(documents, folder, tokenizer, data, split), key)
-    return Tokens.open(folder)
+    place = lambda number: next(itertools.islice(documents.places(), number, None))  # noqa: E731
+    return check_rows(Tokens.open(folder), tokenizer, data.vocab_size, place)
+
+
+def check_rows(
+    tokens: Tokens, tokenizer: PreTrainedTokenizerBase, vocab_size: int, place: Callable[[int], str]
+) -> Tokens:
+    """The tokens, if a model has rows for all of them.
+
+    Args:
+      tokens: of documents.
+      tokenizer: that made them.
+      vocab_size: rows of the model; 0 = not known.
+      place: number of a document -> where it stands, for the message.
+
+    Raises:
+      UserError: names the first that has none, and where it stands.
+    """
+    if vocab_size and (found := tokens.first_beyond(vocab_size)):
+        number, token_id = found
+        raise UserError(f'{place(number)}: {tokenizers.no_row(tokenizer, token_id, vocab_size)}')
+    return tokens
 
 
 def once(there: Callable[[], bool], build: Callable[[], None], what: str) -> None:

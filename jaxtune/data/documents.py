@@ -17,11 +17,13 @@ class Documents:
       name: what the recipe calls it, `data.train=corpus/*.jsonl`; begins every message about it.
       identity: JSON values that change when the documents do.
       read: makes a new iterator over the texts.
+      places: makes a new iterator over where each of them stands: `file:line`.
     """
 
     name: str
     identity: Any
     read: Callable[[], Iterator[str]]
+    places: Callable[[], Iterator[str]] = lambda: iter(())
 
     def __iter__(self) -> Iterator[str]:
         return self.read()
@@ -64,7 +66,7 @@ def open_documents(
         for place, record in records:
             yield field(record, place, text_key, 'data.text_key')
 
-    return Documents(records.name, [records.identity, text_key], read)
+    return Documents(records.name, [records.identity, text_key], read, lambda: (place for place, _ in records))
 
 
 def open_texts(path: str, key: str, text_key: str) -> Records:

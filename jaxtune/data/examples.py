@@ -127,13 +127,15 @@ class Source:
     def encoder(self, train_on: str) -> Encoder:
         """Encodes prepared conversations."""
         skip = len(self.demonstrations) + 1 if self.demonstrations else 0
-        return Encoder(self.template, self.tokenizer, train_on, skip)
+        return Encoder(self.template, self.tokenizer, train_on, skip, self.data.vocab_size)
 
     def cached(self, cache: pathlib.Path, key: str, settings: list, build: Callable[[], Examples]) -> Examples:
         """What `build` makes, from the cache if these settings made it before."""
         identity = [_VERSION, self.records.identity, tokenizers.fingerprint(self.tokenizer), self.template.source]
         identity += [list(self.template.tokens), self.template.args, self.format, self.data.system, settings]
         identity += [json.dumps(list(self.demonstrations), sort_keys=True)]
+        if tokenizers.vocab_size(self.tokenizer) > (rows := self.data.vocab_size) > 0:
+            identity.append(rows)  # with which a conversation may be refused
         folder = cache / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         once(lambda: (folder / 'meta.json').is_file(), lambda: build().save(folder), key)
         examples = Examples.open(folder)

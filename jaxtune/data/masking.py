@@ -24,6 +24,7 @@ class Masking:
       probability: that a token is chosen; each by itself, or each word.
       whole_word: a word's tokens are chosen together.
       seed: what the choice depends on beside the row's number; several numbers are one seed.
+      vocab_size: rows of the model, of which those put in place of a token are; 0 = all tokens have one.
 
     Raises:
       UserError: the tokenizer has no mask token.
@@ -35,6 +36,7 @@ class Masking:
         probability: float,
         whole_word: bool = False,
         seed: int | tuple[int, ...] = 0,
+        vocab_size: int = 0,
     ) -> None:
         if tokenizer.mask_token_id is None:
             raise UserError(
@@ -43,11 +45,14 @@ class Masking:
             )
         self.mask_id, self.probability = tokenizer.mask_token_id, probability
         self.seed = seed if isinstance(seed, tuple) else (seed,)
-        self.special = np.zeros(tokenizers.vocab_size(tokenizer), bool)
-        self.special[tokenizer.all_special_ids] = True
-        known = np.array(sorted(tokenizer.get_vocab().values()), np.int32)
+        size = tokenizers.vocab_size(tokenizer, below=vocab_size or None)
+        if self.mask_id >= size:
+            raise UserError(f'objective=masked_lm: it {tokenizers.no_row(tokenizer, self.mask_id, vocab_size)}')
+        self.special = np.zeros(size, bool)
+        self.special[[i for i in tokenizer.all_special_ids if i < size]] = True
+        known = np.array(sorted(i for i in tokenizer.get_vocab().values() if i < size), np.int32)
         self.ordinary = known[~self.special[known]]
-        self.joins = word_joins(tokenizer) if whole_word else None
+        self.joins = word_joins(tokenizer, size) if whole_word else None
 
     def __call__(self, number: int, row: Row) -> Row:
         """A row with some of its tokens hidden.
@@ -86,17 +91,21 @@ class Masking:
         return np.maximum.accumulate(np.where(inside, 0, places))
 
 
-def word_joins(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+def word_joins(tokenizer: PreTrainedTokenizerBase, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Which tokens belong to one word: token i continues token j's if `after[i] & before[j]`.
 
     WordPiece marks what continues a word. Elsewhere (byte-level and SentencePiece) two tokens are of one word if a
     letter or digit meets one where they touch; a byte beyond ASCII counts as a letter.
 
+    Args:
+      tokenizer: whose tokens these are.
+      size: only the first so many ids; 0 = all.
+
     Returns:
       `(after, before)`, bool `[vocab]`.
     """
-    size = tokenizers.vocab_size(tokenizer)
-    vocab = tokenizer.get_vocab()
+    size = size or tokenizers.vocab_size(tokenizer)
+    vocab = {piece: token for piece, token in tokenizer.get_vocab().items() if token < size}
     after, before = np.zeros(size, bool), np.zeros(size, bool)
     byte_level = 'Ġ' in vocab
     if not byte_level and any(len(piece) > 2 and piece.startswith('##') for piece in vocab):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data import turns
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.served import Answer, Reader
@@ -43,12 +44,19 @@ class Encoder:
       train_on: which answers are trained: `all` but those with `train: false`, `last` alone, or those `marked` with
         `train: true`.
       skip: this many turns at the start (demonstrations) are never trained.
+      vocab_size: rows of the model; a conversation with a token that has none is refused. 0 = not known.
     """
 
     def __init__(
-        self, template: Template, tokenizer: PreTrainedTokenizerBase, train_on: str = 'all', skip: int = 0
+        self,
+        template: Template,
+        tokenizer: PreTrainedTokenizerBase,
+        train_on: str = 'all',
+        skip: int = 0,
+        vocab_size: int = 0,
     ) -> None:
         self.template, self.tokenizer, self.train_on, self.skip = template, tokenizer, train_on, skip
+        self.vocab_size = vocab_size
         self._reader = Reader(template, tokenizer)
 
     def __call__(self, chat: Chat) -> list[Encoded]:
@@ -67,7 +75,9 @@ class Encoder:
         """The rows of several conversations, rendered at once; the error of `__call__` in the place of its own."""
         wanted = [self._wanted(chat) for chat in chats]
         for chat, answers in zip(chats, self._reader.answers(list(zip(chats, wanted, strict=True))), strict=True):
-            yield answers if isinstance(answers, Exception) else self._rows(chat, answers)
+            rows = answers if isinstance(answers, Exception) else self._rows(chat, answers)
+            lacks = '' if isinstance(rows, Exception) else self._lacks([token for row in rows for token in row.ids])
+            yield FormatError('rows', lacks) if lacks else rows
 
     def _wanted(self, chat: Chat) -> list[int]:
         """The turns that are trained."""
@@ -111,6 +121,12 @@ class Encoder:
             row.mask.append(row.weight)
         return row
 
+    def _lacks(self, ids: Sequence[int]) -> str:
+        """What is wrong with ids for which the model has no rows; '' where nothing is."""
+        largest = int(max(ids, default=0))
+        beyond = 0 < self.vocab_size <= largest
+        return tokenizers.no_row(self.tokenizer, largest, self.vocab_size) if beyond else ''
+
     def prompt(self, chat: Chat) -> tuple[str, list[int]]:
         """Text and ids of a conversation up to where the assistant writes.
 
@@ -120,7 +136,10 @@ class Encoder:
         """
         text = self.template.render(chat, True)
         turns.check(self.template, [turns.Rendered(chat, True, text)])
-        return text, tokenise(self.tokenizer, text, ())[0]
+        ids = tokenise(self.tokenizer, text, ())[0]
+        if lacks := self._lacks(ids):
+            raise FormatError('rows', lacks)
+        return text, ids
 
     def end_token(self) -> str | None:
         """The token that ends an answer; None where the template does not write one."""

@@ -32,6 +32,7 @@ class DataSpec:
       holdout: which records of `train` are `eval`'s instead; None = each has records of its own.
       label: of the one source that this is, of several.
       whole: the data that this is a source of; None = all of it.
+      vocab_size: rows of the model, which has none for ids from there on; 0 = not known.
     """
 
     train: str | tuple[DataSource, ...] = ''
@@ -51,6 +52,7 @@ class DataSpec:
     seed: int = 0
     labels_of: str = ''
     default_labels: tuple[str, ...] = ()
+    vocab_size: int = 0
     holdout: Holdout | None = None
     label: str = ''
     whole: DataSpec | None = None

@@ -158,7 +158,7 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str
       vocab_size: rows of the model.
 
     Returns:
-      Added tokens without a row, by id: no text makes one that does not hold its very name, which `check_ids` finds.
+      Added tokens without a row, by id: no text makes one that does not hold its very name, and data that does is refused (`no_row`).
 
     Raises:
       UserError: another token's id is `vocab_size` or more.
@@ -173,21 +173,6 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str
             f"the model's own tokenizer, or a model with vocab_size >= {largest + 1}"
         )
     return [token for _, token in beyond]
-
-
-def check_ids(tokenizer: PreTrainedTokenizerBase, ids: Any, vocab_size: int) -> None:
-    """Refuses ids for which the model has no row.
-
-    Args:
-      tokenizer: that made them.
-      ids: integers, a sequence or an array.
-      vocab_size: rows of the model; 0 = not known.
-
-    Raises:
-      UserError: one is `vocab_size` or more; says which, and not where it stands.
-    """
-    if vocab_size and len(ids) and (largest := int(max(ids))) >= vocab_size:
-        raise UserError(no_row(tokenizer, largest, vocab_size))
 
 
 def no_row(tokenizer: PreTrainedTokenizerBase, token_id: int, vocab_size: int) -> str:

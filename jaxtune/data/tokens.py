@@ -20,6 +20,7 @@ from jaxtune.errors import UserError
 # Above this the reference compression takes longer than it is worth.
 GZIP_LIMIT = 64 << 20
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 21, 4096
+_SCANNED = 1 << 24  # ids looked at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,17 @@ class Tokens:
     def documents(self) -> int:
         """How many there are."""
         return len(self.offsets) - 1
+
+    def first_beyond(self, vocab_size: int) -> tuple[int, int] | None:
+        """`(document, id)` of the first id for which a model of so many rows has none; None where there is none."""
+        if self.vocab_size <= vocab_size:
+            return None
+        for start in range(0, len(self), _SCANNED):
+            ids = np.asarray(self.tokens[start : start + _SCANNED])
+            if len(places := np.flatnonzero(ids >= vocab_size)):
+                place = start + int(places[0])
+                return int(np.searchsorted(self.offsets, place, 'right')) - 1, int(ids[places[0]])
+        return None
 
     def document(self, index: int) -> np.ndarray:
         """The ids of one document."""

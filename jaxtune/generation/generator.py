@@ -43,7 +43,8 @@ class Generator:
     ) -> None:
         self.mesh, self.batch_size, self.tokenizer = mesh, batch_size, bundle.tokenizer
         self.answers = bundle.model.kind == 'encdec'  # what it writes does not go on from what it read
-        sampling = from_settings(settings, bundle.tokenizer, (*bundle.end_ids, *end_of_answer(bundle.tokenizer)))
+        stops = (*bundle.end_ids, *end_of_answer(bundle.tokenizer))
+        sampling = from_settings(settings, bundle.tokenizer, stops, bundle.model.config.vocab_size)
         sampling = dataclasses.replace(sampling, temperature=0.0) if greedy else sampling
         beams = 1 if greedy else settings.beams
         self.pad_id, root, model = sampling.pad_id, jax.random.key(seed), bundle.model

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxtune.common import console
 from jaxtune.common.sources import DataSource
 from jaxtune.data import formats, holdout
+from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.examples import demonstrations, is_text, open_data, open_template, prepare
 from jaxtune.data.prepare import HELD_OUT
 from jaxtune.data.records import Records, field, open_records
@@ -164,6 +165,8 @@ def _texts(spec: PromptSpec, bundle: ModelBundle, split: str) -> list[Prompt]:
             text = bundle.tokenizer.decode(ids, skip_special_tokens=True)
         if answers and eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
+        if max(ids, default=0) >= (rows := bundle.model.config.vocab_size):
+            raise UserError(f'{place}: {tokenizers.no_row(bundle.tokenizer, max(ids), rows)}')
         prompts.append(Prompt(text, ids, reference if isinstance(reference, str) else None))
     return prompts
 
@@ -207,7 +210,8 @@ def _questions(spec: PromptSpec, bundle: ModelBundle, records: Records) -> list[
     chosen = list(itertools.islice(records, spec.count or None))
     counts = formats.find(chosen, spec.data.format, records.name, formats.CHATS)
     kind = next(iter(counts)) if len(counts) == 1 else ''
-    encode = Encoder(open_template(spec.data, bundle.tokenizer, kind, chosen), bundle.tokenizer)
+    template = open_template(spec.data, bundle.tokenizer, kind, chosen)
+    encode = Encoder(template, bundle.tokenizer, vocab_size=bundle.model.config.vocab_size)
     shown = demonstrations(spec.data.demonstrations)
     chats = formats.read(chosen, lambda place, record: formats.chat(kind, place, record, False), records.name)
     prompts = []

@@ -34,8 +34,8 @@ class Sampling:
     pad_id: int = 0
 
 
-def from_settings(config: Settings, tokenizer: Any, stops: Iterable[int]) -> Sampling:
-    """The sampling of a recipe's `generate`, which the tokens `stops` end."""
+def from_settings(config: Settings, tokenizer: Any, stops: Iterable[int], vocab_size: int) -> Sampling:
+    """The sampling of a recipe's `generate`, which the tokens `stops` end, from a model of `vocab_size` rows."""
     pad = tokenizer.pad_token_id
     return Sampling(
         max_new_tokens=config.max_new_tokens,
@@ -43,7 +43,7 @@ def from_settings(config: Settings, tokenizer: Any, stops: Iterable[int]) -> Sam
         top_k=config.top_k,
         top_p=config.top_p,
         stop_ids=tuple(sorted(set(stops))),
-        pad_id=0 if pad is None else pad,
+        pad_id=0 if pad is None or pad >= vocab_size else pad,  # one without a row would be read as NaN
     )
 
 

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 
 class AdapterArrays(NamedTuple):
-    """An adapter's numbers: what it adds, by path, and the model's own leaves that it brings along whole."""
+    """An adapter's numbers by path: what it adds, the model's own leaves that it brings along whole, rows of tokens."""
 
     added: Mapping[str, Any]
     whole: Mapping[str, np.ndarray]
+    rows: Mapping[str, np.ndarray] | None = None
 
 
 # `(params, arrays) -> params`: the tree of a base with an adapter.
@@ -95,6 +96,7 @@ class Method:
       merge: plain arrays in the model's own places.
       merges: whether that can be; if not, no `export/` is written.
       flops_share: of full training's FLOPs, what a step takes: a frozen kernel has two products instead of three.
+      new_rows: whether the rows of added tokens can train beside a frozen model: its adapter holds them, or all trains.
       save_adapter: writes `adapter/`.
       read_adapter: kind of adapter (PEFT's `peft_type`) -> what reads it.
     """
@@ -111,6 +113,7 @@ class Method:
     merge: Callable[[Any], Any] = _merge
     merges: bool = True
     flops_share: float = 2 / 3
+    new_rows: bool = False
     save_adapter: SaveAdapter | None = None
     read_adapter: Mapping[str, ReadAdapter] = dataclasses.field(default_factory=dict)
 

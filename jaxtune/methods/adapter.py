@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.common.settings import Settings
-from jaxtune.methods import AdapterArrays, Attach, Method, peft
+from jaxtune.methods import AdapterArrays, Attach, Method, peft, peft_tokens
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.models.safetensors import Entry
 from jaxtune.weights.tree import nested
@@ -102,7 +102,9 @@ def save(
     added = {path: peft.host_array(leaf) for path, leaf in leaves.items() if '_adapter/' in path}
     saved = peft.whole_tensors(leaves, whole, model)
     fields = {'peft_type': BOTTLENECK, 'bottleneck': settings.bottleneck, 'placement': settings.placement}
-    peft.write(folder, fields, added | saved, model, base)
+    token_fields, rows = peft.token_rows(leaves, model)
+    readme = peft_tokens.readme(leaves, model, base)
+    peft.write(folder, fields | token_fields, added | saved | rows, model, base, readme)
 
 
 METHOD = Method(
@@ -110,6 +112,7 @@ METHOD = Method(
     init=init,
     trains=trains,
     merges=False,
+    new_rows=True,
     save_adapter=save,
     read_adapter={BOTTLENECK: read},
 )

@@ -1,5 +1,6 @@
 """From a model's parameters to a tuning method's: stored as it asks, with what it adds, divided by what trains."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from jaxtune.models.model import Model, leaf_paths
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.weights import Codec, tree
+
+# Rows of added tokens train with every method that leaves the table beside them frozen.
+_NEW_ROWS = re.compile(r'(^|/)(kernel|embedding)/rows$')
 
 # Heads that are trained whole with every method: they belong to the task, not to the pretrained model.
 _TASK_HEADS = ('classifier', 'score', value_head.NAME)
@@ -77,8 +81,10 @@ def partition(method: Method, params: Any, fresh: frozenset[str]) -> tuple[Any, 
 
 
 def trains(method: Method, fresh: frozenset[str]) -> Callable[[str], bool]:
-    """Whether a leaf trains: the method says so, the model lacked it, or it is the task's own head."""
-    return lambda path: method.trains(path) or path in fresh or path.split('/')[0] in _TASK_HEADS
+    """Whether a leaf trains: the method says so, the model lacked it, or it is the task's own head or a new row."""
+    return lambda path: (
+        method.trains(path) or path in fresh or path.split('/')[0] in _TASK_HEADS or bool(_NEW_ROWS.search(path))
+    )
 
 
 def whole_paths(params: Any, method: Method, fresh: frozenset[str]) -> tuple[str, ...]:

@@ -14,4 +14,11 @@ def init(params: Any, model: Model, settings: Settings, rng: jax.Array, tokenize
     return params
 
 
-METHOD = Method(name='full', init=init, trains=lambda path: True, merge=lambda params: params, flops_share=1.0)
+METHOD = Method(
+    name='full',
+    init=init,
+    trains=lambda path: True,
+    merge=lambda params: params,
+    flops_share=1.0,
+    new_rows=True,
+)

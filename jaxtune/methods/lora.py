@@ -131,6 +131,7 @@ METHOD = Method(
     check=check,
     refine=refine,
     rate=rate,
+    new_rows=True,
     save_adapter=lora_peft.save,
     read_adapter={'LORA': lora_peft.read},
 )

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError, parsing, shown
-from jaxtune.methods import AdapterArrays, Attach, peft, peft_tied, targets
+from jaxtune.methods import AdapterArrays, Attach, peft, peft_tied, peft_tokens, targets
 from jaxtune.methods.lora_init import pissa_start
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.models.safetensors import Entry
@@ -77,7 +77,7 @@ def read(
     dropout = float(config.get('lora_dropout') or 0.0)
 
     def init(params: Any, arrays: AdapterArrays) -> Any:
-        factors, whole = arrays
+        factors, whole, _ = arrays
         leaves = {**leaf_paths(params), **whole}
         for path, leaf in factors.items():
             lora = LoRA(leaves[path], dropout=dropout, layers=layers[path], **leaf)
@@ -160,7 +160,9 @@ def save(
     }
     changed = model.tie and (isinstance(leaves[model.tie.table], LoRA) or model.tie.table in set(whole))
     fields['ensure_weight_tying'] = bool(changed and peft_tied.ensures(model))
-    peft.write(folder, fields, tensors | saved, model, base)
+    token_fields, rows = peft.token_rows(leaves, model)
+    readme = peft_tokens.readme(leaves, model, base)
+    peft.write(folder, fields | token_fields, tensors | saved | rows, model, base, readme)
 
 
 def _on_host(leaf: LoRA) -> dict[str, Any]:

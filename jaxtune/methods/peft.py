@@ -19,7 +19,7 @@ from jaxtune.common import paths
 from jaxtune.common.io import replace_folder
 from jaxtune.common.jsonfile import read_object
 from jaxtune.errors import UserError, shown
-from jaxtune.methods import METHODS, AdapterArrays, Attach, Method, peft_fields, peft_tied
+from jaxtune.methods import METHODS, AdapterArrays, Attach, Method, peft_fields, peft_tied, peft_tokens
 from jaxtune.models.hf import not_finite
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.models.safetensors import Entry, read_header, write_file
@@ -104,16 +104,39 @@ def parts_table(folders: Iterable[str], model: Model, own: Method | None = None)
     return 'apart' in by_change
 
 
-def reader(folder: str, model: Model, own: Method | None = None) -> tuple[Attach, AdapterArrays]:
+def reader(
+    folder: str, model: Model, own: Method | None = None, vocab_size: int | None = None
+) -> tuple[Attach, AdapterArrays]:
     """`(init, arrays)`: `init(params, arrays)` is the tree of a base with this adapter; for `apply.attach`.
+
+    Args:
+      folder: of the adapter.
+      model: with rows for all tokens.
+      own: as for `kinds`.
+      vocab_size: rows of the base, where that has fewer than the model.
 
     Raises:
       UserError: pickled weights, or an adapter of another model.
     """
-    config, entries = read_config(folder, own), _entries(pathlib.Path(folder))
+    place = pathlib.Path(folder)
+    config, entries = read_config(folder, own), _entries(place)
+    rows, entries = peft_tokens.read(place, config, entries, model, vocab_size or model.config.vocab_size)
     entries = peft_tied.as_here(folder, config, entries, model)
     kind = config['peft_type']
-    return kinds(own)[kind].read_adapter[kind](pathlib.Path(folder), config, entries, model)
+    init, arrays = kinds(own)[kind].read_adapter[kind](place, config, entries, model)
+    if not rows:
+        return init, arrays
+    ids = {path: tokens for path, (tokens, _) in rows.items()}
+
+    def init_with_rows(params: Any, arrays: AdapterArrays) -> Any:
+        return peft_tokens.put(init(params, arrays), ids, arrays.rows or {})
+
+    return init_with_rows, arrays._replace(rows={path: values for path, (_, values) in rows.items()})
+
+
+def token_ids(folder: str, own: Method | None = None) -> set[int]:
+    """The tokens whose rows an adapter holds; raises as `read_config`."""
+    return peft_tokens.tokens(read_config(folder, own))
 
 
 def _entries(folder: pathlib.Path) -> dict[str, Entry]:
@@ -171,12 +194,17 @@ def own_arrays(folder: pathlib.Path, entries: Mapping[str, Entry], mark: str, mo
 
 def put_in(params: Any, arrays: AdapterArrays) -> Any:
     """The tree of a base with added leaves, and with leaves of its own that the adapter brings along."""
-    added, whole = arrays
+    added, whole, _ = arrays
     return nested({**leaf_paths(params), **whole, **added})
 
 
 def write(
-    folder: pathlib.Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: Model, base: str
+    folder: pathlib.Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    model: Model,
+    base: str,
+    readme: str = '',
 ) -> None:
     """Writes an adapter folder; an older one is replaced at the end, in one step. In process 0 alone."""
     if jax.process_index():
@@ -192,6 +220,8 @@ def write(
         'task_type': _task_type(model),
     }
     (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + '\n', 'utf-8')
+    if readme:
+        (partial / 'README.md').write_text(readme, 'utf-8')
     arrays = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
     write_file(partial / WEIGHTS, {n: (v.dtype, v.shape) for n, v in arrays.items()}, iter(arrays.values()))
     replace_folder(partial, folder)
@@ -214,6 +244,12 @@ def whole_tensors(leaves: Mapping[str, Any], whole: Iterable[str], model: Model)
             name = f'{place.name}.{tensor.name.rpartition(".")[2]}'
             tensors[NAME_PREFIX + name] = value.T if tensor.transposed else value
     return tensors
+
+
+def token_rows(leaves: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Fields of the config about new rows of tokens, and the tensors of these rows by PEFT's names."""
+    fields, rows = peft_tokens.fields_and_rows(leaves, model)
+    return fields, {NAME_PREFIX + name: host_array(leaf) for name, leaf in rows.items()}
 
 
 def modules_to_save(tensors: Mapping[str, Any]) -> list[str]:

@@ -183,15 +183,21 @@ class BoundObjective:
         """What one row of a batch holds."""
         return self.objective.batch_spec(self.settings, self.data)
 
-    def dataset(self, split: str, tokenizer: Any, cache: pathlib.Path) -> Any:
+    def dataset(self, split: str, tokenizer: Any, cache: pathlib.Path, vocab_size: int = 0) -> Any:
         """Rows of `train` or `eval`; of several sources a `Mixture`.
+
+        Args:
+          split: which.
+          tokenizer: makes their ids.
+          cache: folder for what was read once.
+          vocab_size: rows of the model, for which a text is refused that holds a token without one; 0 = any is fine.
 
         Raises:
           UserError: the data is wrong.
         """
         from jaxtune.data.mixture import Mixture  # of names alone, which the schema checks, nothing slow is imported
 
-        data = self.decided(cache, said=split == 'eval')
+        data = dataclasses.replace(self.decided(cache, said=split == 'eval'), vocab_size=vocab_size)
         sources = data.sources(split)
 
         def rows(source: DataSource) -> Any:

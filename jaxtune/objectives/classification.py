@@ -16,6 +16,7 @@ import numpy as np
 from jaxtune.common import hub
 from jaxtune.common.settings import Settings
 from jaxtune.data import holdout
+from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.packing import Row
 from jaxtune.data.records import field, open_records
 from jaxtune.data.spec import DataSpec
@@ -171,6 +172,9 @@ class Examples:
                 raise UserError(f'{first}: expected one text in every record, or two in every record')
             columns = [list(column) for column in zip(*(texts for _, texts, _ in chunk), strict=True)]
             encoded = tokenizer(*columns, truncation=True, max_length=self.seq_len, return_token_type_ids=True)
+            for ids, (place, _, _) in zip(encoded['input_ids'], chunk, strict=True):
+                if data.vocab_size and max(ids, default=0) >= data.vocab_size:
+                    raise UserError(f'{place}: {tokenizers.no_row(tokenizer, max(ids), data.vocab_size)}')
             pairs = zip(encoded['input_ids'], encoded['token_type_ids'], strict=True)
             for (place, _, label), (ids, its_types) in zip(chunk, pairs, strict=True):
                 if not ids:

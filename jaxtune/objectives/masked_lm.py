@@ -29,7 +29,7 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
     """
     # Held-out rows must not share their masks with those rows of training that have their numbers.
     seed = (data.seed, int(split == 'eval'))
-    masking = Masking(tokenizer, settings.probability, settings.whole_word, seed)
+    masking = Masking(tokenizer, settings.probability, settings.whole_word, seed, data.vocab_size)
     tokens = open_tokens(data, split, tokenizer, cache)
     if split == 'train' and data.packing:
         rows = concat_rows(tokens, data.seq_len)

@@ -1,6 +1,7 @@
 """Text to text: from a record's source an encoder-decoder writes its target (Raffel et al. 2020, arXiv:1910.10683)."""
 
 import hashlib
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtune.common import console
 from jaxtune.common.settings import Settings
 from jaxtune.data import Tokens, holdout
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.cache import once
+from jaxtune.data.cache import check_rows, once
 from jaxtune.data.packing import Bins, Row
 from jaxtune.data.records import Records, field, open_records
 from jaxtune.data.spec import DataSpec
@@ -48,7 +49,10 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
         lambda: _tokenise(records, folder, tokenizer, data, settings.prefix, key),
         key,
     )
-    source, target = Tokens.open(folder / 'source'), Tokens.open(folder / 'target')
+    place = lambda number: next(itertools.islice((place for place, _ in records), number, None))  # noqa: E731
+    source, target = (
+        check_rows(Tokens.open(folder / side), tokenizer, data.vocab_size, place) for side in ('source', 'target')
+    )
     target_len = data.target_len or data.seq_len
     pairs = Pairs(source, target, tokenizer.eos_token_id, data.seq_len, target_len, data.packing)
     for name, cut, length in (('source', pairs.cut_sources, 'seq_len'), ('target', pairs.cut_targets, 'target_len')):

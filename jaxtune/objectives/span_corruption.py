@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxtune.common.settings import Settings
 from jaxtune.data import open_tokens
+from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.denoising import MODES, Denoiser, denoisers
 from jaxtune.data.documents import TEXTS
 from jaxtune.data.packing import Bins, Row, cut_documents
@@ -98,6 +99,10 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
     if tokenizer.eos_token_id is None:
         raise UserError('objective=span_corruption: the tokenizer has no EOS token; expected one that has')
     sentinels = _sentinels(data.seq_len, tokenizer, plan.sentinels)
+    if data.vocab_size and max(sentinels) >= data.vocab_size:
+        raise UserError(
+            f'objective=span_corruption: it {tokenizers.no_row(tokenizer, max(sentinels), data.vocab_size)}'
+        )
     tokens = open_tokens(data, split, tokenizer, cache)
     # Held-out rows are cut alike whatever the run's seed is.
     seed = (data.seed, 0) if split == 'train' else (0, 1)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune import methods, models
@@ -13,8 +14,10 @@ from jaxtune.common import console, hub, paths
 from jaxtune.common.hub import TOKENIZER_FILES
 from jaxtune.common.settings import Settings
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.tokenizer import Added
 from jaxtune.errors import UserError
-from jaxtune.methods import BoundMethod, apply, peft
+from jaxtune.methods import BoundMethod, apply, new_tokens, peft
+from jaxtune.methods.new_tokens import NewTokens
 from jaxtune.models import hf, value_head
 from jaxtune.models.fields import folder_config
 from jaxtune.objectives import BoundObjective
@@ -33,6 +36,7 @@ class ModelSpec:
       path: a folder, a hub id or a workdir; '' = from scratch.
       settings: the recipe's `model` subtree: the fields from scratch, and how the model computes.
       tokenizer: a folder, a hub id or a workdir; '' = the model's own.
+      added: name and description (a text, or '') of tokens that the tokenizer gets, and the model rows for.
       method: which weights train, and the adapters that it begins with.
       adapters: adapter folders or workdirs, with commas between them; '' = what `path` is, if an adapter.
       several: whether there may be several adapters.
@@ -57,6 +61,7 @@ class ModelSpec:
     value_head: bool = False
     seed: int = 0
     key: str = 'model.path'
+    added: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +170,14 @@ def tokenizer_folder(spec: ModelSpec) -> str:
 
 
 def open_tokenizer(spec: ModelSpec) -> Any:
-    """The tokenizer of a model. What is wrong with the model is said first: the tokenizer is in the same folder.
+    """The tokenizer of a model, with the tokens that are added; raises as `open_with_added`."""
+    return open_with_added(spec)[0]
+
+
+def open_with_added(spec: ModelSpec) -> tuple[Any, tuple[Added, ...]]:
+    """The tokenizer of a model, and the tokens that it was given.
+
+    What is wrong with the model is said first: the tokenizer is in the same folder.
 
     Raises:
       UserError: there is none, or no such model.
@@ -176,7 +188,8 @@ def open_tokenizer(spec: ModelSpec) -> Any:
         folder = hub.resolve(model_folder(spec.path, spec.key), spec.key)
         hub.check_companions(folder)
         models.read_config(str(folder), spec.settings.family)
-    return tokenizers.load(tokenizer_folder(spec), 'tokenizer.path' if spec.tokenizer else spec.key)
+    tokenizer = tokenizers.load(tokenizer_folder(spec), 'tokenizer.path' if spec.tokenizer else spec.key)
+    return tokenizer, tokenizers.add_tokens(tokenizer, spec.added) if spec.added else ()
 
 
 def _adapters_tokenizer(spec: ModelSpec) -> str:
@@ -188,10 +201,16 @@ def _adapters_tokenizer(spec: ModelSpec) -> str:
     return ''
 
 
-def open_model(spec: ModelSpec, tokenizer: Any, own_head: bool = False) -> tuple[models.Model, str]:
+def open_model(
+    spec: ModelSpec, tokenizer: Any, own_head: bool = False, vocab_size: int = 0
+) -> tuple[models.Model, str]:
     """A model without its parameters, and the folder they are in ('' from scratch).
 
-    Without a tokenizer (None) a model from scratch must name its `vocab_size`; `own_head` as for `models.build`.
+    Args:
+      spec: which model.
+      tokenizer: its tokenizer; without one (None) a model from scratch must name its `vocab_size`.
+      own_head: as for `models.build`.
+      vocab_size: rows that it has in place of the folder's; 0 = as many.
 
     Raises:
       UserError: no model is named, the tokenizer does not fit, or a row is longer than the model's positions.
@@ -200,6 +219,7 @@ def open_model(spec: ModelSpec, tokenizer: Any, own_head: bool = False) -> tuple
     if spec.path:
         folder = model_folder(spec.path)
         fields = models.read_config(folder, settings.family)
+        fields |= {'vocab_size': vocab_size} if vocab_size else {}
     else:
         folder, own = '', settings.config.to_dict()
         if not own:
@@ -217,7 +237,8 @@ def open_model(spec: ModelSpec, tokenizer: Any, own_head: bool = False) -> tuple
         _check_vocab(spec, tokenizer, fields['vocab_size'])
     head, fields = _head(spec, fields, folder)
     if head.get('head') == 'reward' and tokenizer is not None:
-        fields = fields | {'pad_token_id': tokenizers.padding_id(tokenizer)}
+        padding = tokenizers.padding_id(tokenizer)
+        fields = fields | {'pad_token_id': padding if padding is None or padding < fields['vocab_size'] else None}
     model = models.build(
         fields,
         param_dtype=settings.param_dtype,
@@ -244,13 +265,47 @@ def _extra_vocab(spec: ModelSpec, tokenizer: Any) -> int:
 
 def _check_vocab(spec: ModelSpec, tokenizer: Any, vocab_size: int) -> None:
     tokenizers.check_vocab(tokenizer, vocab_size)
-    extra = _extra_vocab(spec, tokenizer)
-    if spec.rows and extra and vocab_size < tokenizers.vocab_size(tokenizer) + extra:
+    extra, size = _extra_vocab(spec, tokenizer), tokenizers.vocab_size(tokenizer, below=vocab_size)
+    if spec.rows and extra and vocab_size < size + extra:
         raise UserError(
             f'objective={spec.rows.objective.name}: needs {extra} tokens more than the tokenizer has; expected '
-            f'vocab_size >= {tokenizers.vocab_size(tokenizer) + extra}, not {vocab_size}, or a tokenizer '
-            'with sentinels (<extra_id_0>, ...)'
+            f'vocab_size >= {size + extra}, not {vocab_size}, or a tokenizer with sentinels (<extra_id_0>, ...)'
         )
+
+
+def plan_tokens(
+    spec: ModelSpec, tokenizer: Any, added: tuple[Added, ...], stored: models.Model, held: Iterable[int] = ()
+) -> NewTokens | None:
+    """The rows that begin anew: of added tokens that the tokenizer or the model lacked, and those of an adapter.
+
+    Args:
+      spec: which model; from scratch it counts them already, and None is returned.
+      tokenizer: with the added tokens.
+      added: those.
+      stored: the model as its folder has it.
+      held: tokens whose rows an adapter holds.
+
+    Raises:
+      UserError: a model from scratch is told to have fewer rows, or a token's number is far beyond the others.
+    """
+    rows = stored.config.vocab_size
+    ids = {token.id for token in added if not token.known or token.id >= rows} | set(held)
+    size = max((*(i + 1 for i in ids), rows))
+    if not spec.path:
+        if size > rows:
+            raise UserError(f'model.config.vocab_size={rows}: expected >= {size}, for the tokens of tokenizer.add')
+        return None
+    if not ids:
+        return None
+    known = np.asarray(list(tokenizer.get_vocab().values()), np.int64)
+    if size - rows > len(known):
+        name = tokenizer.convert_ids_to_tokens(size - 1)
+        raise UserError(f'tokenizer.add: {name!r} has id {size - 1}, far beyond the {rows} rows of the model')
+    used = np.zeros(rows, bool)
+    used[known[known < rows]] = True
+    ids = ids | set(range(rows, size))
+    used[[i for i in ids if i < rows]] = False
+    return NewTokens(size, tuple(sorted(ids)), used, {token.id: token.description for token in added})
 
 
 def _check_positions(spec: ModelSpec, model: models.Model) -> None:
@@ -320,48 +375,113 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
     """
     method, own = spec.method.method, _own(spec.method)
     method.check(spec.method.settings)
-    tokenizer = open_tokenizer(spec)
-    model, folder = open_model(spec, tokenizer)
+    tokenizer, added = open_with_added(spec)
+    stored, folder = open_model(spec, tokenizer)
     chosen = adapter_folders(spec)
-    parted = peft.parts_table(chosen.values(), model, own)
-    if folder and (parted or (weights and hf.has_own_head(folder, model))):
-        model, folder = open_model(spec, tokenizer, own_head=True)
-    fresh = frozenset(hf.newly_initialized_paths(folder, model)) if folder else frozenset()
-    codecs = apply.codecs(spec.method, model, fresh)
-    shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), model.shapes)
+    parted = peft.parts_table(chosen.values(), stored, own)
+    own_head = bool(folder) and (parted or (weights and hf.has_own_head(folder, stored)))
+    if own_head:
+        stored, folder = open_model(spec, tokenizer, own_head=True)
+    fresh = frozenset(hf.newly_initialized_paths(folder, stored)) if folder else frozenset()
+    held = {name: peft.token_ids(adapter, own) for name, adapter in chosen.items()} or {'': set()}
+    plans = {name: plan_tokens(spec, tokenizer, added, stored, tokens) for name, tokens in held.items()}
+    model = with_new_tokens(spec, tokenizer, stored, plans.values(), own_head)
+    _check_new_tokens(spec, tokenizer, stored, model, plans, fresh)
+    codecs = apply.codecs(spec.method, stored, fresh)
+    shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), stored.shapes)
     specs = match_rules(shapes, mesh)
     placed = shardings(specs, mesh)
     rng = jax.random.key(spec.seed)
     if not weights:
         params = with_shardings(shapes, placed)
     elif folder:
-        params, _ = hf.load(folder, model, placed, rng=rng, codecs=codecs)
+        params, _ = hf.load(folder, stored, placed, rng=rng, codecs=codecs)
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
-        params = jax.jit(lambda key: apply.encoded(model.init(key), codecs), out_shardings=placed)(rng)
+        params = jax.jit(lambda key: apply.encoded(stored.init(key), codecs), out_shardings=placed)(rng)
     adapters, wholes = {}, []
     for name, adapter in chosen.items():
-        init, arrays = peft.reader(adapter, model, own)
-        adapters[name] = apply.attach(init, params, mesh, arrays)
+        init, arrays = peft.reader(adapter, model, own, stored.config.vocab_size)
+        adapters[name] = _grown(spec, apply.attach(init, params, mesh, arrays), mesh, model, plans[name], fresh)
         wholes.append(frozenset(arrays.whole))
     brought = frozenset.intersection(*wholes) if wholes else frozenset()
     _check_heads(spec, model, folder, fresh - brought)
     if adapters:
         params = next(iter(adapters.values()))
     elif spec.trains:
-        begin = lambda params: apply.begin(spec.method, model, params, fresh, tokenizer)  # noqa: E731
-        params = apply.attach(begin, params, mesh)
+        params = apply.attach(lambda params: _begin(spec, stored, params, fresh, tokenizer), params, mesh)
         if refine := method.refine(spec.method.settings):
             if not folder:
                 init = spec.method.settings.init
                 raise UserError(f'method.init={init}: expected model.path, a model whose weights were quantised')
-            params = refine(params, hf.kernels(folder, model)) if weights else params
+            params = refine(params, hf.kernels(folder, stored)) if weights else params
+    if not adapters:
+        params = _grown(spec, params, mesh, model, plans[''], fresh)
     if spec.value_head:
         params = apply.attach(lambda params: value_head.with_value(params, model), params, mesh)
         fresh |= value_head.PATHS
     several = adapters if len(adapters) > 1 else {}
     ends = companions.end_ids(tokenizer, model, folder)
     return ModelBundle(model, params, specs, tokenizer, fresh, folder, several, ends, brought)
+
+
+def with_new_tokens(
+    spec: ModelSpec,
+    tokenizer: Any,
+    stored: models.Model,
+    plans: Iterable[NewTokens | None],
+    own_head: bool = False,
+) -> models.Model:
+    """The model with rows for the tokens of all plans: `stored` itself, where those that it has are enough."""
+    size = max((plan.vocab_size for plan in plans if plan), default=0)
+    if size <= stored.config.vocab_size:
+        return stored
+    return open_model(spec, tokenizer, own_head, size)[0]
+
+
+def _begin(spec: ModelSpec, stored: models.Model, params: Any, fresh: frozenset[str], tokenizer: Any) -> Any:
+    return apply.begin(spec.method, stored, params, fresh, tokenizer)
+
+
+def _grown(
+    spec: ModelSpec, params: Any, mesh: Mesh, model: models.Model, new: NewTokens | None, fresh: frozenset[str]
+) -> Any:
+    """The tree with rows for new tokens, if there are any."""
+    if new is None:
+        return params
+    return apply.attach(lambda params: new_tokens.grow(params, model, new, spec.method, fresh), params, mesh)
+
+
+def _check_new_tokens(
+    spec: ModelSpec,
+    tokenizer: Any,
+    stored: models.Model,
+    model: models.Model,
+    plans: Mapping[str, NewTokens | None],
+    fresh: frozenset[str],
+) -> None:
+    """Says what rows are new and which tokens have none, and refuses what could not train them, before weights are read.
+
+    Raises:
+      UserError: the method freezes the model and holds no rows, or adapts a table that gets new ones.
+    """
+    rows = model.config.vocab_size
+    if beyond := tokenizers.check_vocab(tokenizer, rows):
+        console.note(
+            f'{len(beyond):,} added tokens of the tokenizer, {beyond[0]!r} the first, have no row in the model of '
+            f'{rows:,}: a text that holds one is refused (tokenizer.add gives them rows)'
+        )
+    new = plans.get('')
+    if new is None:
+        return
+    if spec.trains:
+        new_tokens.check(spec.method)
+        grow = lambda params: new_tokens.grow(  # noqa: E731
+            _begin(spec, stored, params, fresh, tokenizer), model, new, spec.method, fresh
+        )
+        jax.eval_shape(grow, stored.shapes)
+    grows = f'grows from {stored.config.vocab_size:,} to {rows:,} rows' if model is not stored else 'has room for them'
+    console.note(f'tokenizer.add: rows of {len(new.ids):,} tokens begin anew; the model {grows}')
 
 
 def _check_heads(spec: ModelSpec, model: models.Model, folder: str, missing: frozenset[str]) -> None:

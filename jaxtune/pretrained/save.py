@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxtune.common import console
 from jaxtune.errors import UserError
-from jaxtune.methods import BoundMethod, apply
+from jaxtune.methods import BoundMethod, apply, peft_tokens
 from jaxtune.models import Model, hf, value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.pretrained import companions
@@ -59,6 +59,8 @@ def save_tuned(workdir: pathlib.Path, method: BoundMethod, bundle: ModelBundle, 
             save(workdir / 'base', model, _plain_base(params, model), bundle.tokenizer, '')
         whole = apply.whole_paths(params, method.method, bundle.trained_whole)
         method.method.save_adapter(workdir / 'adapter', params, model, method.settings, base, whole)
+        if resize := peft_tokens.resizing(leaf_paths(params)):
+            console.note(f'to load {workdir}/adapter with PEFT, first resize the base: {resize}')
         if console.is_primary():
             bundle.tokenizer.save_pretrained(str(workdir / 'adapter'))  # whose template the adapter answers to
     if method.method.merges:

@@ -162,7 +162,7 @@ class ByModel:
         chat = Chat((*turns, {'role': 'assistant', 'content': completion}), raw=raw)
         if raw not in self._encoders:
             template = open_template('auto', self.tokenizer, 'preference', raw)
-            self._encoders[raw] = Encoder(template, self.tokenizer, 'last')
+            self._encoders[raw] = Encoder(template, self.tokenizer, 'last', vocab_size=self.model.config.vocab_size)
         try:
             (encoded,) = self._encoders[raw](chat)
             ids = encoded.ids.tolist()

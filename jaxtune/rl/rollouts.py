@@ -67,7 +67,7 @@ class Sampler:
         self.seq_len, self.mesh, self.tokenizer = seq_len, mesh, bundle.tokenizer
         self.batch_size, self.longest = settings.batch_size, max(len(prompt.ids) for prompt in prompts)
         stops = (*bundle.end_ids, *end_of_answer(bundle.tokenizer))
-        self.sampling = sampling = from_settings(settings, bundle.tokenizer, stops)
+        self.sampling = sampling = from_settings(settings, bundle.tokenizer, stops, bundle.model.config.vocab_size)
         root, model = jax.random.key(seed), bundle.model
 
         def run(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Completions:

@@ -17,13 +17,15 @@ from jaxtune.common import console
 from jaxtune.common.formatting import amount, duration, size
 from jaxtune.common.io import write_json
 from jaxtune.common.settings import Settings
+from jaxtune.data.tokenizer import Added
+from jaxtune.methods import new_tokens
 from jaxtune.models import Model
 from jaxtune.parallel import copied_bytes, make_mesh
 from jaxtune.parallel.aot import available_bytes, try_compile
 from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
-from jaxtune.pretrained.load import open_model, open_tokenizer
+from jaxtune.pretrained.load import open_model, open_with_added, plan_tokens, with_new_tokens
 from jaxtune.recipe.flags import Command
 from jaxtune.tasks import setup, specs
 from jaxtune.training.flops import flops_per_token
@@ -137,10 +139,16 @@ def check(config: Settings, mesh: Mesh) -> None:
 def open_program(config: Settings, mesh: Mesh) -> tuple[Model, Any, Any, Program]:
     """The model, its trainable and frozen half as shapes, and its step."""
     # Before the mesh is set: nothing could run on devices that are not there, not even the making of a random key.
-    model, _ = open_model(specs.model_spec(config), _tokenizer(config))
+    spec, method = specs.model_spec(config), specs.method(config)
+    tokenizer, added = _tokenizer(config)
+    stored, _ = open_model(spec, tokenizer)
+    new = plan_tokens(spec, tokenizer, added, stored)
+    model = with_new_tokens(spec, tokenizer, stored, [new])
+    if new:
+        new_tokens.check(method)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        method = specs.method(config)
-        trainable, frozen = abstract_params(method, mesh, model)
+        grow = (lambda params: new_tokens.grow(params, model, new, method)) if new else None
+        trainable, frozen = abstract_params(method, mesh, stored, grow)
         program = make_program(
             mesh,
             model,
@@ -169,10 +177,10 @@ def _micro_batches(config: Settings, mesh: Mesh) -> Iterator[int]:
     yield from (n for n in range(1, max(rows, 1) + 1) if rows % n == 0)
 
 
-def _tokenizer(config: Settings) -> Any:
-    """The tokenizer, where the recipe names one or the model's vocabulary depends on it; else None."""
-    known = config.model.path or 'vocab_size' in config.model.config
-    return open_tokenizer(specs.model_spec(config)) if config.tokenizer.path or not known else None
+def _tokenizer(config: Settings) -> tuple[Any, tuple[Added, ...]]:
+    """The tokenizer with what it was given, where the recipe names one or the vocabulary depends on it; else None."""
+    known = (config.model.path or 'vocab_size' in config.model.config) and not config.tokenizer.add
+    return open_with_added(specs.model_spec(config)) if config.tokenizer.path or not known else (None, ())
 
 
 def compile_for(program: Program, frozen: Any, accumulate: int, limit: int) -> Attempt:

@@ -43,7 +43,7 @@ def open_evaluator(config: Settings, workdir: pathlib.Path, mesh: Mesh, bundle: 
     check(config, mesh)
     objective, model = specs.objective(config), bundle.model
     batch_size = config.eval.batch_size or config.train.batch_size
-    rows = objective.dataset('eval', bundle.tokenizer, workdir / 'cache')
+    rows = objective.dataset('eval', bundle.tokenizer, workdir / 'cache', bundle.model.config.vocab_size)
     rows = setup.reference_logps(config, mesh, bundle, workdir / 'cache').complete(rows, 'eval')
     step = make_eval_step(lambda params, batch, rng: objective.loss(model, params, batch, rng))
     step = jax.jit(step, compiler_options=compiler_options())

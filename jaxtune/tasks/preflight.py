@@ -127,7 +127,7 @@ def _rows(config: Settings, bundle: load.ModelBundle, cache: pathlib.Path, split
     facts = []
     for split in splits:
         if config.data[split]:
-            rows = objective.dataset(split, bundle.tokenizer, cache)
+            rows = objective.dataset(split, bundle.tokenizer, cache, bundle.model.config.vocab_size)
             labels = f' ({", ".join(rows.parts)})' if isinstance(rows, Mixture) else ''
             facts.append(f'{len(rows):,} rows of data.{split}{labels}')
     return facts

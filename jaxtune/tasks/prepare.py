@@ -54,7 +54,7 @@ def check(config: Settings) -> plans.Plan | None:
         _check_raw('data.train', data.train)
         return None
     plans.check_installed(data.engine)
-    plan = plans.make(data, config.tokenizer.path)
+    plan = plans.make(data, config.tokenizer.path, tuple(config.tokenizer.add))
     for source in plan.sources:
         _check_raw(source.key, source.path)
     steps.asked_for(plan)
@@ -86,7 +86,9 @@ def _check_raw(key: str, path: str) -> None:
 def _stream(config: Settings, workdir: pathlib.Path, command: Command) -> None:
     info = RunInfo('prepare', command.argv, str(command.recipe))
     documents = streaming.collect(config.data)
-    stream = streaming.Streaming(documents, config.data, config.tokenizer.path, workdir)
+    stream = streaming.Streaming(
+        documents, config.data, config.tokenizer.path, workdir, tuple(config.tokenizer.add)
+    )
     console.note(f'reading {documents.name}; writing to {workdir}')
     _run_phases(stream.pipeline, info, lambda phase: phase.run())
     metrics = stream.metrics()

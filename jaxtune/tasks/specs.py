@@ -83,6 +83,7 @@ def model_spec(config: Settings, key: str = 'model.path') -> ModelSpec:
         value_head=is_rewarded(task) and algorithm(config).value_head,
         seed=config.seed,
         key=key,
+        added=tuple(config.tokenizer.add),
     )
 
 
@@ -93,7 +94,7 @@ def other_model_spec(config: Settings, key: str, path: str, objective_name: str 
       config: the recipe.
       key: that names it.
       path: what it names: a folder, hub id or workdir; an adapter's own base comes with it.
-      objective_name: whose head it has; '' = the recipe's.
+      objective_name: whose head it has; '' = the recipe's, whose rows it reads with the tokens that the recipe adds.
       data: other values of the data that it reads.
     """
     return ModelSpec(
@@ -104,6 +105,7 @@ def other_model_spec(config: Settings, key: str, path: str, objective_name: str 
         rows=objective(config, objective_name, **data),
         seed=config.seed,
         key=key,
+        added=() if objective_name else tuple(config.tokenizer.add),
     )
 
 

@@ -160,11 +160,23 @@ def make_program(
     return Program(mesh, model, learning, optimizer, rule, steps, batch_size, seed, shapes, placed)
 
 
-def abstract_params(method: BoundMethod, mesh: Mesh, model: Model) -> tuple[Any, Any]:
-    """`(trainable, frozen)` of a method as `jax.ShapeDtypeStruct`s with their shardings."""
+def abstract_params(
+    method: BoundMethod, mesh: Mesh, model: Model, grow: Callable[[Any], Any] | None = None
+) -> tuple[Any, Any]:
+    """`(trainable, frozen)` of a method as `jax.ShapeDtypeStruct`s with their shardings.
+
+    Args:
+      method: the method.
+      mesh: where they lie.
+      model: the model as its folder has it.
+      grow: what adds rows for new tokens to the method's tree, or None.
+    """
     codecs = apply.codecs(method, model)
-    params = jax.eval_shape(
-        lambda params: apply.begin(method, model, apply.encoded(params, codecs), frozenset()), model.shapes
-    )
+
+    def begin(params: Any) -> Any:
+        params = apply.begin(method, model, apply.encoded(params, codecs), frozenset())
+        return grow(params) if grow else params
+
+    params = jax.eval_shape(begin, model.shapes)
     placed = with_shardings(params, shardings(match_rules(params, mesh), mesh))
     return apply.partition(method.method, placed, frozenset())

@@ -118,6 +118,7 @@ def make_tokenizer(work: Work, rank: int) -> None:
     else:
         model, special_tokens = plan.steps['tokenizer.model'], plan.steps['tokenizer.special_tokens']
         tokenizer = tokenizers.train(_sample(work), plan.keys['vocab_size'], model, special_tokens)
+    tokenizers.add_tokens(tokenizer, plan.added)
     temporary = work.folder / f'.tokenizer.{os.uname().nodename}.{os.getpid()}'
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save_pretrained(str(temporary))

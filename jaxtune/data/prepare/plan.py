@@ -62,6 +62,7 @@ class Plan:
       keys: the other keys of `data` that matter: `text_key`, `min_chars`, `eval_fraction`, `vocab_size`, `append_eos`.
       custom_steps: `data.custom_steps`.
       empty: paths of the sources that hold nothing.
+      added: `tokenizer.add`: name and description of tokens that the tokenizer gets.
     """
 
     sources: tuple[Source, ...]
@@ -71,6 +72,7 @@ class Plan:
     keys: Mapping[str, Any]
     custom_steps: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
+    added: tuple[tuple[str, str], ...] = ()
 
     @property
     def records(self) -> bool:
@@ -140,12 +142,13 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def make(data: Settings, tokenizer: str) -> Plan:
+def make(data: Settings, tokenizer: str, added: tuple[tuple[str, str], ...] = ()) -> Plan:
     """Reads a recipe.
 
     Args:
       data: its `data`.
       tokenizer: its `tokenizer.path`.
+      added: its `tokenizer.add`.
 
     Raises:
       UserError: an unknown field of a source, or an impossible value, with the key.
@@ -163,7 +166,8 @@ def make(data: Settings, tokenizer: str) -> Plan:
     }
     if 0 < (length := steps['dedup.substring']) < _SHORTEST:
         raise UserError(f'data.steps.dedup.substring={length}: expected 0 (off) or at least {_SHORTEST} words')
-    return Plan(sources, steps, form, tokenizer, keys, tuple(filter(None, _texts(data.custom_steps))))
+    custom_steps = tuple(filter(None, _texts(data.custom_steps)))
+    return Plan(sources, steps, form, tokenizer, keys, custom_steps, added=added)
 
 
 _KEYS = ('text_key', 'min_chars', 'eval_fraction', 'vocab_size', 'append_eos')

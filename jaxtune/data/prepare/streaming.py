@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,13 +109,22 @@ class Streaming:
       data: the recipe's `data`: `min_chars`, `eval_fraction`, `vocab_size` and `append_eos` are read.
       tokenizer: the recipe's `tokenizer.path`; '' = train one.
       workdir: where the results go.
+      added: the recipe's `tokenizer.add`: name and description of tokens that it gets.
     """
 
     splits: Splits
     tokenizer: Any
 
-    def __init__(self, documents: Documents, data: Settings, tokenizer: str, workdir: pathlib.Path) -> None:
+    def __init__(
+        self,
+        documents: Documents,
+        data: Settings,
+        tokenizer: str,
+        workdir: pathlib.Path,
+        added: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self.documents, self.data, self.tokenizer_path, self.workdir = documents, data, tokenizer, workdir
+        self.added = added
 
     @property
     def pipeline(self) -> list[Phase]:
@@ -137,6 +146,7 @@ class Streaming:
             with console.progress(self.splits.count(TRAIN), 'train tokenizer', 'document') as bar:
                 texts = (bar.advance(1) or text for text in self.splits.texts(TRAIN))
                 tokenizer = tokenizers.train_bpe(texts, self.data.vocab_size)
+        tokenizers.add_tokens(tokenizer, self.added)
         temporary = folder.with_name(f'.{folder.name}.new')
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save_pretrained(str(temporary))
