@@ -249,7 +249,9 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     ),
     'optimizer.name': Key('adamw', one_of('adamw', 'adamw8bit', 'adafactor', 'lion', 'muon', 'sgd'), 'optimizer'),
     'optimizer.lr': Key(2e-5, number(above=0), 'peak learning rate of pretrained weights (from scratch: of all)'),
-    'optimizer.new_lr': Key(1e-4, number(above=0), 'peak learning rate of newly initialised heads; new rows of tokenizer.add: lr'),
+    'optimizer.new_lr': Key(
+        1e-4, number(above=0), 'peak learning rate of newly initialised heads; rows of tokenizer.add have optimizer.lr'
+    ),
     'optimizer.schedule': Key(
         'cosine', one_of('cosine', 'linear', 'constant', 'wsd'), 'learning-rate schedule after the warm-up'
     ),

@@ -158,7 +158,7 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str
       vocab_size: rows of the model.
 
     Returns:
-      Added tokens without a row, by id: no text makes one that does not hold its very name, and data that does is refused (`no_row`).
+      Added tokens without a row, by id: a text that does not hold the name of one makes none.
 
     Raises:
       UserError: another token's id is `vocab_size` or more.
@@ -218,7 +218,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def extends(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer makes the same ids as another, but for tokens that were added to it; those go to `other` too."""
+    """Whether a tokenizer is another with tokens added, or the same; `other` gets them too."""
     if fingerprint(tokenizer) == fingerprint(other):
         return True
     there = other.get_vocab()

@@ -31,7 +31,7 @@ class NewTokens:
     Attributes:
       vocab_size: rows that the model has with them.
       ids: of those tokens, ascending; from the old number of rows on there is no gap.
-      used: bool `[old vocab_size]`: rows of the tokens before; the others were never trained, and are no part of a mean.
+      used: bool `[old vocab_size]`: rows of tokens that there were; no others are part of a mean.
       descriptions: of each id, tokens whose mean it begins as; () = the mean of all that are used.
     """
 
@@ -83,9 +83,7 @@ def check(method: BoundMethod) -> None:
         )
 
 
-def grow(
-    params: Any, model: Model, new: NewTokens, method: BoundMethod, whole: frozenset[str] = frozenset()
-) -> Any:
+def grow(params: Any, model: Model, new: NewTokens, method: BoundMethod, whole: frozenset[str] = frozenset()) -> Any:
     """The tree with rows for new tokens; traced. Those that it has already, of an adapter, stay as they are.
 
     A table that trains whole becomes a larger array; else its new rows train beside it, as a `NewRows` leaf. A bias is

@@ -66,7 +66,7 @@ def read(
             )
         one = _completed(folder, ids, values, entries.get(f'{module}{_TABLE}'), vocab_size)
         if path in rows and not (rows[path][0] == one[0] and np.array_equal(rows[path][1], one[1])):
-            raise UserError(f'{folder}: {FIELD} changes {module} apart from the table that it shares; they are one here')
+            raise UserError(f'{folder}: {FIELD} changes {module} apart from its table; they are one here')
         rows[path] = one
     return rows, others
 

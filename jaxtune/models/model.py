@@ -59,9 +59,9 @@ class Head:
       softcap: `softcap * tanh(logits / softcap)` (Gemma 2), or None.
       scale: factor on the product.
       vocab_major: which way the kernel lies.
-      rows: `[new, d_model]`, what stands in the kernel's place for the tokens `ids`, some of which may lie beyond it; or
-        None. They stay apart so that a frozen kernel gets no gradient and no copy of it is made where none is needed.
-      ids: ascending.
+      rows: `[new, d_model]`, what tokens have in the kernel's place, or beyond it; or None. They stay apart so that a
+        frozen kernel gets no gradient, and is copied only where it must be.
+      ids: those tokens, ascending.
     """
 
     kernel: jax.Array
@@ -199,9 +199,7 @@ class Model:
         logits = jax.lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32)
         if head.rows is not None:
             dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-            new = jax.lax.dot_general(
-                hidden, head.rows.astype(hidden.dtype), dims, preferred_element_type=jnp.float32
-            )
+            new = jax.lax.dot_general(hidden, head.rows.astype(hidden.dtype), dims, preferred_element_type=jnp.float32)
             logits = put_rows(logits, new, head.ids, -1)
         logits = logits * head.scale
         if head.bias is not None:

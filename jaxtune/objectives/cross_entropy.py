@@ -8,8 +8,7 @@ pass: three matrix products instead of the four of a backward pass that computes
 On a mesh every device keeps its own tokens and its own part of the vocabulary: a chunk exchanges one number a token
 over `tensor`, and the kernel's gradient is summed over the batch axes once, after the last chunk.
 
-New rows beside a frozen kernel (`weights.NewRows`) are put into their places once a step; their gradient is made of their
-own columns alone, and the kernel has none.
+New rows beside a frozen kernel (`weights.NewRows`) are put into their places once; they alone have a gradient.
 
 On a single CPU the logits are computed from a copy of the kernel `[d_model, vocab]`, a little wider than the vocabulary
 where rows of logits would lie a multiple of 4 KiB apart: Eigen's product is half as fast otherwise.
@@ -102,8 +101,8 @@ def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: i
       chunk: as for `cross_entropy`.
 
     Returns:
-      `[batch, length]` float32, in nats. Differentiable in `hidden`, `kernel`, `bias` and `rows`; the backward pass computes
-      the logits again, chunk by chunk.
+      `[batch, length]` float32, in nats. Differentiable in `hidden`, `kernel`, `bias` and `rows`; the backward pass
+      computes the logits again, chunk by chunk.
     """
     kernel, rows = _parts(head)
     return _token_logprobs(_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, rows, targets)
@@ -343,7 +342,7 @@ def _loss_and_gradients(
     targets: jax.Array,
     weights: jax.Array,
 ) -> tuple[Any, ...]:
-    """`(loss, correct, nll [batch, length], gradients)`: those of hidden, kernel, bias and new rows; None if not wanted."""
+    """`(loss, correct, nll [batch, length], gradients of hidden, kernel, bias, rows)`; None for one not wanted."""
 
     def device(
         hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array

@@ -82,7 +82,7 @@ def write(new: pathlib.Path, tokenizer: Any, folder: str) -> None:
 
 
 def _is_own(tokenizer: Any, folder: str) -> bool:
-    """Whether a tokenizer is the one in a model's folder, or that with tokens added; also where the folder holds none."""
+    """Whether a tokenizer is the one in a model's folder, maybe with tokens added; also where there is none."""
     path = hub.resolve(folder)
     source = pathlib.Path(str(tokenizer.name_or_path))
     if source.is_dir() and source.resolve() == path.resolve():

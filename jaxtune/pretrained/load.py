@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune import methods, models
@@ -23,7 +22,7 @@ from jaxtune.models.fields import folder_config
 from jaxtune.objectives import BoundObjective
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
-from jaxtune.pretrained import companions
+from jaxtune.pretrained import companions, vocabulary
 
 _NO_MODEL = "model.path='': expected a model folder, or model.config with model_type to start from scratch"
 
@@ -273,41 +272,6 @@ def _check_vocab(spec: ModelSpec, tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def plan_tokens(
-    spec: ModelSpec, tokenizer: Any, added: tuple[Added, ...], stored: models.Model, held: Iterable[int] = ()
-) -> NewTokens | None:
-    """The rows that begin anew: of added tokens that the tokenizer or the model lacked, and those of an adapter.
-
-    Args:
-      spec: which model; from scratch it counts them already, and None is returned.
-      tokenizer: with the added tokens.
-      added: those.
-      stored: the model as its folder has it.
-      held: tokens whose rows an adapter holds.
-
-    Raises:
-      UserError: a model from scratch is told to have fewer rows, or a token's number is far beyond the others.
-    """
-    rows = stored.config.vocab_size
-    ids = {token.id for token in added if not token.known or token.id >= rows} | set(held)
-    size = max((*(i + 1 for i in ids), rows))
-    if not spec.path:
-        if size > rows:
-            raise UserError(f'model.config.vocab_size={rows}: expected >= {size}, for the tokens of tokenizer.add')
-        return None
-    if not ids:
-        return None
-    known = np.asarray(list(tokenizer.get_vocab().values()), np.int64)
-    if size - rows > len(known):
-        name = tokenizer.convert_ids_to_tokens(size - 1)
-        raise UserError(f'tokenizer.add: {name!r} has id {size - 1}, far beyond the {rows} rows of the model')
-    used = np.zeros(rows, bool)
-    used[known[known < rows]] = True
-    ids = ids | set(range(rows, size))
-    used[[i for i in ids if i < rows]] = False
-    return NewTokens(size, tuple(sorted(ids)), used, {token.id: token.description for token in added})
-
-
 def _check_positions(spec: ModelSpec, model: models.Model) -> None:
     """Refuses rows that the model has no positions for."""
     if spec.rows is None:
@@ -386,7 +350,10 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
     held = {name: peft.token_ids(adapter, own) for name, adapter in chosen.items()} or {'': set()}
     plans = {name: plan_tokens(spec, tokenizer, added, stored, tokens) for name, tokens in held.items()}
     model = with_new_tokens(spec, tokenizer, stored, plans.values(), own_head)
-    _check_new_tokens(spec, tokenizer, stored, model, plans, fresh)
+    new = plans.get('')
+    vocabulary.note(tokenizer, stored.config.vocab_size, model.config.vocab_size, new)
+    if new and spec.trains:
+        _check_new_tokens(spec, tokenizer, stored, model, new, fresh)
     codecs = apply.codecs(spec.method, stored, fresh)
     shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), stored.shapes)
     specs = match_rules(shapes, mesh)
@@ -425,6 +392,20 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
     return ModelBundle(model, params, specs, tokenizer, fresh, folder, several, ends, brought)
 
 
+def plan_tokens(
+    spec: ModelSpec, tokenizer: Any, added: tuple[Added, ...], stored: models.Model, held: Iterable[int] = ()
+) -> NewTokens | None:
+    """The rows that begin anew, as `vocabulary.plan` says; None for a model from scratch, which counts them already.
+
+    Raises:
+      UserError: too few rows are asked for, or a token's number is far beyond the others.
+    """
+    if spec.path:
+        return vocabulary.plan(tokenizer, added, stored.config.vocab_size, held)
+    vocabulary.check_scratch(added, stored.config.vocab_size)
+    return None
+
+
 def with_new_tokens(
     spec: ModelSpec,
     tokenizer: Any,
@@ -453,35 +434,19 @@ def _grown(
 
 
 def _check_new_tokens(
-    spec: ModelSpec,
-    tokenizer: Any,
-    stored: models.Model,
-    model: models.Model,
-    plans: Mapping[str, NewTokens | None],
-    fresh: frozenset[str],
+    spec: ModelSpec, tokenizer: Any, stored: models.Model, model: models.Model, new: NewTokens, fresh: frozenset[str]
 ) -> None:
-    """Says what rows are new and which tokens have none, and refuses what could not train them, before weights are read.
+    """Refuses new rows that could not train, before weights are read.
 
     Raises:
       UserError: the method freezes the model and holds no rows, or adapts a table that gets new ones.
     """
-    rows = model.config.vocab_size
-    if beyond := tokenizers.check_vocab(tokenizer, rows):
-        console.note(
-            f'{len(beyond):,} added tokens of the tokenizer, {beyond[0]!r} the first, have no row in the model of '
-            f'{rows:,}: a text that holds one is refused (tokenizer.add gives them rows)'
-        )
-    new = plans.get('')
-    if new is None:
-        return
-    if spec.trains:
-        new_tokens.check(spec.method)
-        grow = lambda params: new_tokens.grow(  # noqa: E731
-            _begin(spec, stored, params, fresh, tokenizer), model, new, spec.method, fresh
-        )
-        jax.eval_shape(grow, stored.shapes)
-    grows = f'grows from {stored.config.vocab_size:,} to {rows:,} rows' if model is not stored else 'has room for them'
-    console.note(f'tokenizer.add: rows of {len(new.ids):,} tokens begin anew; the model {grows}')
+    new_tokens.check(spec.method)
+
+    def begin(params: Any) -> Any:
+        return new_tokens.grow(_begin(spec, stored, params, fresh, tokenizer), model, new, spec.method, fresh)
+
+    jax.eval_shape(begin, stored.shapes)
 
 
 def _check_heads(spec: ModelSpec, model: models.Model, folder: str, missing: frozenset[str]) -> None:

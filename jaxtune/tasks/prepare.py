@@ -86,9 +86,7 @@ def _check_raw(key: str, path: str) -> None:
 def _stream(config: Settings, workdir: pathlib.Path, command: Command) -> None:
     info = RunInfo('prepare', command.argv, str(command.recipe))
     documents = streaming.collect(config.data)
-    stream = streaming.Streaming(
-        documents, config.data, config.tokenizer.path, workdir, tuple(config.tokenizer.add)
-    )
+    stream = streaming.Streaming(documents, config.data, config.tokenizer.path, workdir, tuple(config.tokenizer.add))
     console.note(f'reading {documents.name}; writing to {workdir}')
     _run_phases(stream.pipeline, info, lambda phase: phase.run())
     metrics = stream.metrics()

@@ -168,8 +168,9 @@ def open_trainer(
     with info.timed('load'):
         bundle = load_model(specs.model_spec(config), mesh)
     reference = setup.reference_logps(config, mesh, bundle, cache)
+    vocab_size = bundle.model.config.vocab_size
     with info.timed('data'):
-        rows = objective.dataset('train', bundle.tokenizer, cache, bundle.model.config.vocab_size)
+        rows = objective.dataset('train', bundle.tokenizer, cache, vocab_size)
         rows_per_epoch = len(rows)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * rows_per_epoch / config.train.batch_size))
     with info.timed('data'):
@@ -187,7 +188,7 @@ def open_trainer(
     evaluator = gzip = None
     if config.data.eval:
         with info.timed('data'):
-            held_out = reference.complete(objective.dataset('eval', bundle.tokenizer, cache, bundle.model.config.vocab_size), 'eval')
+            held_out = reference.complete(objective.dataset('eval', bundle.tokenizer, cache, vocab_size), 'eval')
         gzip = getattr(getattr(held_out, 'tokens', None), 'gzip_bits_per_byte', None)
         size = config.eval.batch_size or config.train.batch_size // accumulate
         evaluator = make_evaluator(
