@@ -30,41 +30,49 @@ class NewTokens:
 
     Attributes:
       vocab_size: rows that the model has with them.
-      ids: of those tokens, ascending; from the old number of rows on there is no gap.
+      ids: of tokens whose rows begin anew, ascending; from the old number of rows on there is no gap.
       used: bool `[old vocab_size]`: rows of tokens that there were; no others are part of a mean.
-      descriptions: of each id, tokens whose mean it begins as; () = the mean of all that are used.
+      descriptions: of each id, tokens whose mean its rows begin as; () = the mean of all that are used.
+      held: further new tokens, whose rows an adapter has; what it does not have of them, a bias, begins anew.
     """
 
     vocab_size: int
     ids: tuple[int, ...]
     used: np.ndarray
     descriptions: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    held: tuple[int, ...] = ()
 
     def starts(self, table: jax.Array | Weight, axis: int) -> jax.Array:
         """What new rows begin as.
 
         Args:
-          table: the old table `[vocab, features]`, head `[features, vocab]` or bias `[vocab]`.
+          table: the old table `[vocab, features]`, or head `[features, vocab]`.
           axis: its dimension that counts tokens.
 
         Returns:
-          float32 `[new, features]`, or `[new]` of a bias.
+          float32 `[new, features]`.
         """
         if axis == 1 or isinstance(table, Weight):
             table = jnp.moveaxis(materialise(table), axis, 0)
-        wide = (slice(None), *(None,) * (table.ndim - 1))
-        used = jnp.asarray(self.used)[wide]
-        mean = jnp.where(used, table.astype(jnp.float32), 0.0).sum(0) / max(1, int(self.used.sum()))
+        mean = self._mean(table)
         described = [tuple(t for t in self.descriptions.get(i, ()) if self._is_used(t)) for i in self.ids]
-        rows = jnp.broadcast_to(mean, (len(self.ids), *table.shape[1:]))
+        rows = jnp.broadcast_to(mean, (len(self.ids), *mean.shape))
         flat = np.asarray([token for tokens in described for token in tokens], np.int32)
         if not flat.size:
             return rows
         owners = np.repeat(np.arange(len(described)), [len(tokens) for tokens in described])
-        picked = lookup(table, flat, jnp.float32) if table.ndim > 1 else table[flat].astype(jnp.float32)
-        sums = jax.ops.segment_sum(picked, owners, len(described))
-        counts = np.asarray([len(tokens) for tokens in described], np.float32)[wide]
+        sums = jax.ops.segment_sum(lookup(table, jnp.asarray(flat), jnp.float32), owners, len(described))
+        counts = np.asarray([len(tokens) for tokens in described], np.float32)[:, None]
         return jnp.where(counts > 0, sums / np.maximum(counts, 1), rows)
+
+    def with_bias(self, bias: jax.Array) -> jax.Array:
+        """A bias `[vocab]` with the mean for new tokens: how often one comes, its description does not tell."""
+        ids = tuple(sorted({*self.ids, *self.held}))
+        return put_rows(bias, jnp.broadcast_to(self._mean(bias), (len(ids),)), ids, 0)
+
+    def _mean(self, table: jax.Array) -> jax.Array:
+        used = jnp.asarray(self.used)[:, *(None,) * (table.ndim - 1)]
+        return jnp.where(used, table.astype(jnp.float32), 0.0).sum(0) / max(1, int(self.used.sum()))
 
     def _is_used(self, token: int) -> bool:
         return token < len(self.used) and bool(self.used[token])
@@ -104,16 +112,18 @@ def grow(params: Any, model: Model, new: NewTokens, method: BoundMethod, whole: 
         leaf = leaves.get(path)
         if leaf is None:
             continue
-        if isinstance(leaf, NewRows):
+        if path.endswith('bias'):
+            leaves[path] = new.with_bias(leaf) if leaf.shape[0] == len(new.used) else leaf
+        elif isinstance(leaf, NewRows):
             leaves[path] = _extended(leaf, new)
         elif is_weight(leaf):
             name = model.tensors[path].name.removesuffix('.weight')
             raise UserError(
                 f'method.targets: {name} is adapted, and gets new rows by tokenizer.add; expected other modules'
             )
-        elif leaf.shape[axis] == len(new.used):  # else an adapter has brought it along with all its rows
+        elif new.ids and leaf.shape[axis] == len(new.used):  # else an adapter has brought it along with all its rows
             rows = new.starts(leaf, axis)
-            if leaf.ndim == 1 or method.method.trains(path) or path in whole:
+            if method.method.trains(path) or path in whole:
                 leaves[path] = put_rows(leaf, rows.T if axis else rows, new.ids, axis)
             else:
                 leaves[path] = NewRows(leaf, rows, new.ids, axis)

@@ -401,7 +401,7 @@ def plan_tokens(
       UserError: too few rows are asked for, or a token's number is far beyond the others.
     """
     if spec.path:
-        return vocabulary.plan(tokenizer, added, stored.config.vocab_size, held)
+        return vocabulary.plan(tokenizer, added, stored.config.vocab_size, held, model_folder(spec.path))
     vocabulary.check_scratch(added, stored.config.vocab_size)
     return None
 

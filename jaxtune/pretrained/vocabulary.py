@@ -5,39 +5,53 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.common import console
+from jaxtune.common import console, hub
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.tokenizer import Added
 from jaxtune.errors import UserError
 from jaxtune.methods.new_tokens import NewTokens
 
 
-def plan(tokenizer: Any, added: Iterable[Added], rows: int, held: Iterable[int] = ()) -> NewTokens | None:
-    """The rows that begin anew: of added tokens that the tokenizer or the model lacked, and those of an adapter.
+def plan(
+    tokenizer: Any, added: Iterable[Added], rows: int, held: Iterable[int] = (), folder: str = ''
+) -> NewTokens | None:
+    """The rows that begin anew: of added tokens that the tokenizer or the model lacked, and those beyond the model.
 
     Args:
       tokenizer: with the added tokens.
       added: those.
       rows: of the model as its folder has it.
       held: tokens whose rows an adapter holds.
+      folder: the model's, whose tokenizer tells which of them are new.
 
     Raises:
       UserError: a token's number is far beyond the others.
     """
-    added = tuple(added)
-    ids = {token.id for token in added if not token.known or token.id >= rows} | set(held)
-    if not ids:
+    added, held = tuple(added), set(held)
+    ids = {token.id for token in added if not token.known or token.id >= rows}
+    size = max((*(i + 1 for i in ids | held), rows))
+    taken = _lacked(folder, {i for i in held if i < rows} - ids)
+    ids |= set(range(rows, size))
+    if not ids and not taken:
         return None
-    size = max(rows, max(ids) + 1)
     known = np.asarray(list(tokenizer.get_vocab().values()), np.int64)
     if size - rows > len(known):
         name = tokenizer.convert_ids_to_tokens(size - 1)
         raise UserError(f'tokenizer.add: {name!r} has id {size - 1}, far beyond the {rows} rows of the model')
-    ids |= set(range(rows, size))
     used = np.zeros(rows, bool)
     used[known[known < rows]] = True
-    used[[i for i in ids if i < rows]] = False
-    return NewTokens(size, tuple(sorted(ids)), used, {token.id: token.description for token in added})
+    used[[i for i in ids | taken if i < rows]] = False
+    return NewTokens(size, tuple(sorted(ids)), used, {token.id: token.description for token in added}, tuple(taken))
+
+
+def _lacked(folder: str, ids: set[int]) -> set[int]:
+    """Those ids that the tokenizer in a model's folder does not have; none, where there is no tokenizer."""
+    if not ids or not folder:
+        return set()
+    path = hub.resolve(folder)
+    if not any((path / name).is_file() for name in hub.TOKENIZER_FILES):
+        return set()
+    return ids - set(tokenizers.load(str(path)).get_vocab().values())
 
 
 def check_scratch(added: Iterable[Added], rows: int) -> None:

@@ -137,3 +137,14 @@ def test_whole_words_of_wordpiece_and_no_mask_token():
     assert 0 < weights[:, 3].mean() < 1
     with pytest.raises(UserError, match=r'objective=masked_lm: the tokenizer has no mask token'):
         Masking(PreTrainedTokenizerFast(tokenizer_object=model, unk_token='[UNK]'), 0.15)
+
+
+def test_tokens_without_a_row_are_never_put_in_place_of_one():
+    tokenizer = tokenizers.load('bytes')
+    tokenizers.add_tokens(tokenizer, [(f'<{i}>', '') for i in range(200)])
+    row = encode(tokenizer, 'the quick brown fox jumps ' * 20)
+    seen = {int(i) for n in range(20) for i in Masking(tokenizer, 1.0, vocab_size=260)(n, row)['tokens']}
+    assert max(seen) < 260
+    assert {int(i) for n in range(20) for i in Masking(tokenizer, 1.0)(n, row)['tokens']} - set(range(260))
+    with pytest.raises(UserError, match=r"'<mask>' \(id 258\).*model of 258 rows"):
+        Masking(tokenizer, 0.15, vocab_size=258)

@@ -105,11 +105,34 @@ def test_long_texts_give_no_warning(tmp_path, caplog):
 
 
 def test_check_vocab():
-    tokenizers.check_vocab(BYTES, 259)
-    tokenizers.check_vocab(BYTES, 320)
-    with pytest.raises(UserError, match=r'id 258.*vocab_size=258.*vocab_size >= 259'):
-        tokenizers.check_vocab(BYTES, 258)
+    assert tokenizers.check_vocab(BYTES, 259) == tokenizers.check_vocab(BYTES, 320) == []
+    assert tokenizers.check_vocab(BYTES, 257) == ['<eos>', '<mask>']  # added, and no text without their names has them
+    with pytest.raises(UserError, match=r"token 'ÿ' has id 255.*vocab_size=255.*vocab_size >= 256"):
+        tokenizers.check_vocab(BYTES, 255)
+    with pytest.raises(UserError, match=r'id 319.*vocab_size=319'):
+        tokenizers.check_vocab(BPE, 319)
     assert tokenizers.vocab_size(BYTES) == 259
+    assert tokenizers.vocab_size(BYTES, below=258) == 258
+
+
+def test_added_tokens_are_whole_and_there_once(tmp_path):
+    tokenizer = tokenizers.load('bytes')
+    added = tokenizers.add_tokens(tokenizer, [('<a>', 'fox'), ('<eos>', ''), ('b c', '<a>')])
+    assert [tuple(token) for token in added] == [
+        (259, tuple(b'fox'), False), (257, (), True), (260, tuple(b'<a>'), False),
+    ]  # fmt: skip
+    ids = tokenizer('x<a>yb c<A>').input_ids
+    assert ids == [120, 259, 121, 260, *b'<A>']
+    assert tokenizer.decode(ids, skip_special_tokens=True) == 'x<a>yb c<A>'
+    again = tokenizers.add_tokens(tokenizer, [('b c', 'x'), ('<a>', '')])
+    assert [(token.id, token.known) for token in again] == [(260, True), (259, True)]
+    tokenizer.save_pretrained(str(tmp_path))
+    opened = tokenizers.load(str(tmp_path))
+    assert opened('x<a>').input_ids == [120, 259]
+    assert tokenizers.fingerprint(opened) == tokenizers.fingerprint(tokenizer) != tokenizers.fingerprint(BYTES)
+    assert tokenizers.extends(opened, tokenizers.load('bytes'))
+    assert not tokenizers.extends(tokenizers.load('bytes'), opened)
+    assert not tokenizers.extends(opened, BPE)
 
 
 def test_errors_name_the_key(tmp_path):

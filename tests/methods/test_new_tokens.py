@@ -17,12 +17,16 @@ from runs import SENTENCE, exported, full_config, metrics, recipe, start, train,
 
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
-from jaxtune.methods import peft
+from jaxtune.generation.generator import end_of_answer
+from jaxtune.methods import apply, peft
+from jaxtune.models.model import leaf_paths
 from jaxtune.models.safetensors import read_header
+from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.pretrained.load import load_model
 from jaxtune.recipe.flags import Command
-from jaxtune.tasks import evaluate, export, generate, specs
+from jaxtune.tasks import compile as compile_task
+from jaxtune.tasks import evaluate, export, generate, preflight, specs
 from jaxtune.weights import NewRows, tree
 
 torch = pytest.importorskip('torch')
@@ -44,6 +48,7 @@ KINDS = {
     'untied': ('llama', _LLAMA | {'tie_word_embeddings': False}, 'AutoModelForCausalLM', 'causal_lm'),
     'padded': ('llama', _LLAMA | {'vocab_size': 320, 'tie_word_embeddings': True}, 'AutoModelForCausalLM', 'causal_lm'),
     'bert': ('bert', _BERT, 'AutoModelForMaskedLM', 'masked_lm'),
+    'padded bert': ('bert', _BERT | {'vocab_size': 320}, 'AutoModelForMaskedLM', 'masked_lm'),
     't5': ('t5', _T5, 'AutoModelForSeq2SeqLM', 'seq2seq'),
 }
 METHODS = {
@@ -136,10 +141,10 @@ def run(task, workdir, **keys):
 
 
 CASES = [('tied', 'lora'), ('untied', 'lora'), ('padded', 'lora'), ('t5', 'lora'), ('bert', 'lora')]
-CASES += [('tied', 'qlora'), ('untied', 'full'), ('bert', 'full'), ('untied', 'adapter')]
+CASES += [('padded bert', 'lora'), ('tied', 'qlora'), ('untied', 'full'), ('bert', 'full'), ('untied', 'adapter')]
 
 
-@pytest.fixture(scope='module', params=CASES, ids='-'.join)
+@pytest.fixture(scope='module', params=CASES, ids=lambda case: '-'.join(case).replace(' ', '_'))
 def trained(request, bases, corpus, tmp_path_factory):
     """`(kind, method, keys, workdir)` of a run that ended."""
     kind, method = request.param
@@ -150,7 +155,7 @@ def trained(request, bases, corpus, tmp_path_factory):
 
 def rows_of(kind):
     """How many a trained model has."""
-    return 320 if kind == 'padded' else ROWS + len(NAMES)
+    return 320 if 'padded' in kind else ROWS + len(NAMES)
 
 
 def by_end(values, name):
@@ -182,10 +187,10 @@ def test_old_rows_stay_and_new_ones_learn(trained, bases):
             continue
         assert now[:ROWS].tobytes() == was[:ROWS].tobytes()
         assert now[ROWS + len(NAMES) :].tobytes() == was[ROWS + len(NAMES) :].tobytes()
-    if kind == 'bert' and method == 'lora':  # a bias does not train, and what it begins as is the old one's mean
+    if 'bert' in kind and method == 'lora':  # a bias does not train, and what it begins as is the old one's mean
         was, now = (by_end(values, 'predictions.bias') for values in (before, after))
-        assert now[:ROWS].tobytes() == was.tobytes()
-        np.testing.assert_allclose(now[ROWS:], was.mean(), rtol=1e-5)
+        assert now[:ROWS].tobytes() == was[:ROWS].tobytes()
+        np.testing.assert_allclose(now[ROWS : ROWS + len(NAMES)], was[:ROWS].mean(), rtol=1e-5)
 
 
 def test_the_export_loads_in_transformers_with_equal_logits(trained):
@@ -202,7 +207,7 @@ def test_the_export_loads_in_transformers_with_equal_logits(trained):
     np.testing.assert_allclose(torch_logits(model, ids), logits(ours, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_the_adapter_is_read_here_and_in_peft(trained, bases):
+def test_the_adapter_is_read_here_and_in_peft(trained, bases, tmp_path):
     kind, method, keys, workdir = trained
     if method == 'full':
         pytest.skip('has none')
@@ -218,7 +223,10 @@ def test_the_adapter_is_read_here_and_in_peft(trained, bases):
     if method == 'lora':
         merged = bundle_of(**{'model.path': str(workdir)})
         np.testing.assert_allclose(found, logits(merged, ids), rtol=1e-4, atol=1e-4)
-    if method == 'qlora' or kind == 'bert':
+        run(export, tmp_path, **{'model.path': str(workdir / 'adapter')})
+        for name, value in tensors(tmp_path / 'export').items():
+            np.testing.assert_allclose(value, tensors(workdir / 'export')[name], rtol=1e-5, atol=1e-6)
+    if method == 'qlora' or 'bert' in kind:
         return  # on a base of 32 bits here; and PEFT leaves out the bias of a head that it wraps
     text = (workdir / 'adapter' / 'README.md').read_text()
     line = f'model.resize_token_embeddings({rows_of(kind)})'
@@ -239,7 +247,7 @@ def test_evaluating_and_writing_need_no_key(trained, corpus, tmp_path):
         asked = {'model.path': keys['model.path'], 'method.path': str(workdir / 'adapter')}
         found = run(evaluate, tmp_path / 'b', **data, **asked)['metrics']['eval/loss']
         assert found == pytest.approx(scored, rel=1e-4)
-    if kind == 'bert':
+    if 'bert' in kind:
         return
     asked = {'generate.max_new_tokens': 8, 'generate.prompts': 2, 'generate.temperature': 0.0}
     asked |= {'data.eval': str(corpus / 'eval.jsonl')}
@@ -254,8 +262,10 @@ def test_an_adapter_goes_on_with_its_rows_and_gets_further_ones(trained, bases, 
     if (kind, method) not in (('tied', 'lora'), ('padded', 'lora'), ('untied', 'adapter')):
         pytest.skip('one of each is enough')
     begun = bundle_of('train', **keys | {'method.path': str(workdir), 'tokenizer.add': (('<more>', NAMES[2]),)})
-    rows = {path: leaf for path, leaf in leaves_of(begun.params).items() if isinstance(leaf, NewRows)}
-    saved = {path: leaf for path, leaf in leaves_of(bundle_of(**{'model.path': str(workdir / 'adapter')}).params).items()}
+    rows = {path: leaf for path, leaf in leaf_paths(begun.params).items() if isinstance(leaf, NewRows)}
+    saved = {
+        path: leaf for path, leaf in leaf_paths(bundle_of(**{'model.path': str(workdir / 'adapter')}).params).items()
+    }
     for path, leaf in rows.items():
         assert leaf.ids == tuple(range(ROWS, ROWS + len(NAMES) + 1))
         np.testing.assert_array_equal(leaf.rows[:8], saved[path].rows)
@@ -264,17 +274,10 @@ def test_an_adapter_goes_on_with_its_rows_and_gets_further_ones(trained, bases, 
     assert metrics(tmp_path, 'train/loss')[0] < losses[0] - 0.3
 
 
-def leaves_of(tree_):
-    from jaxtune.models.model import leaf_paths
-
-    return leaf_paths(tree_)
-
-
-@pytest.mark.parametrize('kind', ['tied', 'untied'])
-def test_eight_devices_train_as_one(kind, trained, bases, corpus, tmp_path):
-    other, method, keys, workdir = trained
-    if (other, method) != (kind, 'lora'):
-        pytest.skip('compared with its own run')
+def test_eight_devices_train_as_one(trained, tmp_path):
+    kind, method, keys, workdir = trained
+    if kind not in ('tied', 'untied') or method != 'lora':
+        pytest.skip('of a tied and an untied model')
     train(keys, tmp_path / 'eight', (1, 2, 2, 2))
     for name in ('train/loss', 'eval/loss'):
         np.testing.assert_allclose(metrics(tmp_path / 'eight', name), metrics(workdir, name), rtol=1e-4)
@@ -300,6 +303,8 @@ def test_a_killed_run_ends_with_the_same_bytes(kind, bases, corpus, tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
     assert not (tmp_path / 'killed' / 'result.json').exists()
+    run(export, tmp_path / 'early', **{'model.path': str(tmp_path / 'killed')})  # of its newest checkpoint
+    assert json.loads((tmp_path / 'early' / 'export' / 'config.json').read_text())['vocab_size'] == ROWS + len(NAMES)
     ended(tmp_path / 'killed')
     assert exported(tmp_path / 'killed') == exported(tmp_path / 'whole')
     one, other = ((tmp_path / name / 'adapter' / peft.WEIGHTS).read_bytes() for name in ('whole', 'killed'))
@@ -310,7 +315,7 @@ def test_a_killed_run_ends_with_the_same_bytes(kind, bases, corpus, tmp_path):
 @pytest.mark.parametrize('kind', ['untied', 'bert', 't5', 'padded'])
 @pytest.mark.parametrize('method', ['lora', 'full'])
 def test_rows_begin_as_means(kind, method, bases):
-    """Of all old rows, or of those of the description's tokens: in the table, a head of its own, and a bias."""
+    """Of all old rows, or of those of the description's tokens; in the table, and a head of its own. A bias: of all."""
     described = (('<search>', 'look it up'), ('<plain>', ''), ('<eos>', 'known'), ('<call>', '<search>'))
     keys = {'model.path': str(bases(kind)), 'tokenizer.add': described, 'data.seq_len': 64}
     keys |= METHODS[method] | {'objective': KINDS[kind][3]}
@@ -318,7 +323,7 @@ def test_rows_begin_as_means(kind, method, bases):
     assert bundle.tokenizer('<search><plain><call>', add_special_tokens=False).input_ids == [ROWS, ROWS + 1, ROWS + 2]
     letters, brackets = list(b'look it up'), list(b'<search>')
     before, found = tensors(bases(kind)), 0
-    for path, leaf in leaves_of(bundle.params).items():
+    for path, leaf in leaf_paths(bundle.params).items():
         if path.rsplit('/', 1)[-1] not in ('embedding', 'kernel', 'bias') or not path.startswith(
             ('embed_tokens', 'shared', 'lm_head/kernel', 'lm_head/decoder', 'lm_head/bias')
         ):
@@ -331,22 +336,23 @@ def test_rows_begin_as_means(kind, method, bases):
         now = np.asarray(leaf.materialise() if isinstance(leaf, NewRows) else leaf)
         now = now.T if path.endswith('kernel') else now
         expected = np.stack([was[letters].mean(0), was[:ROWS].mean(0), was[brackets].mean(0)])
+        expected = was.mean() if path.endswith('bias') else expected
         np.testing.assert_allclose(now[ROWS : ROWS + 3], expected, rtol=1e-5, atol=1e-6)
         assert now[:ROWS].tobytes() == was[:ROWS].tobytes()
     assert found == (2 if kind in ('untied', 'bert') else 1)
 
 
-def test_gradients_are_of_the_rows_alone(bases, corpus):
+def halves(bases, corpus):
     bundle = bundle_of('train', **keys_of(bases, corpus, 'untied', 'lora'))
-    config = full_config(METHODS['lora'])
-    from jaxtune.methods import apply
+    method = specs.method(full_config(METHODS['lora'])).method
+    return *apply.partition(method, bundle.params, frozenset()), bundle
 
-    trainable, frozen = apply.partition(specs.method(config).method, bundle.params, frozenset())
+
+def test_gradients_are_of_the_rows_alone(bases, corpus):
+    trainable, frozen, bundle = halves(bases, corpus)
     paths = tree.paths(trainable)
     assert [path for path in paths if 'layers' not in path] == ['embed_tokens/embedding/rows', 'lm_head/kernel/rows']
     assert 'embed_tokens/embedding/base' in tree.paths(frozen)
-
-    from jaxtune.objectives.cross_entropy import cross_entropy
 
     ids = jnp.asarray(ids_of(bundle.tokenizer))
 
@@ -371,6 +377,82 @@ def test_gradients_are_of_the_rows_alone(bases, corpus):
     program = str(jax.make_jaxpr(jax.grad(loss))(trainable))
     assert 'f32[8,32]' in program
     assert not [line for line in program.splitlines() if 'dot_general' in line and f'f32[32,{ROWS + 8}]' in line]
+
+
+@pytest.mark.parametrize(
+    ('kind', 'indices', 'rows'),
+    [
+        ('tied', {'model.embed_tokens': [266, 260, 261, 262, 263, 264, 265, 259]}, 267),
+        ('untied', {'model.embed_tokens': [17, 259, 260], 'lm_head': [259, 260]}, 261),
+        ('untied', [5, 99], None),
+        ('tied', [262, 100], 263),  # of the others PEFT keeps the resized table's rows
+        ('t5', {'shared': [259, 260]}, 261),
+    ],
+)
+def test_what_peft_saves_is_read_here(kind, indices, rows, bases, tmp_path):
+    torch.manual_seed(1)
+    settings = {'r': 2, 'target_modules': ['q' if kind == 't5' else 'q_proj'], 'trainable_token_indices': indices}
+    model = theirs.get_peft_model(torch_base(bases(kind), kind, rows), theirs.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if 'tokens_delta' in name or 'lora_B' in name:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    ours = bundle_of(**{'model.path': str(bases(kind)), 'method.path': str(tmp_path)})
+    ids = np.asarray([[1, 5, 17, 99, 100, 256, *range(ROWS, rows or ROWS), 7]], np.int32)
+    np.testing.assert_allclose(logits(ours, ids), torch_logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_another_base_are_refused(bases, tmp_path):
+    settings = {'r': 2, 'target_modules': ['q_proj'], 'trainable_token_indices': {'model.embed_tokens': [259, 261]}}
+    model = theirs.get_peft_model(torch_base(bases('tied'), 'tied', 262), theirs.LoraConfig(**settings))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    asked = {'model.path': str(bases('tied')), 'method.path': str(tmp_path)}
+    with pytest.raises(UserError, match=r'its base had rows for the tokens \[260\], which neither 259 rows here'):
+        bundle_of(**asked)
+    config = json.loads((tmp_path / peft.CONFIG).read_text())
+    for wrong, said in {'x': 'a list of token ids', (1, 1): 'each token once', (1,): r'expected \[1, 32\]'}.items():
+        indices = list(wrong) if isinstance(wrong, tuple) else wrong
+        (tmp_path / peft.CONFIG).write_text(json.dumps(config | {'trainable_token_indices': indices}))
+        with pytest.raises(UserError, match=said):
+            bundle_of(**asked)
+
+
+def test_what_was_trained_with_them_goes_on_without_new_rows(bases, corpus, tmp_path):
+    keys = keys_of(bases, corpus, 'tied', 'full', **{'train.steps': 2})
+    train(keys, tmp_path / 'first')
+    further = keys | {'model.path': str(tmp_path / 'first')}
+    begun = bundle_of('train', **further)
+    assert begun.model.config.vocab_size == ROWS + len(NAMES)
+    was = tensors(tmp_path / 'first' / 'export')['model.embed_tokens.weight']
+    np.testing.assert_array_equal(np.asarray(begun.params['embed_tokens']['embedding']), was)
+
+
+def test_a_recipe_is_checked_and_compiled_with_them(bases, corpus, tmp_path):
+    keys = keys_of(bases, corpus, 'untied', 'lora')
+    config = full_config(keys)
+    said = preflight.check(Command('recipe.py', tmp_path / 'run', False, {'': config}, ('jaxtune',), check=True))
+    assert '267 tokens' in said
+    config = full_config(keys | {'task': 'compile', 'data.train': '', 'data.eval': '', 'mesh.data': 8})
+    (tmp_path / 'compile').mkdir()
+    compile_task.run(config, tmp_path / 'compile', Command('recipe.py', tmp_path, False, {'': config}, ('jaxtune',)))
+    facts = json.loads((tmp_path / 'compile' / 'run.json').read_text())
+    assert facts['model']['trainable'] == sum(leaf.size for leaf in jax.tree.leaves(halves(bases, corpus)[0]))
+
+
+def test_marks_of_a_chat_template_end_answers(bases, corpus, tmp_path):
+    """The two tokens of ChatML, added to a base model: they are whole, are trained on, and end what it writes."""
+    keys = keys_of(bases, corpus, 'tied', 'lora', **{'train.steps': 2, 'data.template': 'chatml'})
+    turns = [{'role': 'user', 'content': 'the quick'}, {'role': 'assistant', 'content': 'brown fox'}]
+    data = tmp_path / 'chats.jsonl'
+    data.write_text((json.dumps({'messages': turns}) + '\n') * 16)
+    keys |= {'data.train': str(data), 'data.eval': '', 'objective': 'sft'}
+    keys |= {'tokenizer.add': (('<|im_start|>', 'user:'), ('<|im_end|>', ''))}
+    train(keys, tmp_path / 'run')
+    values = json.loads((tmp_path / 'run' / 'export' / 'generation_config.json').read_text())
+    assert values['eos_token_id'] == [257, 260]
+    bundle = bundle_of(**{'model.path': str(tmp_path / 'run' / 'adapter')})
+    assert end_of_answer(bundle.tokenizer) == [260]
 
 
 def test_from_scratch_the_vocabulary_counts_them(corpus, tmp_path):
@@ -406,7 +488,10 @@ def test_a_text_with_a_token_that_has_no_row_is_refused_where_it_stands(bases, c
     clean.write_text(''.join(json.dumps(line) + '\n' for line in lines))
     texts = {'data.train': str(clean), 'data.eval': ''}
     train(keys | texts, tmp_path / 'clean')
-    assert "8 added tokens of the tokenizer, '<tool_a>' the first, have no row in the model of 259" in capsys.readouterr().out
+    assert (
+        "8 added tokens of the tokenizer, '<tool_a>' the first, have no row in the model of 259"
+        in capsys.readouterr().out
+    )
     lines[6] |= {'text': f'{SENTENCE} {NAMES[2]}', 'completion': NAMES[2]}
     held = tmp_path / 'held.jsonl'
     held.write_text(''.join(json.dumps(line) + '\n' for line in lines))

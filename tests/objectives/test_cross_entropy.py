@@ -14,8 +14,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtune import models
 from jaxtune.objectives.cross_entropy import cross_entropy, token_logprobs, token_scores
-from jaxtune.parallel import make_mesh
+from jaxtune.parallel import AXES, make_mesh
+from jaxtune.weights import NewRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,3 +227,41 @@ def test_bfloat16_hidden_gives_float32_loss():
     value, (d_hidden, d_kernel) = jax.value_and_grad(loss, (0, 1))(low, kernel)
     assert (value.dtype, d_hidden.dtype, d_kernel.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     chex.assert_trees_all_close(value, loss(hidden, kernel), rtol=2e-2)
+
+
+@pytest.mark.parametrize('vocab_major', [True, False])
+@pytest.mark.parametrize('ids', [tuple(range(32, 40)), (3, 7, 31, 32, 33)], ids=['beyond', 'some inside'])
+@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (1, 2, 4, 1), (2, 1, 2, 2)], ids=str)
+def test_new_rows_beside_a_frozen_head(vocab_major, ids, sizes):
+    """Loss, log-probabilities and their gradients are those of the whole kernel; the frozen part of it has none."""
+    rng = np.random.default_rng(0)
+    vocab = max(ids) + 1
+    shapes = {'hidden': (8, 16, 8), 'rows': (len(ids), 8), 'bias': (vocab,)}
+    hidden, rows, bias = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes.values())
+    base = jnp.asarray(rng.normal(size=(32, 8) if vocab_major else (8, 32)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, (8, 16)), jnp.int32)
+    weights = jnp.asarray(rng.random((8, 16)), jnp.float32)
+
+    def leaf(rows):
+        return NewRows(base, rows, ids, 0 if vocab_major else 1)
+
+    def head(rows):
+        return models.Head.of(leaf(rows), bias=bias, scale=0.5, vocab_major=vocab_major)
+
+    def expected(hidden, rows):
+        kernel = leaf(rows).materialise()
+        found = jax.nn.log_softmax(0.5 * (hidden @ (kernel.T if vocab_major else kernel)) + bias)
+        return -(weights * jnp.take_along_axis(found, targets[..., None], -1)[..., 0]).sum()
+
+    def summed(hidden, rows):
+        return cross_entropy(hidden, head(rows), targets, weights, chunk=5)[0]
+
+    def by_token(hidden, rows):
+        return -(weights * token_logprobs(hidden, head(rows), targets, chunk=5)).sum()
+
+    wanted = jax.value_and_grad(expected, (0, 1))(hidden, rows)
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+    with jax.set_mesh(mesh):
+        for function in (summed, by_token):
+            made = jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, rows)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), made, wanted)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxtune import models
 from jaxtune.methods import apply
+from jaxtune.methods.new_tokens import NewTokens, grow
 from jaxtune.models import value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.objectives import OBJECTIVES
@@ -73,6 +74,7 @@ METHODS = {
     'qlora': {'method.name': 'qlora', 'method.block_size': 16},
     'qlora single': {'method.name': 'qlora', 'method.block_size': 64, 'method.double_quant': False},
     'qlora dora': {'method.name': 'qlora', 'method.block_size': 16, 'method.dora': True},
+    'new rows': {'method.name': 'lora', 'tokenizer.add': '<a>,<b>'},
     'houlsby': {'method.name': 'adapter', 'method.bottleneck': 4},
     'pfeiffer': {'method.name': 'adapter', 'method.bottleneck': 4, 'method.placement': 'pfeiffer'},
     'prompt': {'method.name': 'prompt', 'method.virtual_tokens': 4},
@@ -171,7 +173,14 @@ def _encode(c, params):
 
 
 def _begin(c, stored):
-    begin = lambda params: apply.begin(method_of(c), model_of(c), params, fresh_of(c))  # noqa: E731
+    def begin(params):
+        params = apply.begin(method_of(c), model_of(c), params, fresh_of(c))
+        if c.method != 'new rows':
+            return params
+        # Rows that there are, and begin as what they are: so that the method begins at the model.
+        new = NewTokens(VOCAB, (7, *range(VOCAB - 3, VOCAB)), np.ones(VOCAB, bool), {i: (i,) for i in range(VOCAB)})
+        return grow(params, model_of(c), new, method_of(c), fresh_of(c))
+
     return apply.attach(begin, stored, mesh_of(ONE))
 
 

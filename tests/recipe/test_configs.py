@@ -1,10 +1,12 @@
 """The recipes of configs/: each is read, and so is each command that its docstring gives."""
 
 import ast
+import json
 import pathlib
 import shlex
 
 import pytest
+from ml_collections import ConfigDict
 
 from jaxtune.recipe import flags, recipes
 
@@ -46,3 +48,28 @@ def _names(config) -> list[str]:
     flat = recipes.flatten(config)
     labels = [f'{name}.{label}' for name, value in flat.items() if isinstance(value, dict) for label in value]
     return [*flat, *labels]
+
+
+@pytest.mark.parametrize('held', ['()', '{"<q>": "what"}', '("<q>", "<r>")', '"<q>"'])
+@pytest.mark.parametrize(
+    ('given', 'expected'),
+    [
+        ('<a>, <b>', (('<a>', ''), ('<b>', ''))),
+        ("('<a>', '<b>')", (('<a>', ''), ('<b>', ''))),
+        ("{'<a>': 'a fox, maybe'}", (('<a>', 'a fox, maybe'),)),
+    ],
+)
+def test_tokens_to_add_are_read_alike_whatever_the_recipe_holds(held, given, expected, tmp_path):
+    lines = ['from ml_collections import ConfigDict', 'def get_config():', f'  add = {held}']
+    (tmp_path / 'recipe.py').write_text('\n'.join([*lines, '  return ConfigDict({"tokenizer": {"add": add}})', '']))
+    words = ['jaxtune', '--config', str(tmp_path / 'recipe.py')]
+    own = flags.parse(words).configs['']
+    assert all(len(pair) == 2 for pair in own.tokenizer.add)
+    config = flags.parse([*words, f'--config.tokenizer.add={given}']).configs['']
+    assert config.tokenizer.add == expected
+    stored = json.loads(config.to_json())  # as a workdir keeps it
+    assert recipes.differing(stored, config) == []
+    assert [name.split()[0] for name in recipes.differing(stored, own)] == ['tokenizer.add']
+    again = recipes.defaults()
+    recipes.apply_overrides(again, recipes.flatten(ConfigDict(stored, type_safe=False)))
+    assert again.tokenizer.add == expected
