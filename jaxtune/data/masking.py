@@ -1,5 +1,7 @@
 """Hiding tokens for a masked language model: each row's mask is a pure function of a seed and the row's number."""
 
+from typing import Any
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -43,7 +45,9 @@ class Masking:
                 'objective=masked_lm: the tokenizer has no mask token; expected tokenizer.path to name one that has '
                 "(BERT's, one that a prepare stage trains, or bytes)"
             )
-        self.mask_id, self.probability = tokenizer.mask_token_id, probability
+        mask_id: Any = tokenizer.mask_token_id
+        self.mask_id: int = mask_id
+        self.probability = probability
         self.seed = seed if isinstance(seed, tuple) else (seed,)
         size = tokenizers.vocab_size(tokenizer, below=vocab_size or None)
         if self.mask_id >= size:

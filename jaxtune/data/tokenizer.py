@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -138,7 +138,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[tuple[str, s
         ids = [tokenizer(text, add_special_tokens=False)['input_ids'] if text else [] for _, text in tokens]
     with parsing('tokenizer.add: the tokenizer does not take them'):
         new = [name for name, _ in tokens if name not in vocab]
-        tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in new])
+        made: list[Any] = [AddedToken(name, normalized=False, special=False) for name in new]
+        tokenizer.add_tokens(made)
     after, taken = tokenizer.get_vocab(), set(vocab.values())
     for name in new:
         if after.get(name) is None or after[name] in taken:
@@ -163,7 +164,7 @@ def check_vocab(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str
     Raises:
       UserError: another token's id is `vocab_size` or more.
     """
-    added = tokenizer.get_added_vocab()
+    added = cast(Any, tokenizer).get_added_vocab()
     beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size)
     ordinary = [(token_id, token) for token_id, token in beyond if token not in added]
     if ordinary:

@@ -233,13 +233,6 @@ def _local_targets(plan: _Plan, targets: jax.Array, kernel: jax.Array) -> jax.Ar
     return targets - lax.axis_index(plan.vocab_axes) * _vocab(plan, kernel) if plan.vocab_axes else targets
 
 
-def _local_ids(plan: _Plan, kernel: jax.Array) -> jax.Array:
-    """Ids of the new rows counted from this device's first token; those elsewhere lie beyond every column."""
-    places = _local_targets(plan, jnp.asarray(plan.ids, jnp.int32), kernel)
-    # A negative index would count from the end, and padding may follow the last token.
-    return jnp.where((places >= 0) & (places < _vocab(plan, kernel)), places, 2**30)
-
-
 def _score(plan: _Plan, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`(largest logit, exp(logits - largest), their sum, the target's logit)` over the whole vocabulary."""
     vocab = logits.shape[-1]
@@ -274,12 +267,8 @@ def _pull(
     kernel: jax.Array,
     sums: Any,
     wanted: Sequence[bool],
-    new: jax.Array,
 ) -> tuple[jax.Array | None, Any]:
-    """Gradient of one chunk's hidden; adds its kernel's, bias's and new rows' to `sums`.
-
-    `new` are the ids of these rows, counted from this device's first token.
-    """
+    """Gradient of one chunk's hidden; adds its kernel's, bias's and new rows' to `sums`."""
     (product, plain), (d_kernel, d_bias, d_rows) = grad, sums
     product = product.astype(hidden.dtype)
     d_hidden = None
@@ -292,7 +281,9 @@ def _pull(
     if wanted[2]:
         d_bias += plain.sum(0)
     if wanted[3]:
-        own = jnp.take(product, new, axis=1, mode='fill', fill_value=0)
+        places = _local_targets(plan, jnp.asarray(plan.ids, jnp.int32), kernel)
+        places = jnp.where(places < 0, 2**30, places)  # a negative one would count from the end
+        own = jnp.take(product, places, axis=1, mode='fill', fill_value=0)
         d_rows += lax.dot_general(own, hidden, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return d_hidden, (d_kernel, d_bias, d_rows)
 
@@ -347,7 +338,7 @@ def _loss_and_gradients(
     def device(
         hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array
     ) -> tuple[Any, ...]:
-        targets, new = _local_targets(plan, targets, kernel), _local_ids(plan, kernel)
+        targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(carry: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
@@ -360,7 +351,7 @@ def _loss_and_gradients(
             d_hidden = None
             if any(wanted):
                 grad = _logit_gradient(plan, logits, exps / total, targets, weights)
-                d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted, new)
+                d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted)
             return (loss + (weights * nll).sum(), correct + (weights * right).sum(), sums), (nll, d_hidden)
 
         zero = jnp.zeros((), jnp.float32)
@@ -393,16 +384,14 @@ def _cross_entropy(
     return _loss_and_gradients(plan, (False,) * 4, hidden, kernel, bias, targets, weights)[:2]
 
 
-def _cross_entropy_forward(
-    plan: _Plan, hidden: Any, kernel: Any, bias: Any, rows: Any, targets: Any, weights: Any
-) -> tuple[Any, Any]:
-    inputs = (hidden, kernel, bias, rows)
-    wanted = tuple(x is not None and x.perturbed for x in inputs)
+def _cross_entropy_forward(plan: _Plan, *inputs: Any) -> tuple[Any, Any]:
+    hidden, kernel, bias, _, targets, weights = inputs
+    wanted = tuple(x is not None and x.perturbed for x in inputs[:4])
     arrays: list[Any] = [None if x is None else x.value for x in (hidden, kernel, bias, targets, weights)]
     loss, correct, nll, gradients = _loss_and_gradients(plan, wanted, *arrays)
     gradients = tuple(
         None if gradient is None else gradient.astype(x.value.dtype)
-        for gradient, x in zip(gradients, inputs, strict=True)
+        for gradient, x in zip(gradients, inputs[:4], strict=True)
     )
     return (loss, correct), (gradients, nll if weights.perturbed else None)
 
@@ -453,11 +442,10 @@ def _token_logprobs(
     return _logprobs(plan, hidden, kernel, bias, targets)[0]
 
 
-def _token_logprobs_forward(
-    plan: _Plan, hidden: Any, kernel: Any, bias: Any, rows: Any, targets: Any
-) -> tuple[Any, Any]:
+def _token_logprobs_forward(plan: _Plan, *inputs: Any) -> tuple[Any, Any]:
+    hidden, kernel, bias, rows, targets = inputs
     # `wanted` is told to the backward pass by the structure of the residuals: a bool would be traced.
-    wanted = tuple(x is not None and x.perturbed for x in (hidden, kernel, bias, rows))
+    wanted = tuple(x is not None and x.perturbed for x in inputs[:4])
     marks = tuple(() if want else None for want in wanted)
     arrays: list[Any] = [None if x is None else x.value for x in (hidden, kernel, bias, targets)]
     logprobs, lse, _ = _logprobs(plan, *arrays)
@@ -478,7 +466,7 @@ def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tup
         lse: jax.Array,
         cotangent: jax.Array,
     ) -> tuple[Any, ...]:
-        targets, new = _local_targets(plan, targets, kernel), _local_ids(plan, kernel)
+        targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(sums: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
@@ -487,7 +475,7 @@ def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tup
             # Filled-up tokens have lse 0; their cotangent is 0, but exp of their logits must stay finite.
             exps = jnp.exp(jnp.minimum(logits - lse[:, None], 0.0))
             grad = _logit_gradient(plan, logits, exps, targets, -cotangent)
-            d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted, new)
+            d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted)
             return sums, d_hidden
 
         chunks = _chunks(plan, hidden, targets, lse, cotangent)

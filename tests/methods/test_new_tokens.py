@@ -1,4 +1,4 @@
-"""Added tokens through the trainer: old rows stay, new ones train, and what is left loads in `transformers` and PEFT."""
+"""Added tokens through the trainer: old rows stay, new ones train; what is left loads in `transformers` and PEFT."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ from jaxtune.parallel import AXES, make_mesh
 from jaxtune.pretrained.load import load_model
 from jaxtune.recipe.flags import Command
 from jaxtune.tasks import compile as compile_task
-from jaxtune.tasks import evaluate, export, generate, preflight, specs
+from jaxtune.tasks import evaluate, export, generate, preflight, rewarded, specs
 from jaxtune.weights import NewRows, tree
 
 torch = pytest.importorskip('torch')
@@ -263,9 +263,7 @@ def test_an_adapter_goes_on_with_its_rows_and_gets_further_ones(trained, bases, 
         pytest.skip('one of each is enough')
     begun = bundle_of('train', **keys | {'method.path': str(workdir), 'tokenizer.add': (('<more>', NAMES[2]),)})
     rows = {path: leaf for path, leaf in leaf_paths(begun.params).items() if isinstance(leaf, NewRows)}
-    saved = {
-        path: leaf for path, leaf in leaf_paths(bundle_of(**{'model.path': str(workdir / 'adapter')}).params).items()
-    }
+    saved = leaf_paths(bundle_of(**{'model.path': str(workdir / 'adapter')}).params)
     for path, leaf in rows.items():
         assert leaf.ids == tuple(range(ROWS, ROWS + len(NAMES) + 1))
         np.testing.assert_array_equal(leaf.rows[:8], saved[path].rows)
@@ -453,6 +451,33 @@ def test_marks_of_a_chat_template_end_answers(bases, corpus, tmp_path):
     assert values['eos_token_id'] == [257, 260]
     bundle = bundle_of(**{'model.path': str(tmp_path / 'run' / 'adapter')})
     assert end_of_answer(bundle.tokenizer) == [260]
+
+
+def test_preferences_and_rewards_learn_them(bases, tmp_path):
+    """A reference that a recipe names gets the same rows: training begins at it. The sampler draws new tokens too."""
+    data = tmp_path / 'pairs.jsonl'
+    pair = {'prompt': f'the {NAMES[0]}', 'chosen': f' fox {NAMES[1]}', 'rejected': f' dog {NAMES[2]}'}
+    data.write_text((json.dumps(pair) + '\n') * 16)
+    keys = keys_of(bases, tmp_path, 'untied', 'lora', **{'train.steps': 3, 'optimizer.warmup_steps': 0})
+    keys |= {'data.train': str(data), 'data.eval': ''}
+    train(keys | {'objective': 'dpo', 'dpo.reference': str(bases('untied'))}, tmp_path / 'dpo')
+    losses = metrics(tmp_path / 'dpo', 'train/loss')
+    assert losses[0] == pytest.approx(np.log(2), rel=1e-5)
+    assert losses[-1] < losses[0]
+    data = tmp_path / 'prompts.jsonl'
+    data.write_text((json.dumps({'prompt': pair['prompt'], 'completion': ''}) + '\n') * 16)
+    keys |= {'task': 'grpo', 'data.train': str(data), 'data.format': 'prompt', 'rl.reward': 'scores:letters'}
+    keys |= {'rl.rollouts': 16, 'rl.group': 4, 'rl.epochs': 1, 'generate.batch_size': 16, 'generate.max_new_tokens': 12}
+    config, mesh = full_config(keys), make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    (tmp_path / 'grpo').mkdir()
+    with jax.set_mesh(mesh):
+        command = Command('recipe.py', tmp_path / 'grpo', False, {'': config}, ('jaxtune',))
+        trainer, first_lines, last_lines = rewarded.open_trainer(config, tmp_path / 'grpo', mesh, command)
+        trainer.run(first_lines, last_lines)
+    before, after = tensors(bases('untied')), tensors(tmp_path / 'grpo' / 'export')
+    for name in ('lm_head.weight', 'model.embed_tokens.weight'):
+        assert after[name][:ROWS].tobytes() == before[name].tobytes()
+        assert (after[name][ROWS:] != before[name].mean(0)).any()
 
 
 def test_from_scratch_the_vocabulary_counts_them(corpus, tmp_path):
