@@ -128,7 +128,8 @@ def _checked(tokens: Tokens, name: str, tokenizer: PreTrainedTokenizerBase, appe
     if tokens.fingerprint != tokenizers.fingerprint(tokenizer):
         raise UserError(
             f'{name}: was prepared with another tokenizer (of {tokens.vocab_size} tokens) than this run uses (of '
-            f'{tokenizers.vocab_size(tokenizer)}); expected tokenizer.path to name the one it was prepared with'
+            f'{tokenizers.vocab_size(tokenizer)}); expected tokenizer.path to name the one it was prepared with, and '
+            'tokenizer.add the same tokens'
         )
     if tokens.append_eos != append_eos:
         raise UserError(

@@ -85,7 +85,7 @@ def cross_entropy(
       `(loss_sum, correct_sum)`: float32 scalars, `sum(weights * nll)` in nats and the weighted number of targets whose
       logit is the largest. Differentiable in `hidden`, `kernel`, `bias`, `rows` and `weights`.
     """
-    kernel, rows = _parts(head)
+    kernel, rows = _parts(head, hidden.dtype)
     plan = _plan(hidden, head, kernel, chunk)
     targets = jnp.clip(targets, 0, _vocab(head, kernel) - 1)
     return _cross_entropy(plan, hidden, kernel, head.bias, rows, targets, weights.astype(jnp.float32))
@@ -104,7 +104,7 @@ def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: i
       `[batch, length]` float32, in nats. Differentiable in `hidden`, `kernel`, `bias` and `rows`; the backward pass
       computes the logits again, chunk by chunk.
     """
-    kernel, rows = _parts(head)
+    kernel, rows = _parts(head, hidden.dtype)
     return _token_logprobs(_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, rows, targets)
 
 
@@ -115,18 +115,18 @@ def token_scores(
 
     Arguments as for `token_logprobs`. For evaluation: a gradient would hold all logits.
     """
-    kernel, _ = _parts(head)
+    kernel, _ = _parts(head, hidden.dtype)
     logprobs, _, right = _logprobs(_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, targets)
     return logprobs, right
 
 
-def _parts(head: Any) -> tuple[jax.Array, jax.Array | None]:
+def _parts(head: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
     """`(kernel, rows)`: the kernel with new rows in their places, through which no gradient goes, and those rows."""
     rows = getattr(head, 'rows', None)
     if rows is None:
         return head.kernel, None
-    fixed = lax.stop_gradient(rows)
-    return put_rows(head.kernel, fixed if head.vocab_major else fixed.T, head.ids, 0 if head.vocab_major else 1), rows
+    fixed = lax.stop_gradient(rows if head.vocab_major else rows.T)
+    return put_rows(head.kernel.astype(dtype), fixed, head.ids, 0 if head.vocab_major else 1), rows
 
 
 def _vocab(layout: Any, kernel: jax.Array) -> int:
