@@ -26,3 +26,29 @@ def llama(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp('llama')
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope='session')
+def token_bases(tmp_path_factory):
+    """A folder of each kind of `added_tokens`, made at its first use."""
+    from added_tokens import make_base
+
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp('bases') / kind
+            make_base(made[kind], kind)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def token_texts(tmp_path_factory) -> pathlib.Path:
+    """Texts that hold the tokens of `added_tokens`."""
+    from added_tokens import write_texts
+
+    folder = tmp_path_factory.mktemp('texts')
+    write_texts(folder)
+    return folder
