@@ -3,6 +3,7 @@
     python -m jaxtune.main --config configs/lora.py \
         --config.model.path=MODEL_FOLDER_OR_HUB_ID --config.data.train=train.jsonl
 
+`train.jsonl` holds texts, or conversations in any of the formats of `data.format`, of which the answers are trained.
 Without flags it tunes what configs/quickstart.py trained, on the same text; `--config.data.eval=eval.jsonl` adds scores
 of held-out text, and stops when they no longer improve. Leaves `adapter/`, which Hugging Face
 `peft` loads, and `export/`, the model with the adapter merged in. `method.rslora`, `method.dora` and

@@ -1,4 +1,7 @@
-"""Causal language modelling: every token predicts the next one of its document (GPT, Radford et al. 2018)."""
+"""Causal language modelling: every token predicts the next one of its document (GPT, Radford et al. 2018).
+
+Of conversations, what the assistant writes is trained, as `sft` does.
+"""
 
 import pathlib
 from typing import Any
@@ -6,9 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune.common import console
 from jaxtune.common.settings import Settings
-from jaxtune.data import open_tokens
+from jaxtune.data import formats, open_tokens
+from jaxtune.data.conversations import holds_conversations, rows_of
 from jaxtune.data.documents import TEXTS
+from jaxtune.data.examples import ExampleRows, recordwise
+from jaxtune.data.holdout import Recordwise
 from jaxtune.data.packing import Rows, concat_rows, window_rows
 from jaxtune.data.spec import DataSpec
 from jaxtune.models import Model
@@ -23,12 +30,25 @@ def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeSt
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
-def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> Rows:
+_CONVERSATIONS = recordwise('conversations', formats.CHATS)
+RECORDS = Recordwise(
+    'texts or conversations',
+    lambda data, key: (_CONVERSATIONS if holds_conversations(data, 'train') else TEXTS).open(data, key),
+    lambda data, record: (TEXTS if isinstance(record, dict) and data.text_key in record else _CONVERSATIONS).content(
+        data, record
+    ),
+)
+
+
+def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path) -> Rows | ExampleRows:
     """Rows of `data.train` or `data.eval`.
 
     Training with packing cuts the stream of documents every `seq_len` tokens; evaluation cuts each document into
     windows of its own, so that the loss of a document does not depend on its neighbours.
     """
+    if holds_conversations(data, split):
+        console.note(f'data.{split}={data.path(split)}: holds conversations, of which the answers are trained')
+        return rows_of(data, split, tokenizer, cache)
     tokens = open_tokens(data, split, tokenizer, cache)
     if split == 'train' and data.packing:
         return concat_rows(tokens, data.seq_len)
@@ -47,7 +67,7 @@ OBJECTIVE = Objective(
     batch_spec=batch_spec,
     dataset=dataset,
     loss=loss,
-    records=TEXTS,
+    records=RECORDS,
     kinds=('decoder',),
     prompt_tokens=32,
 )

@@ -4,7 +4,6 @@ Only the tokens that the assistant writes are scored, with the one that ends its
 or a source of texts beside conversations) are scored whole, as `causal_lm` does.
 """
 
-import itertools
 import pathlib
 from typing import Any
 
@@ -14,7 +13,8 @@ import numpy as np
 
 from jaxtune.common.settings import Settings
 from jaxtune.data import formats
-from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all, is_text, pieces, recordwise
+from jaxtune.data.conversations import rows_of
+from jaxtune.data.examples import ExampleRows, is_text, pieces, recordwise
 from jaxtune.data.packing import Rows
 from jaxtune.data.spec import DataSpec
 from jaxtune.models import Model
@@ -35,20 +35,7 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
     """
     if is_text(data, split):
         return causal_lm.dataset(settings, data, split, tokenizer, cache)
-    source = Source(data, split, tokenizer, formats.CHATS)
-
-    def build() -> Examples:
-        chats = formats.read(
-            source.records, lambda place, record: formats.chat(source.format, place, record), source.records.name
-        )
-        chats = [(place, source.prepared(chat)) for place, chat in chats]
-        encode = source.encoder(settings.train_on)
-        encoded, notes = encode_all(chats, encode, data.seq_len, f'tokenise data.{split}')
-        return Examples.of(itertools.chain.from_iterable(encoded), notes=notes)
-
-    key = ['sft', settings.train_on, data.seq_len]
-    examples = source.cached(cache, f'data.{split}', key, build)
-    return ExampleRows(examples, data.seq_len, data.packing)
+    return rows_of(data, split, tokenizer, cache, settings.train_on)
 
 
 def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
