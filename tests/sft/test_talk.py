@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -67,6 +68,20 @@ def test_a_conversation_goes_on_and_answers_as_transformers_does(folder):
         new = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs['input_ids'].shape[1] :]
     expected = tokenizer.decode(new, skip_special_tokens=True)
     assert talk.turns[1]['content'].rstrip('�') == expected.rstrip('�')
+
+
+def test_the_template_is_given_what_the_command_names(folder):
+    source = (
+        "{{ mood }}{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+    )
+    talk = chat.Chat(_config(folder, data__template=source, **{'data.template_args': {'mood': 'calm: '}}))
+    talk.turns.append({'role': 'user', 'content': 'Hi'})
+    assert talk.tokenizer.decode(talk._prompt()) == 'calm: Hi>'
+    flags = {name: default for name, (default, _) in chat.FLAGS.items()} | {'model': str(folder)}
+    config = chat._config(types.SimpleNamespace(**flags | {'template_args': '{"mood": "calm"}'}))
+    assert config.data.template_args.mood == 'calm'
+    with pytest.raises(UserError, match='--template_args=x: expected JSON'):
+        chat._config(types.SimpleNamespace(**flags | {'template_args': 'x'}))
 
 
 def test_old_turns_are_forgotten_where_a_conversation_grows_too_long(folder):
