@@ -44,7 +44,7 @@ class Chat:
         import jax  # slow to import
 
         from jaxtune.data import templates  # slow to import
-        from jaxtune.data.spans import Encoder, end_of_turn  # slow to import
+        from jaxtune.data.chat_encoder import ChatEncoder, end_of_turn  # slow to import
         from jaxtune.generation.sampling import Stream, from_settings  # slow to import
         from jaxtune.parallel import make_mesh  # slow to import
         from jaxtune.pretrained.load import load_model  # slow to import
@@ -62,7 +62,7 @@ class Chat:
         self.tokenizer = bundle.tokenizer
         args, rows = config.data.template_args.to_dict(), bundle.model.config.vocab_size
         self.template = templates.open_template(config.data.template, self.tokenizer, args=args)
-        self.encode = Encoder(self.template, self.tokenizer, vocab_size=rows)
+        self.encode = ChatEncoder(self.template, self.tokenizer, vocab_size=rows)
         end = end_of_turn(self.template, self.tokenizer)
         stops = bundle.end_ids + (() if end is None else (end,))
         sampling = from_settings(config.generate, self.tokenizer, stops, rows)

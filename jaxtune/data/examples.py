@@ -18,10 +18,10 @@ from jaxtune.common.io import replace_folder
 from jaxtune.data import formats, holdout, stdlib_instructions, templates
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data.cache import once, prepared_tokens
+from jaxtune.data.chat_encoder import ChatEncoder, Encoded
 from jaxtune.data.formats import Chat, FormatError
 from jaxtune.data.packing import Row, pack
 from jaxtune.data.records import Records, open_records
-from jaxtune.data.spans import Encoded, Encoder
 from jaxtune.data.spec import DataSpec
 from jaxtune.data.templates import Template
 from jaxtune.errors import UserError
@@ -124,10 +124,10 @@ class Source:
         """A conversation with the recipe's system prompt and demonstrations."""
         return prepare(chat, self.data.system, self.demonstrations)
 
-    def encoder(self, train_on: str) -> Encoder:
+    def encoder(self, train_on: str) -> ChatEncoder:
         """Encodes prepared conversations."""
         skip = len(self.demonstrations) + 1 if self.demonstrations else 0
-        return Encoder(self.template, self.tokenizer, train_on, skip, self.data.vocab_size)
+        return ChatEncoder(self.template, self.tokenizer, train_on, skip, self.data.vocab_size)
 
     def cached(self, cache: pathlib.Path, key: str, settings: list, build: Callable[[], Examples]) -> Examples:
         """What `build` makes, from the cache if these settings made it before."""
@@ -241,7 +241,7 @@ def prepare(chat: Chat, system: str, shown: tuple[dict, ...]) -> Chat:
 
 
 def encode_all(
-    chats: list[tuple[str, Chat]], encode: Encoder, seq_len: int, title: str
+    chats: list[tuple[str, Chat]], encode: ChatEncoder, seq_len: int, title: str
 ) -> tuple[list[list[Encoded]], list[str]]:
     """Encodes conversations, cut to `seq_len` tokens.
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.common.settings import Settings
-from jaxtune.data.spans import end_of_turn
+from jaxtune.data.chat_encoder import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.generation.beam import beam_search
 from jaxtune.generation.prompts import Prompt

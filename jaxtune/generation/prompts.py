@@ -9,10 +9,10 @@ from jaxtune.common import console
 from jaxtune.common.sources import DataSource
 from jaxtune.data import formats, holdout
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.chat_encoder import ChatEncoder
 from jaxtune.data.examples import demonstrations, is_text, open_data, open_template, prepare
 from jaxtune.data.prepare import HELD_OUT
 from jaxtune.data.records import Records, field, open_records
-from jaxtune.data.spans import Encoder
 from jaxtune.data.spec import DataSpec
 from jaxtune.errors import UserError
 from jaxtune.pretrained.load import ModelBundle
@@ -211,7 +211,7 @@ def _questions(spec: PromptSpec, bundle: ModelBundle, records: Records) -> list[
     counts = formats.find(chosen, spec.data.format, records.name, formats.CHATS)
     kind = next(iter(counts)) if len(counts) == 1 else ''
     template = open_template(spec.data, bundle.tokenizer, kind, chosen)
-    encode = Encoder(template, bundle.tokenizer, vocab_size=bundle.model.config.vocab_size)
+    encode = ChatEncoder(template, bundle.tokenizer, vocab_size=bundle.model.config.vocab_size)
     shown = demonstrations(spec.data.demonstrations)
     chats = formats.read(chosen, lambda place, record: formats.chat(kind, place, record, False), records.name)
     prompts = []

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.data import formats
+from jaxtune.data.chat_encoder import Encoded
 from jaxtune.data.examples import Examples, Source, encode_all, pieces, recordwise
 from jaxtune.data.packing import Row
-from jaxtune.data.spans import Encoded
 from jaxtune.data.spec import DataSpec
 from jaxtune.errors import UserError
 from jaxtune.objectives import Batch, completion_mask

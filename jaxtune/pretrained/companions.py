@@ -9,7 +9,7 @@ from jaxtune.common.hub import TOKENIZER_FILES
 from jaxtune.common.io import read_json, write_json
 from jaxtune.common.jsonfile import read_object
 from jaxtune.data import tokenizer as tokenizers
-from jaxtune.data.spans import end_of_turn
+from jaxtune.data.chat_encoder import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.models import Model

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.common import hub
+from jaxtune.data.chat_encoder import ChatEncoder
 from jaxtune.data.formats import Chat, FormatError
-from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.generation.prompts import Prompt
@@ -132,7 +132,7 @@ class ByModel:
             )
         self.model, self.params, self.tokenizer = bundle.model, bundle.params, bundle.tokenizer
         self.limit = self.model.config.max_positions
-        self._encoders: dict[bool, Encoder] = {}  # for prompts that are texts, and for conversations
+        self._encoders: dict[bool, ChatEncoder] = {}  # for prompts that are texts, and for conversations
 
         def score(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             inputs = completion_mask.inputs(batch['tokens'], batch['end'], batch['end'])
@@ -162,7 +162,7 @@ class ByModel:
         chat = Chat((*turns, {'role': 'assistant', 'content': completion}), raw=raw)
         if raw not in self._encoders:
             template = open_template('auto', self.tokenizer, 'preference', raw)
-            self._encoders[raw] = Encoder(template, self.tokenizer, 'last', vocab_size=self.model.config.vocab_size)
+            self._encoders[raw] = ChatEncoder(template, self.tokenizer, 'last', vocab_size=self.model.config.vocab_size)
         try:
             (encoded,) = self._encoders[raw](chat)
             ids = encoded.ids.tolist()

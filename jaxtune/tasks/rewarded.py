@@ -25,9 +25,9 @@ from jaxtune.pretrained.load import ModelBundle, folder_head, load_model
 from jaxtune.pretrained.save import save_tuned
 from jaxtune.recipe.flags import Command
 from jaxtune.rl import Reward
+from jaxtune.rl.reward_task import PromptNumbers, RewardTask, StepSizes
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Sampler
-from jaxtune.rl.trainer import PromptNumbers, RewardTask, StepSizes
 from jaxtune.tasks import present, setup, specs
 from jaxtune.training import announce, divergence
 from jaxtune.training.run_info import compiled_memory

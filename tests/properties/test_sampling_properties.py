@@ -26,7 +26,7 @@ from drawing import (
 from jaxtune.generation.sampling import Sampling, sample
 from jaxtune.objectives.cross_entropy import token_logprobs
 from jaxtune.rl import RolloutBatch
-from jaxtune.rl.trainer import RewardTask
+from jaxtune.rl.reward_task import RewardTask
 from jaxtune.weights import eval_mode
 
 NEW, PROMPTS = 6, [[5, 9, 3], [7], [11, 12, 13, 14, 15, 16, 17], [4, 4]]

@@ -10,9 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxtune import models
+from jaxtune.data.chat_encoder import Encoded
 from jaxtune.data.examples import ExampleRows, Examples
 from jaxtune.data.loader import Loader
-from jaxtune.data.spans import Encoded
 from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import Pattern, Places

@@ -4,12 +4,12 @@ import pathlib
 import re
 
 import pytest
-from test_spans import byte_level, runs
+from test_chat_encoder import byte_level, runs
 
 from jaxtune.data import formats
+from jaxtune.data.chat_answers import AnswerReader
+from jaxtune.data.chat_encoder import ChatEncoder, end_of_turn
 from jaxtune.data.formats import Chat, FormatError
-from jaxtune.data.served import Reader
-from jaxtune.data.spans import Encoder, end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 
@@ -51,11 +51,11 @@ HOSTILE = {
 @pytest.mark.parametrize('source', HOSTILE)
 def test_a_hostile_template_ends_in_one_line(source):
     with pytest.raises((UserError, FormatError), match=r'the given template') as caught:
-        Encoder(open_template(source, byte_level()), byte_level())(CHAT)
+        ChatEncoder(open_template(source, byte_level()), byte_level())(CHAT)
     assert HOSTILE[source] in str(caught.value)
     assert '\n' not in str(caught.value)
     # The next template is served all the same.
-    assert Encoder(open_template('chatml', byte_level()), byte_level())(CHAT)[0].assistant_mask.any()
+    assert ChatEncoder(open_template('chatml', byte_level()), byte_level())(CHAT)[0].assistant_mask.any()
 
 
 @pytest.mark.parametrize('template', [5, True, {'default': 5}])
@@ -90,8 +90,8 @@ def test_a_template_sees_what_transformers_shows_it(name):
     tokenizer.chat_template = READS
     theirs = tokenizer.apply_chat_template(record['messages'], tools=record.get('tools'), tokenize=False)
     chat = formats.chat('messages', 'here', record)
-    (answer,) = next(Reader(open_template('auto', tokenizer), tokenizer).answers([(chat, [1])]))
-    ours = answer.prompt + answer.written
+    (answer,) = next(AnswerReader(open_template('auto', tokenizer), tokenizer).answers([(chat, [1])]))
+    ours = answer.prompt + answer.completion
     assert ours == theirs
     assert ours.endswith('<|end|>')
 
@@ -122,7 +122,8 @@ def test_a_template_that_leaves_something_out_is_refused_by_its_name(what):
     answer, written, unwritten = LEFT_OUT[what]
     assert written in READS
     whole, without = (
-        Encoder(open_template(source, tokenizer), tokenizer) for source in (READS, READS.replace(written, unwritten))
+        ChatEncoder(open_template(source, tokenizer), tokenizer)
+        for source in (READS, READS.replace(written, unwritten))
     )
     turns = [USER, {'role': 'assistant'} | answer]
     chat = formats.chat('messages', 'here', {'messages': turns, 'tools': [TOOL]})
@@ -144,8 +145,8 @@ def test_the_whole_answer_must_be_written():
     tokenizer = byte_level('<|end|>')
     for source, content in ((shortens, 'Yes. No'), (READS.replace('m.content', "''"), 'end')):
         with pytest.raises(UserError, match=f'does not write the answer of turn 2, {content!r}'):
-            Encoder(open_template(source, tokenizer), tokenizer)(Chat((USER, ANSWER | {'content': content})))
-    Encoder(open_template(shortens, tokenizer), tokenizer)(Chat((USER, ANSWER)))
+            ChatEncoder(open_template(source, tokenizer), tokenizer)(Chat((USER, ANSWER | {'content': content})))
+    ChatEncoder(open_template(shortens, tokenizer), tokenizer)(Chat((USER, ANSWER)))
 
 
 # Phi-3's: an EOS after the last turn only.
@@ -171,17 +172,17 @@ def test_no_answer_is_taken_for_its_end(answer):
         template = open_template(source, tokenizer)
         head = between.lstrip('\n')
         expected = [(head, False), (answer + end, True), (between, False), (answer + end, True)]
-        assert runs(tokenizer, Encoder(template, tokenizer)(Chat(turns))) == expected
+        assert runs(tokenizer, ChatEncoder(template, tokenizer)(Chat(turns))) == expected
         assert tokenizer.convert_ids_to_tokens(end_of_turn(template, tokenizer)) == end
     # Where no token ends a turn, EOS does: no text goes on after it.
-    for row in Encoder(open_template(BARE, tokenizer), tokenizer)(Chat(turns)):
+    for row in ChatEncoder(open_template(BARE, tokenizer), tokenizer)(Chat(turns)):
         assert runs(tokenizer, row)[-1] == (f'{answer}\n<eos>', True)
 
 
 def test_calls_with_special_tokens_are_part_of_the_answer():
     tokenizer = byte_level('<|end|>', '<call>', '</call>')
     turns = (USER, ANSWER | {'tool_calls': [CALL]}, {'role': 'tool', 'content': '21'}, ANSWER)
-    found = runs(tokenizer, Encoder(open_template(READS, tokenizer), tokenizer)(Chat(turns)))
+    found = runs(tokenizer, ChatEncoder(open_template(READS, tokenizer), tokenizer)(Chat(turns)))
     call = '<call>{"name": "weather", "arguments": {"city": "Paris"}}</call>'
     assert [text for text, trained in found if trained] == [f'Hello{call}<|end|>', 'Hello<|end|>']
 
@@ -199,9 +200,9 @@ def test_marks_train_the_end_of_the_turn_wherever_it_stands(inside):
     )
     tokenizer = byte_level('<|im_end|>')
     turns = Chat((USER, ANSWER, {'role': 'user', 'content': 'e'}, ANSWER | {'content': 'e'}))
-    encode = Encoder(open_template(source, tokenizer), tokenizer)
+    encode = ChatEncoder(open_template(source, tokenizer), tokenizer)
     assert [text for text, trained in runs(tokenizer, encode(turns)) if trained] == ['Hello<|im_end|>', 'e<|im_end|>']
-    for only in (Encoder(encode.template, tokenizer, 'last'), Encoder(encode.template, tokenizer, skip=2)):
+    for only in (ChatEncoder(encode.template, tokenizer, 'last'), ChatEncoder(encode.template, tokenizer, skip=2)):
         assert [text for text, trained in runs(tokenizer, only(turns)) if trained] == ['e<|im_end|>']
 
 
@@ -219,8 +220,8 @@ def test_published_templates_train_what_their_marked_forms_do():
         texts = [path.read_text() for path in pair]
         marks = set(re.findall(r'<\|?[\w]+\|?>', ''.join(texts)))
         tokenizer = byte_level(*sorted(marks), bos='<bos>')
-        readers = (Reader(open_template(text, tokenizer), tokenizer) for text in texts)
+        readers = (AnswerReader(open_template(text, tokenizer), tokenizer) for text in texts)
         answers = (next(reader.answers([(Chat(turns), [3])]))[0] for reader in readers)
-        trained, wanted = (''.join(one.written[low:high] for low, high in one.spans) for one in answers)
+        trained, wanted = (''.join(one.completion[low:high] for low, high in one.spans) for one in answers)
         assert wanted.strip().endswith(trained.strip()), pair
         assert 'end' in trained, pair

@@ -1,7 +1,7 @@
 """Which tokens of a conversation are trained: what the assistant writes when served, with the token that ends its turn.
 
-The ids before an answer are those of what the model reads when it is asked for it, no more and no less (`served`).
-Where the next prompt goes on from an answer, both stand in one row; where the template shows its past in another way
+The ids before an answer are exactly those of what the model reads when it is asked for it (`data.chat_answers`). Where
+the next prompt goes on from an answer, both stand in one row; where the template shows its past in another way
 then, the next answer is a row of its own. No token lies across the edge of an answer: the text is cut there, and every
 token of the answer counts.
 """
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.data import turns
+from jaxtune.data.chat_answers import Answer, AnswerReader
 from jaxtune.data.formats import Chat, FormatError
-from jaxtune.data.served import Answer, Reader
 from jaxtune.data.templates import Template
 from jaxtune.data.tokenise import tokenise
 from jaxtune.errors import UserError
@@ -35,7 +35,7 @@ class Encoded:
     assistant_mask: np.ndarray
 
 
-class Encoder:
+class ChatEncoder:
     """Encodes conversations with a template.
 
     Args:
@@ -57,7 +57,7 @@ class Encoder:
     ) -> None:
         self.template, self.tokenizer, self.train_on, self.skip = template, tokenizer, train_on, skip
         self.vocab_size = vocab_size
-        self._reader = Reader(template, tokenizer)
+        self._reader = AnswerReader(template, tokenizer)
 
     def __call__(self, chat: Chat) -> list[Encoded]:
         """The rows of a conversation; what follows its last trained answer is left out.
@@ -73,13 +73,13 @@ class Encoder:
 
     def many(self, chats: Sequence[Chat]) -> Iterator[list[Encoded] | FormatError | UserError]:
         """The rows of several conversations, rendered at once; the error of `__call__` in the place of its own."""
-        wanted = [self._wanted(chat) for chat in chats]
+        wanted = [self._trained_turns(chat) for chat in chats]
         for chat, answers in zip(chats, self._reader.answers(list(zip(chats, wanted, strict=True))), strict=True):
             rows = answers if isinstance(answers, Exception) else self._rows(chat, answers)
             lacks = '' if isinstance(rows, Exception) else self._lacks([token for row in rows for token in row.ids])
             yield FormatError('rows', lacks) if lacks else rows
 
-    def _wanted(self, chat: Chat) -> list[int]:
+    def _trained_turns(self, chat: Chat) -> list[int]:
         """The turns that are trained."""
         answers = [i for i, turn in enumerate(chat.turns) if turn['role'] == 'assistant' and i >= self.skip]
         answers = answers[-1:] if self.train_on == 'last' else answers
@@ -101,7 +101,7 @@ class Encoder:
 
     def _written(self, answer: Answer, prompt: list[int]) -> tuple[list[int], list[float]]:
         """The ids of what the model writes after these, and which of them are trained."""
-        start, text = len(answer.prompt), answer.prompt + answer.written
+        start, text = len(answer.prompt), answer.prompt + answer.completion
         edges = [start, *(start + edge for span in answer.spans for edge in span)]
         ids, covers = tokenise(self.tokenizer, text, edges)
         if ids[: len(prompt)] != prompt:
@@ -157,8 +157,8 @@ class _Row:
 def end_of_turn(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that ends an answer; None if it is not one token."""
     try:
-        token = Encoder(template, tokenizer).end_token()
+        token = ChatEncoder(template, tokenizer).end_token()
     except UserError:
-        return None  # a template that cannot be trained with may still be written with
+        return None  # a template that cannot be trained with can still be used for generation
     token_id: Any = None if token is None else tokenizer.convert_tokens_to_ids(token)
     return token_id

@@ -11,16 +11,16 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'trainer'))
 
-from published import PUBLISHED
+from published_templates import PUBLISHED
 from runs import full_config
-from test_spans import byte_level, runs
+from test_chat_encoder import byte_level, runs
 
 from jaxtune import models
 from jaxtune.data import formats
 from jaxtune.data import tokenizer as tokenizers
+from jaxtune.data.chat_encoder import ChatEncoder
 from jaxtune.data.examples import ExampleRows, Examples
 from jaxtune.data.formats import FormatError
-from jaxtune.data.spans import Encoder
 from jaxtune.data.templates import open_template
 from jaxtune.errors import UserError
 from jaxtune.models import hf
@@ -100,7 +100,7 @@ def test_what_stands_before_an_answer_is_what_is_served(name, case):
     tokenizer, args = tokenizer_of(published), dict(published.args)
     template = open_template('auto', tokenizer, args=args)
     chat = formats.chat('messages', 'here', json.loads(json.dumps(record)))
-    encode = Encoder(template, tokenizer)
+    encode = ChatEncoder(template, tokenizer)
     if (name, case) in REFUSED:
         with pytest.raises((UserError, FormatError)) as caught:
             encode(chat)
@@ -133,12 +133,14 @@ def test_what_stands_before_an_answer_is_what_is_served(name, case):
 
 def test_three_exchanges_of_a_template_that_drops_thinking():
     tokenizer = tokenizer_of(PUBLISHED['qwen3'])
-    plain = Encoder(open_template('auto', tokenizer), tokenizer)(formats.chat('messages', '', CASES['three exchanges']))
+    plain = ChatEncoder(open_template('auto', tokenizer), tokenizer)(
+        formats.chat('messages', '', CASES['three exchanges'])
+    )
     (row,) = plain  # nothing is rewritten once the empty block is not taken for an answer
     assert [text for text, trained in runs(tokenizer, row) if trained] == [
         'Hello<|im_end|>', ' 4 <|im_end|>', 'yes\n你好<|im_end|>',
     ]  # fmt: skip
-    thinking = Encoder(open_template('auto', tokenizer), tokenizer)(
+    thinking = ChatEncoder(open_template('auto', tokenizer), tokenizer)(
         formats.chat('messages', '', CASES['thinking always'])
     )
     assert len(thinking) == 3
@@ -155,7 +157,7 @@ def test_weights_of_turns_and_records_reach_the_tokens():
     chat = formats.chat('messages', 'here', {'messages': turns, 'weight': 3})
 
     def weighed(train_on):
-        (row,) = Encoder(template, tokenizer, train_on)(chat)
+        (row,) = ChatEncoder(template, tokenizer, train_on)(chat)
         places = np.flatnonzero(row.assistant_mask)
         return {
             weight: tokenizer.decode(row.ids[places[row.assistant_mask[places] == weight]].tolist())
@@ -166,7 +168,7 @@ def test_weights_of_turns_and_records_reach_the_tokens():
     assert weighed('marked') == {3.0: 'yes<|im_end|>'}
     assert weighed('last') == {3.0: 'yes<|im_end|>'}
     assert 'weight' not in template.render(chat)
-    assert Encoder(template, tokenizer, 'marked')(formats.chat('messages', 'here', {'messages': THREE})) == []
+    assert ChatEncoder(template, tokenizer, 'marked')(formats.chat('messages', 'here', {'messages': THREE})) == []
 
 
 CALLERS = {
@@ -185,7 +187,7 @@ def test_arguments_of_calls_come_as_a_template_takes_them(wanted):
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     tokenizer = byte_level('<|im_start|>', '<|im_end|>')
-    encode = Encoder(open_template(source, tokenizer), tokenizer)
+    encode = ChatEncoder(open_template(source, tokenizer), tokenizer)
     written = set()
     for arguments in ({'city': 'Zürich'}, '{"city": "Zürich"}'):
         call = {'function': {'name': 'weather', 'arguments': arguments}}
@@ -207,9 +209,9 @@ def test_documents_and_arguments_of_a_template():
         ({}, 'terse [Given]'),
         ({'documents': [{'title': 'Own'}], 'chat_template_kwargs': {'style': 'long '}}, 'long [Own]'),
     ):
-        text, _ = Encoder(template, tokenizer).prompt(formats.chat('messages', 'here', record | more))
+        text, _ = ChatEncoder(template, tokenizer).prompt(formats.chat('messages', 'here', record | more))
         assert text.startswith(expected + '<|im_start|>')
-    deaf = Encoder(open_template(PUBLISHED['qwen2.5'].source, tokenizer), tokenizer)
+    deaf = ChatEncoder(open_template(PUBLISHED['qwen2.5'].source, tokenizer), tokenizer)
     with pytest.raises(FormatError, match="does not write the record's documents"):
         deaf(formats.chat('messages', 'here', record | {'documents': [{'title': 'Own'}]}))
 
@@ -224,7 +226,7 @@ def test_real_conversations_train_the_tokens_and_have_the_loss_of_trl(shared, na
     tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>']})
     template = open_template(source, tokenizer)
     tokenizer.chat_template = source
-    encode, kind = Encoder(template, tokenizer), 'sharegpt' if 'multiturn' in name else 'alpaca'
+    encode, kind = ChatEncoder(template, tokenizer), 'sharegpt' if 'multiturn' in name else 'alpaca'
     lines = (shared / 'data' / 'sft' / f'{name}.jsonl').read_text().splitlines()[:50]
     compared = []
     for line in lines:
@@ -280,7 +282,7 @@ def test_the_likelihood_of_an_answer_is_that_after_the_served_prompt():
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
     for args in ({}, {'enable_thinking': False}):
         record = CASES['three exchanges' if args else 'thinking always']
-        encode = Encoder(open_template('auto', tokenizer, args=args), tokenizer)
+        encode = ChatEncoder(open_template('auto', tokenizer, args=args), tokenizer)
         examples = encode(formats.chat('messages', 'here', record))
         rows = ExampleRows(Examples.of(examples), 256, packing=True)
         batch = {name: np.stack([rows[i][name] for i in range(len(rows))]) for name in rows[0]}

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxtune.data import formats
 from jaxtune.data import tokenizer as ours
+from jaxtune.data.chat_encoder import ChatEncoder, end_of_turn
 from jaxtune.data.formats import Chat
-from jaxtune.data.spans import Encoder, end_of_turn
 from jaxtune.data.templates import NAMED, open_template
 from jaxtune.errors import UserError
 
@@ -165,9 +165,9 @@ def test_answers_and_their_ends_are_trained_and_nothing_else(name, own_end):
     for turns, expected in zip((FOUR, TWO), TABLE[name], strict=True):
         texts = [_fill(text, begin, end) for text in expected]
         wanted = [(text, bool(i % 2)) for i, text in enumerate(texts)]
-        assert runs(tokenizer, Encoder(template, tokenizer)(Chat(turns))) == wanted
+        assert runs(tokenizer, ChatEncoder(template, tokenizer)(Chat(turns))) == wanted
         last = [(''.join(text for text, _ in wanted[:-1]), False), wanted[-1]]
-        assert runs(tokenizer, Encoder(template, tokenizer, 'last')(Chat(turns))) == last
+        assert runs(tokenizer, ChatEncoder(template, tokenizer, 'last')(Chat(turns))) == last
 
 
 def _fill(text: str, begin: str, end: str) -> str:
@@ -199,11 +199,11 @@ def test_every_format_gives_the_same_masks(case):
     assert formats.detect(record) == name
     chat = formats.chat(name, 'data.jsonl:1', record)
     asked = 'Add\n\n2 2' if record.get('input') else 'Add'
-    assert runs(tokenizer, Encoder(open_template('chatml', tokenizer), tokenizer)(chat)) == [
+    assert runs(tokenizer, ChatEncoder(open_template('chatml', tokenizer), tokenizer)(chat)) == [
         (f'<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n', False),
         ('no<|im_end|>', True),
     ]
-    alpaca = runs(tokenizer, Encoder(open_template('alpaca', tokenizer), tokenizer)(chat))
+    alpaca = runs(tokenizer, ChatEncoder(open_template('alpaca', tokenizer), tokenizer)(chat))
     head = BELOW.replace('task. Write', 'task, paired with an input that provides further context. Write')
     shown = '### Instruction:\nAdd\n\n### Input:\n2 2\n\n' if record.get('input') else '### Instruction:\nAdd\n\n'
     head = head if record.get('input') else BELOW
@@ -223,7 +223,7 @@ def test_tokens_never_lie_across_the_border(prompt, completion, ids):
     tokenizer = byte_level(pad='<eos>')
     chat = formats.chat('prompt', 'here', {'prompt': prompt, 'completion': completion})
     template = open_template('auto', tokenizer, raw=chat.raw)
-    (found,) = Encoder(template, tokenizer)(chat)
+    (found,) = ChatEncoder(template, tokenizer)(chat)
     names = tokenizer.convert_ids_to_tokens(found.ids.tolist())
     assert [('*' if trained else '') + name for name, trained in zip(names, found.assistant_mask, strict=True)] == ids
     # What the model reads before it answers is what it will be given.
@@ -233,7 +233,7 @@ def test_tokens_never_lie_across_the_border(prompt, completion, ids):
 def test_a_tokenizer_that_begins_texts_with_a_space_keeps_its_ids():
     tokenizer = spaced()
     chat = formats.chat('prompt', 'here', {'prompt': 'Answer: ', 'completion': 'yes'})
-    (found,) = Encoder(open_template('plain', tokenizer), tokenizer)(chat)
+    (found,) = ChatEncoder(open_template('plain', tokenizer), tokenizer)(chat)
     names = tokenizer.convert_ids_to_tokens(found.ids.tolist())
     assert ''.join(names) == '▁Answer:▁yes</s>'
     assert [name for name, trained in zip(names, found.assistant_mask, strict=True) if trained] == [
@@ -261,21 +261,21 @@ def test_where_a_template_rewrites_its_past_each_answer_is_a_row_of_its_own(sour
     tokenizer, chat = byte_level(), Chat(FOUR[1:])
     template = open_template(source, tokenizer)
     assert template.marks == (source == MARKED)
-    first, second = Encoder(template, tokenizer)(chat)
+    first, second = ChatEncoder(template, tokenizer)(chat)
     assert runs(tokenizer, first) == [('<u>2+2? 你<a>', False), ('(thinks)  yes 你好<eos>', True)]
     # What the second answer is asked after holds the first as the template shows it then.
     assert runs(tokenizer, second) == [
         ('<u>2+2? 你<a> yes 你好<eos><u>Hm<a>', False),
         ('(thinks) 4<eos>', True),
     ]
-    assert runs(tokenizer, Encoder(template, tokenizer, 'last')(chat)) == runs(tokenizer, second)
+    assert runs(tokenizer, ChatEncoder(template, tokenizer, 'last')(chat)) == runs(tokenizer, second)
 
 
 def test_a_template_without_a_generation_prompt_is_refused():
     source = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
     tokenizer = byte_level()
     with pytest.raises(UserError, match=r"no generation prompt: it writes '<assistant>'"):
-        Encoder(open_template(source, tokenizer), tokenizer)(Chat(TWO))
+        ChatEncoder(open_template(source, tokenizer), tokenizer)(Chat(TWO))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_template_without_a_generation_prompt_is_refused():
 def test_templates_cannot_reach_outside_their_sandbox(source):
     tokenizer = byte_level()
     with pytest.raises((UserError, formats.FormatError), match=r'sandbox|refuses'):
-        Encoder(open_template(source, tokenizer), tokenizer)(Chat(TWO))
+        ChatEncoder(open_template(source, tokenizer), tokenizer)(Chat(TWO))
 
 
 def test_a_given_template_must_compile_and_a_named_one_exist():
@@ -317,7 +317,7 @@ def test_real_conversations_train_their_answers(shared, name):
     lines = (shared / 'data' / 'sft' / f'{name}.jsonl').read_text().splitlines()[:40]
     tokenizer = ours.load(str(shared / 'data' / 'tokenizers' / 'gpt2'))
     kind = 'sharegpt' if 'multiturn' in name else 'alpaca'
-    encode = Encoder(open_template('chatml', tokenizer), tokenizer)
+    encode = ChatEncoder(open_template('chatml', tokenizer), tokenizer)
     for line in lines:
         chat = formats.chat(kind, 'here', json.loads(line))
         (found,) = encode(chat)
@@ -336,7 +336,7 @@ def test_an_eos_after_the_last_turn_only_is_no_part_of_a_turn():
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
     )
     tokenizer = byte_level('<|end|>')
-    found = runs(tokenizer, Encoder(open_template(source, tokenizer), tokenizer)(Chat(FOUR[1:])))
+    found = runs(tokenizer, ChatEncoder(open_template(source, tokenizer), tokenizer)(Chat(FOUR[1:])))
     assert [text for text, trained in found if trained] == [' yes 你好<|end|>', '4<|end|>']
     assert '<eos>' not in ''.join(text for text, _ in found)
 
@@ -347,7 +347,7 @@ def test_a_template_that_leaves_answers_out_is_refused():
         "{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     with pytest.raises(UserError, match=r"does not write the answer of turn 2, 'yes 你好'"):
-        Encoder(open_template(source, byte_level()), byte_level())(Chat(TWO))
+        ChatEncoder(open_template(source, byte_level()), byte_level())(Chat(TWO))
 
 
 def test_marks_are_taken_as_transformers_takes_them():
@@ -361,8 +361,8 @@ def test_marks_are_taken_as_transformers_takes_them():
     theirs = tokenizer.apply_chat_template(
         list(FOUR), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    (found,) = Encoder(open_template('auto', tokenizer), tokenizer)(Chat(FOUR))
+    (found,) = ChatEncoder(open_template('auto', tokenizer), tokenizer)(Chat(FOUR))
     assert found.ids.tolist() == theirs['input_ids']
     assert found.assistant_mask.astype(int).tolist() == theirs['assistant_masks']
-    last = runs(tokenizer, Encoder(open_template('auto', tokenizer), tokenizer, 'last')(Chat(FOUR)))
+    last = runs(tokenizer, ChatEncoder(open_template('auto', tokenizer), tokenizer, 'last')(Chat(FOUR)))
     assert [text for text, trained in last if trained] == ['\n4<|im_end|>\n']

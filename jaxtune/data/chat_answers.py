@@ -1,9 +1,9 @@
-"""What a model reads and what it writes for each answer of a conversation, as it is served.
+"""For each answer of a conversation, the prompt that a served model reads and the completion that it writes.
 
-It reads what the template renders when the model is asked for the answer, on the conversation so far; it writes what
-the template then shows of the answer, with what ends its turn. So nothing is known from the letters of an answer:
-where it ends is read off what the template writes after another one in its place, a word that stands nowhere else.
-What a template writes by itself is not learnt: the header of a turn, or a block of thinking without a thought.
+The prompt is what the template renders with a generation prompt, on the conversation so far; the completion is what the
+template then shows of the answer, up to the tokens that end its turn. Where the turn ends is not known from the letters
+of an answer: a sentinel is rendered in its place, and what the template writes around it is read off. What a template
+writes by itself is not learnt: the header of a turn, or an empty block of thinking.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from jaxtune.errors import UserError
 
 Spans = list[tuple[int, int]]
 
-_WORD = 'Zq7vAnswerK3x'  # an answer that no conversation holds; no template takes letters and digits away
-_MOST_SHAPES = 4096
+_SENTINEL = 'Zq7vAnswerK3x'  # no conversation holds it, and no template strips letters and digits
+_CACHE_LIMIT = 4096
 _PLAIN = Chat(({'role': 'user', 'content': 'a'},))
 
 
@@ -31,14 +31,14 @@ class Answer(NamedTuple):
     Attributes:
       turn: its number in the conversation.
       prompt: what the model reads.
-      written: what it writes, with what ends its turn.
-      spans: what of `written` is trained, in characters.
+      completion: what it writes, with what ends its turn.
+      spans: what of the completion is trained, in characters.
       ended: whether a special token ends it.
     """
 
     turn: int
     prompt: str
-    written: str
+    completion: str
     spans: Spans
     ended: bool
 
@@ -60,7 +60,7 @@ class Tail:
     written: bool = True
 
 
-class Reader:
+class AnswerReader:
     """Finds answers as they are served with a template.
 
     Args:
@@ -85,8 +85,8 @@ class Reader:
         asked = [request for chat, wanted in chats for number in wanted for request in _requests(chat, number)]
         rendered = self.template.try_all(asked)
         if len(chats) > 1 and any(isinstance(one, UserError) for one in rendered):
-            for chat in chats:  # which of them it was
-                yield from self.answers([chat])
+            for asked_for in chats:  # which of them it was
+                yield from self.answers([asked_for])
             return
         results = iter(rendered)
         for chat, wanted in chats:
@@ -111,31 +111,52 @@ class Reader:
         turn, tail = chat.turns[number], self._tail(chat, number)
         start, opens = (len(prompt), False) if whole.startswith(prompt) else self._start(chat, number, prompt, whole)
         end, ended = self._end(tail, start, whole)
-        written, asked = whole[start:end], thinking.opened(prompt)
-        thought, answer = thinking.split(turn['content'])
-        left_out = bool(thought) and thought not in written  # by the template: the model writes it nevertheless
-        if asked and (opens or written.lstrip().startswith(asked[1])):
-            if not (thought or turn.get(REASONING)):
-                raise FormatError(
-                    'no reasoning',
-                    f'turn {number + 1} holds no reasoning, and {self.template.name} template asks for some '
-                    f'({asked[0]}); expected {REASONING!r} in the turn, or data.template_args or a data.template with '
-                    'which the model is asked without',
-                )
-            if opens:
-                written = f'{turn.get(REASONING, thought).strip()}\n{asked[1]}\n\n{written}'
-        elif left_out and tail is not None and not turn.get('tool_calls'):
-            written = f'{tail.head}{turn["content"].strip()}{tail.end}'
-        elif not (turn.get(REASONING) or self.template.marks or thinking.empty_block(turn['content'])):
-            written = written[thinking.empty_block(written) :]
+        completion, composed = self._with_reasoning(turn, number, prompt, whole[start:end], tail, opens)
         before = [i for i in range(number) if chat.turns[i]['role'] == 'assistant']
         first = before[-1] + 1 if before else 0
         turns.check(self.template, [turns.Rendered(chat.before(number + 1), False, whole, first, not opens)])
-        self._check_written(answer, written, number, tail)
-        served = Answer(number, prompt, written, [(0, len(written))], ended)
-        if self.template.marks and not (opens or left_out):
-            return self._marked(served, whole, (start, end), tail, marks)
-        return served
+        self._check_written(thinking.split(turn['content'])[1], completion, number, tail)
+        answer = Answer(number, prompt, completion, [(0, len(completion))], ended)
+        if self.template.marks and not composed:
+            return self._marked(answer, whole, (start, end), tail, marks)
+        return answer
+
+    def _with_reasoning(
+        self, turn: dict[str, Any], number: int, prompt: str, shown: str, tail: Tail | None, opens: bool
+    ) -> tuple[str, bool]:
+        """The completion as the model writes it, where the template shows an answer's thinking otherwise.
+
+        Args:
+          turn: the assistant's.
+          number: its place in the conversation.
+          prompt: what the model reads.
+          shown: what the template shows of the answer.
+          tail: what it writes around one.
+          opens: the prompt ends with a block of thinking that the template does not show.
+
+        Returns:
+          `(completion, composed)`: whether it is put together here.
+
+        Raises:
+          FormatError: the prompt opens a block of thinking, and the turn has no thought.
+        """
+        block, (thought, _) = thinking.opened(prompt), thinking.split(turn['content'])
+        reasoning = turn.get(REASONING) or thought
+        if block and (opens or shown.lstrip().startswith(block[1])):
+            if not reasoning:
+                raise FormatError(
+                    'no reasoning',
+                    f'turn {number + 1} holds no reasoning, and {self.template.name} template asks for some '
+                    f'({block[0]}); expected {REASONING!r} in the turn, or data.template_args or a data.template with '
+                    'which the model is asked without',
+                )
+            return (f'{reasoning.strip()}\n{block[1]}\n\n{shown}' if opens else shown), opens
+        if thought and thought not in shown and tail is not None and not turn.get('tool_calls'):
+            # The template drops the thought; at inference the model writes it all the same.
+            return f'{tail.head}{turn["content"].strip()}{tail.end}', True
+        if reasoning or self.template.marks or thinking.empty_block(turn['content']):
+            return shown, False
+        return shown[thinking.empty_block(shown) :], False
 
     def _start(self, chat: Chat, number: int, prompt: str, whole: str) -> tuple[int, bool]:
         """Where an answer begins in a text that does not begin with what the model reads when asked for it.
@@ -147,8 +168,8 @@ class Reader:
           UserError: it cannot be told.
         """
         shown = self.template.try_all([(_answered(chat.before(number)), False)])[0]
-        if not isinstance(shown, Exception) and _WORD in shown[0]:
-            head = shown[0].rpartition(_WORD)[0]
+        if not isinstance(shown, Exception) and _SENTINEL in shown[0]:
+            head = shown[0].rpartition(_SENTINEL)[0]
             if whole.startswith(head) and prompt.startswith(head) and thinking.opened(prompt[len(head) :]):
                 return len(head), True
             plain = self._tail(_PLAIN, 1)
@@ -179,10 +200,10 @@ class Reader:
         if tail is not None and tail.end and whole[high:end] == tail.end:
             own[-1] = (low, end)
         spans = [(low - start, high - start) for low, high in own if low < high]
-        return answer._replace(written=whole[start : max(end, own[-1][1])], spans=spans)
+        return answer._replace(completion=whole[start : max(end, own[-1][1])], spans=spans)
 
     def _check_written(self, answer: str, written: str, number: int, tail: Tail | None) -> None:
-        """Refuses a template that leaves out some of an answer; blanks may change."""
+        """Refuses a template that leaves out some of an answer; whitespace may change."""
         there = answer.strip() in written or ''.join(answer.split()) in ''.join(written.split())
         if answer.strip() and not (there and (tail is None or tail.written)):
             raise UserError(
@@ -191,7 +212,7 @@ class Reader:
             )
 
     def _end(self, tail: Tail | None, start: int, whole: str) -> tuple[int, bool]:
-        """Where a turn ends: with the special tokens after its answer; what follows them is nobody's.
+        """Where a turn ends: with the special tokens after its answer; what follows them is not trained.
 
         That may be a line break, or the EOS that some templates put after the last turn only.
 
@@ -200,7 +221,7 @@ class Reader:
         """
         if tail is not None and tail.written and whole.endswith(tail.text) and len(whole) - len(tail.text) >= start:
             return len(whole) - len(tail.text) + len(tail.end or tail.text), bool(tail.end)
-        # A turn that ends otherwise than a text does, as calls of tools may.
+        # A turn that ends otherwise than a text does, as tool calls may.
         stripped = whole.rstrip()
         return (len(stripped), True) if stripped.endswith(self.special) else (len(whole), False)
 
@@ -213,7 +234,7 @@ class Reader:
         asked = chat.before(number)
         shape = (asked.tools is None, *((turn['role'], *turn) for turn in asked.turns))
         if shape not in self._tails:
-            if len(self._tails) > _MOST_SHAPES:
+            if len(self._tails) > _CACHE_LIMIT:
                 self._tails.clear()
             self._tails[shape] = self._find_tail(asked)
         return self._tails[shape]
@@ -222,12 +243,12 @@ class Reader:
         prompted, bare, shown = self.template.try_all([(asked, True), (asked, False), (_answered(asked), False)])
         if isinstance(shown, Exception):
             return None
-        if _WORD not in shown[0]:
+        if _SENTINEL not in shown[0]:
             return Tail('', '', '', written=False)
-        before, _, text = shown[0].rpartition(_WORD)
+        before, _, text = shown[0].rpartition(_SENTINEL)
         asks = self.template.marks or prompted != bare
         if not asks and not isinstance(bare, Exception) and before.startswith(bare[0]):
-            head = before[len(bare[0]) :].partition(_WORD)[0]
+            head = before[len(bare[0]) :].partition(_SENTINEL)[0]
             if head.strip():
                 raise UserError(
                     f'data.template: {self.template.name} template has no generation prompt: it writes {head!r:.40} '
@@ -255,7 +276,7 @@ def _requests(chat: Chat, number: int) -> tuple[tuple[Chat, bool], tuple[Chat, b
 
 def _answered(asked: Chat) -> Chat:
     """A conversation with a word as the answer."""
-    return dataclasses.replace(asked, turns=(*asked.turns, {'role': 'assistant', 'content': _WORD}))
+    return dataclasses.replace(asked, turns=(*asked.turns, {'role': 'assistant', 'content': _SENTINEL}))
 
 
 def _first_run(text: str, tokens: tuple[str, ...]) -> str:
