@@ -23,6 +23,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ:  # a worker has the folder of the pr
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TORCHDYNAMO_DISABLE', '1')  # a reference that compiles itself, in C++, computes the same
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 
