@@ -128,8 +128,9 @@ def _read_source(
         if not prompt.ids:
             raise UserError(f'{key}={path}: prompt {number} is empty; expected at least one token')
         if limit and len(prompt.ids) + room > limit:
+            shown = '' if isinstance(prompt.text, str) else " as the tokenizer's template renders it"
             raise UserError(
-                f'{key}={path}: prompt {number} has {len(prompt.ids)} tokens; expected at most the '
+                f'{key}={path}: prompt {number} has {len(prompt.ids)} tokens{shown}; expected at most the '
                 f"model's {limit} positions less generate.max_new_tokens={room} (generate.prompt_tokens cuts prompts)"
             )
     if not prompts and needed:
