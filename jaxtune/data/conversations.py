@@ -17,7 +17,7 @@ def holds_conversations(data: DataSpec, split: str) -> bool:
     if data.format != 'auto' or path == 'python-stdlib' or prepared_tokens(path, key) is not None:
         return data.format in formats.CHATS
     _, record = next(iter(open_records(path, key, None, data.text_key)), ('', None))
-    return formats.detect(record) in formats.CHATS and data.text_key not in record
+    return isinstance(record, dict) and formats.detect(record) in formats.CHATS and data.text_key not in record
 
 
 def rows_of(data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path, train_on: str = 'all') -> ExampleRows:
