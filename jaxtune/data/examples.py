@@ -26,7 +26,7 @@ from jaxtune.data.spec import DataSpec
 from jaxtune.data.templates import Template
 from jaxtune.errors import UserError
 
-_VERSION = 3  # of how conversations become tokens: another number makes the cache anew
+_VERSION = 4  # of how conversations become tokens: another number makes the cache anew
 _AT_ONCE = 32  # conversations rendered in one request
 
 
@@ -36,10 +36,11 @@ class Examples:
 
     Attributes:
       ids: `[tokens]` int32.
-      assistant_mask: `[tokens]` float32, the weight of a trained token, 0 = not trained.
+      assistant_mask: `[tokens]` bool, whether a token is trained.
       offsets: `[examples + 1]` int64, where each begins.
       extra: further arrays by name, as the objective put them there.
       notes: what there is to say about how they were made.
+      weights: `[tokens]` float32, of trained tokens, where any is not 1; else None.
     """
 
     ids: np.ndarray
@@ -47,13 +48,15 @@ class Examples:
     offsets: np.ndarray
     extra: Mapping[str, np.ndarray]
     notes: tuple[str, ...] = ()
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> Encoded:
         low, high = self.offsets[index], self.offsets[index + 1]
-        return Encoded(np.asarray(self.ids[low:high]), np.asarray(self.assistant_mask[low:high]))
+        weights = self.assistant_mask if self.weights is None else self.weights
+        return Encoded(np.asarray(self.ids[low:high]), np.asarray(weights[low:high], np.float32))
 
     @classmethod
     def of(
@@ -66,7 +69,9 @@ class Examples:
         ids = np.concatenate([one.ids for one in encoded] or [np.zeros(0, np.int32)])
         assistant_mask = np.concatenate([one.assistant_mask for one in encoded] or [np.zeros(0, np.float32)])
         arrays = {name: np.asarray(value) for name, value in (extra or {}).items()}
-        return cls(ids.astype(np.int32), assistant_mask.astype(np.float32), offsets, arrays, tuple(notes))
+        trained = assistant_mask > 0
+        weights = None if (assistant_mask[trained] == 1).all() else assistant_mask.astype(np.float32)
+        return cls(ids.astype(np.int32), trained, offsets, arrays, tuple(notes), weights)
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes a folder that appears whole or not at all."""
@@ -74,7 +79,8 @@ class Examples:
         temporary = folder.with_name(f'.{folder.name}.{os.getpid()}')
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        arrays = {'ids': self.ids, 'assistant_mask': self.assistant_mask, 'offsets': self.offsets}
+        arrays = {'ids': self.ids, 'trained': self.assistant_mask, 'offsets': self.offsets}
+        arrays |= {} if self.weights is None else {'weights': self.weights}
         arrays |= {f'extra.{name}': value for name, value in self.extra.items()}
         for name, array in arrays.items():
             np.save(temporary / f'{name}.npy', array, allow_pickle=False)
@@ -93,7 +99,8 @@ class Examples:
             meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
             arrays = {name: np.load(folder / f'{name}.npy', 'r', allow_pickle=False) for name in meta['arrays']}
             extra = {name.removeprefix('extra.'): array for name, array in arrays.items() if name.startswith('extra.')}
-            return cls(arrays['ids'], arrays['assistant_mask'], arrays['offsets'], extra, tuple(meta['notes']))
+            parts = arrays['ids'], arrays['trained'], arrays['offsets'], extra, tuple(meta['notes'])
+            return cls(*parts, arrays.get('weights'))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f'{folder}: damaged: {error}; expected what an earlier run cached there') from None
 

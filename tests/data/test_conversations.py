@@ -67,3 +67,16 @@ def test_some_are_held_out(tmp_path):
     assert answers[0] | answers[1] == {f'Hello {i}<eos>' for i in range(40)}
     assert not answers[0] & answers[1]
     assert 2 <= len(answers[1]) <= 16
+
+
+def test_weights_are_kept_where_there_are_some(tmp_path):
+    weighed = [TURNS[0], TURNS[1] | {'weight': 0.5}]
+    for name, turns, expected in (('plain', TURNS, {0.0, 1.0}), ('weighed', weighed, {0.0, 0.5})):
+        (tmp_path / name).mkdir()
+        file = write(tmp_path / name, {'messages': turns})
+        for _ in range(2):  # made, and read again
+            found = rows('sft', file, tmp_path / name)
+            assert set(np.unique(found.examples[0].assistant_mask).tolist()) == expected
+            assert set(np.unique(found[0]['loss_mask']).tolist()) == expected
+            assert (found.examples.weights is None) == (name == 'plain')
+            assert found.examples.assistant_mask.dtype == bool
