@@ -28,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'trainer'))
 
 from runs import SENTENCE, full_config, metrics, recipe, train
 
+from jaxtune.data import Tokens
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.generation.generator import end_of_answer
@@ -37,7 +38,7 @@ from jaxtune.objectives.cross_entropy import cross_entropy
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.recipe.flags import Command
 from jaxtune.tasks import compile as compile_task
-from jaxtune.tasks import generate, preflight, rewarded, specs
+from jaxtune.tasks import generate, preflight, prepare, rewarded, specs
 from jaxtune.weights import NewRows, tree
 
 torch = pytest.importorskip('torch')
@@ -226,6 +227,20 @@ def test_from_scratch_the_vocabulary_counts_them(token_texts, tmp_path):
     train(keys, tmp_path / 'b')
     assert json.loads((tmp_path / 'b' / 'export' / 'config.json').read_text())['vocab_size'] == 320
     assert tokenizers.load(str(tmp_path / 'b' / 'export'))('<b>').input_ids == [260]
+
+
+@pytest.mark.parametrize('steps', [{}, {'data.steps.clean.unicode': True}], ids=['streamed', 'by steps'])
+def test_preparing_gives_them_to_the_tokenizer(steps, token_texts, tmp_path):
+    if steps:
+        pytest.importorskip('datatrove')
+    keys = {'data.train': str(token_texts / 'train.jsonl'), 'data.vocab_size': 300, 'data.eval_fraction': 0.0} | steps
+    run(prepare, tmp_path, **keys, **{'tokenizer.add': ((NAMES[0], 'a tool'), (NAMES[1], ''))})
+    tokenizer = tokenizers.load(str(tmp_path / 'tokenizer'))
+    ids = tokenizer(f'the{NAMES[0]}{NAMES[1]}').input_ids
+    assert ids[-2:] == [len(tokenizer) - 2, len(tokenizer) - 1]
+    tokens = Tokens.open(tmp_path / 'train')
+    held = set(np.concatenate([tokens.document(i) for i in range(tokens.documents)]).tolist())
+    assert set(ids[-2:]) <= held
 
 
 def test_what_cannot_be_is_one_line(token_bases, token_texts, tmp_path):

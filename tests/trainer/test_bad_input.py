@@ -141,7 +141,7 @@ CASES = (
     Case('folder without config', 'config.json', break_model=lambda folder: (folder / 'config.json').unlink()),
     Case('unknown model type', 'model_type', 'expected one of', break_model=_edit_config(model_type='lama')),
     Case('other shapes', 'expected', 'tensor', break_model=_edit_config(intermediate_size=96)),
-    Case('too small a vocabulary', '258', '200', 'vocab', break_model=_edit_config(vocab_size=200)),
+    Case('too small a vocabulary', '255', '200', 'vocab', break_model=_edit_config(vocab_size=200)),
     Case('NaN', 'model.layers.1.mlp.up_proj.weight', 'finite', break_model=_with_weight(float('nan'))),
     Case('infinity', 'model.layers.1.mlp.up_proj.weight', 'finite', break_model=_with_weight(float('-inf'))),
     Case('header too deep', 'model.safetensors', break_model=_with_header(lambda text: '[' * 50_000 + ']' * 50_000)),
