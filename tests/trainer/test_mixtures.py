@@ -22,6 +22,9 @@ from jaxtune.pretrained.load import load_model
 from jaxtune.recipe.flags import Command
 from jaxtune.tasks import evaluate, specs
 
+USUAL = ('causal_lm', 'sft', 'dpo', 'classification')
+EVERY = [pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive) for name in OBJECTIVES]
+
 
 @pytest.fixture(scope='module')
 def sources(tmp_path_factory):
@@ -200,7 +203,7 @@ def test_a_source_is_tokenised_once_whatever_its_weight(sources, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / 'cache').iterdir()} == made
 
 
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', EVERY)
 def test_every_objective_takes_sources_and_holds_out_of_them(corpus, tmp_path, capsys, objective):
     lines = (corpus / 'train.jsonl').read_text().splitlines()
     for name, some in (('a', lines[:40]), ('b', lines[30:])):
@@ -216,7 +219,7 @@ def test_every_objective_takes_sources_and_holds_out_of_them(corpus, tmp_path, c
     assert 'mixture' in json.loads((tmp_path / 'run' / 'run.json').read_text())
 
 
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', EVERY)
 def test_auto_holds_out_a_share_that_no_row_of_training_has(corpus, tmp_path, capsys, objective):
     keys = recipe(corpus, objective, train__steps=4, data__eval='auto', data__eval_fraction=0.2)
     train(keys, tmp_path / 'run')

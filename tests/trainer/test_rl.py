@@ -116,7 +116,13 @@ def test_a_mesh_learns_what_one_device_does(corpus, tmp_path, task, sizes):
 
 
 @pytest.mark.parametrize(
-    'changes', [{'train.accumulate': 2}, {'train.accumulate': 8}, {'data.packing': False}], ids=str
+    'changes',
+    [
+        {'train.accumulate': 2},
+        pytest.param({'train.accumulate': 8}, marks=pytest.mark.exhaustive),
+        {'data.packing': False},
+    ],
+    ids=str,
 )
 def test_micro_batches_and_packing_change_nothing(corpus, tmp_path, changes):
     keys = rl_recipe(corpus, 'ppo', train__steps=2)
