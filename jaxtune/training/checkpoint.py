@@ -66,7 +66,7 @@ class Checkpoints:
             read_only=read_only,
             step_prefix=None,
         )
-        hosts.from_primary(lambda: _without_damaged_metrics(folder))
+        hosts.from_primary(lambda: _without_damaged_metrics(folder, read_only))
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def newest(self) -> int | None:
@@ -157,13 +157,19 @@ class Checkpoints:
         self._manager.close()
 
 
-def _without_damaged_metrics(folder: pathlib.Path) -> None:
-    """Removes metrics that are no JSON, all of which Orbax reads at once; the checksums tell of their checkpoint."""
+def _without_damaged_metrics(folder: pathlib.Path, read_only: bool) -> None:
+    """Removes metrics that are no JSON, all of which Orbax reads at once; the checksums tell of their checkpoint.
+
+    Raises:
+      DamagedError: there are some, and nothing may be removed.
+    """
     for metrics in folder.glob('[0-9]*/metrics/metrics'):
         try:
             whole = isinstance(read_json(metrics), dict | None)
         except UserError:
             whole = False
+        if not whole and read_only:
+            raise DamagedError(f'{metrics}: damaged; expected the files as they were saved')
         if not whole:
             shutil.rmtree(metrics.parent)
 

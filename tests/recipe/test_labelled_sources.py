@@ -1,4 +1,4 @@
-"""Labelled sources in recipes and on the command line: laid over each other, and naming earlier stages."""
+"""Labelled sources in recipes and on the command line: overrides, and references to earlier stages."""
 
 import json
 

@@ -9,7 +9,7 @@ from runs import exported, recipe, train
 
 from jaxtune.errors import UserError
 from jaxtune.recipe import workdir
-from jaxtune.training.checkpoint import check
+from jaxtune.training.checkpoint import Checkpoints, check
 
 
 def flip(path: pathlib.Path, rng: random.Random) -> None:
@@ -78,6 +78,9 @@ def test_metrics_that_cannot_be_read_are_those_of_a_damaged_one(corpus, tmp_path
     for damage in (b'\xff{', b'\0' * 40, b'[1]', b''):
         run = shutil.copytree(tmp_path / 'whole', tmp_path / 'run', dirs_exist_ok=True)
         (run / 'checkpoints' / '4' / 'metrics' / 'metrics').write_bytes(damage)
+        with pytest.raises(UserError, match='checkpoints/4/metrics/metrics: damaged'):
+            Checkpoints(run / 'checkpoints', 3, 'eval/loss', higher_is_better=False, read_only=True)
+        assert (run / 'checkpoints' / '4' / 'metrics' / 'metrics').read_bytes() == damage
         train(scored, run)
         output = capsys.readouterr().out
         assert f'damaged, left out: {run}/checkpoints/4: metrics/' in output
