@@ -6,18 +6,16 @@ from typing import Any
 
 from jaxtune.data import formats, holdout
 from jaxtune.data.cache import prepared_tokens
-from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all
-from jaxtune.data.records import open_records
+from jaxtune.data.examples import ExampleRows, Examples, Source, encode_all, first_record
 from jaxtune.data.spec import DataSpec
 
 
 def holds_conversations(data: DataSpec, split: str) -> bool:
     """Whether a source holds conversations where texts are expected: by its format, or its first record's fields."""
-    path, key = data.path(split), holdout.key_of(data, split)
-    if data.format != 'auto' or path == 'python-stdlib' or prepared_tokens(path, key) is not None:
+    if data.format != 'auto' or prepared_tokens(data.path(split), holdout.key_of(data, split)) is not None:
         return data.format in formats.CHATS
-    _, record = next(iter(open_records(path, key, None, data.text_key)), ('', None))
-    return isinstance(record, dict) and formats.detect(record) in formats.CHATS and data.text_key not in record
+    record = first_record(data, split)
+    return formats.detect(record) in formats.CHATS and data.text_key not in record
 
 
 def rows_of(data: DataSpec, split: str, tokenizer: Any, cache: pathlib.Path, train_on: str = 'all') -> ExampleRows:

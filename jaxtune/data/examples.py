@@ -166,13 +166,19 @@ def is_text(data: DataSpec, split: str) -> bool:
     """
     if data.format != 'auto' or not data.label:
         return data.format == 'text'
-    path, key = data.path(split), holdout.key_of(data, split)
-    if prepared_tokens(path, key) is not None:
+    if prepared_tokens(data.path(split), holdout.key_of(data, split)) is not None:
         return True
+    record = first_record(data, split)
+    return formats.detect(record) is None and data.text_key in record
+
+
+def first_record(data: DataSpec, split: str) -> dict[str, Any]:
+    """The first record of a source; {} where it is no object, and for `python-stdlib`, which has no fields."""
+    path = data.path(split)
     if path == 'python-stdlib':
-        return False
-    _, record = next(iter(open_records(path, key, None, data.text_key)), ('', None))
-    return formats.detect(record) is None and isinstance(record, dict) and data.text_key in record
+        return {}
+    _, record = next(iter(open_records(path, holdout.key_of(data, split), None, data.text_key)), ('', None))
+    return record if isinstance(record, dict) else {}
 
 
 def recordwise(name: str, suits: tuple[str, ...]) -> holdout.Recordwise:
