@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtune.models import Family, kv_cache
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import KernelLog, attention
-from jaxtune.models.decoder_families import IGNORED, DecoderConfig, decoder_config
+from jaxtune.models.decoder_config import IGNORED, DecoderConfig, decoder_config
 from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, rematerialised
 from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt

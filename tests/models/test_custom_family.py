@@ -23,7 +23,7 @@ STEPS = 60
 # Llama, but for the name of the norm's epsilon and the names of its tensors.
 SOURCE = """
 from jaxtune.models import Family
-from jaxtune.models.decoder_families import LLAMA_MODULES, llama_like
+from jaxtune.models.decoder_config import LLAMA_MODULES, llama_like
 
 FIELDS = {
     'vocab_size': 512, 'hidden_size': 64, 'intermediate_size': 128, 'num_hidden_layers': 2, 'num_attention_heads': 4,

@@ -19,7 +19,7 @@ from model_cases import CASES
 from jaxtune import models
 from jaxtune.errors import UserError
 from jaxtune.models import kv_cache
-from jaxtune.models.decoder_families import decoder_config
+from jaxtune.models.decoder_config import decoder_config
 from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh, match_rules
 
