@@ -104,8 +104,8 @@ def torch_logits(model, kind):
         return model(**inputs).logits.numpy()
 
 
-def assert_same(ours, expected):
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+def assert_same(ours, expected, tolerance=2e-5):
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def adapted(folder, kind, path, targets=(), whole=(), **settings):
@@ -248,7 +248,8 @@ def test_what_pissa_and_olora_took_off_the_base_is_taken_off_again(bases, tmp_pa
         again = theirs.PeftModel.from_pretrained(torch_base(base, 'llama'), tmp_path / init).eval()
         _, parts = opened(base, 'llama', tmp_path / init)
         ours = logits(parts.model, parts.params, 'llama')
-        assert_same(ours, torch_logits(again, 'llama'))
+        # Each side decomposes the base by itself, in float32 and by another LAPACK.
+        assert_same(ours, torch_logits(again, 'llama'), tolerance=1e-4)
         with pytest.raises(UserError, match=r'method.name=qlora'):
             opened(base, 'llama', tmp_path / init, method__name='qlora', task='train')
 
