@@ -20,6 +20,7 @@ FLAGS = {
     'adapter': ('', 'an adapter folder, or the workdir that holds one; several, with commas, to switch between'),
     'template': ('auto', "the model's own chat template (auto), a name such as chatml, or a Jinja text"),
     'template_args': ('', 'what else the template is given, as JSON: {"enable_thinking": false}'),
+    'model_config': ('', 'Hugging Face config fields over those of the model, as JSON'),
     'system': ('', 'a system prompt'),
     'temperature': (0.7, 'sampling temperature; 0 = greedy'),
     'top_p': (0.95, 'nucleus sampling: from the most likely tokens of this total probability'),
@@ -186,11 +187,12 @@ def _config(values: flags.FlagValues) -> ConfigDict:
     names |= {name: f'generate.{name}' for name in ('temperature', 'top_p', 'top_k', 'max_new_tokens')}
     keys = {key: getattr(values, name) for name, key in names.items()}
     keys |= {'task': 'generate', 'model.param_dtype': values.dtype, 'model.compute_dtype': values.dtype}
-    if values.template_args:
-        try:
-            keys['data.template_args'] = json.loads(values.template_args)
-        except ValueError as error:
-            raise UserError(f'--template_args={values.template_args}: expected JSON: {error}') from None
+    for flag, key in (('template_args', 'data.template_args'), ('model_config', 'model.config')):
+        if value := getattr(values, flag):
+            try:
+                keys[key] = json.loads(value)
+            except ValueError as error:
+                raise UserError(f'--{flag}={value}: expected JSON: {error}') from None
     recipes.apply_overrides(config, keys)
     return config
 

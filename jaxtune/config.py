@@ -12,6 +12,7 @@ from jaxtune.common.checks import (
     integer,
     layers,
     names,
+    names_if_any,
     number,
     one_of,
     path,
@@ -68,7 +69,9 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     ),
     'seed': Key(0, integer(0, high=2**32 - 1), 'seed of initialisation, data order and sampling'),
     'model.path': Key('', path, 'a Hugging Face folder, a hub id, a jaxtune workdir, @STAGE; empty = from scratch'),
-    'model.config': OpenSubtree('from scratch: Hugging Face config fields, including model_type'),
+    'model.config': OpenSubtree(
+        "Hugging Face config fields: from scratch with model_type; with model.path, over its config.json's"
+    ),
     'model.family': Key('', text, 'module:NAME of your own Family, for a model_type that is not shipped'),
     'model.param_dtype': Key('float32', _dtype, 'dtype of the weights; norms, biases and optimizer state stay float32'),
     'model.compute_dtype': Key('float32', _dtype, 'dtype of activations and matrix products'),
@@ -124,6 +127,11 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'method.targets': Key(
         'all-linear', names, "LoRA: target modules: 'all-linear', Hugging Face module names, or both"
     ),
+    'method.also_train': Key(
+        '',
+        names_if_any,
+        'modules that train whole beside what the method adds, by Hugging Face names such as gate,lm_head',
+    ),
     'method.layers': Key('all', layers, "LoRA: layers to adapt: 'all' or a range such as 4:8"),
     'method.rslora': Key(False, boolean, 'LoRA: scale by alpha / sqrt(rank) (rsLoRA)'),
     'method.dora': Key(False, boolean, 'LoRA: train magnitudes and directions separately (DoRA)'),
@@ -135,6 +143,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'method.path': Key(
         '', path_list, 'adapter folder or workdir to start from; generate: several, separated by commas'
     ),
+    'method.share_experts': Key(False, boolean, 'LoRA: one update for all experts of a layer, not one for each'),
     'method.block_size': Key(64, integer(16, high=_WIDE), 'NF4: block size, the number of weights that share a scale'),
     'method.double_quant': Key(True, boolean, 'NF4: double quantisation, of the scales too'),
     'method.bottleneck': Key(64, integer(1, high=_WIDE), 'adapter: bottleneck width'),
@@ -279,6 +288,11 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'eval.every': Key(0, integer(0), 'updates between evaluations; 0 = only at the end'),
     'eval.batches': Key(0, integer(0), 'maximum number of batches per evaluation, of each source; 0 = all'),
     'eval.batch_size': Key(0, integer(0, high=_WIDE), 'sequences per batch; 0 = as in a training micro-batch'),
+    'eval.by_position': Key(
+        0,
+        integer(0, high=2**12),
+        'causal_lm, sft: loss by position in a document, in so many equal buckets of data.seq_len; 0 = off',
+    ),
     'eval.patience': Key(0, integer(0), 'early stopping: evaluations without improvement; 0 = off'),
     'eval.samples': Key(
         0, integer(0, high=_WIDE), 'held-out prompts to sample before and after training, for the report; 0 = off'
@@ -319,10 +333,18 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'rl.gamma': Key(1.0, number(0, 1), 'ppo: discount factor'),
     'rl.gae_lambda': Key(0.95, number(0, 1), 'ppo: lambda of generalised advantage estimation'),
     'rl.missing_eos_penalty': Key(0.0, number(0), 'penalty on the reward of completions cut at max_new_tokens'),
+    'moe.aux_loss': Key(
+        'auto',
+        number(0, None, 'auto'),
+        "weight of the experts' load-balancing loss; auto = the config's router_aux_loss_coef if output_router_logits",
+    ),
+    'moe.z_loss': Key(0.0, number(0), "weight of the z-loss of the routers' logits"),
+    'moe.bias_rate': Key(0.0, number(0), 'step of the bias that evens out experts without a loss (DeepSeek-V3)'),
     'mesh.data': Key(-1, axis_size, 'data parallelism: copies of the model'),
     'mesh.fsdp': Key(1, axis_size, 'fully sharded data parallelism: parameters and rows are sharded'),
     'mesh.tensor': Key(1, axis_size, 'tensor parallelism: heads and widths are sharded'),
     'mesh.sequence': Key(1, axis_size, 'sequence parallelism: length is sharded'),
+    'mesh.expert': Key(1, axis_size, 'expert parallelism: experts are sharded, and rows'),
     'compile.topology': Key(
         '', text, 'hardware to compile for without having it: v5e:16x16, v5p:2x2x1, cuda:h200x8, …'
     ),

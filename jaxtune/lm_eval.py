@@ -24,7 +24,7 @@ from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 from jaxtune.generation.sampling import Sampling, pad_prompts, sample
 from jaxtune.models import Model
-from jaxtune.parallel import make_mesh, place_all
+from jaxtune.parallel import batch_shards, make_mesh, place_all
 from jaxtune.pretrained.load import load_model
 from jaxtune.recipe import recipes
 from jaxtune.tasks import specs
@@ -86,7 +86,7 @@ class JaxtuneLM(TemplateLM):
             raise UserError(f'path={path}: {bundle.model.architecture} writes no text; expected a decoder')
         self.model, self.params, self.tokenizer = bundle.model, bundle.params, bundle.tokenizer
         self.stop_ids = bundle.end_ids
-        per = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+        per = batch_shards(self.mesh)
         self.batch_size = -(-(8 if batch_size == 'auto' else int(batch_size)) // per) * per
         self.max_length = int(max_length or min(self.model.config.max_positions or _LONGEST, 2**20))
         self.key = jax.random.key(int(seed))

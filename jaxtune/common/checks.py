@@ -193,6 +193,11 @@ def names(value: Any) -> str | tuple[str, ...]:
     return tuple(value)
 
 
+def names_if_any(value: Any) -> str | tuple[str, ...]:
+    """As `names`, or none of them."""
+    return names(value) if value else ''
+
+
 def described(value: Any) -> tuple[tuple[str, str], ...]:
     """Names with descriptions: a text with commas, several names, or a mapping; as pairs, '' where there is none."""
     expected = "names such as '<a>,<b>' or ('<a>', '<b>'), or a mapping of each to a description; each once"

@@ -29,7 +29,7 @@ _STDDEV = 1e-2  # Houlsby et al., section 2.1
 def init(params: Any, model: Model, settings: Settings, rng: jax.Array, tokenizer: Any = None) -> Any:
     """The tree with adapters in every block that `method.layers` does not leave out."""
     leaves = leaf_paths(params)
-    ending = '/mlp/down_proj/kernel'
+    ending = '/self_attn/o_proj/kernel'
     for path in [path for path in leaves if path.endswith(ending)]:
         block, (*stack, _, width) = path.removesuffix(ending), leaves[path].shape
         for name in _names(leaves, block, settings.placement):
@@ -76,7 +76,7 @@ def _check_bottlenecks(folder: pathlib.Path, added: Mapping[str, np.ndarray], mo
             raise peft.wrong_base(folder, f'{path} is no part of an adapter')
     for adapter in sorted({path.rsplit('/', 2)[0] for path in added}):
         block = adapter.rsplit('/', 1)[0]
-        kernel = shapes.get(f'{block}/mlp/down_proj/kernel')
+        kernel = shapes.get(f'{block}/self_attn/o_proj/kernel')
         if kernel is None:
             raise peft.wrong_base(folder, f'this model has no {block}')
         (*stack, _, width), size = kernel.shape, added.get(f'{adapter}/down/bias', np.zeros(0)).shape[-1]

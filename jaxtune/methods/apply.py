@@ -8,12 +8,13 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.methods import BoundMethod, Method
+from jaxtune.errors import UserError
+from jaxtune.methods import BoundMethod, Method, targets
 from jaxtune.models import value_head
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
-from jaxtune.weights import Codec, tree
+from jaxtune.weights import Codec, is_weight, tree
 
 # Rows of added tokens train with every method that leaves the table beside them frozen.
 _NEW_ROWS = re.compile(r'(^|/)(kernel|embedding)/rows$')
@@ -23,9 +24,33 @@ _TASK_HEADS = ('classifier', 'score', value_head.NAME)
 
 
 def codecs(method: BoundMethod, model: Model, fresh: frozenset[str] = frozenset()) -> dict[str, Codec]:
-    """How a method stores kernels: path -> codec, but for weights that the folder lacks."""
-    chosen = method.method.codecs(model, method.settings)
-    return {path: codec for path, codec in chosen.items() if path not in fresh}
+    """How a method stores kernels: path -> codec, but for weights that the folder lacks, or that train whole."""
+    chosen, plain = method.method.codecs(model, method.settings), fresh | also_trained(method, model)
+    return {path: codec for path, codec in chosen.items() if path not in plain}
+
+
+def also_trained(method: BoundMethod, model: Model) -> frozenset[str]:
+    """Paths of the model's own leaves that the recipe lets train whole beside what the method adds.
+
+    Raises:
+      UserError: `method.also_train` names what is not there.
+    """
+    if method.method.name == 'full':
+        return frozenset()
+    return targets.whole(model, method.settings.also_train)
+
+
+def check_also_trained(params: Any, model: Model, also: frozenset[str], adapter: str) -> None:
+    """Refuses to train whole what an adapter changes in its own way.
+
+    Raises:
+      UserError: names the module.
+    """
+    leaves = leaf_paths(params)
+    for path in sorted(also):
+        if is_weight(leaves[path]):
+            name = model.tensors[path].name.removesuffix('.weight').replace('{}', '*')
+            raise UserError(f'method.also_train: {name} is adapted by method.path={adapter}; expected other modules')
 
 
 def encoded(params: Any, chosen: Mapping[str, Codec]) -> Any:
@@ -72,7 +97,9 @@ def begin(method: BoundMethod, model: Model, params: Any, fresh: frozenset[str],
     leaves = leaf_paths(params)
     pretrained = tree.nested({path: leaf for path, leaf in leaves.items() if path not in fresh})
     tuned = leaf_paths(method.method.init(pretrained, model, method.settings, rng, tokenizer))
-    return tree.nested(tuned | {path: leaf for path, leaf in leaves.items() if path in fresh})
+    # Targeted or not: what trains whole gets nothing beside it.
+    plain = fresh | also_trained(method, model)
+    return tree.nested(tuned | {path: leaf for path, leaf in leaves.items() if path in plain})
 
 
 def partition(method: Method, params: Any, fresh: frozenset[str]) -> tuple[Any, Any]:

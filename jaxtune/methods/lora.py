@@ -9,6 +9,7 @@ Which weights get factors, and their beginnings; the forward pass is that of the
 """
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -55,12 +56,27 @@ def init(params: Any, model: Model, settings: Settings, rng: jax.Array, tokenize
     for path, numbers in select_targets.select(model, settings.targets, settings.layers).items():
         if path not in leaves:  # such as a head that trains whole
             continue
-        leaves[path] = _wrap(path, leaves[path], [names[path][i] for i in numbers], numbers, settings, rng)
+        layers = select_targets.of_layers(model, path, names[path])
+        leaves[path] = _wrap(path, leaves[path], [layers[i] for i in numbers], numbers, settings, rng)
     return nested(leaves)
 
 
-def _wrap(path: str, base: Any, names: list[str], numbers: tuple[int, ...], settings: Settings, rng: jax.Array) -> LoRA:
+def _wrap(
+    path: str, base: Any, layers_names: list[tuple[str, ...]], numbers: tuple[int, ...], settings: Settings, rng: Any
+) -> LoRA:
     stack, (inputs, outputs) = base.shape[:-2], base.shape[-2:]
+    shared = len(stack) > 1 and settings.share_experts
+    if shared and (settings.dora or settings.init != 'default'):
+        raise UserError('method.share_experts=True: expected method.dora=False, method.init=default')
+    if settings.dora and len(stack) > 1 and len(layers_names[0]) == 1:
+        raise UserError(
+            f'method.dora=True: {layers_names[0][0]} holds all experts of a layer, of which PEFT has no DoRA; '
+            'expected method.dora=False, or other method.targets'
+        )
+    # Experts that lie in one tensor have one name.
+    each = stack[1:] if not shared else ()
+    named = [name for layer in layers_names for name in (layer[:1] if shared else layer)]
+    names = [name for name in named for _ in range(math.prod((len(numbers), *each)) // len(named))]
     ranks = [rank_of(name, settings) for name in names]
     for name, rank in zip(names, ranks, strict=True):
         if not 1 <= rank <= min(inputs, outputs):
@@ -69,13 +85,12 @@ def _wrap(path: str, base: Any, names: list[str], numbers: tuple[int, ...], sett
             )
     scales = [scale_of(rank, settings) for rank in ranks]
     layers = numbers if stack and len(numbers) < stack[0] else None
-    count, rank = stack and (len(numbers),), max(ranks)
+    count, rank = stack and (len(numbers), *each), max(ranks)
     embedding = path.endswith('embedding')
     if embedding and (settings.dora or settings.init != 'default'):
         raise UserError(f'method.targets: {names[0]} is an embedding; expected method.dora=False, method.init=default')
 
-    keep = np.arange(rank) < np.asarray(ranks)[:, None]  # [layers, rank]
-    keep = keep if stack else keep[0]
+    keep = np.arange(rank) < np.reshape(ranks, (*count, 1))  # [*layers, rank]
     key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
     if embedding:  # as PEFT: the looked-up rows begin at zero, not the product's second factor
         a = jnp.zeros((*count, inputs, rank), jnp.float32)
@@ -84,8 +99,8 @@ def _wrap(path: str, base: Any, names: list[str], numbers: tuple[int, ...], sett
         bound = inputs**-0.5  # torch's kaiming_uniform with a = sqrt(5)
         a = jax.random.uniform(key, (*count, inputs, rank), jnp.float32, -bound, bound) * keep[..., None, :]
         b = jnp.zeros((*count, rank, outputs), jnp.float32)
-    scale = jnp.asarray(scales if stack else scales[0], jnp.float32)
-    leaf = LoRA(base, a, b, scale, dropout=settings.dropout, layers=layers)
+    scale = jnp.reshape(jnp.asarray(scales, jnp.float32), count)
+    leaf = LoRA(base, a, b, scale, dropout=settings.dropout, layers=layers, shared=shared)
     if settings.dora:
         wide = chosen_layers(materialise(base), layers)
         return dataclasses.replace(leaf, magnitude=jnp.sqrt(jnp.square(wide.astype(jnp.float32)).sum(-2)))
@@ -99,7 +114,7 @@ def rank_of(name: str, settings: Settings) -> int:
     """The rank of a module: that of the first pattern which its name ends with, else `method.rank`."""
     for pair in filter(None, settings.ranks.split(',')):
         pattern, _, rank = pair.partition('=')
-        if re.fullmatch(rf'(.*\.)?({pattern})', name):
+        if any(re.fullmatch(rf'(.*\.)?({pattern})', form) for form in select_targets.forms(name)):
             return int(rank)
     return settings.rank
 

@@ -20,6 +20,7 @@ from jaxtune.common.io import replace_folder
 from jaxtune.common.jsonfile import read_object
 from jaxtune.errors import UserError, shown
 from jaxtune.methods import METHODS, AdapterArrays, Attach, Method, peft_fields, peft_tied, peft_tokens
+from jaxtune.methods.peft_experts import current
 from jaxtune.models.hf import not_finite
 from jaxtune.models.model import Model, leaf_paths
 from jaxtune.models.safetensors import Entry, read_header, write_file
@@ -27,6 +28,7 @@ from jaxtune.weights.tree import nested
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 NAME_PREFIX = 'base_model.model.'
+PROMPT_PREFIX = 'base_model.'  # of methods that wrap no module
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:
@@ -170,19 +172,40 @@ def float_values(entry: Entry) -> np.ndarray:
 
 def whole_leaves(folder: pathlib.Path, saved: Mapping[str, Entry], model: Model) -> dict[str, np.ndarray]:
     """Leaves of the model itself that an adapter brings along."""
-    single = {path: tensor for path, tensor in model.tensors.items() if not tensor.stacked}
-    names = {name: path for path, tensor in single.items() for name in (*tensor.others, tensor.name)}
-    names |= {tensor.name: path for path, tensor in single.items()}
-    leaves = {}
+    shapes, places = leaf_paths(model.shapes), _places(model)
+    found: dict[str, dict[int, np.ndarray]] = {}
     for name, entry in saved.items():
-        path = names.get(name)
-        if path is None:
+        where = places.get(name) or places.get(f'{model.base_prefix}{name}')
+        if where is None:
             raise wrong_base(folder, f'it holds {name}, which this model does not have')
+        path, at = where
         value = float_values(entry)
-        leaves[path] = value.T if model.tensors[path].transposed else value
-        if leaves[path].shape != leaf_paths(model.shapes)[path].shape:
+        if value.shape != model.tensors[path].shape(shapes[path].shape):
             raise wrong_base(folder, f'{name} is {list(value.shape)} in the adapter')
+        found.setdefault(path, {})[at] = value.T if model.tensors[path].transposed else value
+    leaves = {}
+    for path, parts in found.items():
+        names = model.tensors[path].names(shapes[path].shape)
+        if lacking := set(range(len(names))) - set(parts):
+            raise UserError(
+                f'{folder}: holds {names[min(parts)]} and not {names[min(lacking)]}; expected a module whole in all '
+                'layers, or in none'
+            )
+        leaves[path] = np.stack([parts[i] for i in sorted(parts)]).reshape(shapes[path].shape)
     return leaves
+
+
+def _places(model: Model) -> dict[str, tuple[str, int]]:
+    """Name of every tensor of a folder, also as `transformers` has it now -> its path and its number in the stack."""
+    shapes, places = leaf_paths(model.shapes), {}
+    for path, tensor in model.tensors.items():
+        named = [tensor.names(shapes[path].shape, other) for other in tensor.others]
+        own = tensor.names(shapes[path].shape)
+        for names in (*named, [current(name, model) for name in own]):
+            for i, name in enumerate(names):
+                places.setdefault(name, (path, i))
+        places |= {name: (path, i) for i, name in enumerate(own)}
+    return places
 
 
 def own_arrays(folder: pathlib.Path, entries: Mapping[str, Entry], mark: str, model: Model) -> AdapterArrays:
@@ -235,14 +258,20 @@ def _task_type(model: Model) -> str | None:
     return {'decoder': 'CAUSAL_LM', 'encdec': 'SEQ_2_SEQ_LM'}.get(model.kind)
 
 
-def whole_tensors(leaves: Mapping[str, Any], whole: Iterable[str], model: Model) -> dict[str, np.ndarray]:
+def whole_tensors(
+    leaves: Mapping[str, Any], whole: Iterable[str], model: Model, prefix: str = NAME_PREFIX
+) -> dict[str, np.ndarray]:
     """Tensors of leaves that were trained whole, by PEFT's names."""
     tensors = {}
     for path in whole:
         value, tensor = host_array(leaves[path]), model.tensors[path]
-        for place in peft_tied.places(model, path, tensor.name.rpartition('.')[0]):
-            name = f'{place.name}.{tensor.name.rpartition(".")[2]}'
-            tensors[NAME_PREFIX + name] = value.T if tensor.transposed else value
+        names, shape = tensor.names(value.shape), tensor.shape(value.shape)
+        stack = value.reshape(-1, *value.shape[tensor.stacked :])
+        for name, one in zip(names, stack, strict=True):
+            module, _, part = name.rpartition('.')
+            for place in peft_tied.places(model, path, module):
+                owned = one.T if tensor.transposed else one
+                tensors[f'{prefix}{current(place.name, model)}.{part}'] = owned.reshape(shape)
     return tensors
 
 
@@ -252,9 +281,9 @@ def token_rows(leaves: Mapping[str, Any], model: Model) -> tuple[dict[str, Any],
     return fields, {NAME_PREFIX + name: host_array(leaf) for name, leaf in rows.items()}
 
 
-def modules_to_save(tensors: Mapping[str, Any]) -> list[str]:
+def modules_to_save(tensors: Mapping[str, Any], prefix: str = NAME_PREFIX) -> list[str]:
     """Modules that PEFT must keep whole: `classifier` for all that is in it."""
-    names = {name.removeprefix(NAME_PREFIX).rsplit('.', 1)[0] for name in tensors}
+    names = {name.removeprefix(prefix).rsplit('.', 1)[0] for name in tensors}
     return sorted({'classifier' if name.startswith('classifier') else name for name in names})
 
 

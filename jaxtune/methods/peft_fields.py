@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.common import checks
-from jaxtune.common.jsonfile import ids_by_name, numbers_by_name
+from jaxtune.common.jsonfile import ids_by_name, numbers_by_name, texts
 from jaxtune.errors import UserError, shown
 
 # What fields must be where they are there and not null, and those that there must be.
@@ -20,6 +20,7 @@ FIELDS = {
     'peft_type': checks.text,
     'r': checks.integer(1),
     'rank_pattern': numbers_by_name,
+    'target_parameters': texts,
     'trainable_token_indices': ids_by_name,
     'use_dora': checks.boolean,
     'use_rslora': checks.boolean,
@@ -28,14 +29,14 @@ NEEDED = {'LORA': ('lora_alpha',), 'PROMPT_TUNING': ('num_virtual_tokens',)}
 # Fields of PEFT's LoRA that change what is computed and are not built here; each is fine while it is empty.
 _UNSUPPORTED = (
     'alora_invocation_tokens', 'arrow_config', 'kasa_config', 'layer_replication', 'lora_bias', 'megatron_config',
-    'monteclora_config', 'target_parameters', 'use_bdlora', 'use_qalora',
+    'monteclora_config', 'use_bdlora', 'use_qalora',
 )  # fmt: skip
 # Those that are read, and those that say how an adapter was made or trained: its tensors say what came of it.
 _KNOWN = (
     'alpha_pattern', 'auto_mapping', 'corda_config', 'ensure_weight_tying', 'eva_config', 'exclude_modules',
     'fan_in_fan_out', 'inference_mode', 'init_lora_weights', 'layers_pattern', 'layers_to_transform', 'loftq_config',
-    'lora_ga_config', 'modules_to_save', 'rank_pattern', 'runtime_config', 'target_modules', 'use_dora', 'use_rslora',
-    'trainable_token_indices', 'velora_config',
+    'lora_ga_config', 'modules_to_save', 'rank_pattern', 'runtime_config', 'target_modules', 'target_parameters',
+    'trainable_token_indices', 'use_dora', 'use_rslora', 'velora_config',
 )  # fmt: skip
 # How factors may have begun so that the base stays as it is, or that its rest can be made again from it.
 _BEGINNINGS = (True, False, None, 'eva', 'gaussian', 'mica', 'olora', 'orthogonal', 'pissa')

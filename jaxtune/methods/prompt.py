@@ -38,7 +38,8 @@ def init(params: Any, model: Model, settings: Settings, rng: jax.Array, tokenize
         return _with_prefix(params, model, chosen, rng)
     leaves = leaf_paths(params)
     table = leaves['shared/embedding' if model.kind == 'encdec' else 'embed_tokens/embedding']
-    return nested(leaves | {'prompt/embedding': lookup(table, chosen, jnp.float32)})
+    scale = getattr(model.config, 'embed_scale', None) or 1.0
+    return nested(leaves | {'prompt/embedding': scale * lookup(table, chosen, jnp.float32)})
 
 
 def _with_prefix(params: Any, model: Model, tokens: jax.Array, rng: jax.Array) -> Any:
@@ -52,14 +53,33 @@ def _with_prefix(params: Any, model: Model, tokens: jax.Array, rng: jax.Array) -
     if model.kind == 'decoder':
         read = model.apply(params, {'tokens': tokens[None]}, cache=model.init_cache(1, count)).cache
         assert read is not None  # a cache was handed in
-        added = {f'layers/self_attn/prefix/{name}': read[name][:, 0].swapaxes(1, 2) for name in ('k', 'v')}
-        return nested(leaves | {path: leaf.astype(jnp.float32) for path, leaf in added.items()})
+        k, v = (read[name][:, 0].swapaxes(1, 2).astype(jnp.float32) for name in 'kv')
+        return nested(leaves | _by_stacks(model, k, v))
     for path in [path for path in leaves if path.endswith('_attn/o_proj/kernel')]:
         layer, stack = path.removesuffix('/o_proj/kernel'), leaves[path].shape[:-2]
         for name in ('k', 'v'):
             key = jax.random.fold_in(rng, zlib.crc32(f'{layer}/{name}'.encode()))
             leaves[f'{layer}/prefix/{name}'] = _STDDEV * jax.random.normal(key, (*stack, *heads), jnp.float32)
     return nested(leaves)
+
+
+def _by_stacks(model: Model, k: Any, v: Any) -> dict[str, Any]:
+    """A decoder's prefixes `[layers, virtual, kv_heads, head_dim]` by their paths."""
+    return {
+        f'{stack.name}/self_attn/prefix/{name}': part[np.asarray(stack.numbers)]
+        for stack in model.config.stacks
+        for name, part in (('k', k), ('v', v))
+    }
+
+
+def _of_all_layers(model: Model, leaves: dict[str, Any]) -> np.ndarray:
+    """Undoes `_by_stacks`: `[2, layers, virtual, kv_heads, head_dim]`."""
+    order = np.argsort([number for stack in model.config.stacks for number in stack.numbers])
+    both = []
+    for name in 'kv':
+        parts = [peft.host_array(leaves[f'{stack.name}/self_attn/prefix/{name}']) for stack in model.config.stacks]
+        both.append(np.concatenate(parts)[order])
+    return np.stack(both)
 
 
 def trains(path: str) -> bool:
@@ -94,14 +114,14 @@ def read_prefix(
             folder, f'its keys and values are {flat.shape[1]} numbers a token, this model has {np.prod(shape)}'
         )
     k, v = flat.reshape(-1, *shape).transpose(2, 1, 0, 3, 4)  # each [layers, virtual, kv_heads, head_dim]
-    return peft.put_in, AdapterArrays({'layers/self_attn/prefix/k': k, 'layers/self_attn/prefix/v': v}, whole)
+    return peft.put_in, AdapterArrays(_by_stacks(model, k, v), whole)
 
 
 def _prompt_embeddings(
     folder: pathlib.Path, entries: Mapping[str, Entry], model: Model
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """What PEFT's prompt methods store, `[virtual, ...]`, and the leaves of the model beside it."""
-    rest = dict(entries)
+    rest = {name.removeprefix(peft.PROMPT_PREFIX): entry for name, entry in entries.items()}
     if 'prompt_embeddings' not in rest:
         raise UserError(f'{folder}/{peft.WEIGHTS}: expected prompt_embeddings')
     return peft.float_values(rest.pop('prompt_embeddings')), peft.whole_leaves(folder, rest, model)
@@ -111,6 +131,7 @@ def read_own_prefix(
     folder: pathlib.Path, config: Mapping[str, Any], entries: Mapping[str, Entry], model: Model
 ) -> tuple[Attach, AdapterArrays]:
     """Reads an adapter of prefixes under this tree's own names; see `peft.reader`."""
+    entries = {name.removeprefix(peft.PROMPT_PREFIX): entry for name, entry in entries.items()}
     arrays = peft.own_arrays(folder, entries, '/prefix/', model)
     _check_prefixes(folder, arrays.added, model)
     return peft.put_in, arrays
@@ -129,15 +150,16 @@ def save(
 ) -> None:
     """Writes a tree's prompt as PEFT's prompt tuning, or its prefixes; arguments as for `lora_peft.save`."""
     leaves = leaf_paths(params)
-    saved = peft.whole_tensors(leaves, whole, model)
-    fields = {'num_transformer_submodules': 1, 'modules_to_save': peft.modules_to_save(saved) or None}
+    saved = peft.whole_tensors(leaves, whole, model, peft.PROMPT_PREFIX)
+    fields: dict[str, Any] = {'num_transformer_submodules': 1}
+    fields['modules_to_save'] = peft.modules_to_save(saved, peft.PROMPT_PREFIX) or None
     if 'prompt/embedding' in leaves:
         prompt = peft.host_array(leaves['prompt/embedding'])
         fields |= {'peft_type': 'PROMPT_TUNING', 'prompt_tuning_init': 'RANDOM', 'token_dim': prompt.shape[1]}
         fields['num_attention_heads'] = model.config.num_heads
         fields['num_layers'] = getattr(model.config, 'num_decoder_layers', model.config.num_layers)
     elif model.kind == 'decoder':
-        both = np.stack([peft.host_array(leaves[f'layers/self_attn/prefix/{name}']) for name in ('k', 'v')])
+        both = _of_all_layers(model, leaves)
         _, layers, count, heads, head_dim = both.shape
         prompt = both.transpose(2, 1, 0, 3, 4).reshape(count, -1)
         fields |= {'peft_type': 'PREFIX_TUNING', 'prefix_projection': False, 'token_dim': heads * head_dim}

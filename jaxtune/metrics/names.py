@@ -4,6 +4,7 @@ The last part of a name decides: `eval/reward` and `ppo/reward` are both `reward
 own metrics along: `run.json` may hold `titles`, name -> words, which win over those here.
 """
 
+import re
 from collections.abc import Collection, Mapping
 
 TITLES: Mapping[str, str] = {
@@ -20,6 +21,10 @@ TITLES: Mapping[str, str] = {
     'reward_std': 'Spread of the rewards',
     'explained_variance': 'Share of the returns foreseen',
     'frac_reward_zero_std': 'Groups with nothing to tell apart',
+    'busiest_expert': 'Load of the busiest expert, 1 = even',
+    'router_entropy': 'Entropy of the load of experts, 1 = even',
+    'router_aux_loss': 'Load-balancing loss',
+    'router_z_loss': 'Z-loss of the router',
     # Names in the files of earlier versions.
     'ended': 'Answers that came to an end',
     'value_explained': 'Share of the returns foreseen',
@@ -36,6 +41,12 @@ HIGHER_IS_BETTER = ('accuracy', 'reward', 'bleu', 'f1', 'exact_match', 'margin')
 def source_of(name: str) -> str:
     """The label of the source that a held-out loss is of, `eval/loss/LABEL`; '' for other metrics."""
     return name.removeprefix('eval/loss/') if name.startswith('eval/loss/') else ''
+
+
+def positions_of(name: str) -> tuple[int, int] | None:
+    """First and last position of the bucket that a metric is of, `eval/loss_by_position/LOW-HIGH`; None for others."""
+    match = re.fullmatch(r'eval/\w+_by_position/(\d+)-(\d+)', name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def title(name: str, titles: Mapping[str, str] | None = None) -> str:

@@ -42,6 +42,8 @@ class Family:
       ignored: regular expressions of tensors in a folder that are no parameters.
       fields: every config field with its default, where `transformers` has no config class for the model type; None
         reads fields and defaults from that class.
+      unlisted: fields that published folders have and the config class does not list.
+      classes: head -> its class in `transformers`, where that is not named after `architecture`.
     """
 
     model_type: str
@@ -53,6 +55,8 @@ class Family:
     transposed: bool = True
     ignored: tuple[str, ...] = ()
     fields: Mapping[str, Any] | None = None
+    unlisted: tuple[str, ...] = ()
+    classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,6 +66,8 @@ class Family:
         """The class in `transformers` of the model with a head, as `build` names heads."""
         if head == 'lm':
             return self.architecture
+        if head in self.classes:
+            return self.classes[head]
         base = re.sub('(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration)$', '', self.architecture)
         return base + _HEAD_CLASSES[head]
 
@@ -71,6 +77,7 @@ class Family:
 
 
 _DECODERS, _ENCODERS, _ENCDECS = (f'jaxtune.models.{kind}_families' for kind in KINDS)
+_MIXTURES = 'jaxtune.models.moe_families'
 
 # Hugging Face's model_type -> the family.
 FAMILIES = Registry(
@@ -79,17 +86,37 @@ FAMILIES = Registry(
     {
         'llama': f'{_DECODERS}:LLAMA',
         'mistral': f'{_DECODERS}:MISTRAL',
+        'ministral': f'{_DECODERS}:MINISTRAL',
+        'ministral3': f'{_DECODERS}:MINISTRAL3',
         'qwen2': f'{_DECODERS}:QWEN2',
         'qwen3': f'{_DECODERS}:QWEN3',
+        'gemma': f'{_DECODERS}:GEMMA',
         'gemma2': f'{_DECODERS}:GEMMA2',
+        'gemma3_text': f'{_DECODERS}:GEMMA3',
         'phi3': f'{_DECODERS}:PHI3',
         'olmo2': f'{_DECODERS}:OLMO2',
+        'olmo3': f'{_DECODERS}:OLMO3',
+        'smollm3': f'{_DECODERS}:SMOLLM3',
+        'granite': f'{_DECODERS}:GRANITE',
+        'glm4': f'{_DECODERS}:GLM4',
+        'cohere2': f'{_DECODERS}:COHERE2',
+        'starcoder2': f'{_DECODERS}:STARCODER2',
+        'exaone4': f'{_DECODERS}:EXAONE4',
         'gpt2': f'{_DECODERS}:GPT2',
+        'mixtral': f'{_MIXTURES}:MIXTRAL',
+        'qwen2_moe': f'{_MIXTURES}:QWEN2_MOE',
+        'qwen3_moe': f'{_MIXTURES}:QWEN3_MOE',
+        'olmoe': f'{_MIXTURES}:OLMOE',
+        'gpt_oss': f'{_MIXTURES}:GPT_OSS',
+        'granitemoe': f'{_MIXTURES}:GRANITEMOE',
+        'deepseek_v3': f'{_MIXTURES}:DEEPSEEK_V3',
         't5': f'{_ENCDECS}:T5',
         'mt5': f'{_ENCDECS}:MT5',
         'umt5': f'{_ENCDECS}:UMT5',
         'bert': f'{_ENCODERS}:BERT',
         'roberta': f'{_ENCODERS}:ROBERTA',
+        'xlm-roberta': f'{_ENCODERS}:XLM_ROBERTA',
+        'camembert': f'{_ENCODERS}:CAMEMBERT',
         'distilbert': f'{_ENCODERS}:DISTILBERT',
         'modernbert': f'{_ENCODERS}:MODERNBERT',
     },

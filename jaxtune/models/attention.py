@@ -13,9 +13,9 @@ from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import MASK_VALUE, SAVED_NAMES, Pattern, Places, blockwise
 from jaxtune.models.rope import Angles, rotate
-from jaxtune.parallel import axis_size, platform
+from jaxtune.parallel import BATCH_AXES, axis_size, platform
 
-__all__ = ['SAVED_NAMES', 'KernelLog', 'attention', 'visible_softmax']
+__all__ = ['MASK_VALUE', 'SAVED_NAMES', 'KernelLog', 'attention', 'visible_softmax']
 
 # Bytes of scores that the plain path holds at a time: what stays in a CPU's cache, or keeps an accelerator busy.
 _BUDGET = {'cpu': 2**21}
@@ -26,10 +26,14 @@ class KernelLog:
     """The attention kernels that the traces of one model chose, and why a fused one could not run where there are any.
 
     `models.build` makes one for each model; what traces the model's forward pass adds to it.
+
+    Attributes:
+      experts: the products that mixtures of experts chose.
     """
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}
+        self.experts: list[str] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,6 +61,7 @@ def attention(
     angles: Angles | None = None,
     softcap: float | None = None,
     window: int | jax.Array | None = None,
+    sinks: jax.Array | None = None,
     implementation: str = 'auto',
     self_attention: bool = True,
     causal: bool = True,
@@ -80,6 +85,7 @@ def attention(
         many then; None = they are turned already, or not at all.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118); None = off.
       window: sliding window in tokens (a traced int32 scalar where it differs by layer); None = off.
+      sinks: float32 `[heads]`, a score of each head that takes part in its softmax and adds nothing (gpt-oss), or None.
       implementation: `xla` (blocks, memory linear in length), `flash` (splash attention on TPU, cuDNN on GPU) or
         `auto`: flash where it can run.
       self_attention: queries and keys are the same tokens in the same order, positions rising within a segment.
@@ -115,6 +121,7 @@ def attention(
         causal=causal,
         platform=platform(),
         sequence=axis_size('sequence'),
+        sinks=sinks is not None,
     )
     name, reason = _choose(implementation, call)
     if kernels is not None:
@@ -134,7 +141,7 @@ def attention(
         q, k, angles = rotate(q, angles), rotate(k, angles), None
     function = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
     places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids, angles, angles, traced)
-    return mesh.run(lambda q, k, v, places: function(q, k, v, places, pattern), q, k, v, places)
+    return mesh.run(lambda q, k, v, places, sinks: function(q, k, v, places, pattern, sinks), q, k, v, places, sinks)
 
 
 def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
@@ -171,7 +178,7 @@ class _Division:
             axes = tuple(axis for axis in axes if axis in self.axes and mesh.shape[axis] > 1)
             return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
-        self.batch, self.length = dividing(q_shape[0], 'data', 'fsdp'), dividing(q_shape[1], 'sequence')
+        self.batch, self.length = dividing(q_shape[0], *BATCH_AXES), dividing(q_shape[1], 'sequence')
         self.heads = dividing(q_shape[2], 'tensor')
         # Fewer key heads than devices on `tensor`: each device needs the one that its query heads share.
         parts = math.prod(mesh.shape[axis] for axis in self.heads)
@@ -180,10 +187,16 @@ class _Division:
             self.heads, self.repeat = (), 1
 
     def run(
-        self, function: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, places: Places
+        self,
+        function: Callable[..., jax.Array],
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        places: Places,
+        sinks: jax.Array | None,
     ) -> jax.Array:
         if not self.axes:
-            return function(q, k, v, places)
+            return function(q, k, v, places, sinks)
         if self.repeat > 1:
             k, v = jnp.repeat(k, self.repeat, axis=2), jnp.repeat(v, self.repeat, axis=2)
         queries, keys = P(self.batch, self.length, self.heads, None), P(self.batch, None, self.heads, None)
@@ -191,6 +204,6 @@ class _Division:
         window = None if places.window is None else P()
         # Angles are divided as positions are.
         where = Places._make((q_places, k_places, q_places, k_places, q_places, k_places, window))
-        specs = (queries, keys, keys, where)
+        specs = (queries, keys, keys, where, P(self.heads or None))
         divided = jax.shard_map(function, in_specs=specs, out_specs=queries, axis_names=set(self.axes), check_vma=False)
-        return divided(q, k, v, places)
+        return divided(q, k, v, places, sinks)

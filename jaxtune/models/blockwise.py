@@ -75,7 +75,9 @@ class Places(NamedTuple):
     window: jax.Array | None = None
 
 
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern) -> jax.Array:
+def blockwise(
+    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, sinks: jax.Array | None = None
+) -> jax.Array:
     """Attention with grouped queries.
 
     Args:
@@ -84,6 +86,7 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern:
       v: like `k`.
       places: positions, segments, angles and window; segment 0 sees nothing.
       pattern: the rest.
+      sinks: float32 `[heads]`, a score of each head that takes part in its softmax and adds nothing, or None.
 
     Returns:
       `[batch, length, heads, head_dim]` in the dtype of `q`; rows that see no key are 0.
@@ -97,7 +100,7 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern:
         chex.assert_shape(positions, shape, custom_message=f'places.{name}_positions')
         chex.assert_shape(segment_ids, shape, custom_message=f'places.{name}_segment_ids')
     q, k, v = (checkpoint_name(x, f'attention_{name}') for x, name in zip((q, k, v), 'qkv', strict=True))
-    return _attention(pattern, q, k, v, places)
+    return _attention(pattern, q, k, v, sinks, places)
 
 
 def _block(length: int, row_bytes: int) -> int:
@@ -210,6 +213,7 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 def _forward_rows(
     pattern: Pattern,
     window: int | jax.Array | None,
+    sinks: jax.Array | None,
     size: int,
     q: jax.Array,
     k: jax.Array,
@@ -219,6 +223,8 @@ def _forward_rows(
     q, k, v = _laid_out(q, k, v, places)
     rows, kv_heads, groups, length, width = q.shape
     keys = k.shape[2]
+    if sinks is not None:
+        sinks = sinks.reshape(1, kv_heads, groups, 1, 1)
     outs, lses = [], []
     for low in range(0, length, size):
         high = min(length, low + size)
@@ -231,12 +237,14 @@ def _forward_rows(
         product = product.reshape(rows, kv_heads, groups, high - low, last - first)
         seen = _visible(pattern, places, window, slice(low, high), slice(first, last))
         scores, _ = _scores(pattern, product, seen)
-        largest = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST)
+        largest = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST if sinks is None else sinks)
         exps = jnp.exp(scores - largest)
         total = exps.sum(-1, keepdims=True)
+        empty = total == 0
+        if sinks is not None:
+            total = total + jnp.exp(sinks - largest)
         flat = exps.reshape(rows, kv_heads, groups * (high - low), last - first).astype(v.dtype)
         out = _dot(flat, v[:, :, first:last], (3, 2)).reshape(*total.shape[:-1], width)
-        empty = total == 0
         outs.append((out / jnp.where(empty, 1.0, total)).astype(q.dtype))
         lses.append(jnp.where(empty, -MASK_VALUE, largest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0])
     return _by_tokens(jnp.concatenate(outs, 3), None), jnp.concatenate(lses, 3)
@@ -245,6 +253,7 @@ def _forward_rows(
 def _backward_rows(
     pattern: Pattern,
     window: int | jax.Array | None,
+    sinks: jax.Array | None,
     size: int,
     q: jax.Array,
     k: jax.Array,
@@ -253,7 +262,7 @@ def _backward_rows(
     d_out: jax.Array,
     places: Places,
     lse: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     # A product with ones: XLA:CPU's own reduction of a fused product of this many dimensions is ten times slower.
     product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
     ones = jnp.ones(product.shape[-1], jnp.float32)
@@ -300,6 +309,7 @@ def _backward_rows(
         _by_tokens(d_q.astype(q.dtype), places.q_angles),
         _by_tokens(d_k, places.k_angles),
         _by_tokens(d_v, None),
+        None if sinks is None else -delta[..., 0] * jnp.exp(sinks.reshape(1, kv_heads, groups, 1) - lse),
     )
 
 
@@ -310,28 +320,35 @@ def _split_window(pattern: Pattern, places: Places) -> tuple[int | jax.Array | N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, places: Places) -> jax.Array:
-    return _forward(pattern, q, k, v, places)[0]
+def _attention(
+    pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, places: Places
+) -> jax.Array:
+    return _forward(pattern, q, k, v, sinks, places)[0]
 
 
-def _forward(pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, places: Places) -> tuple[jax.Array, tuple]:
+def _forward(
+    pattern: Pattern, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, places: Places
+) -> tuple[jax.Array, tuple]:
     window, rest = _split_window(pattern, places)
     (batch, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
     size = _block(length, heads // kv_heads * keys * 4)
-    function = functools.partial(_forward_rows, pattern, window, size)
+    function = functools.partial(_forward_rows, pattern, window, sinks, size)
     out, lse = _by_rows(pattern.rows(batch, heads * size * keys * 4), function, (q, k, v), rest)
     out, lse = checkpoint_name(out, 'attention_out'), checkpoint_name(lse, 'attention_lse')
-    return out, (q, k, v, places, out, lse)
+    return out, (q, k, v, sinks, places, out, lse)
 
 
 def _backward(pattern: Pattern, residuals: tuple, d_out: jax.Array) -> tuple:
-    q, k, v, places, out, lse = residuals
+    q, k, v, sinks, places, out, lse = residuals
     window, rest = _split_window(pattern, places)
     (batch, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
     size = _block(keys, heads // kv_heads * length * 4)
-    function = functools.partial(_backward_rows, pattern, window, size)
-    gradients = _by_rows(pattern.rows(batch, heads * size * length * 4), function, (q, k, v, out, d_out), rest, lse)
-    return (*gradients, None)
+    function = functools.partial(_backward_rows, pattern, window, sinks, size)
+    *gradients, d_sinks = _by_rows(
+        pattern.rows(batch, heads * size * length * 4), function, (q, k, v, out, d_out), rest, lse
+    )
+    # Of each row by itself, so that a row's part does not depend on how many are taken at a time.
+    return (*gradients, None if d_sinks is None else d_sinks.sum(-1).sum(0).reshape(-1), None)
 
 
 _attention.defvjp(_forward, _backward)

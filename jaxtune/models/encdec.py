@@ -245,11 +245,14 @@ class Stack(_Part):
         bias = None if c.bias_per_layer else RelativeBias(*self.same(), name='relative_bias')(buckets)
         context = context._replace(buckets=buckets, bias=bias)
         if cache is not None and kv_cache.is_divided(cache):
-            block, params = (
-                Block(*self.same(), decodes=self.decodes, parent=None),
-                self.get_variable('params', 'layers'),
-            )
-            x, cache = kv_cache.each_layer(block, params, x, cache, lambda _: jnp.int32(0), context)
+            block = Block(*self.same(), decodes=self.decodes, parent=None)
+            params = self.get_variable('params', 'layers')
+
+            def one(i: int, carry: tuple[jax.Array, kv_cache.Cache]) -> tuple[jax.Array, kv_cache.Cache]:
+                own = jax.tree.map(lambda leaf: leaf[i], params)
+                return cast(Any, block.apply({'params': own}, carry, jnp.int32(0), context))[0]
+
+            x, cache = kv_cache.each_layer(one, x, cache)
             return self.norm('norm')(x).astype(self.dtype), cache
         layers = c.num_decoder_layers if self.decodes else c.num_layers
         scanned = nn.scan(

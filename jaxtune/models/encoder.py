@@ -301,7 +301,7 @@ def _tensors(
         if module == 'lm_head' and not config.tied:
             module = 'lm_head/decoder'
         name = f'{_module(family, config, module, head)}.{"bias" if leaf == "bias" else "weight"}'
-        first = int(config.pre_norm and path.startswith('layers/'))
+        numbers = tuple(range(1, config.num_layers)) if config.pre_norm and path.startswith('layers/') else ()
         others: tuple[str, ...] = ()
         if 'LayerNorm' in name:  # as TensorFlow named them
             others = (name.removesuffix('weight').removesuffix('bias') + ('beta' if leaf == 'bias' else 'gamma'),)
@@ -311,7 +311,7 @@ def _tensors(
             others = (f'{_module(family, config, "embed_tokens", head)}.weight',)
         elif path == 'lm_head/bias':
             others = tuple(f'{_module(family, config, part, head)}.bias' for part in ('lm_head', 'lm_head/decoder'))
-        tensors[path] = Tensor(name, leaf == 'kernel' and family.transposed, first, others)
+        tensors[path] = Tensor(name, leaf == 'kernel' and family.transposed, numbers, others)
     return tensors
 
 

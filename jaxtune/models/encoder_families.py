@@ -74,6 +74,11 @@ class EncoderConfig:
     cutoff: float | None = None
     residual_init_scale: float = 1.0
 
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The rotary frequencies of both kinds of layers."""
+        return self.rope, self.local_rope
+
 
 # Heads that a folder may hold and a run may not want, and buffers of older versions.
 IGNORED = (
@@ -118,7 +123,10 @@ def bert(fields: Fields) -> EncoderConfig:
 
 
 def roberta(fields: Fields) -> EncoderConfig:
-    """RoBERTa (Liu et al. 2019, arXiv:1907.11692): positions begin after the padding's number."""
+    """RoBERTa (Liu et al. 2019, arXiv:1907.11692): positions begin after the padding's number.
+
+    XLM-R (Conneau et al. 2019, arXiv:1911.02116) and CamemBERT (Martin et al. 2019, arXiv:1911.03894) too.
+    """
     offset = fields['pad_token_id'] + 1
     if fields['max_position_embeddings'] <= offset:
         raise FieldError('max_position_embeddings', f'expected more than pad_token_id + 1 = {offset}')
@@ -260,6 +268,8 @@ _MODERNBERT_MODULES = {
 
 BERT = Family('bert', 'encoder', bert, 'BertForMaskedLM', _BERT_MODULES, 'bert.')
 ROBERTA = Family('roberta', 'encoder', roberta, 'RobertaForMaskedLM', _ROBERTA_MODULES, 'roberta.')
+XLM_ROBERTA = Family('xlm-roberta', 'encoder', roberta, 'XLMRobertaForMaskedLM', _ROBERTA_MODULES, 'roberta.')
+CAMEMBERT = Family('camembert', 'encoder', roberta, 'CamembertForMaskedLM', _ROBERTA_MODULES, 'roberta.')
 DISTILBERT = Family('distilbert', 'encoder', distilbert, 'DistilBertForMaskedLM', _DISTILBERT_MODULES, 'distilbert.')
 MODERNBERT = Family('modernbert', 'encoder', modernbert, 'ModernBertForMaskedLM', _MODERNBERT_MODULES)
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import difflib
-import functools
 import json
 import pathlib
 import re
@@ -23,8 +22,12 @@ Fields = Mapping[str, Any]
 
 # Older names of fields, which the config classes turn into today's.
 _LEGACY = ('rope_theta', 'rope_scaling', 'torch_dtype', 'num_labels', 'partial_rotary_factor')
+# Names that fields had before `transformers` 5, and that other programs look for.
+_OLDER = {'num_local_experts': 'num_experts'}
 # What every config may say, though not every class lists it.
 _COMMON = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'decoder_start_token_id', 'tie_word_embeddings')
+# Families with rotary parameters by layer type, whose older names are those of layers without a window.
+_ROPES_BY_TYPE = ('gemma3_text', 'olmo3')
 # What describes a folder rather than a model. `auto_map` names code inside a folder, which is never run.
 _DROPPED = (
     '_name_or_path',
@@ -36,6 +39,10 @@ _DROPPED = (
     'output_attentions',
 )
 
+# Models that read images too: their language model's fields are under `text_config`, of this type if it names none.
+_LANGUAGE_MODELS = {'gemma3': 'gemma3_text', 'mistral3': 'mistral'}
+# What such a folder says of both: it counts for the language model.
+_SHARED = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'tie_word_embeddings', 'id2label', 'label2id')
 
 _size, _layers, _scale = integer(1), integer(1, high=10_000), number(0)
 
@@ -55,11 +62,13 @@ _CHECKS: dict[str, Check] = {
     **dict.fromkeys(('num_attention_heads', 'num_heads', 'num_hidden_groups', 'num_key_value_heads'), _size),
     **dict.fromkeys(('relative_attention_max_distance', 'relative_attention_num_buckets', 'vocab_size'), _size),
     **dict.fromkeys(('initializer_factor', 'initializer_range', 'layer_norm_eps', 'layer_norm_epsilon'), _scale),
-    **dict.fromkeys(('norm_eps', 'rms_norm_eps'), _scale),
+    **dict.fromkeys(('norm_eps', 'norm_epsilon', 'rms_norm_eps'), _scale),
     **dict.fromkeys(('attn_logit_softcapping', 'final_logit_softcapping', 'query_pre_attn_scalar'), number(above=0)),
     **dict.fromkeys(('activation', 'activation_function', 'dense_act_fn', 'hidden_act', 'hidden_activation'), text),
     **dict.fromkeys(('bos_token_id', 'decoder_start_token_id', 'eos_token_id', 'pad_token_id'), token_ids),
+    **dict.fromkeys(('attention_multiplier', 'embedding_multiplier', 'logit_scale', 'residual_multiplier'), number()),
     'layer_types': texts,
+    'logits_scaling': number(above=0),
     'rope_parameters': _mapping,
     'type_vocab_size': integer(0),
 }
@@ -105,17 +114,26 @@ def read_fields(
     else:
         path = hub.resolve(str(source)) / 'config.json'
         given, where = folder_config(path.parent), f'{path}: '
+        given, where = _language_model(given, where)
     model_type = given.get('model_type')
     family = families.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise refuse_model_type(where, model_type, families)
-    if given.get('quantization_config'):
-        raise UserError(f'{where}quantization_config: expected a model that is not quantised')
+    if quantisation := given.pop('quantization_config', None):
+        method = quantisation.get('quant_method') if isinstance(quantisation, Mapping) else quantisation
+        if method != 'mxfp4' or isinstance(source, Mapping):  # which is read as what it stands for
+            raise UserError(
+                f'{where}quantization_config: quant_method={shown(method)}: expected a model that is not quantised, or '
+                'a folder of mxfp4'
+            )
 
     _check_rope_type(given, where)
 
-    read = _read_by_class if family.fields is None else functools.partial(_read_by_defaults, family.fields)
-    fields = read(given, where, isinstance(source, Mapping))
+    strict = isinstance(source, Mapping)
+    if family.fields is None:
+        fields = _read_by_class(given, where, strict, family.unlisted)
+    else:
+        fields = _read_by_defaults(family.fields, given, where, strict)
     for name in (*_DROPPED, *(name for name in ('id2label', 'label2id') if name not in given)):
         fields.pop(name, None)
     name = ''
@@ -141,17 +159,31 @@ def folder_config(folder: pathlib.Path) -> dict[str, Any]:
     return read_object(folder / 'config.json', {'architectures': texts, 'model_type': text}, missing)
 
 
+def _language_model(given: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    """The fields of a folder's language model, and where they are; they may be all of the folder's."""
+    model_type = given.get('model_type')
+    if not isinstance(model_type, str) or model_type not in _LANGUAGE_MODELS:
+        return given, where
+    inner = given.get('text_config') or {}
+    if not isinstance(inner, Mapping):
+        raise UserError(f'{where}text_config={shown(inner)}: expected fields by name')
+    outer = {name: given[name] for name in (*_SHARED, 'quantization_config') if given.get(name) is not None}
+    return {'model_type': _LANGUAGE_MODELS[model_type], **inner, **outer}, f'{where}text_config.'
+
+
 def _check_rope_type(given: Fields, where: str) -> None:
     """Names a rotary type that is not known here, before a config class blames what it makes of it."""
     for name in ('rope_scaling', 'rope_parameters'):
         rope = given.get(name)
-        kind = rope.get('rope_type', rope.get('type')) if isinstance(rope, Mapping) else None
-        if kind is not None and kind not in TYPES:
-            hint = " ('su' is an older name of longrope)" if kind == 'su' else ''
-            raise UserError(f'{where}{name}: type={shown(kind)}: expected one of {", ".join(TYPES)}{hint}')
+        by_layer = rope.values() if isinstance(rope, Mapping) else ()
+        for part in (rope, *by_layer):
+            kind = part.get('rope_type', part.get('type')) if isinstance(part, Mapping) else None
+            if kind is not None and kind not in TYPES:
+                hint = " ('su' is an older name of longrope)" if kind == 'su' else ''
+                raise UserError(f'{where}{name}: type={shown(kind)}: expected one of {", ".join(TYPES)}{hint}')
 
 
-def _read_by_class(given: Fields, where: str, strict: bool) -> dict[str, Any]:
+def _read_by_class(given: Fields, where: str, strict: bool, unlisted: tuple[str, ...]) -> dict[str, Any]:
     """All fields by the config class that `transformers` has for the model type; `strict` refuses others."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # slow to import
 
@@ -161,7 +193,10 @@ def _read_by_class(given: Fields, where: str, strict: bool) -> dict[str, Any]:
     config_class = CONFIG_MAPPING[model_type]
     if strict:
         names = {field.name for field in dataclasses.fields(config_class)}
-        _refuse_unknown(given, names | {*config_class.attribute_map, *_LEGACY})
+        aliases = (
+            config_class.attribute_map
+        )  # whose values need not be fields: Qwen 3's `num_experts` is kept by another
+        _refuse_unknown(given, names | {*aliases, *aliases.values(), *_LEGACY, *unlisted})
     values = _values(given)
     try:
         return config_class(**values).to_dict()
@@ -212,11 +247,14 @@ def _plain(value: Any) -> Any:
 
 
 def config_json(fields: Fields, architecture: str, dtype: str) -> str:
-    """The text of `config.json`, with rotary fields under their names before `transformers` 5 too."""
+    """The text of `config.json`, with fields under their names before `transformers` 5 too."""
     import transformers  # slow to import
 
-    rope = fields.get('rope_parameters')
-    legacy = {}
+    rope, legacy = fields.get('rope_parameters'), {}
+    if fields.get('model_type') in _ROPES_BY_TYPE and isinstance(rope, Mapping):
+        local, rope = rope.get('sliding_attention'), rope.get('full_attention')
+        if isinstance(local, Mapping) and 'rope_theta' in local and fields['model_type'] == 'gemma3_text':
+            legacy['rope_local_base_freq'] = local['rope_theta']
     if isinstance(rope, Mapping) and 'rope_theta' in rope:
         legacy['rope_theta'] = rope['rope_theta']
         if rope.get('rope_type', 'default') != 'default':
@@ -225,6 +263,7 @@ def config_json(fields: Fields, architecture: str, dtype: str) -> str:
             legacy['partial_rotary_factor'] = rope['partial_rotary_factor']
     values = {
         **legacy,
+        **{older: fields[name] for name, older in _OLDER.items() if name in fields},
         **fields,
         'architectures': [architecture],
         'dtype': dtype,

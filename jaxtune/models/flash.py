@@ -30,6 +30,7 @@ class Call:
       causal: keys after the query are hidden.
       platform: `cpu`, `gpu` or `tpu`.
       sequence: devices that the length is divided over.
+      sinks: each head has a score that takes part in its softmax.
     """
 
     dtype: jnp.dtype
@@ -42,6 +43,7 @@ class Call:
     causal: bool
     platform: str
     sequence: int
+    sinks: bool = False
 
 
 def available(call: Call) -> tuple[str, str]:
@@ -70,6 +72,8 @@ def _cudnn_runs(call: Call) -> tuple[str, str]:
         return '', f'cuDNN attention runs in bfloat16, and model.compute_dtype={jnp.dtype(call.dtype).name}'
     if call.softcap is not None:
         return '', 'cuDNN attention has no soft cap on the scores'
+    if call.sinks:
+        return '', 'cuDNN attention has no attention sinks'
     if call.head_dim > 128 or call.head_dim % 8:
         return '', f'cuDNN attention needs a head_dim of at most 128 and a multiple of 8, not {call.head_dim}'
     if call.length % 2:
@@ -128,7 +132,13 @@ def _splash_kernel(
 
 
 def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    places: Places,
+    pattern: Pattern,
+    sinks: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Splash attention on one TPU's rows and heads; shapes as in `blockwise`."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # slow to import
@@ -137,11 +147,11 @@ def splash(
     q = q * jnp.asarray(pattern.scale, q.dtype)
     q, k, v = _named(*(x.swapaxes(1, 2) for x in (q, k, v)))
     segment_ids = kernels.SegmentIds(places.q_segment_ids, places.k_segment_ids)
-    out = jax.vmap(kernel)(q, k, v, segment_ids).swapaxes(1, 2)
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q, k, v, segment_ids, sinks).swapaxes(1, 2)
     return _without_padding(out.astype(q.dtype), places)
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern) -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, sinks: None = None) -> jax.Array:
     """CuDNN's attention on one GPU's rows and heads; shapes as in `blockwise`.
 
     Segments are a mask `[batch, 1, length, length]` in the compute dtype: one byte pair a pair of tokens, shared by

@@ -9,7 +9,6 @@ Nothing that a folder holds is unpickled or executed: pickled weights are refuse
 import collections
 import fnmatch
 import functools
-import itertools
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from jaxtune.common.jsonfile import read_object
 from jaxtune.errors import UserError, shown
 from jaxtune.models.fields import config_json
 from jaxtune.models.model import Model, Params, Tensor, leaf_paths
+from jaxtune.models.mxfp4 import joined
 from jaxtune.models.safetensors import Entry, read_header, write_file
 from jaxtune.weights import NF4, Codec
 from jaxtune.weights.tree import nested
@@ -76,25 +76,26 @@ def load(
     )
     leaves: dict[str, Any] = {}  # arrays and typed leaves
     pending: tuple[Entry, tuple[Any, jax.Array]] | None = None
-    for _, _, leaf, layer in order:
+    for _, _, leaf, number in order:
         tensor, sharding, shape = model.tensors[leaf], placed[leaf], shapes[leaf].shape
+        at = np.unravel_index(number, shape[: tensor.stacked]) if tensor.stacked else ()
         if leaf in codecs:
             codec = codecs[leaf]
             if leaf not in leaves:
                 leaves[leaf] = _empty_encoded(codec, shape, sharding)
             _wait(pending)
-            entry = sources[leaf][layer]
+            entry = sources[leaf][number]
             matrix = _on_devices(entry, 0, entry.shape, _replicated(sharding))
-            written = _put_encoded(codec, tensor, sharding)(leaves[leaf], matrix, layer)
+            written = _put_encoded(codec, tensor, sharding)(leaves[leaf], matrix, at)
             leaves[leaf], pending = written[0], (entry, written)
             continue
         if leaf not in leaves:
             leaves[leaf] = _empty(shape, shapes[leaf].dtype, sharding)
-        spread = _part_sharding(tensor, sharding)
-        for part, start in _parts(sources[leaf][layer], spread):
+        spread = _part_sharding(tensor, sharding, len(shape))
+        for part, start in _parts(sources[leaf][number], spread):
             _wait(pending)  # two parts at most are on their way: one read, one written
-            written = _put(tensor, sharding, start is not None)(leaves[leaf], part, layer, start or 0)
-            leaves[leaf], pending = written[0], (sources[leaf][layer], written)
+            written = _put(tensor, sharding, start is not None)(leaves[leaf], part, at, start or 0)
+            leaves[leaf], pending = written[0], (sources[leaf][number], written)
     _wait(pending)
     if newly_initialized:
         key = jax.random.key(0) if rng is None else rng
@@ -162,9 +163,16 @@ def save(
 
 
 def newly_initialized_paths(path: str | os.PathLike, model: Model) -> set[str]:
-    """Paths of the heads that a folder lacks; only headers are read. Raises as `load` does."""
+    """Paths of the heads that a folder lacks; only headers are read. Raises as `load` does.
+
+    Notes how many tensors of the folder are not used, such as those of a vision tower.
+    """
     folder = hub.resolve(os.fspath(path))
-    return _match(model, _entries(folder), folder)[1]
+    entries = _entries(folder)
+    sources, missing = _match(model, entries, folder)
+    if unused := _unused(model, entries, sources):
+        console.note(f'{folder}: {len(unused):,} tensors are not used, such as {unused[0]}')
+    return missing
 
 
 def stored_dtypes(path: str | os.PathLike, model: Model) -> dict[str, np.dtype]:
@@ -187,7 +195,10 @@ def has_own_head(path: str | os.PathLike, model: Model) -> bool:
         return False
     folder = hub.resolve(os.fspath(path))
     entries = _entries(folder)
-    (table,), head = _match(model, entries, folder)[0][model.tie.table], entries.get(model.tie.name)
+    (table,), head = (
+        _match(model, entries, folder)[0][model.tie.table],
+        entries.get(_stored(model.tie.name, model, entries)),
+    )
     if head is None or head is table:
         return False
     rows = max(1, _PART_BYTES // (8 * head.shape[-1]))
@@ -196,12 +207,15 @@ def has_own_head(path: str | os.PathLike, model: Model) -> bool:
 
 
 def kernels(path: str | os.PathLike, model: Model) -> Callable[[str, int], np.ndarray]:
-    """A function that reads one layer's kernel `[in, out]` of a folder, by its path and its number in the stack."""
+    """A function that reads one kernel `[in, out]` of a folder, by its path and its number in the flattened stack."""
     folder = hub.resolve(os.fspath(path))
     sources, _ = _match(model, _entries(folder), folder)
 
-    def read(leaf: str, layer: int) -> np.ndarray:
-        matrix = sources[leaf][layer].read().astype(np.float32)
+    def read(leaf: str, number: int) -> np.ndarray:
+        inside = math.prod(sources[leaf][0].shape[:-2])  # matrices of one tensor
+        entry = sources[leaf][number // inside]
+        values = entry.read((slice(number % inside, number % inside + 1),) if len(entry.shape) > 2 else ())
+        matrix = values.reshape(entry.shape[-2:]).astype(np.float32)
         return matrix.T if model.tensors[leaf].transposed else matrix
 
     return read
@@ -232,7 +246,7 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
         if name != os.path.basename(name) or paths.wrong(folder / name) or not (folder / name).is_file():
             raise UserError(f'{folder}: the file {shown(name)} that {_INDEX} names is missing')
         entries |= read_header(folder / name)
-    return entries
+    return joined(entries)
 
 
 def _match(
@@ -240,17 +254,15 @@ def _match(
 ) -> tuple[dict[str, list[Entry]], set[str]]:
     """Which tensors make which parameter: one, or one a layer; of the very shapes, if `shaped`."""
     shapes = leaf_paths(model.shapes)
-    sources, newly_initialized, used = {}, set(), set()
+    sources, newly_initialized = {}, set()
     for leaf, tensor in model.tensors.items():
-        layers, shape = (shapes[leaf].shape[0], shapes[leaf].shape[1:]) if tensor.stacked else (1, shapes[leaf].shape)
-        shape = shape[::-1] if tensor.transposed else shape
-        names = tensor.names(layers)
+        shape, names = tensor.shape(shapes[leaf].shape), tensor.names(shapes[leaf].shape)
         stored = [_stored(name, model, entries) for name in names]
         for other in tensor.others:
             if stored[0] not in entries:
-                stored = [_stored(name, model, entries) for name in tensor.names(layers, other)]
+                stored = [_stored(name, model, entries) for name in tensor.names(shapes[leaf].shape, other)]
         missing = [name for name, there in zip(names, stored, strict=True) if there not in entries]
-        if missing and len(missing) == layers and leaf.split('/')[0] in model.heads:
+        if len(missing) == len(names) and leaf.split('/')[0] in model.heads:
             newly_initialized.add(leaf)
             continue
         if missing:
@@ -261,21 +273,32 @@ def _match(
                     f'{folder}: tensor {name} is {list(entries[name].shape)}; by config.json expected {list(shape)}'
                 )
         sources[leaf] = [entries[name] for name in stored]
-        used.update(stored)
-    unused = [name for name in entries if name not in used and not any(re.search(p, name) for p in model.ignored)]
     stacks = {tensor.name.split('{}')[0] for tensor in model.tensors.values() if tensor.stacked}
-    stacks |= {stack.removeprefix(model.base_prefix) for stack in stacks}
-    for name in unused:
-        if name.startswith(tuple(stacks)):
+    stacks = tuple(name for stack in stacks for name in _folder_names(stack, model.base_prefix))
+    for name in _unused(model, entries, sources):
+        if name.startswith(stacks):
             raise UserError(f'{folder}: tensor {name} has no place in the model that config.json describes')
-    if unused:
-        console.note(f'{folder}: {len(unused):,} tensors are not used, such as {unused[0]}')
     return sources, newly_initialized
 
 
+def _unused(model: Model, entries: Mapping[str, Entry], sources: Mapping[str, list[Entry]]) -> list[str]:
+    """Names of a folder's tensors that make no parameter, without those that the family ignores."""
+    used = {id(entry) for leaf in sources.values() for entry in leaf}
+    left = (name for name, entry in entries.items() if id(entry) not in used)
+    return [name for name in left if not any(re.search(pattern, name) for pattern in model.ignored)]
+
+
+def _folder_names(name: str, base_prefix: str) -> tuple[str, ...]:
+    """The names that a tensor may have: in the whole model, in one that reads images too, or in one without a head."""
+    inner = name.removeprefix(base_prefix)
+    images = f'language_model.{name}', f'{base_prefix}language_model.{inner}', f'language_model.{inner}'
+    return name, *(images if inner != name else images[:1]), inner
+
+
 def _stored(name: str, model: Model, entries: Mapping[str, Entry]) -> str:
-    """The name that a tensor has in a folder, which may be of the model without its head."""
-    return name if name in entries else name.removeprefix(model.base_prefix)
+    """The name that a tensor has in a folder."""
+    names = _folder_names(name, model.base_prefix)
+    return next((name for name in names if name in entries), names[-1])
 
 
 @functools.cache
@@ -316,25 +339,28 @@ def not_finite(entry: Entry) -> UserError:
 
 @functools.cache
 def _put_encoded(codec: Codec, tensor: Tensor, sharding: Any) -> Callable[..., tuple[NF4, jax.Array]]:
-    """Compiled: quantises one layer's matrix into its place; tells whether all of it is finite."""
+    """Compiled: quantises one tensor's matrices into their place; tells whether all of them are finite."""
 
-    def put(leaf: NF4, matrix: jax.Array, layer: int | jax.Array) -> tuple[NF4, jax.Array]:
-        encoded = codec.encode(matrix if tensor.transposed else matrix.T)
-        if tensor.stacked:
-            place = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, layer, 0)  # noqa: E731
-            encoded = jax.tree.map(place, leaf, encoded)
-        return encoded, jax.numpy.isfinite(matrix).all()
+    def put(leaf: NF4, matrix: jax.Array, at: tuple[Any, ...]) -> tuple[NF4, jax.Array]:
+        encoded = codec.encode_kernel(matrix.swapaxes(-1, -2) if tensor.transposed else matrix)
+        return jax.tree.map(functools.partial(_placed, at=at), leaf, encoded), jax.numpy.isfinite(matrix).all()
 
     return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _replicated(sharding)))
 
 
-def _part_sharding(tensor: Tensor, sharding: Any) -> Any:
-    """How one layer's tensor lies, as the file has it, when the stacked parameter lies as `sharding` says."""
+def _placed(stack: jax.Array, one: jax.Array, at: tuple[Any, ...]) -> jax.Array:
+    """A stack with one of its arrays replaced, that at the index `at` into its leading dimensions."""
+    one = one.reshape((1,) * len(at) + one.shape)
+    return jax.lax.dynamic_update_slice(stack, one, (*at, *(0,) * (stack.ndim - len(at))))
+
+
+def _part_sharding(tensor: Tensor, sharding: Any, ndim: int) -> Any:
+    """How one tensor lies, as the file has it, when the parameter of `ndim` dimensions lies as `sharding` says."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    spec = list(sharding.spec)[1 if tensor.stacked else 0 :]
+    spec = [*sharding.spec, *(None,) * (ndim - len(sharding.spec))][tensor.stacked :]
     if tensor.transposed:
-        spec = (spec + [None] * (2 - len(spec)))[::-1]
+        spec[-2:] = spec[-2:][::-1]
     return NamedSharding(sharding.mesh, P(*spec))
 
 
@@ -370,16 +396,14 @@ def _put(tensor: Tensor, sharding: Any, in_parts: bool) -> Callable[..., tuple[j
     """Compiled: writes a part of a tensor into its parameter in place; tells whether all of it is finite."""
 
     def put(
-        leaf: jax.Array, part: jax.Array, layer: int | jax.Array, start: int | jax.Array
+        leaf: jax.Array, part: jax.Array, at: tuple[Any, ...], start: int | jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        part = (part.T if tensor.transposed else part).astype(leaf.dtype)
-        starts: list[Any] = [0] * leaf.ndim
+        starts: list[Any] = [*at, *(0,) * (leaf.ndim - len(at))]
         if in_parts:  # a start that is known to be 0 keeps divided dimensions where they are
-            starts[-1 if tensor.transposed else int(tensor.stacked)] = start
+            starts[-1 if tensor.transposed and part.ndim == 2 else len(at)] = start
+        part = (part.swapaxes(-1, -2) if tensor.transposed else part).astype(leaf.dtype)
         finite = jax.numpy.isfinite(part).all()
-        if tensor.stacked:
-            part, starts[0] = part[None], layer
-        return jax.lax.dynamic_update_slice(leaf, part, starts), finite
+        return jax.lax.dynamic_update_slice(leaf, part.reshape((1,) * len(at) + part.shape), starts), finite
 
     return jax.jit(put, donate_argnums=0, out_shardings=(sharding, _replicated(sharding)))
 
@@ -387,24 +411,22 @@ def _put(tensor: Tensor, sharding: Any, in_parts: bool) -> Callable[..., tuple[j
 class _Write:
     """One tensor to write: its name, where its values are, and what it becomes."""
 
-    def __init__(self, tensor: Tensor, leaf: jax.Array, layer: int | None, dtype: np.dtype) -> None:
-        self.tensor, self.leaf, self.layer, self.dtype = tensor, leaf, layer, dtype
-        self.name = tensor.name if layer is None else tensor.name.format(tensor.first + layer)
-        shape = leaf.shape if layer is None else leaf.shape[1:]
-        self.shape = shape[::-1] if tensor.transposed else shape
-        self.nbytes = math.prod(shape) * dtype.itemsize
+    def __init__(self, tensor: Tensor, leaf: jax.Array, at: tuple[int, ...], name: str, dtype: np.dtype) -> None:
+        self.tensor, self.leaf, self.at, self.name, self.dtype = tensor, leaf, at, name, dtype
+        self.shape = tensor.shape(leaf.shape)
+        self.nbytes = math.prod(self.shape) * dtype.itemsize
 
 
 def _plan(model: Model, leaves: Mapping[str, jax.Array], dtypes: Mapping[str, np.dtype]) -> Iterator[_Write]:
     """All tensors, layer by layer."""
-    stacked = [leaf for leaf, tensor in model.tensors.items() if tensor.stacked]
-    single = [leaf for leaf in model.tensors if leaf not in stacked]
-    layers = max((leaves[leaf].shape[0] for leaf in stacked), default=0)
-    for leaf, layer in itertools.chain(
-        ((leaf, None) for leaf in single),
-        ((leaf, layer) for layer in range(layers) for leaf in stacked if layer < leaves[leaf].shape[0]),
-    ):
-        yield _Write(model.tensors[leaf], leaves[leaf], layer, np.dtype(dtypes.get(leaf, leaves[leaf].dtype)))
+    writes = []
+    for leaf, tensor in model.tensors.items():
+        value = leaves[leaf]
+        dtype, stack = np.dtype(dtypes.get(leaf, value.dtype)), value.shape[: tensor.stacked]
+        for at, name in zip(np.ndindex(stack), tensor.names(value.shape), strict=True):
+            layer = (tensor.numbers[at[0]] if tensor.numbers else at[0]) if at else -1
+            writes.append((layer, _Write(tensor, value, at, name, dtype)))
+    return (write for _, write in sorted(writes, key=lambda pair: pair[0]))
 
 
 def _cut(plan: list[_Write], max_bytes: int) -> dict[str, list[_Write]]:
@@ -421,10 +443,11 @@ def _cut(plan: list[_Write], max_bytes: int) -> dict[str, list[_Write]]:
 
 
 @functools.cache
-def _take(stacked: bool, transposed: bool, dtype: np.dtype, sharding: Any) -> Callable[..., jax.Array]:
-    def take(leaf: jax.Array, layer: int | jax.Array) -> jax.Array:
-        value = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) if stacked else leaf
-        return (value.T if transposed else value).astype(dtype)
+def _take(transposed: bool, dtype: np.dtype, sharding: Any) -> Callable[..., jax.Array]:
+    def take(leaf: jax.Array, at: tuple[Any, ...]) -> jax.Array:
+        for number in at:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+        return (leaf.swapaxes(-1, -2) if transposed else leaf).astype(dtype)
 
     return jax.jit(take, out_shardings=sharding)
 
@@ -434,7 +457,7 @@ def _fetch(write: _Write, wanted: bool) -> np.ndarray | None:
     leaf = write.leaf
     remote = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     sharding = NamedSharding(cast(NamedSharding, leaf.sharding).mesh, P()) if remote else None
-    value = _take(write.layer is not None, write.tensor.transposed, write.dtype, sharding)(leaf, write.layer or 0)
+    value = _take(write.tensor.transposed, write.dtype, sharding)(leaf, write.at)
     if not wanted:
         return None
     return np.asarray(value.addressable_data(0) if remote else value)

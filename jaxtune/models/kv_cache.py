@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models.attention import visible_softmax
+from jaxtune.models.attention import MASK_VALUE, visible_softmax
 
 # `k`, `v` and others: an array for all layers, or, divided, a tuple of one `[1, batch, ...]` a layer; and what is none
 # of a layer's, `[batch, ...]`.
@@ -62,24 +61,19 @@ def by_rows(function: Callable[[jax.Array, int], jax.Array], cache: Cache) -> Ca
 
 
 def each_layer(
-    block: nn.Module, params: Any, x: jax.Array, cache: Cache, layer: Callable[[int], Any], context: Any
+    layer: Callable[[int, tuple[jax.Array, Cache]], tuple[jax.Array, Cache]], x: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """What a scan of a block over layers gives, for a divided cache.
+    """What a scan over layers gives, for a divided cache.
 
     Args:
-      block: called with `(x, cache)`, what `layer` says, and `context`; returns `(x, cache), None`.
-      params: its parameters, stacked.
+      layer: of a layer's number and `(x, cache)`, of which its part of the cache is number 0 of one; returns the same.
       x: what the first layer gets.
       cache: of all layers.
-      layer: from a layer's number, what the block is told of it; its part of the cache is number 0 of one.
-      context: what all are told.
     """
     parts = {name: part for name, part in cache.items() if name not in OF_ALL_LAYERS}
     new = []
     for i in range(len(cache['k'])):
-        own = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-        part = {name: part[i] for name, part in parts.items()}
-        (x, part), _ = block.apply({'params': own}, (x, part), layer(i), context)
+        x, part = layer(i, (x, {name: part[i] for name, part in parts.items()}))
         new.append(part)
     return x, {**cache, **{name: tuple(part[name] for part in new) for name in parts}}
 
@@ -106,6 +100,7 @@ def attend_one(
     scale: float = 1.0,
     softcap: float | None = None,
     bias: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of one token a row, with grouped queries; the softmax in float32.
 
@@ -117,6 +112,7 @@ def attend_one(
       scale: factor on the scores.
       softcap: scores become `softcap * tanh(scores / softcap)`; None = off.
       bias: float32 `[batch or 1, heads, slots]`, added to the scores, or None.
+      sinks: float32 `[heads]`, a score of each head that takes part in its softmax and adds nothing, or None.
 
     Returns:
       `[batch, 1, heads, head_dim]` in the dtype of `q`.
@@ -131,4 +127,7 @@ def attend_one(
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], *grouped.shape[1:3], -1)
     weights = visible_softmax(scores, visible[:, None, None])
+    if sinks is not None:
+        total = jax.nn.logsumexp(jnp.where(visible[:, None, None], scores, MASK_VALUE), axis=-1, keepdims=True)
+        weights = weights * jax.nn.sigmoid(total - sinks.reshape(k.shape[1], -1, 1))
     return jnp.einsum('bhgs,bhsd->bhgd', weights.astype(v.dtype), v).reshape(q.shape)

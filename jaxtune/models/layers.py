@@ -192,6 +192,14 @@ class LayerNorm(nn.Module):
         return no_fuse(_affine)(*arrays).astype(x.dtype)
 
 
+def recomputed(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """The body of a scan with activation checkpointing; `remat` as for `rematerialised`."""
+    if remat == 'none':
+        return function
+    # The loop itself keeps XLA from merging the second computation with the first.
+    return jax.checkpoint(function, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+
+
 def rematerialised(block: type[nn.Module], remat: str, scanned: bool = True) -> type[nn.Module]:
     """A block with activation checkpointing (Chen et al. 2016, arXiv:1604.06174).
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 
 from jaxtune.models import kv_cache
 from jaxtune.models.attention import KernelLog
+from jaxtune.models.rope import border
+from jaxtune.models.routing import Routing
 from jaxtune.weights import NewRows, Weight, expand, materialise, put_rows
 
 Params = Any
@@ -27,13 +30,14 @@ def leaf_paths(tree: Params) -> dict[str, Any]:
 
 
 class Outputs(NamedTuple):
-    """What a forward pass gives: `hidden [batch, length, d_model]` for `Model.head`, and the cache or None.
+    """What a forward pass gives: `hidden [batch, length, d_model]` for `Model.head`, and a cache and a routing or None.
 
     A classifier of rows has one vector a row, `[batch, 1, d_model]`.
     """
 
     hidden: jax.Array
     cache: kv_cache.Cache | None = None
+    routing: Routing | None = None
 
 
 def virtual_tokens(params: Params) -> int:
@@ -85,26 +89,34 @@ class Tensor:
     """Where a parameter lies in a Hugging Face folder.
 
     Attributes:
-      name: the tensor's name, with `{}` for the layer's number if the parameter is stacked.
-      transposed: the tensor is `[out, in]` where the parameter is `[in, out]`.
-      first: number of the layer that a stacked parameter begins with.
+      name: the tensor's name, with `{}` for each dimension that the parameter is stacked over: the layer's number, and
+        the expert's where each expert has a tensor.
+      transposed: the tensor's matrices are `[out, in]` where the parameter's are `[in, out]`.
+      numbers: of the layers that the parameter is stacked over; () = from 0.
       others: its names in folders that lack it under its own.
     """
 
     name: str
     transposed: bool = False
-    first: int = 0
+    numbers: tuple[int, ...] = ()
     others: tuple[str, ...] = ()
 
     @property
-    def stacked(self) -> bool:
-        """Whether the parameter is stacked over layers, of which each has a tensor."""
-        return '{}' in self.name
+    def stacked(self) -> int:
+        """How many leading dimensions the parameter is stacked over: one tensor for each index into them."""
+        return self.name.count('{}')
 
-    def names(self, layers: int, name: str = '') -> list[str]:
-        """Names of all its layers' tensors; by another name than its own, where one is given."""
+    def names(self, shape: tuple[int, ...], name: str = '') -> list[str]:
+        """Names of all tensors of a parameter of this shape; by another name than its own, where one is given."""
         name = name or self.name
-        return [name.format(layer) for layer in range(self.first, self.first + layers)]
+        first, *rest = (range(size) for size in (*shape[: self.stacked], 1))
+        counts = (self.numbers or first, *rest)
+        return [name.format(*index) for index in itertools.product(*counts)]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of each tensor of a parameter of this shape."""
+        shape = shape[self.stacked :]
+        return (*shape[:-2], *shape[-2:][::-1]) if self.transposed else shape
 
 
 class Tie(NamedTuple):
@@ -243,8 +255,7 @@ class Model:
     @property
     def border(self) -> int | None:
         """The position whose token changes the keys of all tokens before it (LongRoPE's first long one), or None."""
-        rope = getattr(self.config, 'rope', None)
-        return rope.original_positions if rope is not None and rope.long_frequencies is not None else None
+        return border(getattr(self.config, 'ropes', ()))
 
     def step(
         self,

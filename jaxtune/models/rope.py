@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -14,7 +14,22 @@ from jaxtune.parallel import platform
 
 Angles = tuple[jax.Array, jax.Array]  # cosine and sine, each `[batch, length, rotary_dim / 2]` float32
 
-TYPES = ('default', 'linear', 'dynamic', 'yarn', 'longrope', 'llama3')
+TYPES = ('default', 'linear', 'dynamic', 'yarn', 'longrope', 'llama3', 'proportional')
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicNTK:
+    """The base of the frequencies grows with a segment that reaches beyond the pretraining's positions.
+
+    Attributes:
+      theta: the base of shorter segments.
+      factor: how fast it grows.
+      dim: how many of a head's dimensions turn.
+    """
+
+    theta: float
+    factor: float
+    dim: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +39,14 @@ class Rope:
     Attributes:
       frequencies: `[rotary_dim / 2]` radians a position.
       long_frequencies: LongRoPE's frequencies for segments that reach beyond `original_positions`, else None.
-      original_positions: positions of the pretraining, for LongRoPE.
+      dynamic: how segments that reach beyond `original_positions` get frequencies of their own, else None.
+      original_positions: positions of the pretraining, for LongRoPE and `dynamic`.
       factor: multiplies cosine and sine (YaRN's and LongRoPE's attention factor).
     """
 
     frequencies: tuple[float, ...]
     long_frequencies: tuple[float, ...] | None = None
+    dynamic: DynamicNTK | None = None
     original_positions: int = 0
     factor: float = 1.0
 
@@ -39,7 +56,7 @@ def make_rope(parameters: Mapping, rotary_dim: int, max_positions: int) -> Rope:
 
     Args:
       parameters: `rope_type`, `rope_theta` and what the type needs (`factor`, `original_max_position_embeddings`, …).
-      rotary_dim: how many of a head's dimensions turn.
+      rotary_dim: how many of a head's dimensions turn; of `proportional`, among how many those that turn are.
       max_positions: the model's `max_position_embeddings`.
 
     Raises:
@@ -50,6 +67,8 @@ def make_rope(parameters: Mapping, rotary_dim: int, max_positions: int) -> Rope:
         raise ValueError(f'rope_type={kind!r:.60}: expected one of {", ".join(TYPES)}')
     if not isinstance(theta, int | float) or not 0 < theta < math.inf:
         raise ValueError(f'rope_theta={theta!r:.60}: expected a finite number > 0')
+    if rotary_dim < 1:
+        raise ValueError(f'{rotary_dim} dimensions of a head would turn: expected at least 1')
     try:
         with np.errstate(all='ignore'):
             rope = _SCALINGS[kind](parameters, float(theta), rotary_dim, max_positions)
@@ -90,18 +109,28 @@ def _linear(parameters: Mapping[str, Any], theta: float, dim: int, max_positions
 
 
 def _dynamic(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
-    # NTK-aware scaling changes the base only for rows beyond max_positions, which no batch here has.
-    parameters['factor']
-    return _default(parameters, theta, dim, max_positions)
+    if dim <= 2:
+        raise ValueError(f"rope_type='dynamic': expected more than {dim} dimensions of a head that turn")
+    dynamic = DynamicNTK(theta, float(parameters['factor']), dim)
+    return _rope(_default_frequencies(theta, dim), dynamic=dynamic, original_positions=max_positions)
+
+
+def _proportional(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
+    """Only the first pairs turn, at the frequencies that they have where all do (Gemma 4)."""
+    turning = int(parameters.get('partial_rotary_factor', 1.0) * dim // 2)
+    frequencies = np.pad(_default_frequencies(theta, dim)[:turning], (0, max(0, dim // 2 - turning)))
+    return _rope(frequencies / _F32(parameters.get('factor', 1.0)))
+
+
+def magnitude(scale: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies queries and keys by where positions are stretched by `scale`."""
+    return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
 
 
 def _yarn(parameters: Mapping[str, Any], theta: float, dim: int, max_positions: int) -> Rope:
     """Peng et al. 2023, arXiv:2309.00071."""
     original = parameters['original_max_position_embeddings']
     factor = parameters['factor'] or max_positions / original
-
-    def magnitude(scale: float, weight: float = 1.0) -> float:
-        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
 
     attention_factor = parameters.get('attention_factor')
     if attention_factor is None:
@@ -159,6 +188,7 @@ _SCALINGS = {
     'yarn': _yarn,
     'longrope': _longrope,
     'llama3': _llama3,
+    'proportional': _proportional,
 }
 
 
@@ -168,8 +198,8 @@ def angles(rope: Rope, positions: jax.Array, segment_ids: jax.Array | None = Non
     Args:
       rope: the model's frequencies.
       positions: `[batch, length]` int32.
-      segment_ids: `[batch, length]` int32, or None where a row is one segment. With LongRoPE a segment's own length
-        decides which frequencies it gets, so that it depends on no other row and on no neighbour in its row.
+      segment_ids: `[batch, length]` int32, or None where a row is one segment. With LongRoPE and `dynamic` a segment's
+        own length decides which frequencies it gets, so that it depends on no other row and on no neighbour in its row.
         What all segments see (below 0) and padding (0) go by the longest of the row.
     """
     chex.assert_rank(positions, 2, custom_message='positions')
@@ -180,20 +210,89 @@ def angles(rope: Rope, positions: jax.Array, segment_ids: jax.Array | None = Non
         beyond = positions >= rope.original_positions
         is_long = beyond.any(axis=-1, keepdims=True)
         if segment_ids is not None and positions.shape[-1] > rope.original_positions:
-            is_long = jnp.where(segment_ids > 0, _any_of_segment(beyond, segment_ids), is_long)
+            own = _largest_of_segment(beyond.astype(jnp.int32), segment_ids) > 0
+            is_long = jnp.where(segment_ids > 0, own, is_long)
         frequencies = jnp.where(is_long[..., None], jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)
+    elif rope.dynamic is not None:
+        last = positions.max(axis=-1, keepdims=True)
+        if segment_ids is not None:
+            last = jnp.where(segment_ids > 0, _largest_of_segment(positions, segment_ids), last)
+        frequencies = _grown(rope.dynamic, rope.original_positions, last + 1, frequencies)
     turned = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(turned) * rope.factor, jnp.sin(turned) * rope.factor
 
 
-def _any_of_segment(flags: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Whether any token of the same segment has the flag, `[batch, length]` bool."""
+def _grown(dynamic: DynamicNTK, original: int, lengths: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """NTK-aware frequencies `[batch, length, rotary_dim / 2]` of tokens whose segments have these lengths."""
+    growth = dynamic.factor * jnp.maximum(lengths, original).astype(jnp.float32) / original - (dynamic.factor - 1)
+    bases = dynamic.theta * growth ** (dynamic.dim / (dynamic.dim - 2))
+    exponents = jnp.arange(0, dynamic.dim, 2, dtype=jnp.float32) / dynamic.dim
+    return jnp.where(lengths[..., None] > original, 1 / bases[..., None] ** exponents, frequencies)
 
-    def of_row(flags: jax.Array, segment_ids: jax.Array) -> jax.Array:
-        most = jax.ops.segment_max(flags.astype(jnp.int32), segment_ids, len(segment_ids) + 1)
-        return most[jnp.clip(segment_ids, 0, len(segment_ids))] > 0
 
-    return jax.vmap(of_row)(flags, segment_ids)
+def _largest_of_segment(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """The largest value among all tokens of the same segment, `[batch, length]` int32."""
+
+    def of_row(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        most = jax.ops.segment_max(values, segment_ids, len(segment_ids) + 1)
+        return most[jnp.clip(segment_ids, 0, len(segment_ids))]
+
+    return jax.vmap(of_row)(values, segment_ids)
+
+
+def border(ropes: Sequence[Rope | None]) -> int | None:
+    """The first position that changes the angles of all before it: LongRoPE's first long one; None = there is none."""
+    borders = (rope.original_positions for rope in ropes if rope is not None and rope.long_frequencies is not None)
+    return min(borders, default=None)
+
+
+def layer_angles(ropes: Sequence[Rope | None], positions: jax.Array, segment_ids: jax.Array) -> Angles | None:
+    """The angles that the layers of a model turn by, for `of_layer`.
+
+    Args:
+      ropes: each layer's frequencies, or None where a layer does not turn.
+      positions: as for `angles`.
+      segment_ids: as for `angles`.
+
+    Returns:
+      None if no layer turns; what `angles` gives where all turn alike; else the same for each distinct one of `ropes`,
+      stacked on a first axis.
+    """
+    kinds = tuple(dict.fromkeys(ropes))
+    turned = [None if rope is None else angles(rope, positions, segment_ids) for rope in kinds]
+    some = next((pair for pair in turned if pair is not None), None)
+    if some is None or len(turned) == 1:
+        return some
+    still = jnp.ones_like(some[0]), jnp.zeros_like(some[1])
+    cos, sin = zip(*(pair or still for pair in turned), strict=True)
+    return jnp.stack(cos), jnp.stack(sin)
+
+
+def of_layer(angles: Angles | None, ropes: Sequence[Rope | None], number: jax.Array) -> Angles | None:
+    """One layer's part of what `layer_angles` gives; `number` counts from 0 and may be traced."""
+    if angles is None or angles[0].ndim == 3:
+        return angles
+    kinds = tuple(dict.fromkeys(ropes))
+    place = jnp.asarray([kinds.index(rope) for rope in ropes], jnp.int32)[number]
+    cos, sin = (jax.lax.dynamic_index_in_dim(part, place, keepdims=False) for part in angles)
+    return cos, sin
+
+
+def halves_from_pairs(x: jax.Array, rotary_dim: int) -> jax.Array:
+    """The first `rotary_dim` dimensions of each head reordered: from pairs that lie side by side to pairs of halves.
+
+    Queries and keys that are both reordered have the same scores.
+    """
+    turning, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    halves = turning.reshape(*turning.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(turning.shape)
+    return jnp.concatenate([halves, rest], axis=-1) if rest.shape[-1] else halves
+
+
+def pairs_from_halves(x: jax.Array, rotary_dim: int) -> jax.Array:
+    """The inverse of `halves_from_pairs`."""
+    turning, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    pairs = turning.reshape(*turning.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(turning.shape)
+    return jnp.concatenate([pairs, rest], axis=-1) if rest.shape[-1] else pairs
 
 
 def rotate(x: jax.Array, angles: Angles | None) -> jax.Array:

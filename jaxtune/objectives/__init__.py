@@ -124,6 +124,7 @@ class Objective:
       auto_class: `AutoModelFor…` of `transformers` that loads what it trains.
       titles: of its own metrics, for the report.
       higher_is_better: those of its own metrics of which a higher value is better.
+      by_position: its loss gives the sums of `objectives.by_position` where a batch asks for them.
       records: how its records are told apart, for `data.eval=auto`, which without it is refused; `dataset` reads them
         through `jaxtune.data.holdout.part`.
     """
@@ -146,6 +147,7 @@ class Objective:
     auto_class: str = 'CausalLM'
     titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     higher_is_better: tuple[str, ...] = ()
+    by_position: bool = False
     records: Recordwise | None = None
 
 

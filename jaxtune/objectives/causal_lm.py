@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.common import console
@@ -19,8 +20,8 @@ from jaxtune.data.holdout import Recordwise
 from jaxtune.data.packing import Rows, concat_rows, window_rows
 from jaxtune.data.spec import DataSpec
 from jaxtune.models import Model
-from jaxtune.objectives import Batch, Objective, Sums
-from jaxtune.objectives.cross_entropy import cross_entropy
+from jaxtune.objectives import Batch, Objective, Sums, by_position
+from jaxtune.objectives.cross_entropy import cross_entropy, token_scores
 
 
 def batch_spec(settings: Settings, data: DataSpec) -> dict[str, jax.ShapeDtypeStruct]:
@@ -57,9 +58,14 @@ def dataset(settings: Settings, data: DataSpec, split: str, tokenizer: Any, cach
 
 def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.Array | None) -> Sums:
     """Summed negative log-likelihood of the targets in nats, their number, and how many were predicted right."""
-    outputs = model.apply(params, batch, rng=rng)
-    nll, correct = cross_entropy(outputs.hidden, model.head(params), batch['targets'], batch['loss_mask'])
-    return nll, batch['loss_mask'].sum(), {'accuracy': correct}
+    hidden, head = model.apply(params, batch, rng=rng).hidden, model.head(params)
+    targets, weights = batch['targets'], batch['loss_mask']
+    if by_position.EDGES not in batch:
+        nll, correct = cross_entropy(hidden, head, targets, weights)
+        return nll, weights.sum(), {'accuracy': correct}
+    logprobs, right = token_scores(hidden, head, jnp.where(weights > 0, targets, 0))
+    sums = {'accuracy': (weights * right).sum(), **by_position.sums(batch, logprobs)}
+    return -(weights * logprobs).sum(), weights.sum(), sums
 
 
 OBJECTIVE = Objective(
@@ -70,4 +76,5 @@ OBJECTIVE = Objective(
     records=RECORDS,
     kinds=('decoder',),
     prompt_tokens=32,
+    by_position=True,
 )

@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.parallel import one_cpu
+from jaxtune.parallel import BATCH_AXES, one_cpu
 from jaxtune.weights import put_rows
 
 # Elements of one chunk's float32 logits (32 MiB), and the fewest tokens for which the kernel's gradient, read and
@@ -149,7 +149,7 @@ def _plan(hidden: jax.Array, head: Any, kernel: jax.Array, chunk: int | None) ->
         return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
     batch, length, width = hidden.shape
-    batch_axes, length_axes = dividing(batch, 'data', 'fsdp'), dividing(length, 'sequence')
+    batch_axes, length_axes = dividing(batch, *BATCH_AXES), dividing(length, 'sequence')
     vocab_axes = dividing(vocab, 'tensor')
     scatter_axes = dividing(width, 'fsdp') if 'fsdp' in batch_axes else ()
     if chunk is None:

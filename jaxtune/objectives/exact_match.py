@@ -4,6 +4,7 @@ Greedy decoding repeats an answer exactly if, given each beginning of it, the ne
 over the answers themselves tells it, with nothing generated.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +14,14 @@ from jaxtune.objectives.cross_entropy import cross_entropy, token_scores
 
 
 def score(
-    hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, segment_ids: jax.Array, rng: jax.Array | None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    hidden: jax.Array,
+    head: Any,
+    targets: jax.Array,
+    weights: jax.Array,
+    segment_ids: jax.Array,
+    rng: jax.Array | None,
+    more: Callable[[jax.Array], dict[str, Any]] = lambda logprobs: {},
+) -> tuple[jax.Array, dict[str, Any]]:
     """Summed negative log-likelihood of the scored targets in nats, and the sums that `summarise` makes metrics of.
 
     Args:
@@ -24,6 +31,7 @@ def score(
       weights: `[batch, length]`, 1 where a target is scored, else 0.
       segment_ids: `[batch, length]` int32: one answer, or the answers of one conversation; 0 = padding.
       rng: None at evaluation, which alone looks at whole answers.
+      more: further sums of an evaluation, of the targets' log-probabilities `[batch, length]`.
     """
     if rng is not None:
         nll, correct = cross_entropy(hidden, head, targets, weights)
@@ -31,7 +39,7 @@ def score(
     logprobs, right = token_scores(hidden, head, jnp.where(weights > 0, targets, 0))
     answers, exact = jax.vmap(_count)(segment_ids, weights > 0, right)
     sums = {'accuracy': (weights * right).sum(), 'answers': answers.sum(), 'exact_match': exact.sum()}
-    return -(weights * logprobs).sum(), sums
+    return -(weights * logprobs).sum(), sums | more(logprobs)
 
 
 def _count(segment_ids: jax.Array, scored: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ Only the tokens that the assistant writes are scored, with the one that ends its
 or a source of texts beside conversations) are scored whole, as `causal_lm` does.
 """
 
+import functools
 import pathlib
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtune.data.examples import ExampleRows, is_text, pieces, recordwise
 from jaxtune.data.packing import Rows
 from jaxtune.data.spec import DataSpec
 from jaxtune.models import Model
-from jaxtune.objectives import Batch, Objective, Sums, causal_lm
+from jaxtune.objectives import Batch, Objective, Sums, by_position, causal_lm
 from jaxtune.objectives.causal_lm import batch_spec
 from jaxtune.objectives.exact_match import score, summarise
 
@@ -46,7 +47,8 @@ def loss(settings: Settings, model: Model, params: Any, batch: Batch, rng: jax.A
         batch = {**batch, 'noise': noise}
     outputs = model.apply(params, batch, rng=rng)
     weights = batch['loss_mask']
-    nll, sums = score(outputs.hidden, model.head(params), batch['targets'], weights, batch['segment_ids'], rng)
+    more = functools.partial(by_position.sums, batch)
+    nll, sums = score(outputs.hidden, model.head(params), batch['targets'], weights, batch['segment_ids'], rng, more)
     return nll, weights.sum(), sums
 
 
@@ -89,4 +91,5 @@ OBJECTIVE = Objective(
     summarise=summarise,
     preview=preview,
     prompt_tokens=0,
+    by_position=True,
 )

@@ -10,12 +10,18 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.common.checks import MOST
 from jaxtune.errors import UserError
-from jaxtune.parallel.mesh import BATCH_AXES
+from jaxtune.parallel.mesh import BATCH_AXES, batch_shards
 
 
 def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
     """Rows over `data` and `fsdp`, length over `sequence`."""
-    return NamedSharding(mesh, P(BATCH_AXES, *(('sequence',) if ndim > 1 else ())))
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    return NamedSharding(mesh, P(axes, *(('sequence',) if ndim > 1 else ())))
+
+
+def _shards(mesh: Mesh) -> str:
+    """The keys that a number of rows is divided by."""
+    return ' x '.join(f'mesh.{axis}' for axis in BATCH_AXES if axis != 'expert' or mesh.shape.get(axis, 1) > 1)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int, row: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -31,13 +37,13 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int, row: Mapping[str, 
       UserError: a micro-batch does not divide over `data` and `fsdp`, or the length over `sequence`; or an update has
         more tokens than XLA's sizes of 64 bits leave room for.
     """
-    rows = mesh.shape['data'] * mesh.shape['fsdp']
+    rows = batch_shards(mesh)
     if batch_size % accumulate:
         raise UserError(f'train.batch_size={batch_size}: expected a multiple of train.accumulate={accumulate}')
     if (batch_size // accumulate) % rows:
         raise UserError(
             f'train.batch_size={batch_size} in {accumulate} micro-batches of {batch_size // accumulate}: expected a '
-            f'multiple of mesh.data x mesh.fsdp = {rows} in each'
+            f'multiple of {_shards(mesh)} = {rows} in each'
         )
     for name, field in row.items():
         if field.shape and field.shape[0] % mesh.shape['sequence']:
@@ -55,9 +61,9 @@ def check_rows(mesh: Mesh, key: str, rows: int) -> None:
     Raises:
       UserError: it does not divide over `data` and `fsdp`.
     """
-    per = mesh.shape['data'] * mesh.shape['fsdp']
+    per = batch_shards(mesh)
     if rows % per:
-        raise UserError(f'{key}={rows}: expected a multiple of mesh.data x mesh.fsdp = {per}')
+        raise UserError(f'{key}={rows}: expected a multiple of {_shards(mesh)} = {per}')
 
 
 def place_all(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -11,13 +11,13 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxtune.errors import UserError
 
-AXES = ('data', 'fsdp', 'tensor', 'sequence')
-BATCH_AXES = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'tensor', 'sequence', 'expert')
+BATCH_AXES = ('data', 'fsdp', 'expert')
 
 # What a dimension of an activation is -> the mesh axes that divide it.
 _LOGICAL: dict[str | None, tuple[str, ...]] = {
     'batch': BATCH_AXES,
-    'copy': ('data',),
+    'copy': ('data', 'expert'),
     'width': ('fsdp',),
     'length': ('sequence',),
     'heads': ('tensor',),
@@ -32,7 +32,7 @@ def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    shape = [int(sizes[axis]) for axis in AXES]
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     text = ', '.join(f'mesh.{axis}={size}' for axis, size in zip(AXES, shape, strict=True))
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
         raise UserError(f'{text}: expected positive sizes, at most one of them -1')
@@ -43,10 +43,10 @@ def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-    """A mesh with axes `data`, `fsdp`, `tensor`, `sequence` over all devices (or those given).
+    """A mesh with axes `data`, `fsdp`, `tensor`, `sequence`, `expert` over all devices (or those given).
 
     Args:
-      sizes: axis name -> size; one may be -1, the rest of the devices.
+      sizes: axis name -> size, 1 where it is not named; one may be -1, the rest of the devices.
       devices: of `jax.Device`, which is no type to a checker; default `jax.devices()`.
 
     Raises:
@@ -60,6 +60,11 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     except AssertionError:  # the two cores of a v4 chip, when compiling ahead: on the machine they are one device
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts a batch is cut into."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
 
 def axis_size(*axes: str) -> int:

@@ -17,7 +17,10 @@ from jaxtune.errors import UserError
 # their input, so that a block needs one reduction (Megatron-LM, arXiv:1909.08053); the other dimension goes to `fsdp`.
 RULES: tuple[tuple[str, P], ...] = (
     (r'(norm|layernorm|LayerNorm)[^/]*/(scale|bias)$', P()),
-    (r'/(scale|bias)$', P()),
+    (r'experts/[^/]+/bias$', P('expert', None)),
+    (r'/(scale|bias|correction|sinks)$', P()),
+    (r'experts/down_proj/kernel$', P('expert', 'tensor', 'fsdp')),
+    (r'experts/[^/]+/kernel$', P('expert', 'fsdp', 'tensor')),
     (r'(o_proj|down_proj)/kernel$', P('tensor', 'fsdp')),
     (r'/kernel$', P('fsdp', 'tensor')),
     (r'/prefix/[kv]$', P('tensor', None)),

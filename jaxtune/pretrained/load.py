@@ -22,7 +22,9 @@ from jaxtune.models.fields import folder_config
 from jaxtune.objectives import BoundObjective
 from jaxtune.parallel import match_rules, shardings
 from jaxtune.parallel.rules import with_shardings
-from jaxtune.pretrained import companions, vocabulary
+from jaxtune.pretrained import companions, overrides, vocabulary
+from jaxtune.pretrained.heads import check_heads, head_of, kinds_of
+from jaxtune.pretrained.overrides import Overridden
 
 _NO_MODEL = "model.path='': expected a model folder, or model.config with model_type to start from scratch"
 
@@ -36,6 +38,7 @@ class ModelSpec:
       settings: the recipe's `model` subtree: the fields from scratch, and how the model computes.
       tokenizer: a folder, a hub id or a workdir; '' = the model's own.
       added: name and description (a text, or '') of tokens that the tokenizer gets, and the model rows for.
+      overrides: config fields over those of the folder.
       method: which weights train, and the adapters that it begins with.
       adapters: adapter folders or workdirs, with commas between them; '' = what `path` is, if an adapter.
       several: whether there may be several adapters.
@@ -61,6 +64,7 @@ class ModelSpec:
     seed: int = 0
     key: str = 'model.path'
     added: tuple[tuple[str, str], ...] = ()
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,8 @@ class ModelBundle:
       adapters: where several are read, the parameters with each of them by its name; they share the base's arrays.
       end_ids: tokens that end a text that it writes.
       brought: paths of the model's own leaves that came with the adapter.
+      overrides: config fields that are others than the folder's.
+      also_trained: paths of further leaves that the recipe lets train whole.
     """
 
     model: models.Model
@@ -88,11 +94,13 @@ class ModelBundle:
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     end_ids: tuple[int, ...] = ()
     brought: frozenset[str] = frozenset()
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    also_trained: frozenset[str] = frozenset()
 
     @property
     def trained_whole(self) -> frozenset[str]:
-        """Paths that train whole with every method: what the folder lacked, and what the adapter brought along."""
-        return self.newly_initialized | self.brought
+        """Paths that train whole: what the folder lacked, what the adapter brought along, what the recipe names."""
+        return self.newly_initialized | self.brought | self.also_trained
 
 
 def _own(method: BoundMethod) -> methods.Method | None:
@@ -200,6 +208,16 @@ def _adapters_tokenizer(spec: ModelSpec) -> str:
     return ''
 
 
+def config_of(spec: ModelSpec) -> Overridden:
+    """The config fields of a model that is loaded, with what the base of its adapters had over them, and the recipe.
+
+    Raises:
+      UserError: one of them is wrong.
+    """
+    layers = overrides.of_adapters(adapter_folders(spec).values()), spec.overrides
+    return overrides.read(model_folder(spec.path), layers, spec.settings.family)
+
+
 def open_model(
     spec: ModelSpec, tokenizer: Any, own_head: bool = False, vocab_size: int = 0
 ) -> tuple[models.Model, str]:
@@ -217,8 +235,7 @@ def open_model(
     settings = spec.settings
     if spec.path:
         folder = model_folder(spec.path)
-        fields = models.read_config(folder, settings.family)
-        fields |= {'vocab_size': vocab_size} if vocab_size else {}
+        fields = {**config_of(spec).fields, **({'vocab_size': vocab_size} if vocab_size else {})}
     else:
         folder, own = '', settings.config.to_dict()
         if not own:
@@ -229,12 +246,12 @@ def open_model(
             own.setdefault('vocab_size', -(-size // 64) * 64)
             for name in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
                 own.setdefault(name, getattr(tokenizer, name))
-            if _kinds(spec).get(str(own.get('model_type'))) == 'encdec':
+            if kinds_of(spec).get(str(own.get('model_type'))) == 'encdec':
                 own.setdefault('decoder_start_token_id', tokenizer.pad_token_id)  # as T5's own begin
         fields = models.read_config(own, settings.family)
     if tokenizer is not None:
         _check_vocab(spec, tokenizer, fields['vocab_size'])
-    head, fields = _head(spec, fields, folder)
+    head, fields = head_of(spec, fields, folder)
     if head.get('head') == 'reward' and tokenizer is not None:
         padding = tokenizers.padding_id(tokenizer)
         fields = fields | {'pad_token_id': padding if padding is None or padding < fields['vocab_size'] else None}
@@ -252,9 +269,13 @@ def open_model(
     return model, folder
 
 
-def _kinds(spec: ModelSpec) -> dict[str, str]:
-    """The kind of every known `model_type`, that of the recipe's `model.family` among them."""
-    return {name: family.kind for name, family in models.families(spec.settings.family).items()}
+def announce_config(spec: ModelSpec) -> dict[str, Any]:
+    """Says which config fields are others than the folder's; returns them."""
+    if not spec.path:
+        return {}
+    config = config_of(spec)
+    config.note()
+    return config.changes
 
 
 def _extra_vocab(spec: ModelSpec, tokenizer: Any) -> int:
@@ -292,40 +313,6 @@ def _check_positions(spec: ModelSpec, model: models.Model) -> None:
         )
 
 
-def _head(spec: ModelSpec, fields: dict[str, Any], folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Which head the model gets, as `models.build` takes it, and the fields with its labels.
-
-    Where there is a loss, its objective says; else the folder's own head stays.
-
-    Raises:
-      UserError: the objective does not suit this kind of model.
-    """
-    if spec.rows:
-        objective = spec.rows.objective
-        known = _kinds(spec)
-        kind = known[fields['model_type']]
-        if kind not in objective.kinds:
-            fitting = [name for name, its_kind in known.items() if its_kind in objective.kinds]
-            raise UserError(
-                f'objective={objective.name}: does not suit model_type={fields["model_type"]!r}; expected one of '
-                + ', '.join(fitting)
-            )
-        head = objective.head
-        fields = fields | spec.rows.label_fields()
-    else:
-        head = folder_head(folder) if folder else 'lm'
-        if head == 'classification' and _kinds(spec)[fields['model_type']] == 'decoder':
-            head = 'reward'
-    return ({} if head == 'lm' else {'head': head, 'labels': len(fields.get('id2label') or (0, 1))}), fields
-
-
-def folder_head(folder: str) -> str:
-    """The head of the class that a folder was saved from."""
-    names = folder_config(hub.resolve(folder)).get('architectures') or ['']
-    endings = {'ForSequenceClassification': 'classification', 'ForTokenClassification': 'token_classification'}
-    return next((head for ending, head in endings.items() if names[0].endswith(ending)), 'lm')
-
-
 def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBundle:
     """Tokenizer, model and parameters, each parameter straight on its devices.
 
@@ -340,6 +327,7 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
     method, own = spec.method.method, _own(spec.method)
     method.check(spec.method.settings)
     tokenizer, added = open_with_added(spec)
+    changes = announce_config(spec)
     stored, folder = open_model(spec, tokenizer)
     chosen = adapter_folders(spec)
     parted = peft.parts_table(chosen.values(), stored, own)
@@ -347,13 +335,16 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
     if own_head:
         stored, folder = open_model(spec, tokenizer, own_head=True)
     fresh = frozenset(hf.newly_initialized_paths(folder, stored)) if folder else frozenset()
+    if folder and spec.trains and method.save_adapter is not None:
+        _note_images(folder, stored)
+    also = apply.also_trained(spec.method, stored) if spec.trains else frozenset()
     held = {name: peft.token_ids(adapter, own) for name, adapter in chosen.items()} or {'': set()}
     plans = {name: plan_tokens(spec, tokenizer, added, stored, tokens) for name, tokens in held.items()}
     model = with_new_tokens(spec, tokenizer, stored, plans.values(), own_head)
     new = plans.get('')
     vocabulary.note(tokenizer, stored.config.vocab_size, model.config.vocab_size, new)
     if new and spec.trains:
-        _check_new_tokens(spec, tokenizer, stored, model, new, fresh)
+        _check_new_tokens(spec, tokenizer, stored, model, new, fresh | also)
     codecs = apply.codecs(spec.method, stored, fresh)
     shapes = jax.eval_shape(lambda params: apply.encoded(params, codecs), stored.shapes)
     specs = match_rules(shapes, mesh)
@@ -369,12 +360,13 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
     adapters, wholes = {}, []
     for name, adapter in chosen.items():
         init, arrays = peft.reader(adapter, model, own, stored.config.vocab_size)
-        adapters[name] = _grown(spec, apply.attach(init, params, mesh, arrays), mesh, model, plans[name], fresh)
+        adapters[name] = _grown(spec, apply.attach(init, params, mesh, arrays), mesh, model, plans[name], fresh | also)
         wholes.append(frozenset(arrays.whole))
     brought = frozenset.intersection(*wholes) if wholes else frozenset()
-    _check_heads(spec, model, folder, fresh - brought)
+    check_heads(spec, model, folder, fresh - brought)
     if adapters:
         params = next(iter(adapters.values()))
+        apply.check_also_trained(params, model, also, spec.adapters)
     elif spec.trains:
         params = apply.attach(lambda params: _begin(spec, stored, params, fresh, tokenizer), params, mesh)
         if refine := method.refine(spec.method.settings):
@@ -383,13 +375,23 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
                 raise UserError(f'method.init={init}: expected model.path, a model whose weights were quantised')
             params = refine(params, hf.kernels(folder, stored)) if weights else params
     if not adapters:
-        params = _grown(spec, params, mesh, model, plans[''], fresh)
+        params = _grown(spec, params, mesh, model, plans[''], fresh | also)
     if spec.value_head:
         params = apply.attach(lambda params: value_head.with_value(params, model), params, mesh)
         fresh |= value_head.PATHS
     several = adapters if len(adapters) > 1 else {}
     ends = companions.end_ids(tokenizer, model, folder)
-    return ModelBundle(model, params, specs, tokenizer, fresh, folder, several, ends, brought)
+    return ModelBundle(model, params, specs, tokenizer, fresh, folder, several, ends, brought, changes, also)
+
+
+def _note_images(folder: str, model: models.Model) -> None:
+    """Says that an adapter does not fit a base which `transformers` opens with its vision tower, under other names."""
+    model_type = folder_config(hub.resolve(folder)).get('model_type')
+    if model_type != model.hf_config['model_type']:
+        console.note(
+            f'{folder}: PEFT puts no adapter of its language model into model_type={model_type}; expected the merged '
+            'export there'
+        )
 
 
 def plan_tokens(
@@ -447,19 +449,3 @@ def _check_new_tokens(
         return new_tokens.grow(_begin(spec, stored, params, fresh, tokenizer), model, new, spec.method, fresh)
 
     jax.eval_shape(begin, stored.shapes)
-
-
-def _check_heads(spec: ModelSpec, model: models.Model, folder: str, missing: frozenset[str]) -> None:
-    """Says which heads a folder lacks, where they are trained, and refuses to use them where they are not."""
-    if not missing:
-        return
-    names = ', '.join(sorted(model.tensors[path].name for path in missing))
-    if not spec.new_heads:
-        kind = 'no reward model' if any(path.startswith('score') for path in missing) else 'not whole'
-        if folder_head(folder) != 'lm' and kind == 'not whole':
-            kind = 'a reward model or a classifier'
-        raise UserError(
-            f'{spec.key}={spec.path}: is {kind}: holds no {names}; expected a folder with that (task=train alone '
-            'begins with a head of random numbers)'
-        )
-    console.note(f'{spec.path} holds no {names}: begins at random, and is trained whole')

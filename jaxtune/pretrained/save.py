@@ -11,7 +11,7 @@ from jaxtune.errors import UserError
 from jaxtune.methods import BoundMethod, apply, peft_tokens
 from jaxtune.models import Model, hf, value_head
 from jaxtune.models.model import leaf_paths
-from jaxtune.pretrained import companions
+from jaxtune.pretrained import companions, overrides
 from jaxtune.pretrained.load import ModelBundle
 from jaxtune.weights import is_weight, materialise, merge_weights, tree
 
@@ -63,6 +63,7 @@ def save_tuned(workdir: pathlib.Path, method: BoundMethod, bundle: ModelBundle, 
             console.note(f'to load {workdir}/adapter with PEFT, first resize the base: {resize}')
         if console.is_primary():
             bundle.tokenizer.save_pretrained(str(workdir / 'adapter'))  # whose template the adapter answers to
+            overrides.keep(workdir / 'adapter', bundle.overrides, base)
     if method.method.merges:
         save(workdir / 'export', model, method.method.merge(params), bundle.tokenizer, folder, dtype)
 

@@ -192,7 +192,7 @@ def chart(
 
     Args:
       title: what is drawn.
-      series: curves over the same x, updates.
+      series: curves over the same x: updates, or positions.
       show: a value as text, in the legend; the page's script has the same values as numbers.
       show_tick: the same, shorter, at the axis.
       unit: `percent`, `bytes` or '': how the script shows a value.

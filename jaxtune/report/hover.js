@@ -1,4 +1,4 @@
-// Moving over one chart shows every chart of the section at that update.
+// Moving over one chart shows every chart of its group at that update, or position.
 const show = {
   percent: v => (100 * v).toFixed(1) + ' %',
   bytes: v => {
@@ -23,8 +23,8 @@ function nearest(points, x) {
   if (low > 0 && x - points[low - 1][0] < points[low][0] - x) low--;
   return points[low];
 }
-for (const section of document.querySelectorAll('section')) {
-  const charts = [...section.querySelectorAll('figure.chart')].map(figure => ({
+for (const group of document.querySelectorAll('.charts')) {
+  const charts = [...group.querySelectorAll('figure.chart')].map(figure => ({
     data: JSON.parse(figure.querySelector('script').textContent),
     area: figure.querySelector('.area'),
     cross: figure.querySelector('.cross'),

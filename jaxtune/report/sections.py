@@ -236,7 +236,7 @@ def charts(source: Source) -> list[Figure]:
     """The loss, large, and all other curves, small."""
     by_name: dict[str, list[str]] = {}
     for metric in source.curves:
-        if names.source_of(metric):
+        if names.source_of(metric) or names.positions_of(metric):
             continue  # drawn together
         by_name.setdefault(metric.rsplit('/', 1)[-1], []).append(metric)
     drawn = []

@@ -26,7 +26,7 @@ from jaxtune.generation.generator import sample_record
 from jaxtune.generation.prompts import Prompt
 from jaxtune.metrics.samples import add_samples
 from jaxtune.metrics.writer import MetricsWriter
-from jaxtune.parallel import compiler_options, place_all
+from jaxtune.parallel import batch_shards, compiler_options, place_all
 from jaxtune.rl import Reward, RolloutBatch
 from jaxtune.rl.packing import RolloutPacker
 from jaxtune.rl.policy import BoundAlgorithm, per_token_logps
@@ -127,8 +127,7 @@ class RewardTask:
         self.reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state['trainable'])
         # Packed, the answers of an update are fewer rows, a multiple of this.
         self.compiled, self.step = compiled, program.train_step(sizes.accumulate)
-        shape = program.mesh.shape
-        self.unit = sizes.accumulate * shape['data'] * shape['fsdp']
+        self.unit = sizes.accumulate * batch_shards(program.mesh)
         self.score_rows, self.compute_advantages = self._functions()
         self.warned = False  # that a step had nothing to learn from
         self.shown = False  # what a prompt and its answer look like

@@ -18,14 +18,14 @@ from jaxtune.common.formatting import amount, duration, size
 from jaxtune.common.io import write_json
 from jaxtune.common.settings import Settings
 from jaxtune.data.tokenizer import Added
-from jaxtune.methods import new_tokens
+from jaxtune.methods import apply, new_tokens
 from jaxtune.models import Model
-from jaxtune.parallel import copied_bytes, make_mesh
+from jaxtune.parallel import batch_shards, copied_bytes, make_mesh
 from jaxtune.parallel.aot import available_bytes, try_compile
 from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
-from jaxtune.pretrained.load import open_model, open_with_added, plan_tokens, with_new_tokens
+from jaxtune.pretrained.load import announce_config, open_model, open_with_added, plan_tokens, with_new_tokens
 from jaxtune.recipe.flags import Command
 from jaxtune.tasks import setup, specs
 from jaxtune.training.flops import flops_per_token
@@ -110,6 +110,7 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
         'available_bytes': limit,
         'collectives': {kind: dataclasses.asdict(entry) for kind, entry in by_kind.items()},
         'device_kind': mesh.devices.flat[0].device_kind,
+        'experts': list(model.kernels.experts),
         'mesh': dict(mesh.shape),
     }
     write_json(workdir / 'compile.json', metrics | beside)
@@ -141,13 +142,15 @@ def open_program(config: Settings, mesh: Mesh) -> tuple[Model, Any, Any, Program
     # Before the mesh is set: nothing could run on devices that are not there, not even the making of a random key.
     spec, method = specs.model_spec(config), specs.method(config)
     tokenizer, added = _tokenizer(config)
+    announce_config(spec)
     stored, _ = open_model(spec, tokenizer)
     new = plan_tokens(spec, tokenizer, added, stored)
     model = with_new_tokens(spec, tokenizer, stored, [new])
     if new:
         new_tokens.check(method)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        grow = (lambda params: new_tokens.grow(params, model, new, method)) if new else None
+        whole = apply.also_trained(method, stored)
+        grow = (lambda params: new_tokens.grow(params, model, new, method, whole)) if new else None
         trainable, frozen = abstract_params(method, mesh, stored, grow)
         program = make_program(
             mesh,
@@ -159,6 +162,7 @@ def open_program(config: Settings, mesh: Mesh) -> tuple[Model, Any, Any, Program
             batch_size=config.train.batch_size,
             seed=config.seed,
             method=method,
+            balance=specs.balance(config, mesh, model),
         )
     return model, trainable, frozen, program
 
@@ -173,7 +177,7 @@ def _micro_batches(config: Settings, mesh: Mesh) -> Iterator[int]:
     if config.train.accumulate != 'auto':
         yield config.train.accumulate
         return
-    rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+    rows = config.train.batch_size // batch_shards(mesh)
     yield from (n for n in range(1, max(rows, 1) + 1) if rows % n == 0)
 
 
@@ -278,6 +282,7 @@ def _show(
         [
             ('devices', f'{mesh.size} x {mesh.devices.flat[0].device_kind}' + (f'; mesh {sizes}' if sizes else '')),
             ('attention', str(model.kernels)),
+            ('experts', ', '.join(model.kernels.experts)),
             ('batch', f'{config.train.batch_size} x {config.data.seq_len} in {attempt.accumulate} micro-batches'),
             ('arguments', f'{size(attempt.argument_bytes)} a device: state, frozen parameters, batch'),
             ('of them', f'{size(copied)} copied to every device' if copied else ''),

@@ -11,6 +11,7 @@ from jaxtune import report
 from jaxtune.common import console
 from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
+from jaxtune.metrics import names
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
@@ -31,6 +32,7 @@ def check(config: Settings, mesh: Mesh) -> None:
         raise UserError("data.eval='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
     batch_size = config.eval.batch_size or config.train.batch_size
     check_batch(mesh, batch_size, 1, specs.objective(config).batch_spec())
+    setup.position_bounds(config)
     present.check(config)
 
 
@@ -48,13 +50,26 @@ def open_evaluator(config: Settings, workdir: pathlib.Path, mesh: Mesh, bundle: 
     step = make_eval_step(lambda params, batch, rng: objective.loss(model, params, batch, rng))
     step = jax.jit(step, compiler_options=compiler_options())
     statistics = objective.statistics(model)
-    return make_evaluator(objective.objective, mesh, rows, step, batch_size, statistics, config.eval.batches)
+    bounds = setup.position_bounds(config)
+    return make_evaluator(objective.objective, mesh, rows, step, batch_size, statistics, config.eval.batches, bounds)
 
 
 def score(evaluator: Evaluator, params: Any) -> dict[str, float]:
     """Metrics of a whole parameter tree."""
     with console.progress(len(evaluator), 'evaluate', 'batch') as bar:
         return evaluator.run(params, jax.tree.map(lambda leaf: None, params), bar.advance)
+
+
+def _by_position(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """The losses of all buckets of positions, a line each."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for name, value in metrics.items():
+        if bounds := names.positions_of(name):
+            found.setdefault(bounds, {})[name.split('/')[1].split('_')[0]] = value
+    return [
+        (f'at {low}-{high}', f'{values["loss"]:.4f} over {values["tokens"]:,} tokens' if 'loss' in values else 'none')
+        for (low, high), values in found.items()
+    ]
 
 
 def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:
@@ -89,7 +104,12 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
     info.write(workdir)
     result = report.finish(workdir, 'evaluate', 0, metrics)
     console.facts(
-        [(name, f'{value:,}' if isinstance(value, int) else f'{value:.6g}') for name, value in metrics.items()]
+        [
+            (name, f'{value:,}' if isinstance(value, int) else f'{value:.6g}')
+            for name, value in metrics.items()
+            if names.positions_of(name) is None
+        ]
     )
+    console.facts(_by_position(metrics))
     console.note(f'made {workdir}/result.json and {workdir}/report.html')
     return result

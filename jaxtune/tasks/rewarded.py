@@ -21,7 +21,8 @@ from jaxtune.generation.prompts import Prompt, prompts_by_source, read_prompts
 from jaxtune.models import value_head
 from jaxtune.parallel import make_mesh
 from jaxtune.parallel.batches import check_batch, check_rows
-from jaxtune.pretrained.load import ModelBundle, folder_head, load_model
+from jaxtune.pretrained.heads import folder_head
+from jaxtune.pretrained.load import ModelBundle, load_model
 from jaxtune.pretrained.save import save_tuned
 from jaxtune.recipe.flags import Command
 from jaxtune.rl import Reward
@@ -80,6 +81,7 @@ def check(config: Settings, mesh: Mesh) -> None:
         )
     if not config.data.train:
         raise UserError("data.train='': expected the prompts: a path, a glob, a folder, python-stdlib or @STAGE")
+    setup.position_bounds(config)
     present.check(config)
 
 
@@ -166,6 +168,7 @@ def open_trainer(
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(prompts) / asked))
     updates = config.rl.epochs * (config.rl.rollouts // config.train.batch_size)  # a step
 
+    reached = setup.reached(config, bundle)
     trainable, frozen = setup.split(config, bundle)
     program = setup.program(config, mesh, bundle, trainable, algorithm, steps * updates)
     state = program.init_state(trainable)
@@ -239,6 +242,7 @@ def open_trainer(
             updates=line,
             optimizer=config.optimizer,
             mixture=announce.mixture_facts(order, steps * asked),
+            targets=reached,
         )
 
     def last_lines(exported: int, metrics: Mapping[str, Any]) -> None:

@@ -1,19 +1,23 @@
 """What tasks that train or score have in common: a program opened over a model, and its evaluator."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.common import console
 from jaxtune.common.settings import Settings
 from jaxtune.config import is_rewarded
+from jaxtune.errors import UserError
 from jaxtune.generation.generator import Generator
 from jaxtune.generation.prompts import read_prompts
-from jaxtune.methods import apply
+from jaxtune.methods import apply, reach
 from jaxtune.metrics import names
-from jaxtune.objectives import Objective
+from jaxtune.objectives import OBJECTIVES, Objective, by_position
+from jaxtune.parallel import batch_shards
 from jaxtune.parallel.aot import compile_step
 from jaxtune.pretrained.load import ModelBundle, load_model
 from jaxtune.recipe.flags import Command
@@ -66,6 +70,7 @@ def program(
         seed=config.seed,
         method=specs.method(config),
         newly_initialized=bundle.newly_initialized,
+        balance=specs.balance(config, mesh, bundle.model),
     )
 
 
@@ -74,10 +79,17 @@ def split(config: Settings, bundle: ModelBundle) -> tuple[Any, Any]:
     return apply.partition(specs.method(config).method, bundle.params, bundle.trained_whole)
 
 
+def reached(config: Settings, bundle: ModelBundle) -> str:
+    """What part of the model the targets reach; says in a line what a user may not expect of them."""
+    if surprise := reach.warning(bundle.params, bundle.model, config.method):
+        console.note(surprise)
+    return reach.reached(bundle.params, bundle.model)
+
+
 def compiled_step(config: Settings, mesh: Mesh, program: Program, state: Any, frozen: Any) -> tuple[int, Any]:
     """How many micro-batches an update is cut into, and the update compiled so."""
     args = (state, frozen, program.batch_shapes())
-    rows = config.train.batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+    rows = config.train.batch_size // batch_shards(mesh)
     return compile_step(program.train_step, args, config.train.accumulate, rows)
 
 
@@ -111,6 +123,23 @@ def checkpoints(config: Settings, workdir: pathlib.Path, metric: str) -> Checkpo
     return Checkpoints(folder, config.checkpoint.keep, metric, better, stored_signature(workdir))
 
 
+def position_bounds(config: Settings) -> np.ndarray | None:
+    """Bounds of the buckets of positions that `eval.by_position` asks for.
+
+    Raises:
+      UserError: more than a row has tokens, or losses that are not of one token each.
+    """
+    buckets, known = config.eval.by_position, [n for n in OBJECTIVES.names if OBJECTIVES.get(n).by_position]
+    if not buckets:
+        return None
+    if is_rewarded(config.task) or not specs.objective(config).objective.by_position:
+        of = f'task={config.task}' if is_rewarded(config.task) else f'objective={config.objective}'
+        raise UserError(f'eval.by_position={buckets}: expected 0 for {of}; it is for objectives {", ".join(known)}')
+    if buckets > config.data.seq_len:
+        raise UserError(f'eval.by_position={buckets}: expected at most data.seq_len={config.data.seq_len}')
+    return by_position.bounds(buckets, config.data.seq_len)
+
+
 def reference_logps(config: Settings, mesh: Mesh, bundle: ModelBundle, cache: pathlib.Path) -> ReferenceLogps:
     """What gives rows the values of the reference model that the objective's loss reads."""
     objective = specs.objective(config)
@@ -120,7 +149,8 @@ def reference_logps(config: Settings, mesh: Mesh, bundle: ModelBundle, cache: pa
         reference = load_model(specs.other_model_spec(config, key, path), mesh)
         return reference.model, reference.params
 
-    identity = (config.model.path, config.model.compute_dtype)
+    changes = json.dumps(dict(bundle.overrides), sort_keys=True) if bundle.overrides else ''
+    identity = (config.model.path, config.model.compute_dtype, *([changes] if changes else ()))
     size = config.eval.batch_size or config.train.batch_size
     return ReferenceLogps(objective, bundle.model, bundle.params, mesh, size, cache, identity, load)
 
@@ -145,7 +175,7 @@ def sample_callback(config: Settings, mesh: Mesh, bundle: ModelBundle, workdir: 
             f'generate.max_new_tokens={config.generate.max_new_tokens}'
         )
         return None
-    rows = mesh.shape['data'] * mesh.shape['fsdp']
+    rows = batch_shards(mesh)
     generator = Generator(config.generate, mesh, bundle, -(-len(prompts) // rows) * rows, config.seed, greedy=True)
     return SampleCallback(generator, prompts, workdir)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxtune.common import sources
@@ -10,12 +11,15 @@ from jaxtune.common.sources import AUTO, DataSource
 from jaxtune.config import is_rewarded, trains
 from jaxtune.data.holdout import Holdout
 from jaxtune.data.spec import DataSpec
+from jaxtune.errors import UserError
 from jaxtune.generation.prompts import PromptSpec
 from jaxtune.methods import METHODS, BoundMethod
+from jaxtune.models import Model
 from jaxtune.objectives import OBJECTIVES, BoundObjective, Objective
 from jaxtune.pretrained.load import ModelSpec
 from jaxtune.rl import ALGORITHMS, Algorithm
 from jaxtune.rl.policy import BoundAlgorithm
+from jaxtune.training.balance import Balance
 
 
 def algorithm(config: Settings) -> Algorithm:
@@ -63,6 +67,27 @@ def bound_algorithm(config: Settings) -> BoundAlgorithm:
     return BoundAlgorithm(algorithm(config), config.rl, config.data.seq_len, config.generate.temperature)
 
 
+def balance(config: Settings, mesh: Mesh, model: Model) -> Balance:
+    """How the recipe keeps experts evenly used.
+
+    Raises:
+      UserError: it asks for what the model has not; names the key.
+    """
+    moe, experts, parts = config.moe, getattr(model.config, 'experts', None), mesh.shape['expert']
+    if parts > 1 and (experts is None or experts.count % parts):
+        there = 'this model has no experts' if experts is None else f'a divisor of the {experts.count} experts'
+        raise UserError(f'mesh.expert={parts}: expected {"1: " if experts is None else ""}{there}')
+    for key in ('aux_loss', 'z_loss', 'bias_rate'):
+        if experts is None and moe[key] not in (0.0, 'auto'):
+            raise UserError(f'moe.{key}={moe[key]}: expected 0: this model has no experts')
+    if experts and moe.bias_rate and not experts.corrected:
+        raise UserError(f'moe.bias_rate={moe.bias_rate}: expected 0: the routers of this model have no such bias')
+    aux_loss = moe.aux_loss
+    if aux_loss == 'auto':
+        aux_loss = experts.aux_loss if experts else 0.0
+    return Balance(aux_loss, moe.z_loss, moe.bias_rate)
+
+
 def model_spec(config: Settings, key: str = 'model.path') -> ModelSpec:
     """The recipe's model."""
     task, rows = config.task, None
@@ -84,6 +109,7 @@ def model_spec(config: Settings, key: str = 'model.path') -> ModelSpec:
         seed=config.seed,
         key=key,
         added=tuple(config.tokenizer.add),
+        overrides=config.model.config.to_dict() if config.model.path else {},
     )
 
 

@@ -62,6 +62,7 @@ def check(config: Settings, mesh: Mesh) -> None:
         raise UserError(f'eval.samples={config.eval.samples}: expected an objective of {", ".join(writing)}, or 0')
     if not config.data.train:
         raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
+    setup.position_bounds(config)
     present.check(config)
 
 
@@ -124,7 +125,7 @@ class TrainTask:
             writer,
             bar,
             group=lambda name: 'train',
-            shown={'loss': '.3f'},
+            shown={'loss': '.3f', 'busiest_expert': '.2f'},
             unit='update',
             counted=self.counted,
             diagnose=self.diagnose,
@@ -177,6 +178,7 @@ def open_trainer(
         rows = reference.complete(rows, 'train')
     loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
 
+    reached = setup.reached(config, bundle)
     trainable, frozen = setup.split(config, bundle)
     program = setup.program(config, mesh, bundle, trainable, objective, steps)
     state = program.init_state(trainable)
@@ -192,7 +194,14 @@ def open_trainer(
         gzip = getattr(getattr(held_out, 'tokens', None), 'gzip_bits_per_byte', None)
         size = config.eval.batch_size or config.train.batch_size // accumulate
         evaluator = make_evaluator(
-            objective.objective, mesh, held_out, program.eval_step(), size, program.statistics, config.eval.batches
+            objective.objective,
+            mesh,
+            held_out,
+            program.eval_step(),
+            size,
+            program.statistics,
+            config.eval.batches,
+            setup.position_bounds(config),
         )
     samples = setup.sample_callback(config, mesh, bundle, workdir)
     metric = config.eval.metric
@@ -249,6 +258,7 @@ def open_trainer(
             updates=updates,
             optimizer=config.optimizer,
             mixture=mixture,
+            targets=reached,
         )
         if pieces:
             announce.show_example(info, pieces)

@@ -26,6 +26,7 @@ def announce(
     updates: str,
     optimizer: Settings,
     mixture: Mapping[str, Mapping[str, float]] | None = None,
+    targets: str = '',
 ) -> None:
     """Prints the first lines.
 
@@ -38,6 +39,7 @@ def announce(
       updates: how many, and of what.
       optimizer: the recipe's `optimizer` subtree.
       mixture: of the training data, as `mixture_facts` has it.
+      targets: what part of the model these reach.
     """
     _ = info.peak_flops  # measured now, while nothing else runs
     machine = info.machine()
@@ -48,8 +50,10 @@ def announce(
         [
             ('devices', f'{_devices(machine)}; mesh {_mesh(info)}'),
             ('model', _model_line(info.facts.get('model'))),
+            ('targets', targets),
             ('memory', _memory_line(info.facts.get('model'), memory)),
             ('attention', str(kernels)),
+            ('experts', ', '.join(kernels.experts)),
             ('data', _data_line(data)),
             ('mixture', _mixture_line(mixture or {})),
             ('updates', updates),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtune.data.loader import Loader
 from jaxtune.data.mixture import Mixture
 from jaxtune.errors import UserError
-from jaxtune.objectives import Objective
+from jaxtune.objectives import Objective, by_position
 from jaxtune.parallel import compiler_options, place
 from jaxtune.parallel.batches import check_rows
 from jaxtune.training.step import Statistics, make_statistics
@@ -32,6 +32,7 @@ class Evaluator:
 
     Attributes:
       step: compiled `(trainable, frozen, batch) -> sums`.
+      bounds: of the buckets of positions that the loss is given for, or None; see `objectives.by_position`.
       statistics: `(trainable, frozen, batch) -> {name: (sum, count)}`, whose means over all rows `step` takes; or None.
       loaders: the held-out rows by label; '' is that of rows without one.
       mesh: where batches go.
@@ -53,6 +54,7 @@ class Evaluator:
     summarise: Callable[[dict[str, float], float], dict[str, float]] | None = None
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     statistics: Callable | None = None
+    bounds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return sum(map(self._count, self.loaders.values()))
@@ -70,13 +72,15 @@ class Evaluator:
         Raises:
           UserError: there is nothing that could be scored.
         """
-        means = {}
+        added: dict[str, Any] = {}
+        if self.bounds is not None:
+            added[by_position.EDGES] = self.bounds[:-1].astype(np.int32)
         statistics = self.statistics
         if statistics is not None:
             sums = self._sums(lambda batch: statistics(trainable, frozen, batch))
             sums = functools.reduce(_added_sums, sums.values())
-            means = {name: np.float32(total / max(count, 1.0)) for name, (total, count) in sums.items()}
-        sums = self._sums(lambda batch: self.step(trainable, frozen, batch | means), advance)
+            added |= {name: np.float32(total / max(count, 1.0)) for name, (total, count) in sums.items()}
+        sums = self._sums(lambda batch: self.step(trainable, frozen, batch | added), advance)
         return self._metrics(sums)
 
     def _sums(self, step: Callable, advance: Callable[[], None] = lambda: None) -> dict[str, dict[str, Any]]:
@@ -104,6 +108,7 @@ class Evaluator:
                 by_label[f'eval/loss/{label}'] = found['loss'] / found['count']
         totals = dict(functools.reduce(_added_sums, sums.values()))
         count, loss = totals.pop('count'), totals.pop('loss')
+        found = totals.pop(by_position.SUMS, None)  # before `summarise`, which knows the objective's own
         mean = loss / count
         metrics = {'eval/loss': mean, **by_label, f'eval/{self.counted}': int(count)}
         if self.counted == 'tokens':
@@ -115,14 +120,22 @@ class Evaluator:
         else:
             pairs = {name: value if isinstance(value, tuple) else (value, count) for name, value in totals.items()}
             means = {name: total / its_count for name, (total, its_count) in pairs.items() if its_count}
-        return metrics | {f'eval/{name}': value for name, value in {**means, **self.constants}.items()}
+        means = {**means, **self.constants}
+        if found is not None and self.bounds is not None:
+            means |= by_position.metrics(self.bounds, found)
+        return metrics | {f'eval/{name}': value for name, value in means.items()}
 
 
 def _added(totals: Any, sums: Any) -> Any:
     if sums is None:
         return totals
-    sums = jax.tree.map(lambda value: float(np.float64(value)), sums)
+    sums = jax.tree.map(_float64, sums)
     return sums if totals is None else _added_sums(totals, sums)
+
+
+def _float64(value: Any) -> float | np.ndarray:
+    array = np.asarray(value, np.float64)
+    return array if array.ndim else float(array)
 
 
 def _added_sums(totals: Any, sums: Any) -> Any:
@@ -137,6 +150,7 @@ def make_evaluator(
     batch_size: int,
     statistics: Statistics | None = None,
     batches: int = 0,
+    bounds: np.ndarray | None = None,
 ) -> Evaluator:
     """An `Evaluator` over held-out rows.
 
@@ -148,6 +162,7 @@ def make_evaluator(
       batch_size: sequences a batch.
       statistics: what the loss must know of all rows before it.
       batches: at most so many, of each source; 0 = all.
+      bounds: of buckets of positions, as for `Evaluator`.
 
     Raises:
       UserError: the mesh does not divide the batch.
@@ -169,5 +184,6 @@ def make_evaluator(
         counted=objective.counted,
         summarise=objective.summarise,
         constants=getattr(rows, 'baselines', {}),  # means, which a mixture's sources do not add up to
+        bounds=bounds,
         statistics=statistics and jax.jit(make_statistics(statistics), compiler_options=compiler_options()),
     )

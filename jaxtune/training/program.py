@@ -20,6 +20,7 @@ from jaxtune.models import Model
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
 from jaxtune.parallel.rules import with_shardings
+from jaxtune.training.balance import Balance
 from jaxtune.training.step import State, Statistics, Sums, init_state, make_eval_step, make_train_step
 
 
@@ -54,6 +55,7 @@ class Program:
       seed: of what an update draws.
       shapes: the state as `jax.ShapeDtypeStruct`s.
       placed: the state's shardings.
+      balance: how experts are kept evenly used.
     """
 
     mesh: Mesh
@@ -66,6 +68,7 @@ class Program:
     seed: int
     shapes: Any
     placed: Any
+    balance: Balance
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None) -> Sums:
         """The loss of this model, as sums."""
@@ -94,13 +97,14 @@ class Program:
     def train_step(self, accumulate: int) -> Any:
         """The jitted update `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
         step = make_train_step(
-            self.loss,
+            functools.partial(self.balance.loss, self.learning, self.model),
             self.optimizer,
             schedule(self.settings, self.steps),
             seed=self.seed,
             accumulate=accumulate,
             clip_norm=self.settings.clip_norm,
             statistics=self.statistics,
+            settle=self.balance.settle,
         )
         jit = functools.partial(
             jax.jit, donate_argnums=0, out_shardings=(self.placed, None), compiler_options=compiler_options()
@@ -131,6 +135,7 @@ def make_program(
     seed: int = 0,
     method: BoundMethod | None = None,
     newly_initialized: frozenset[str] = frozenset(),
+    balance: Balance | None = None,
 ) -> Program:
     """The program of a run.
 
@@ -145,11 +150,13 @@ def make_program(
       seed: of what an update draws.
       method: which may have learning rates of its own.
       newly_initialized: paths of parameters that the loaded model lacked.
+      balance: how experts are kept evenly used; None = left alone.
 
     Raises:
       UserError: an optimizer or sharding that cannot be.
     """
     rate = method.rate if method and method.method.rate else None
+    kept = balance or Balance()
     rule = make_optimizer(optimizer, steps, newly_initialized=newly_initialized, rate=rate)
     specs = match_rules(trainable, mesh)
     shapes = jax.eval_shape(lambda tree: init_state(tree, rule), trainable)
@@ -157,7 +164,7 @@ def make_program(
     placed = shardings({'step': P(), 'trainable': specs, 'opt_state': opt_specs}, mesh)
     if optimizer.offload:
         placed['opt_state'] = jax.tree.map(lambda place: place.with_memory_kind('pinned_host'), placed['opt_state'])
-    return Program(mesh, model, learning, optimizer, rule, steps, batch_size, seed, shapes, placed)
+    return Program(mesh, model, learning, optimizer, rule, steps, batch_size, seed, shapes, placed, kept)
 
 
 def abstract_params(
@@ -179,4 +186,4 @@ def abstract_params(
 
     params = jax.eval_shape(begin, model.shapes)
     placed = with_shardings(params, shardings(match_rules(params, mesh), mesh))
-    return apply.partition(method.method, placed, frozenset())
+    return apply.partition(method.method, placed, apply.also_trained(method, model))

@@ -111,6 +111,7 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float = 0.0,
     statistics: Statistics | None = None,
+    settle: Callable[[Any, Any], tuple[Any, dict[str, Any]]] = lambda trainable, sums: (trainable, sums),
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """One update as a pure function `(state, frozen, batch) -> (state, metrics)`.
 
@@ -122,6 +123,7 @@ def make_train_step(
       accumulate: micro-batches that the batch is cut into.
       clip_norm: global norm of the mean gradient at most; 0 = off.
       statistics: of the objective, or None.
+      settle: `(trainable, sums) -> (trainable, sums)`, what follows an update.
     """
 
     def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -133,6 +135,7 @@ def make_train_step(
         grads = jax.tree.map(lambda grad: (grad.astype(jnp.float32) * factor).astype(grad.dtype), grads)
         updates, opt_state = optimizer.update(grads, state['opt_state'], state['trainable'])
         trainable = apply_updates(state['trainable'], updates, jax.random.fold_in(rng, _ROUNDING))
+        trainable, sums = settle(trainable, sums)
         metrics = {
             'loss': total * scale,
             'grad_norm': norm,

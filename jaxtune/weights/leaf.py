@@ -1,6 +1,6 @@
 """The two things a model ever does with a weight, multiply by it and look rows up in it, whatever kind it is."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import chex
 import jax
@@ -9,6 +9,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.parallel import one_cpu
+
+if TYPE_CHECKING:
+    from jaxtune.weights.grouped import Groups
 
 
 class Fit(Protocol):
@@ -43,6 +46,14 @@ class Weight:
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """`[..., in] -> [..., out]` in the dtype of `x`."""
         raise NotImplementedError
+
+    def grouped_dot(self, x: jax.Array, groups: 'Groups', rng: jax.Array | None) -> jax.Array:
+        """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel of `[groups, in, out]`."""
+        raise NotImplementedError
+
+    def by_group(self) -> 'jax.Array | Weight':
+        """The leaf of `[groups, in, out]` with all its arrays stacked over groups, and wide where it is quantised."""
+        return self
 
     def lookup(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows for ids of any shape, `[*ids.shape, features]`."""

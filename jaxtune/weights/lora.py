@@ -6,6 +6,7 @@ Hu et al. 2021, arXiv:2106.09685; with magnitudes apart from directions it is Do
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -15,13 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.parallel import in_order, platform
+from jaxtune.weights.grouped import Groups, grouped_dot
 from jaxtune.weights.leaf import Fit, Weight, dot, kernel_gradient, lookup, materialise
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=['base', 'a', 'b', 'scale', 'magnitude', 'a_start', 'b_start'],
-    meta_fields=['dropout', 'layers'],
+    meta_fields=['dropout', 'layers', 'shared'],
 )
 @dataclasses.dataclass(frozen=True)
 class LoRA(Weight):
@@ -34,14 +36,15 @@ class LoRA(Weight):
 
     Attributes:
       base: the frozen weight `[*layers, in, out]`, an array or a typed leaf.
-      a: `[*layers, in, rank]`.
+      a: `[*layers, in, rank]`; where stacked experts share their factors, without the dimension of the experts.
       b: `[*layers, rank, out]`.
-      scale: float32 `[*layers]`.
-      magnitude: `[*layers, out]` (DoRA), or None.
+      scale: float32, of the stack's shape.
+      magnitude: of every output's weights (DoRA), `[*layers, out]`, or None.
       a_start: like `a`, and `b_start` like `b`: factors whose product is taken off, so that training begins at the base
         whatever `a` and `b` begin with (PiSSA); or None.
       dropout: share of the inputs of `a` that training leaves out.
       layers: numbers of the stacked layers that `a` and `b` are for; None = all.
+      shared: the base is of stacked experts, and one pair of factors is for all of a layer.
     """
 
     base: jax.Array | Weight
@@ -53,6 +56,7 @@ class LoRA(Weight):
     b_start: jax.Array | None = None
     dropout: float = 0.0
     layers: tuple[int, ...] | None = None
+    shared: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,26 +85,54 @@ class LoRA(Weight):
 
     def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
         """`[..., in] -> [..., out]` in the dtype of `x`."""
-        key = rng if self.dropout else None
-        if key is None and self._summed_first(x):
+        if not (rng is not None and self.dropout) and self._summed_first(x):
             y = _sum_dot(x, (self.base, self.a_start, self.b_start, self.scale), self.a, self.b)
             return y if self.magnitude is None else (self.magnitude / self._lengths()).astype(x.dtype) * y
-        y = dot(x, self.base)
-        dropped = x
-        if key is not None:
-            kept = jax.random.bernoulli(key, 1.0 - self.dropout, x.shape)
+        return self._dot(x, rng, dot, lambda values: values)
+
+    def grouped_dot(self, x: jax.Array, groups: Groups, rng: jax.Array | None) -> jax.Array:
+        """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel."""
+
+        def multiply(x: jax.Array, kernel: jax.Array | Weight) -> jax.Array:
+            return grouped_dot(x, kernel, groups) if len(kernel.shape) > 2 else dot(x, kernel)
+
+        def of_rows(values: jax.Array) -> jax.Array:
+            rows = jnp.take(values, groups.of_rows(), axis=0) if values.ndim else values
+            return rows[:, None] if rows.ndim == 1 else rows
+
+        return self._dot(x, rng, multiply, of_rows)
+
+    def by_group(self) -> 'LoRA':
+        """The leaf with all its arrays stacked over groups, and its base wide."""
+        base = self.base.by_group() if isinstance(self.base, Weight) else self.base
+        if not self.shared:
+            return dataclasses.replace(self, base=base)
+        a, b, scale = (jnp.broadcast_to(x, (base.shape[0], *x.shape)) for x in (self.a, self.b, self.scale))
+        return dataclasses.replace(self, base=base, a=a, b=b, scale=scale, shared=False)
+
+    def _dot(
+        self,
+        x: jax.Array,
+        rng: jax.Array | None,
+        multiply: Callable[[jax.Array, Any], jax.Array],
+        of_rows: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """The product by parts: `multiply` by an array or leaf; `of_rows` gives each row the values of its kernel."""
+        y, dropped = multiply(x, self.base), x
+        if rng is not None and self.dropout:
+            kept = jax.random.bernoulli(rng, 1.0 - self.dropout, x.shape)
             dropped = jnp.where(kept, x / (1.0 - self.dropout), 0).astype(x.dtype)
-        scale = self.scale.astype(x.dtype)
-        update = dot(dot(dropped, _as_stacked(self.a)), self.b) * scale
+        scale = of_rows(self.scale).astype(x.dtype)
+        update = multiply(multiply(dropped, _as_stacked(self.a)), self.b) * scale
         if self.a_start is not None:
             assert self.b_start is not None  # the two come together
-            update = update - dot(dot(x, self.a_start), self.b_start) * scale
+            update = update - multiply(multiply(x, self.a_start), self.b_start) * scale
         if self.magnitude is None:
             return y + update
-        factor = (self.magnitude / self._lengths()).astype(x.dtype)
+        factor = of_rows(self.magnitude / self._lengths()).astype(x.dtype)
         if dropped is x:
             return factor * (y + update)
-        return y + (factor - 1.0) * dot(dropped, self.base) + factor * update
+        return y + (factor - 1.0) * multiply(dropped, self.base) + factor * update
 
     def _summed_first(self, x: jax.Array) -> bool:
         """Whether to add `a @ b` to the weight rather than its product with `x` to the output.
@@ -117,7 +149,10 @@ class LoRA(Weight):
 
     def _sum(self) -> jax.Array:
         """`base + scale * a @ b` in float32."""
-        return _sum((self.base, self.a_start, self.b_start, self.scale), self.a, _scaled(self.scale, self.b))
+        a, scaled = self.a, _scaled(self.scale, self.b)
+        if self.shared:
+            a, scaled = a[..., None, :, :], scaled[..., None, :, :]
+        return _sum((self.base, self.a_start, self.b_start, self.scale), a, scaled)
 
     def lookup(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows for ids of any shape, `[*ids.shape, features]`."""
@@ -134,8 +169,10 @@ class LoRA(Weight):
 
     def specs(self, spec: P, fit: Fit) -> 'LoRA':
         """How its arrays lie on a mesh, where a plain kernel would lie as `spec`."""
-        inputs, outputs = (*(None,) * (2 - len(spec)), *spec)[-2:]
-        placed = {'a': P(inputs, None), 'b': P(None, outputs), 'scale': P(), 'magnitude': P(outputs)}
+        *stack, inputs, outputs = (*(None,) * (2 - len(spec)), *spec)
+        own = () if self.shared else stack
+        placed = {'a': P(*own, inputs, None), 'b': P(*own, None, outputs)}
+        placed |= {'scale': P(*own), 'magnitude': P(*stack, outputs)}
         placed |= {'a_start': placed['a'], 'b_start': placed['b']}
         leaves = {name: getattr(self, name) for name in placed}
         base = self.base
@@ -176,7 +213,7 @@ def _as_stacked(factor: jax.Array) -> jax.Array:
     XLA's GPU compiler wants it the other way round, and would transpose a copy of the whole stack before the scan over
     the layers: 1 GB for a model of 65 billion parameters at rank 64.
     """
-    return in_order(factor, 0, 1) if platform() in ('gpu', 'cuda') else factor
+    return in_order(factor, *range(factor.ndim)) if platform() in ('gpu', 'cuda') else factor
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

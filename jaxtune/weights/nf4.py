@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.parallel import in_order, one_device
 from jaxtune.weights.blockwise8 import decode, stepped_code
+from jaxtune.weights.grouped import Groups, product
 from jaxtune.weights.leaf import Fit, Weight
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (the paper's appendix E).
@@ -89,12 +90,24 @@ class NF4(Weight):
         """`[..., in] -> [..., out]` in the dtype of `x`."""
         return _dot(x, self)
 
+    def grouped_dot(self, x: jax.Array, groups: Groups, rng: jax.Array | None) -> jax.Array:
+        """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel."""
+        return _grouped_dot(x, self, groups)
+
+    def by_group(self) -> jax.Array:
+        """The plain array, frozen."""
+        return lax.stop_gradient(self.materialise())
+
     def materialise(self) -> jax.Array:
         """The plain array that it stands for."""
-        dequantise = NF4.dequantise
+        return self.wide().swapaxes(-1, -2).astype(self.dtype)
+
+    def wide(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        """`[*layers, out, in]`, as `dequantise` gives one layer."""
+        dequantise = functools.partial(NF4.dequantise, dtype=dtype)
         for _ in self.codes.shape[:-2]:
             dequantise = jax.vmap(dequantise)
-        return dequantise(self).swapaxes(-1, -2).astype(self.dtype)
+        return dequantise(self)
 
     def dequantise(self, dtype: jnp.dtype = jnp.float32) -> jax.Array:
         """`[out, in]` of one layer; float32 arithmetic, rounded to `dtype` at the end."""
@@ -128,17 +141,21 @@ class NF4(Weight):
         if self.codes is None:
             return self
         if self.matrix[0] % self.block:  # all in one row, whose blocks no division of the kernel fits
-            spec = P()
-        inputs, outputs = (*(None,) * (2 - len(spec)), *spec)[-2:]
+            spec = P(*spec[:-2], None, None)
+        *stack, inputs, outputs = (*(None,) * (2 - len(spec)), *spec)
         # Fitted to the scales, which keeps blocks whole: where they divide, codes divide into the same blocks, but for
         # a row that ends within one.
         ragged = math.prod(self.matrix) % self.block
-        both = P() if ragged else fit(P(outputs, inputs), self.scales.shape)
+
+        def copied(leaf: Any, *rest: None) -> P:
+            return fit(P(*stack, *rest), leaf.shape, may_copy=True) if stack else P()
+
+        both = copied(self.scales, None, None) if ragged else fit(P(*stack, outputs, inputs), self.scales.shape)
         plain = dataclasses.replace(self, codes=both, scales=both)
         if self.outer is None:
             return plain
         # Four bytes a block of 256 blocks: copied, for less than a thousandth of what the codes take.
-        return dataclasses.replace(plain, outer=P(), offset=P())
+        return dataclasses.replace(plain, outer=copied(self.outer, None), offset=copied(self.offset))
 
 
 def _widen(codes: jax.Array, scales: jax.Array, block: int, dtype: jnp.dtype) -> jax.Array:
@@ -215,6 +232,23 @@ def _dot_backward(weight: NF4, d_y: jax.Array) -> tuple[jax.Array, None]:
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
+@jax.custom_vjp
+def _grouped_dot(x: jax.Array, weight: NF4, groups: Groups) -> jax.Array:
+    return product(x, weight.wide(x.dtype), groups, transposed=True)
+
+
+def _grouped_forward(x: jax.Array, weight: NF4, groups: Groups) -> tuple[jax.Array, tuple[NF4, Groups]]:
+    return _grouped_dot(x, weight, groups), (weight, groups)
+
+
+def _grouped_backward(residuals: tuple[NF4, Groups], d_y: jax.Array) -> tuple[jax.Array, None, None]:
+    (weight, groups), d_y = lax.optimization_barrier((residuals, d_y))  # as in `_dot_backward`
+    return product(d_y, weight.wide(d_y.dtype), groups), None, None
+
+
+_grouped_dot.defvjp(_grouped_forward, _grouped_backward)
+
+
 @dataclasses.dataclass(frozen=True)
 class Codec:
     """How plain kernels become `NF4` leaves.
@@ -260,10 +294,13 @@ class Codec:
 
     def encode_kernel(self, kernel: jax.Array) -> NF4:
         """Quantises a kernel `[*layers, in, out]`."""
-        encode = self.encode
-        for _ in kernel.shape[:-2]:
-            encode = jax.vmap(encode)
-        return encode(kernel.swapaxes(-1, -2))
+        matrices = kernel.swapaxes(-1, -2)
+        if matrices.ndim == 2:
+            return self.encode(matrices)
+        # One by one: all at once, XLA rounds the mean of their scales otherwise.
+        stack = kernel.shape[:-2]
+        encoded = lax.map(self.encode, matrices.reshape(-1, *matrices.shape[-2:]))
+        return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), encoded)
 
 
 def _quantise_scales(values: jax.Array) -> tuple[jax.Array, jax.Array]:

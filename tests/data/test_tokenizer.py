@@ -7,6 +7,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtune import models
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
 
@@ -14,6 +15,7 @@ BYTES = tokenizers.load('bytes')
 TEXTS = ['def f(x):\n\treturn x + 12  # naïve\r\n', '漢字 and \U0001f600\u200d', "  don't  do,  that !  \n\n", '']
 CORPUS = [*TEXTS, 'the quick brown fox jumps over the lazy dog, the quick one\n' * 20, 'return the quick value\n' * 9]
 BPE = tokenizers.train_bpe(CORPUS, 320)
+DECODERS = [name for name, family in models.families().items() if family.kind == 'decoder']
 
 
 @given(st.text())
@@ -49,7 +51,7 @@ def test_training_is_the_same_in_every_process():
 
 
 @pytest.mark.parametrize('tokenizer', [BYTES, BPE], ids=['bytes', 'bpe'])
-@pytest.mark.parametrize('model_type', ['', 'llama', 'gpt2', 'mistral', 'qwen2', 'qwen3', 'gemma2', 'phi3', 'olmo2'])
+@pytest.mark.parametrize('model_type', ['', *DECODERS])
 def test_transformers_opens_an_export_with_the_same_ids(tokenizer, model_type, tmp_path):
     tokenizer.save_pretrained(str(tmp_path))
     if model_type:

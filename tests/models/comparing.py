@@ -1,11 +1,14 @@
 """What the tests of all model kinds do: open a folder, compute logits here and in PyTorch, compare."""
 
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtune import models
 from jaxtune.models import hf
+from jaxtune.models.model import leaf_paths
 from jaxtune.parallel import make_mesh, match_rules, shardings
 
 TOLERANCE = 1e-4
@@ -35,6 +38,47 @@ def torch_logits(model, **inputs):
 def assert_close(ours, theirs):
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * np.abs(theirs).max())
+
+
+def assert_gradients_equal(model, params, torch_model, tokens):
+    """The gradients of the mean cross-entropy of the next token, by every parameter, against PyTorch's."""
+    import torch
+
+    def loss(params):
+        logits = model.logits(params, model.apply(params, {'tokens': tokens}).hidden)[:, :-1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
+
+    torch_model.zero_grad()
+    logits = torch_model(input_ids=torch.tensor(tokens)).logits[:, :-1]
+    targets = torch.tensor(tokens[:, 1:], dtype=torch.long)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    assert_same_gradients(model, jax.jit(jax.grad(loss))(params), torch_model)
+
+
+def assert_same_gradients(model, gradients, torch_model):
+    """Gradients by our parameters against those that PyTorch's hold, by the names that a folder has for them."""
+    import safetensors.numpy
+    import torch
+
+    parameters = [parameter for parameter in torch_model.parameters() if parameter.grad is not None]
+    values = [parameter.data for parameter in parameters]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for parameter in parameters:
+            parameter.data = parameter.grad
+        torch_model.save_pretrained(folder)
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        theirs = safetensors.numpy.load_file(f'{folder}/model.safetensors')
+    torch_model.zero_grad()
+    for path, gradient in leaf_paths(gradients).items():
+        tensor, ours = model.tensors[path], np.asarray(gradient)
+        found = np.stack([theirs.pop(name) for name in tensor.names(ours.shape)])
+        found = found.swapaxes(-1, -2) if tensor.transposed else found
+        if path.endswith('/correction'):  # a buffer, by which experts are chosen alone
+            assert not ours.any()
+        else:
+            assert_close(ours, found.reshape(ours.shape))
+    assert not theirs
 
 
 def assert_a_mesh_computes_the_same(model, folder, params, batch):

@@ -50,13 +50,15 @@ class Case:
 
 
 def _cases(name: str, *heads: str, **fields) -> list[Case]:
-    return [Case(f'{name}-{head}', name.split('-')[0], head, fields) for head in heads or AUTO]
+    return [Case(f'{name}-{head}', name.split('-')[0].replace('_', '-'), head, fields) for head in heads or AUTO]
 
 
 CASES = (
     *_cases('bert'),
     *_cases('bert-untied', 'lm', tie_word_embeddings=False, hidden_act='relu'),
     *_cases('roberta', pad_token_id=1),
+    *_cases('xlm_roberta', pad_token_id=1),
+    *_cases('camembert', pad_token_id=1),
     *_cases('distilbert'),
     *_cases('modernbert', local_attention=6),
     *_cases('modernbert-mean', 'classification', local_attention=6, classifier_pooling='mean'),

@@ -224,11 +224,11 @@ def test_cache_step_by_step_equals_the_whole(torch_model):
 
     run = jax.jit(lambda p, b, c: model.apply(p, b, cache=c))
     first = {'tokens': batch['tokens'], 'segment_ids': batch['segment_ids'], **part(0, 3)}
-    hidden, cache = run(params, first, model.init_cache(3, 3))
+    hidden, cache, _ = run(params, first, model.init_cache(3, 3))
     cache = kv_cache.divided(cache, TARGET - 3)
     np.testing.assert_allclose(hidden, whole[:, :3], atol=2e-5 * np.abs(whole).max())
     for place in range(3, TARGET):
-        hidden, cache = run(params, part(place, place + 1), cache)
+        hidden, cache, _ = run(params, part(place, place + 1), cache)
         np.testing.assert_allclose(hidden[:, 0], whole[:, place], atol=2e-5 * np.abs(whole).max())
 
 

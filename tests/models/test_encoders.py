@@ -131,7 +131,7 @@ def test_initialisation_has_huggingface_statistics(case, torch_model):
     fresh = type(torch_model)(torch_model.config).state_dict()
     for path, value in params.items():
         assert value.dtype == np.float32
-        name = model.tensors[path].names(1)[0]
+        name = model.tensors[path].names(value.shape)[0]
         theirs, ours = fresh[name].numpy(), np.asarray(value)
         if path.endswith(('scale', 'bias')):
             assert np.unique(ours) == np.unique(theirs)
@@ -158,7 +158,7 @@ def test_remat_changes_no_gradient(name):
     assert_remat_changes_no_gradient(find(name).config, rows())
 
 
-@pytest.mark.parametrize('family', ['bert', 'roberta', 'distilbert', 'modernbert'])
+@pytest.mark.parametrize('family', ['bert', 'roberta', 'xlm_roberta', 'camembert', 'distilbert', 'modernbert'])
 def test_another_head_is_fresh_and_the_folders_own_is_left_out_quietly(family, folders, caplog):
     pytest.importorskip('torch')
     folder = folders / f'{family}-lm'

@@ -1,5 +1,7 @@
 """Rotary frequencies against `transformers`', far positions, and LongRoPE on both sides of its border."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from comparing import assert_close, compute_logits, open_model, torch_logits
 from model_cases import CASES, reference
 
 from jaxtune import models
+from jaxtune.errors import UserError
 from jaxtune.generation.beam import beam_search
 from jaxtune.generation.sampling import Sampling, Stream, pad_prompts, sample
 from jaxtune.models.rope import make_rope
@@ -22,6 +25,7 @@ PARAMETERS = {
     'llama-3.2': {**LLAMA3, 'factor': 32.0, 'original_max_position_embeddings': 8192},
     'yarn': YARN,
     'yarn-untruncated': {**YARN, 'factor': 40.0, 'original_max_position_embeddings': 4096, 'truncate': False},
+    'proportional': {'rope_type': 'proportional', 'partial_rotary_factor': 0.3, 'factor': 1.7},
     'longrope': {'rope_type': 'longrope', 'original_max_position_embeddings': 4096},
 }
 
@@ -59,6 +63,101 @@ def test_logits_far_out_equal_transformers(name, tmp_path):
     positions = np.linspace(0, 100_000, 24).astype(np.int32)[None]
     ours = compute_logits(*open_model(tmp_path), {'tokens': tokens, 'positions': positions})
     assert_close(ours, torch_logits(theirs, input_ids=tokens, position_ids=positions))
+
+
+@pytest.fixture
+def dynamic(tmp_path):
+    """`transformers`' model with a base that grows beyond 64 positions, ours, and its parameters."""
+    pytest.importorskip('torch')
+    case = next(case for case in CASES if case.name == 'llama-dynamic')
+    return reference(case, tmp_path / 'model'), *open_model(tmp_path / 'model')
+
+
+def test_the_base_of_dynamic_frequencies_grows_with_each_document_alone(dynamic, tmp_path):
+    import transformers
+
+    _, model, params = dynamic
+    rng, lengths = np.random.default_rng(3), (90, 64, 66, 20)
+    tokens = rng.integers(3, 97, (1, sum(lengths) + 4)).astype(np.int32)
+    segment_ids = np.repeat((1, 2, 3, 4, 0), (*lengths, 4)).astype(np.int32)[None]
+    positions = np.concatenate([np.arange(n) for n in (*lengths, 4)]).astype(np.int32)[None]
+    ours = compute_logits(model, params, {'tokens': tokens, 'positions': positions, 'segment_ids': segment_ids})
+    for segment in (1, 2, 3, 4):
+        own = segment_ids[0] == segment
+        # It keeps the longest row that it ever read in mind.
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'model', attn_implementation='eager')
+        assert_close(ours[0, own], torch_logits(theirs, input_ids=tokens[:, own])[0])
+
+
+def test_dynamic_frequencies_with_a_cache_are_those_of_transformers(dynamic):
+    theirs, model, params = dynamic
+    prompt = np.random.default_rng(4).integers(3, 97, 60).tolist()
+    sampling = Sampling(max_new_tokens=12, temperature=0.0)
+    import torch
+
+    found = theirs.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, 60), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    tokens, lengths = pad_prompts([prompt], 0, multiple=4)
+    done = jax.jit(lambda p: sample(model, sampling, p, tokens, lengths, jax.random.split(jax.random.key(0), 1)))(
+        params
+    )
+    assert np.asarray(done.tokens[0]).tolist() == found[0, 60:].tolist()
+
+
+@pytest.mark.parametrize('kind', ['linear', 'dynamic', 'llama3', 'yarn', 'longrope', 'proportional'])
+def test_older_and_newer_names_mean_the_same(kind, tmp_path):
+    case = next(case for case in CASES if case.name == 'llama')
+    scaling = {'factor': 2.0}
+    if kind in ('llama3', 'yarn', 'longrope'):
+        scaling['original_max_position_embeddings'] = 16
+    scaling |= {
+        'llama3': {'low_freq_factor': 1.0, 'high_freq_factor': 4.0},
+        'longrope': {'short_factor': [1.0] * 4, 'long_factor': [2.0] * 4},
+        'proportional': {'partial_rotary_factor': 0.5},
+    }.get(kind, {})
+    older = {'rope_theta': 5e5, 'rope_scaling': {'rope_type': kind, **scaling}}
+    oldest = {'rope_theta': 5e5, 'rope_scaling': {'type': kind, **scaling}}
+    newer = {'rope_parameters': {'rope_type': kind, 'rope_theta': 5e5, **scaling}}
+    for name, fields in (('older', older), ('oldest', oldest), ('newer', newer)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(json.dumps({**case.config, **fields}))
+    ropes = {models.build(models.read_config(tmp_path / name)).config.ropes for name in ('older', 'oldest', 'newer')}
+    (rope,) = set(ropes.pop())
+    assert not ropes
+    assert rope == make_rope(newer['rope_parameters'], 8, 64)
+
+
+def test_layers_without_scaling_take_their_own_parameters(tmp_path):
+    """Gemma 3's older fields, and today's by layer type."""
+    fields = next(case for case in CASES if case.name == 'gemma3_text').config
+    older = {'rope_theta': 1e6, 'rope_local_base_freq': 2e4, 'rope_scaling': {'rope_type': 'linear', 'factor': 8.0}}
+    newer = {
+        'rope_parameters': {
+            'full_attention': {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6},
+            'sliding_attention': {'rope_type': 'default', 'rope_theta': 2e4},
+        }
+    }
+    (tmp_path / 'config.json').write_text(json.dumps({**fields, **older}))
+    found = [models.build(models.read_config(source)).config for source in (tmp_path, {**fields, **newer})]
+    assert found[0] == found[1]
+    local, full = (make_rope(newer['rope_parameters'][f'{kind}_attention'], 12, 64) for kind in ('sliding', 'full'))
+    assert found[0].ropes == (*[local] * 5, full)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'rope_parameters': {'full_attention': {'rope_type': 'mrope'}}}, r'rope_parameters: type=.mrope.'),
+        ({'rope_parameters': {'full_attention': {'rope_type': 'linear'}}}, r'rope_parameters.*factor'),
+        ({'layer_types': ['full_attention', 'chunked_attention'] * 3}, 'layer_types'),
+        ({'use_bidirectional_attention': True}, 'use_bidirectional_attention'),
+    ],
+)
+def test_what_layers_cannot_have_is_refused_by_name(fields, message):
+    case = next(case for case in CASES if case.name == 'gemma3_text')
+    with pytest.raises(UserError, match=message):
+        models.read_config({**case.config, **fields})
 
 
 @pytest.fixture(scope='module')

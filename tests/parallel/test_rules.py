@@ -99,7 +99,7 @@ def test_optimizer_state_lies_as_its_parameters(name):
 @given(st.lists(st.sampled_from([1, 2, 4, 8, -1, 3]), min_size=4, max_size=4))
 @settings(max_examples=80)
 def test_mesh_shape_fills_or_refuses(sizes):
-    named = dict(zip(('data', 'fsdp', 'tensor', 'sequence'), sizes, strict=True))
+    named = dict(zip(('data', 'fsdp', 'tensor', 'sequence', 'expert'), (*sizes, 1), strict=True))
     known = np.prod([size for size in sizes if size != -1])
     if sizes.count(-1) > 1 or 8 % known or (-1 not in sizes and known != 8):
         with pytest.raises(UserError, match=r'mesh\.data'):
@@ -107,7 +107,7 @@ def test_mesh_shape_fills_or_refuses(sizes):
         return
     shape = mesh_shape(named, 8)
     assert np.prod(shape) == 8
-    assert all(given in (size, -1) for size, given in zip(shape, sizes, strict=True))
+    assert all(given in (size, -1) for size, given in zip(shape, (*sizes, 1), strict=True))
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1, 1), (2, 2, 1, 2), (1, 1, 4, 2), (1, 1, 1, 8)])

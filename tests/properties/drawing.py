@@ -14,7 +14,7 @@ from jaxtune.methods.new_tokens import NewTokens, grow
 from jaxtune.models import value_head
 from jaxtune.models.model import leaf_paths
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.parallel import make_mesh, match_rules, place_all, shardings
+from jaxtune.parallel import AXES, make_mesh, match_rules, place_all, shardings
 from jaxtune.recipe import recipes
 from jaxtune.tasks import specs
 from jaxtune.training.program import make_program
@@ -34,13 +34,42 @@ _T5 = {
 FAMILIES = {
     'llama': {'model_type': 'llama', 'num_key_value_heads': 1, **_SIZES},
     'qwen3': {'model_type': 'qwen3', 'num_key_value_heads': 2, 'head_dim': 8, 'tie_word_embeddings': True, **_SIZES},
+    'qwen3_moe': {
+        'model_type': 'qwen3_moe',
+        'num_key_value_heads': 2,
+        'num_experts': 4,
+        'num_experts_per_tok': 2,
+        'moe_intermediate_size': 16,
+        'norm_topk_prob': True,
+        **_SIZES,
+    },
+    'deepseek_v3': {
+        'model_type': 'deepseek_v3',
+        'n_routed_experts': 4,
+        'n_group': 1,
+        'topk_group': 1,
+        'num_experts_per_tok': 2,
+        'moe_intermediate_size': 16,
+        'first_k_dense_replace': 1,
+        'q_lora_rank': 8,
+        'kv_lora_rank': 8,
+        'qk_rope_head_dim': 4,
+        'qk_nope_head_dim': 8,
+        'v_head_dim': 8,
+        'num_key_value_heads': 2,
+        **_SIZES,
+    },
     'gpt2': {'model_type': 'gpt2', 'n_embd': 16, 'n_layer': 2, 'n_head': 2, 'n_positions': 32, **_TOKENS},
     'bert': {'model_type': 'bert', **_SIZES},
     'modernbert': {'model_type': 'modernbert', **_SIZES, 'cls_token_id': 1, 'sep_token_id': 2},
     't5': {'model_type': 't5', **_T5},
     'umt5': {'model_type': 'umt5', **_T5},
 }
-DECODERS, ENCODERS, ENCDECS = ('llama', 'qwen3', 'gpt2'), ('bert', 'modernbert'), ('t5', 'umt5')
+DECODERS, ENCODERS, ENCDECS = (
+    ('llama', 'qwen3', 'gpt2', 'qwen3_moe', 'deepseek_v3'),
+    ('bert', 'modernbert'),
+    ('t5', 'umt5'),
+)
 
 # What an update learns -> the families that can, and the recipe's keys.
 LEARNING = {
@@ -71,6 +100,7 @@ METHODS = {
     'dora': {'method.name': 'lora', 'method.dora': True},
     'pissa': {'method.name': 'lora', 'method.init': 'pissa'},
     'some layers': {'method.name': 'lora', 'method.layers': '1:2'},
+    'shared experts': {'method.name': 'lora', 'method.share_experts': True},
     'qlora': {'method.name': 'qlora', 'method.block_size': 16},
     'qlora single': {'method.name': 'qlora', 'method.block_size': 64, 'method.double_quant': False},
     'qlora dora': {'method.name': 'qlora', 'method.block_size': 16, 'method.dora': True},
@@ -81,8 +111,9 @@ METHODS = {
     'prefix': {'method.name': 'prompt', 'method.virtual_tokens': 4, 'method.prefix': True},
 }
 ONE = (1, 1, 1, 1)
-# Every way to make 8 of sizes of data, fsdp, tensor and sequence.
+# Every way to make 8 of sizes of data, fsdp, tensor and sequence, and some of expert beside them.
 MESHES = tuple(sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8)
+MESHES += ((1, 1, 2, 1, 4), (1, 2, 1, 2, 2), (2, 1, 1, 1, 4), (1, 2, 2, 1, 2), (1, 4, 1, 1, 2), (1, 1, 1, 2, 4))
 OPTIMIZERS = ('adamw', 'adamw8bit', 'adafactor', 'lion', 'muon', 'sgd')
 
 
@@ -235,7 +266,7 @@ def halves_of(c, params):
 @functools.cache
 def mesh_of(sizes):
     """A mesh of as many devices as the sizes multiply to."""
-    axes = dict(zip(('data', 'fsdp', 'tensor', 'sequence'), sizes, strict=True))
+    axes = dict(zip(AXES, sizes, strict=False))
     return make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
 
 

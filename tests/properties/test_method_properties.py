@@ -31,7 +31,9 @@ from jaxtune.weights import is_weight
 
 _LM = [(f, 'causal_lm') for f in DECODERS] + [(f, 'masked_lm') for f in ENCODERS] + [(f, 'seq2seq') for f in ENCDECS]
 WITHOUT_PROMPTS = [name for name in METHODS if name not in ('prompt', 'prefix')]
-DRAWN = draw(11, 14, _LM, WITHOUT_PROMPTS)
+MIXTURES = [(family, 'causal_lm') for family in ('qwen3_moe', 'deepseek_v3')]
+OF_EXPERTS = ('lora', 'dora', 'pissa', 'some layers', 'shared experts', 'qlora', 'qlora dora', 'houlsby')
+DRAWN = list(dict.fromkeys(draw(11, 14, _LM, WITHOUT_PROMPTS) + draw(13, 8, MIXTURES, OF_EXPERTS)))
 PROMPTED = draw(12, 3, [(family, 'causal_lm') for family in DECODERS], ('prompt', 'prefix'))
 
 

@@ -38,6 +38,13 @@ from jaxtune.weights import eval_mode, tree
 
 SPECS = draw(2, 46)
 DIVIDED = draw(3, 3, meshes=MESHES)
+# Experts on 2 and on 4 devices, whatever else is divided.
+DIVIDED += [
+    Combination('qwen3_moe', 'causal_lm', 'full', (1, 1, 1, 1, 2)),
+    Combination('deepseek_v3', 'causal_lm', 'lora', (1, 1, 1, 1, 4)),
+    Combination('qwen3_moe', 'sft', 'qlora', (1, 2, 2, 1, 2)),
+    Combination('deepseek_v3', 'dpo', 'full', (1, 2, 1, 1, 4)),
+]
 UPDATED = [*DIVIDED, *draw(1, 2, optimizers=OPTIMIZERS)]
 # An encoder's prompt sees the text, and serves one segment alone.
 PACKABLE = [

@@ -73,3 +73,15 @@ def test_tokens_to_add_are_read_alike_whatever_the_recipe_holds(held, given, exp
     again = recipes.defaults()
     recipes.apply_overrides(again, recipes.flatten(ConfigDict(stored, type_safe=False)))
     assert again.tokenizer.add == expected
+
+
+def test_another_mesh_is_another_result_of_compile_alone():
+    def differences(task):
+        config = recipes.defaults()
+        recipes.apply_overrides(config, {'task': task})
+        stored = json.loads(config.to_json())
+        recipes.apply_overrides(config, {'mesh.fsdp': 4})
+        return [name.split()[0] for name in recipes.differing(stored, config)]
+
+    assert differences('train') == []
+    assert differences('compile') == ['mesh.fsdp']

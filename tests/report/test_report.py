@@ -108,6 +108,25 @@ def test_the_curves_are_there_and_not_too_long(tmp_path):
     assert loss[0][-1] == pytest.approx([1200, 9 / 1200 + 2], rel=1e-4)
 
 
+def test_the_loss_by_position_is_a_curve_over_positions(tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(recipe('evaluate')))
+    losses = {(0, 9): 1.5, (10, 19): 2.0, (20, 29): 4.0}
+    row = {f'eval/loss_by_position/{low}-{high}': loss for (low, high), loss in losses.items()}
+    row |= {f'eval/tokens_by_position/{low}-{high}': 7 for low, high in losses}
+    (folder / 'metrics.jsonl').write_text(json.dumps({'step': 0, 'eval/loss': 2.5, **row}) + '\n')
+    read, _ = page(folder)
+    assert [data['series'] for data in read.json] == [[[[4.5, 1.5], [14.5, 2.0], [24.5, 4.0]]]]
+    label = 'Held-out loss by position in a document, nats a token: held out from 1.500 to 4.000'
+    assert [attributes['aria-label'] for tag, attributes in read.tags if tag == 'svg'] == [label]
+    # Of two evaluations the newest stands beside the first one.
+    with (folder / 'metrics.jsonl').open('a') as file:
+        file.write(json.dumps({'step': 5, **{name: value - 1 for name, value in row.items()}}) + '\n')
+    read, _ = page(folder)
+    assert [[y for _, y in curve] for curve in read.json[-1]['series']] == [[0.5, 1.0, 3.0], [1.5, 2.0, 4.0]]
+
+
 def test_what_people_wrote_is_text(tmp_path):
     folder = tmp_path / '<b>run'
     trained(folder)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import re
 import types
 from types import SimpleNamespace
 
@@ -19,6 +21,11 @@ KEYS = {'fits', 'peak_bytes_per_device', 'argument_bytes', 'temp_bytes', 'second
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
     reason="needs libtpu, which compiles for TPUs: pip install 'jaxtune[tpu]'",
+)
+
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec('jax_cuda13_plugin') is None,
+    reason="needs JAX's CUDA plugin, which compiles for GPUs: pip install 'jaxtune[cuda]'",
 )
 
 
@@ -161,6 +168,33 @@ def test_a_mesh_gathers_no_codes(tmp_path, capsys, monkeypatch):
     gathered = [line for line in texts[0].splitlines() if ' all-gather' in line]
     assert gathered
     assert not [line for line in gathered if ' u8[' in line or '(u8[' in line]
+
+
+_TOKENS, _EXPERTS, _WIDTH = 8 * 128, 64, 64
+
+
+@pytest.mark.parametrize('method', ['full', 'qlora'])
+@pytest.mark.parametrize(
+    ('topology', 'mesh', 'product'),
+    [
+        ('', {'mesh__data': 1, 'mesh__fsdp': 2, 'mesh__expert': 4}, 'blocks'),
+        pytest.param('v5e:2x2', {'mesh__data': 1, 'mesh__expert': 4}, 'megablox', marks=needs_libtpu),
+        pytest.param('cuda:h200x1', {}, 'blocks', marks=needs_cuda),
+    ],
+)
+def test_no_array_of_experts_by_tokens(tmp_path, capsys, monkeypatch, topology, mesh, product, method):
+    """Rows are multiplied by the kernels of the experts that they chose, and by no other."""
+    texts, read = [], compile_task._text
+    monkeypatch.setattr(compile_task, '_text', lambda program: texts.append(read(program)) or texts[-1])
+    fields = {'model_type': 'qwen3_moe', 'num_experts': _EXPERTS, 'num_experts_per_tok': 2, 'head_dim': 16}
+    fields |= {'moe_intermediate_size': _WIDTH, 'num_hidden_layers': 2}
+    settings = {'compile__topology': topology, 'method__name': method, 'model__compute_dtype': 'bfloat16', **mesh}
+    compiled(recipe(fields=fields, moe__aux_loss=0.01, **settings), tmp_path, capsys)
+    (words,) = json.loads((tmp_path / 'compile.json').read_text())['experts']
+    assert words.startswith(product)
+    largest = max(math.prod(map(int, dims.split(','))) for dims in re.findall(r'[a-z]\d+\[([\d,]+)\]', texts[0]))
+    devices = math.prod(mesh.values()) if mesh else 1
+    assert largest < _EXPERTS * _TOKENS * _WIDTH // devices
 
 
 def test_the_compiler_s_refusals_are_read():

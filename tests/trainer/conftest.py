@@ -38,7 +38,8 @@ def model(tmp_path_factory) -> pathlib.Path:
 
     folder = tmp_path_factory.mktemp('model') / 'small'
     fields = {'model_type': 'llama', 'vocab_size': 320, 'hidden_size': 32, 'intermediate_size': 64}
-    fields |= {'num_hidden_layers': 2, 'num_attention_heads': 4, 'max_position_embeddings': 128}
+    fields |= {'num_hidden_layers': 2, 'num_attention_heads': 4, 'num_key_value_heads': 2}
+    fields |= {'max_position_embeddings': 128, 'tie_word_embeddings': False}
     built = models.build(models.read_config(fields))
     hf.save(folder, built, jax.jit(built.init)(jax.random.key(0)))
     tokenizers.load('bytes').save_pretrained(str(folder))

@@ -92,7 +92,7 @@ def train(keys: dict, workdir: pathlib.Path, sizes=(1, 1, 1, 1)) -> dict:
     count = 1
     for size in sizes:
         count *= size
-    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[:count])
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=False)), jax.devices()[:count])
     command = Command('recipe.py', workdir, False, {'': config}, ('jaxtune',))
     workdir.mkdir(parents=True, exist_ok=True)
     return run_on(mesh, config, workdir, command)

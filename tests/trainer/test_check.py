@@ -119,8 +119,8 @@ def test_a_large_model_needs_no_memory(corpus, tmp_path, capsys):
     specs = {}
     for path, tensor in built.tensors.items():
         shape = shapes[path].shape
-        one = shape[1:] if tensor.stacked else shape
-        for name in tensor.names(shape[0] if tensor.stacked else 1):
+        one = shape[tensor.stacked :]
+        for name in tensor.names(shape):
             specs[name] = (np.dtype(np.float16), one[::-1] if tensor.transposed else one)
     with pytest.raises(ValueError, match='zip'):  # the header alone; a hole in the file stands for the weights
         write_file(folder / 'model.safetensors', specs, iter(()))

@@ -39,7 +39,7 @@ def finish(processes):
 def whole(corpus, tmp_path_factory):
     """A recipe of two stages of training over four devices, and its run on one host."""
     folder = tmp_path_factory.mktemp('pod')
-    keys = recipe(corpus, train__steps=40, mesh__fsdp=2, eval__every=20, checkpoint__every=30)
+    keys = recipe(corpus, train__steps=40, mesh__fsdp=2, eval__every=20, checkpoint__every=30, eval__by_position=2)
     path = write_recipe(folder / 'recipe.py', keys)
     process = start(path, folder / 'whole', devices=4)
     _, errors = process.communicate(timeout=240)
@@ -57,7 +57,7 @@ def test_two_hosts_are_one_run_also_when_one_is_told_to_stop(whole, tmp_path):
     assert 0 < len(metrics(tmp_path, 'train/loss')) < 40
     codes, ended = finish(start_pod(path, tmp_path))
     assert codes == [0, 0], ended
-    for name in ('train/loss', 'eval/loss'):
+    for name in ('train/loss', 'eval/loss', 'eval/loss_by_position/0-31', 'eval/loss_by_position/32-63'):
         np.testing.assert_allclose(metrics(tmp_path, name), metrics(reference, name), rtol=1e-5)
     assert 'continuing from checkpoint' in ended[0][0]
     # Only process 0 prints; the CPU's own collectives, which no accelerator uses, greet on every host, all at once.

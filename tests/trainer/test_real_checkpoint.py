@@ -9,6 +9,7 @@ from runs import write_recipe
 from jaxtune import main
 
 SEQ_LEN = 512
+LONGER, BUCKETS = 4 * SEQ_LEN, 8
 
 
 @pytest.fixture(scope='module')
@@ -53,6 +54,55 @@ def test_evaluate_gives_the_loss_of_pytorch(torch_model, shared, tmp_path, name,
     expected, count = mean_nll(model, tokenizer, [json.loads(line)['text'] for line in lines])
     assert result['metrics']['eval/tokens'] == count
     assert result['metrics']['eval/loss'] == pytest.approx(expected, rel=1e-5)
+
+
+def nll_by_position(model, tokenizer, texts, width):
+    """Bucket of positions in a window -> (mean nats, tokens), from PyTorch's logits."""
+    import torch
+
+    sums = {}
+    for text in texts:
+        ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+        for low in range(0, len(ids), LONGER):
+            window = torch.tensor(ids[low : low + LONGER])
+            with torch.no_grad():
+                logits = model(window[None]).logits[0, :-1].double()
+            losses = torch.nn.functional.cross_entropy(logits, window[1:], reduction='none').tolist()
+            for position, loss in enumerate(losses, 1):
+                total, count = sums.get(position // width, (0.0, 0))
+                sums[position // width] = total + loss, count + 1
+    return {bucket: (total / count, count) for bucket, (total, count) in sums.items()}
+
+
+@pytest.mark.parametrize('scaled', [False, True], ids=['as trained', 'yarn'])
+def test_loss_by_position_beyond_the_trained_length_is_that_of_transformers(torch_model, shared, tmp_path, scaled):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, _, tokenizer = torch_model
+    with open(shared / 'data' / 'pretrain' / 'tinystories.jsonl', encoding='utf-8') as file:
+        stories = [json.loads(line)['text'] for line in itertools.islice(file, 24)]
+    texts = [' '.join(stories[low : low + 8]) for low in range(0, 24, 8)]
+    (tmp_path / 'eval.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts), encoding='utf-8')
+    fields = {'max_position_embeddings': LONGER}
+    if scaled:
+        fields['rope_scaling'] = {'rope_type': 'yarn', 'factor': LONGER / SEQ_LEN}
+    keys = {'task': 'evaluate', 'model.path': str(folder), 'model.config': fields}
+    keys |= {'data.eval': str(tmp_path / 'eval.jsonl'), 'data.seq_len': LONGER, 'eval.by_position': BUCKETS}
+    found = command(tmp_path, keys)['metrics']
+    theirs = {'max_position_embeddings': LONGER}
+    if scaled:
+        yarn = {**fields['rope_scaling'], 'original_max_position_embeddings': SEQ_LEN, 'rope_theta': 10000.0}
+        theirs['rope_parameters'] = yarn
+    model = AutoModelForCausalLM.from_pretrained(folder, config=AutoConfig.from_pretrained(folder, **theirs))
+    width = LONGER // BUCKETS
+    expected = nll_by_position(model, tokenizer, texts, width)
+    assert len(expected) == BUCKETS
+    for bucket, (loss, count) in expected.items():
+        name = f'{bucket * width}-{(bucket + 1) * width - 1}'
+        assert found[f'eval/tokens_by_position/{name}'] == count
+        assert found[f'eval/loss_by_position/{name}'] == pytest.approx(loss, abs=1e-4)
+    inside, beyond = expected[0][0], expected[BUCKETS - 1][0]
+    assert beyond > inside + (0.1 if scaled else 0.5)  # it was trained at a quarter of this length
 
 
 def test_greedy_is_that_of_transformers_for_200_tokens(torch_model, tmp_path):

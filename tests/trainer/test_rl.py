@@ -35,7 +35,7 @@ def rl_recipe(corpus, task: str, **changes) -> dict:
 
 
 def mesh_of(sizes=(1, 1, 1, 1)):
-    return make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()[: int(np.prod(sizes))])
+    return make_mesh(dict(zip(AXES, sizes, strict=False)), jax.devices()[: int(np.prod(sizes))])
 
 
 def go(keys: dict, workdir, sizes=(1, 1, 1, 1)) -> tuple[dict, Trainer]:
@@ -267,7 +267,10 @@ WRONG = [
     ({'rl.reward': 'scores:fails'}, ('rl.reward=scores:fails', 'scores.py:', 'ZeroDivisionError')),
     ({'rl.rollouts': 12}, ('rl.rollouts=12: expected a multiple of train.batch_size=8',)),
     ({'rl.rollouts': 16, 'rl.group': 3}, ('rl.rollouts=16: expected a multiple of rl.group=3',)),
-    ({'generate.batch_size': 6}, ('generate.batch_size=6: expected a multiple of mesh.data x mesh.fsdp = 4',)),
+    (
+        {'generate.batch_size': 6},
+        ('generate.batch_size=6: expected a multiple of mesh.data x mesh.fsdp = 4',),
+    ),
     ({'generate.temperature': 0.0}, ('generate.temperature=0: expected more',)),
     ({'generate.top_k': 5}, ('generate.top_k=5: expected 0',)),
     ({'generate.max_new_tokens': 48}, ('generate.max_new_tokens=48: expected less than data.seq_len=48',)),
