@@ -75,17 +75,22 @@ def smollm3(fields: Fields) -> DecoderConfig:
     )
 
 
-def granite(fields: Fields) -> DecoderConfig:
-    """Granite 3 (IBM 2024): Llama with factors on embeddings, scores, the residual and the logits."""
+def granite_like(fields: Fields, **differences: Any) -> DecoderConfig:
+    """Llama with factors on embeddings, scores, the residual and the logits; `differences` as for `llama_like`."""
     return llama_like(
         fields,
         input_scale=fields['embedding_multiplier'],
         attention_scale=fields['attention_multiplier'],
         residual_scale=fields['residual_multiplier'],
         logit_scale=1 / fields['logits_scaling'],
-        mlp_bias=bool(fields['mlp_bias']),
         **attention_bias(fields),
+        **differences,
     )
+
+
+def granite(fields: Fields) -> DecoderConfig:
+    """Granite 3 (IBM 2024)."""
+    return granite_like(fields, mlp_bias=bool(fields['mlp_bias']))
 
 
 def gemma(fields: Fields) -> DecoderConfig:

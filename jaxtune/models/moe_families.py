@@ -12,6 +12,7 @@ from jaxtune.models.decoder_config import (
     rope_of,
     windows_of,
 )
+from jaxtune.models.decoder_families import granite_like
 from jaxtune.models.fields import FieldError, Fields
 from jaxtune.models.rope import magnitude
 from jaxtune.models.routing import Experts
@@ -113,17 +114,8 @@ def gpt_oss(fields: Fields) -> DecoderConfig:
 
 
 def granitemoe(fields: Fields) -> DecoderConfig:
-    """Granite 3 with experts (IBM 2024): factors on embeddings, scores, the residual and the logits."""
-    experts = experts_of(fields, scores='top_softmax', fused='halves')
-    return llama_like(
-        fields,
-        input_scale=fields['embedding_multiplier'],
-        attention_scale=fields['attention_multiplier'],
-        residual_scale=fields['residual_multiplier'],
-        logit_scale=1 / fields['logits_scaling'],
-        experts=experts,
-        **attention_bias(fields),
-    )
+    """Granite 3 with experts (IBM 2024)."""
+    return granite_like(fields, experts=experts_of(fields, scores='top_softmax', fused='halves'))
 
 
 def deepseek_v3(fields: Fields) -> DecoderConfig:
