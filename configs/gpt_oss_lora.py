@@ -3,7 +3,7 @@
     python -m jaxtune.main --config configs/gpt_oss_lora.py
 
 Rank 16 on all linear layers, of each expert too, beside weights in bfloat16 (a folder's MXFP4 is widened while it is
-read), sequences of 4,096, one at a time. Seen: 46.4 GiB for an H100, of which weights and state are 40 GiB. Needs
+read), sequences of 4,096, one at a time. Seen: 46.1 GiB for an H100, of which weights and state are 40 GiB. Needs
 `pip install 'jaxtune[cuda]'`. To train it, set `task=train`, `model.path`, `train.steps`, `data.train` and `data.eval`.
 """
 

@@ -5,7 +5,7 @@
         --config.mesh.fsdp=4 --config.train.batch_size=4
 
 Qwen3-30B-A3B's shapes, rank 16 on all linear layers, of each of the 128 experts too, sequences of 4,096, one a device.
-Seen: 29.8 GiB for an H200 and 19.4 GiB for each chip of v5p:2x2x1, of which weights and state are 20.3 and 5.1 GiB.
+Seen: 30.1 GiB for an H200 and 19.3 GiB for each chip of v5p:2x2x1, of which weights and state are 20.3 and 5.1 GiB.
 With `--config.method.share_experts=True` all experts of a layer share one pair of factors.
 
 All weights at once, on a slice whose chips divide the experts by eight and each of them by eight (16.5 GiB a chip):

@@ -18,6 +18,11 @@ def size(count: float) -> str:
     return f'{count:.0f} B'
 
 
+def short_time(seconds: float) -> str:
+    """`1.65 s`, `23.4 ms`, `0.12 ms`: three digits."""
+    return f'{seconds:.3g} s' if seconds >= 0.9995 else f'{1000 * seconds:.3g} ms'
+
+
 def duration(seconds: float) -> str:
     """`0.4 s`, `12 s`, `5 min 12 s`, `3 h 07 min`, `2 d 4 h`."""
     if seconds < 9.95:

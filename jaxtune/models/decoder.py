@@ -18,7 +18,7 @@ from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.decoder_config import IGNORED, DecoderConfig, Run, decoder_config
 from jaxtune.models.latent import project_latent
 from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, normal, parameter, recomputed
-from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
+from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.moe import MoE
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.routing import Routing
@@ -386,13 +386,13 @@ def _cache(config: DecoderConfig, dtype: jnp.dtype, batch: int, max_length: int)
     return kv_cache.empty(config.num_layers, batch, config.num_kv_heads, max_length, config.head_dim, dtype)
 
 
-def _flops(config: DecoderConfig, head: str, shapes: Any, length: int) -> float:
+def _flops(config: DecoderConfig, head: str, shapes: Any, length: int) -> Flops:
     products = sum(
         leaf.size * _used(config, path) for path, leaf in leaf_paths(shapes).items() if path.endswith('kernel')
     )
     products += config.vocab_size * config.d_model if config.tied and head == 'lm' else 0
     keys = sum(min(length, window or length) for window in config.windows)
-    return 6.0 * products + 6.0 * config.num_heads * (config.head_dim + config.value_dim) * keys
+    return Flops(6.0 * products, 6.0 * config.num_heads * (config.head_dim + config.value_dim) * keys)
 
 
 def _used(config: DecoderConfig, path: str) -> float:

@@ -25,7 +25,7 @@ from jaxtune.models import Family, kv_cache
 from jaxtune.models.attention import KernelLog, visible_softmax
 from jaxtune.models.encdec_families import EncDecConfig, encdec_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter, rematerialised
-from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
+from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import prefix_of, prepend, put_before, without_prompt
 from jaxtune.parallel import constrain
 
@@ -370,7 +370,7 @@ def _cache(config: EncDecConfig, dtype: jnp.dtype, batch: int, max_length: int) 
     return kv_cache.empty(config.num_decoder_layers, batch, config.num_heads, max_length, config.head_dim, dtype)
 
 
-def _flops(config: EncDecConfig, shapes: Any, length: int, target_length: int | None = None) -> float:
+def _flops(config: EncDecConfig, shapes: Any, length: int, target_length: int | None = None) -> Flops:
     """Of a source token, its share in the targets' included: `target_length / length` decoder tokens."""
     targets = length if target_length is None else target_length
     sizes = {path: leaf.size for path, leaf in leaf_paths(shapes).items() if path.endswith('kernel')}
@@ -379,9 +379,9 @@ def _flops(config: EncDecConfig, shapes: Any, length: int, target_length: int | 
     target = sum(sizes.values()) - source
     target += config.vocab_size * config.d_model if config.tied else 0
     width = config.num_heads * config.head_dim
-    source_flops = 6.0 * source + 12.0 * width * length * config.num_layers
-    target_flops = 6.0 * target + 12.0 * width * (targets + length) * config.num_decoder_layers
-    return source_flops + target_flops * targets / length
+    share = targets / length
+    attention = length * config.num_layers + (targets + length) * config.num_decoder_layers * share
+    return Flops(6.0 * (source + target * share), 12.0 * width * attention)
 
 
 def _tensors(family: Family, config: EncDecConfig, shapes: Any) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from jaxtune.models import rope as rotary
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.encoder_families import HEADS, IGNORED, EncoderConfig, encoder_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter, rematerialised
-from jaxtune.models.model import Head, Model, Outputs, Tensor, Tie, leaf_paths
+from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.parallel import constrain
 
@@ -274,11 +274,11 @@ def _no_cache(model_type: str, batch: int, max_length: int) -> NoReturn:
     raise UserError(f'model.config.model_type={model_type!r}: an encoder cannot write text; expected a decoder')
 
 
-def _flops(config: EncoderConfig, head: str, shapes: Any, length: int) -> float:
+def _flops(config: EncoderConfig, head: str, shapes: Any, length: int) -> Flops:
     products = sum(leaf.size for path, leaf in leaf_paths(shapes).items() if path.endswith('kernel'))
     products += config.vocab_size * config.d_model if head == 'lm' and config.tied else 0
     keys = sum(min(length, 2 * window - 1 if window else length) for window in config.windows)
-    return 6.0 * products + 12.0 * config.num_heads * config.head_dim * keys
+    return Flops(6.0 * products, 12.0 * config.num_heads * config.head_dim * keys)
 
 
 def _module(family: Family, config: EncoderConfig, canonical: str, head: str) -> str:

@@ -29,6 +29,18 @@ def leaf_paths(tree: Params) -> dict[str, Any]:
     }
 
 
+class Flops(NamedTuple):
+    """Training FLOPs a token (PaLM's appendix B, Chowdhery et al. 2022, arXiv:2204.02311).
+
+    Attributes:
+      products: 6 a parameter in a product.
+      attention: over all keys but those outside of a layer's window.
+    """
+
+    products: float
+    attention: float
+
+
 class Outputs(NamedTuple):
     """What a forward pass gives: `hidden [batch, length, d_model]` for `Model.head`, and a cache and a routing or None.
 
@@ -165,7 +177,7 @@ class Model:
     forward: Callable[..., Outputs]
     make_head: Callable[[Params], Head]
     make_cache: Callable[[int, int], kv_cache.Cache]
-    count_flops: Callable[..., float]
+    count_flops: Callable[..., Flops]
     tensors: Mapping[str, Tensor]
     base_prefix: str = ''
     ignored: tuple[str, ...] = ()
@@ -321,6 +333,14 @@ class Model:
         _, hidden, cache = jax.lax.while_loop(lambda state: state[0].any(), read, (rows, hidden, cache))
         return hidden, cache
 
+    def attended(self, length: int) -> float:
+        """Share of attention's FLOPs in a row of `length` tokens that a causal mask needs; 1 of other models."""
+        if self.kind != 'decoder':
+            return 1.0
+        seen = [min(length, window or length) for window in self.config.windows]
+        # The first tokens of a window, or of the row, see fewer keys than it has.
+        return sum(keys - keys * (keys - 1) / (2 * length) for keys in seen) / sum(seen)
+
     def flops_per_token(self, length: int, *target_length: int) -> float:
         """Training FLOPs a token.
 
@@ -332,4 +352,4 @@ class Model:
           target_length: of an encoder-decoder's targets; the result is then that of a token of the source and of its
             share of the target.
         """
-        return self.count_flops(length, *target_length)
+        return sum(self.count_flops(length, *target_length))

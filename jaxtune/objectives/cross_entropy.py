@@ -68,6 +68,7 @@ class _Plan:
         return P(vocab, width) if self.vocab_major else P(width, vocab)
 
 
+@jax.named_scope('vocabulary')
 def cross_entropy(
     hidden: jax.Array, head: Any, targets: jax.Array, weights: jax.Array, *, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -91,6 +92,7 @@ def cross_entropy(
     return _cross_entropy(plan, hidden, kernel, head.bias, rows, targets, weights.astype(jnp.float32))
 
 
+@jax.named_scope('vocabulary')
 def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: int | None = None) -> jax.Array:
     """Log-probability of every target.
 
@@ -108,6 +110,7 @@ def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: i
     return _token_logprobs(_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, rows, targets)
 
 
+@jax.named_scope('vocabulary')
 def token_scores(
     hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:

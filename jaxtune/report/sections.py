@@ -11,6 +11,7 @@ from jaxtune.metrics import names
 from jaxtune.report import mixture
 from jaxtune.report.charts import Figure, Series, chart, smooth
 from jaxtune.report.source import Source
+from jaxtune.report.stack import Slice, cut, percent
 
 _SHOWN_SAMPLES, _MOST_SAMPLES, _MOST_CHARS = 6, 40, 2000
 
@@ -56,11 +57,6 @@ def axis(value: float) -> str:
     if abs(value) >= 1000:
         return amount(value)
     return f'{value:.0e}'.replace('e-0', 'e-') if 0 < abs(value) < 1e-3 else f'{value:g}'
-
-
-def percent(value: float) -> str:
-    """A share as `5.0 %` or `50 %`."""
-    return f'{100 * value:.1f} %' if 0 < abs(value) < 0.0995 else f'{100 * value:.0f} %'
 
 
 _SHOW: dict[str, Callable[[float], str]] = {'bytes': size, 'percent': percent, '': number}
@@ -286,26 +282,7 @@ def _source_chart(source: Source) -> Figure | None:
     return chart(title, mixture.curves(source), number, axis, kind='log')
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """What a run spent time on.
-
-    Attributes:
-      words: what it did.
-      color: of the stylesheet.
-      seconds: how long, as text.
-      share: of the whole, 0 to 1.
-      percent: the same as text.
-    """
-
-    words: str
-    color: str
-    seconds: str
-    share: float
-    percent: str
-
-
-def time_spent(source: Source) -> list[Phase]:
+def time_spent(source: Source) -> list[Slice]:
     """The phases of a run, the longest first."""
     phases = {name: seconds for name, seconds in (source.run.get('phases') or {}).items() if seconds > 0}
     if not phases:
@@ -315,7 +292,7 @@ def time_spent(source: Source) -> list[Phase]:
     rest = total - sum(phases.values())
     if rest > 0.005 * total:
         rows.append(('everything else', 'other', rest))
-    return [Phase(words, color, duration(s), s / total, percent(s / total)) for words, color, s in rows]
+    return [cut(words, color, duration(s), s / total) for words, color, s in rows]
 
 
 @dataclasses.dataclass(frozen=True)

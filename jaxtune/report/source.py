@@ -25,6 +25,7 @@ class Source:
       curves: metric -> `(step, value)` in the order of steps, from `metrics.jsonl`.
       samples: the objects of `samples.jsonl`.
       stats: `stats.json` of a preparation.
+      compiled: `compile.json`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Source:
     curves: Mapping[str, Points]
     samples: Sequence[Mapping[str, Any]]
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    compiled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -131,4 +133,5 @@ def read(folder: pathlib.Path, name: str = '') -> Source:
         _curves(folder / 'metrics.jsonl'),
         read_samples(folder),
         read_mapping(folder / 'stats.json') or {},
+        read_mapping(folder / 'compile.json') or {},
     )

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,11 +27,10 @@ from jaxtune.parallel.topology import topology_devices, usable_bytes
 from jaxtune.pretrained.load import announce_config, open_model, open_with_added, plan_tokens, with_new_tokens
 from jaxtune.recipe.flags import Command
 from jaxtune.tasks import setup, specs
-from jaxtune.training.flops import flops_per_token
+from jaxtune.tasks.speed import Speed, measure
+from jaxtune.training.flops import causal_flops_per_token, flops_per_token
 from jaxtune.training.program import Program, abstract_params, make_program
 from jaxtune.training.run_info import compiled_memory
-
-COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 
 # The schedule must end somewhere; the compiled step is the same wherever it does.
 _SOME_STEPS = 1000
@@ -91,6 +89,9 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
             if attempt.fits:
                 break
         assert attempt is not None  # there is one micro-batch at least
+    costed = (model, specs.method(config).method, config.data.seq_len, specs.objective(config).batch_spec())
+    flops = causal_flops_per_token(*costed) * info.tokens_per_step
+    speed = measure(attempt.text, mesh, model, config.data.seq_len, info.tokens_per_step, flops)
     metrics = {
         'fits': attempt.fits,
         'peak_bytes_per_device': attempt.peak_bytes,
@@ -98,25 +99,24 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
         'temp_bytes': attempt.temp_bytes,
         'seconds_to_compile': round(attempt.seconds, 2),
         # XLA's own count has the body of the scan over layers once.
-        'flops_per_step': _flops_per_token(config, model) * info.tokens_per_step,
+        'flops_per_step': flops_per_token(*costed) * info.tokens_per_step,
+        **(speed.metrics() if speed else {}),
     }
     if not console.is_primary():
         return {'task': 'compile', 'status': 'done', 'step': 0, 'metrics': metrics}
-    by_kind = collectives(attempt.text)
-    _show(config, mesh, model, attempt, limit, metrics, by_kind, copied)
+    _show(config, mesh, model, attempt, limit, metrics, speed, copied)
     beside = {
         'accumulate': attempt.accumulate,
         'attention': list(model.kernels.names),
         'available_bytes': limit,
-        'collectives': {kind: dataclasses.asdict(entry) for kind, entry in by_kind.items()},
         'device_kind': mesh.devices.flat[0].device_kind,
         'experts': list(model.kernels.experts),
         'mesh': dict(mesh.shape),
+        **(speed.details() if speed else {}),
     }
     write_json(workdir / 'compile.json', metrics | beside)
     info.write(workdir)
-    counts = {f'collectives/{kind}': entry.count for kind, entry in by_kind.items()}
-    result = report.finish(workdir, 'compile', 0, metrics | {'accumulate': attempt.accumulate} | counts)
+    result = report.finish(workdir, 'compile', 0, metrics | {'accumulate': attempt.accumulate})
     console.note(json.dumps(metrics))
     return result
 
@@ -167,11 +167,6 @@ def open_program(config: Settings, mesh: Mesh) -> tuple[Model, Any, Any, Program
     return model, trainable, frozen, program
 
 
-def _flops_per_token(config: Settings, model: Model) -> float:
-    batch_spec = specs.objective(config).batch_spec()
-    return flops_per_token(model, specs.method(config).method, config.data.seq_len, batch_spec)
-
-
 def _micro_batches(config: Settings, mesh: Mesh) -> Iterator[int]:
     """The numbers of micro-batches to try: the recipe's, or each that divides a device's rows."""
     if config.train.accumulate != 'auto':
@@ -220,50 +215,13 @@ def _text(compiled: jax.stages.Compiled) -> str:
     try:
         return compiled.as_text() or ''
     except jax.errors.JaxRuntimeError:
-        console.note('collectives: not listed, for this jaxlib cannot read what the compiler made')
+        console.note('speed: not estimated: this jaxlib cannot read what the compiler made')
         return ''
 
 
 def _bytes_on_a_device(args: Any) -> int:
     sizes = (leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(args))
     return sum(sizes)
-
-
-@dataclasses.dataclass
-class Collective:
-    """Collectives of one kind in a compiled program.
-
-    Attributes:
-      count: instructions; those in the body of a loop count once.
-      largest_bytes: the largest one's result on a device.
-      largest: its shape, such as `bf16[4096,14336]`.
-    """
-
-    count: int = 0
-    largest_bytes: int = 0
-    largest: str = ''
-
-
-def collectives(text: str) -> dict[str, Collective]:
-    """The collectives of a compiled program by kind, from its text."""
-    by_kind = {kind: Collective() for kind in COLLECTIVES}
-    inside = ''
-    for line in text.splitlines():
-        if line and not line[0].isspace():
-            inside = line
-        match = re.search(rf'= (.*?) ({"|".join(COLLECTIVES)})(-start)?\(', line)
-        if not match:
-            continue
-        # On TPU a reduce-scatter is an all-reduce fused with the slice that it keeps.
-        kind = 'reduce-scatter' if 'all-reduce-scatter' in inside else match[2]
-        entry = by_kind[kind]
-        entry.count += 1
-        for shape in re.findall(r'([a-z]+\d*)\[([\d,]*)\]', match[1]):
-            bits = re.search(r'\d+', shape[0])
-            nbytes = math.prod(int(n) for n in shape[1].split(',') if n) * (int(bits[0]) if bits else 8) // 8
-            if nbytes > entry.largest_bytes:
-                entry.largest_bytes, entry.largest = nbytes, f'{shape[0]}[{shape[1]}]'
-    return by_kind
 
 
 def _show(
@@ -273,11 +231,10 @@ def _show(
     attempt: Attempt,
     limit: int,
     metrics: dict,
-    by_kind: dict[str, Collective],
+    speed: Speed | None,
     copied: int,
 ) -> None:
     sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
-    kinds = [f'{entry.count} {kind} (largest {entry.largest})' for kind, entry in by_kind.items() if entry.count]
     console.facts(
         [
             ('devices', f'{mesh.size} x {mesh.devices.flat[0].device_kind}' + (f'; mesh {sizes}' if sizes else '')),
@@ -289,6 +246,6 @@ def _show(
             ('temporaries', f'{size(attempt.temp_bytes)} a device'),
             ('peak', f'{size(attempt.peak_bytes)} of {size(limit)}: {"fits" if attempt.fits else "does not fit"}'),
             ('work', f'{amount(metrics["flops_per_step"])}FLOP an update'),
-            ('collectives', ', '.join(kinds)),
+            *(speed.facts() if speed else ()),
         ]
     )

@@ -22,5 +22,19 @@ def flops_per_token(
     Raises:
       NotImplementedError: this kind of model has no formula.
     """
+    return _counted(model, method, seq_len, batch_spec, 1.0)
+
+
+def causal_flops_per_token(
+    model: Model, method: Method, seq_len: int, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+) -> float:
+    """The same with attention's masked scores left out: what a step needs at least."""
+    return _counted(model, method, seq_len, batch_spec, model.attended(seq_len))
+
+
+def _counted(
+    model: Model, method: Method, seq_len: int, batch_spec: Mapping[str, jax.ShapeDtypeStruct], attended: float
+) -> float:
     targets = (batch_spec['targets'].shape[0],) if model.kind == 'encdec' else ()
-    return model.flops_per_token(seq_len, *targets) * method.flops_share
+    flops = model.count_flops(seq_len, *targets)
+    return flops.products * method.flops_share + flops.attention * attended

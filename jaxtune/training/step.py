@@ -129,12 +129,13 @@ def make_train_step(
     def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state['step'])
         grads, (total, count, sums) = gradients(loss, state['trainable'], frozen, batch, rng, accumulate, statistics)
-        scale = 1.0 / jnp.maximum(count, 1.0)
-        norm = scale * optax.tree.norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))
-        factor = scale * clip_factor(norm, clip_norm)
-        grads = jax.tree.map(lambda grad: (grad.astype(jnp.float32) * factor).astype(grad.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state['opt_state'], state['trainable'])
-        trainable = apply_updates(state['trainable'], updates, jax.random.fold_in(rng, _ROUNDING))
+        with jax.named_scope('optimizer'):
+            scale = 1.0 / jnp.maximum(count, 1.0)
+            norm = scale * optax.tree.norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))
+            factor = scale * clip_factor(norm, clip_norm)
+            grads = jax.tree.map(lambda grad: (grad.astype(jnp.float32) * factor).astype(grad.dtype), grads)
+            updates, opt_state = optimizer.update(grads, state['opt_state'], state['trainable'])
+            trainable = apply_updates(state['trainable'], updates, jax.random.fold_in(rng, _ROUNDING))
         trainable, sums = settle(trainable, sums)
         metrics = {
             'loss': total * scale,

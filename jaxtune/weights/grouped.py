@@ -20,6 +20,7 @@ from jaxtune.weights.leaf import Weight
 
 _TILES = (512, 1024, 1024)  # of rows, inputs and outputs, that megablox works on
 _CHUNK = 16  # blocks that a GPU multiplies at a time, each by a copy of its kernel
+_SMALL = 2**28  # bytes of all blocks' copies, or gradients, up to which a GPU multiplies all of them at once
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['sizes'], meta_fields=['rows', 'block', 'name'])
@@ -152,12 +153,14 @@ def _blocks(x: jax.Array, kernel: jax.Array, sizes: jax.Array, block: int, trans
     count, contracted = len(x) // block, 2 if transposed else 1
     of, used = _group_of_blocks(sizes, block, count)
     if platform() != 'cpu':
+        copies = count * kernel.shape[1] * kernel.shape[2] * kernel.dtype.itemsize
+        chunk = count if copies <= _SMALL else _CHUNK
 
         def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
             rows, of = part
             return lax.dot_general(rows, jnp.take(kernel, of, axis=0), (((2,), (contracted,)), ((0,), (0,))))
 
-        y = lax.map(some, (x.reshape(-1, _CHUNK, block, x.shape[1]), of.reshape(-1, _CHUNK)))
+        y = lax.map(some, (x.reshape(-1, chunk, block, x.shape[1]), of.reshape(-1, chunk)))
         return y.reshape(len(x), -1)
 
     def put(i: jax.Array, y: jax.Array) -> jax.Array:
@@ -172,6 +175,8 @@ def _blocks(x: jax.Array, kernel: jax.Array, sizes: jax.Array, block: int, trans
 def _blocks_gradient(x: jax.Array, d_y: jax.Array, sizes: jax.Array, block: int) -> jax.Array:
     count = len(x) // block
     of, used = _group_of_blocks(sizes, block, count)
+    if platform() != 'cpu' and 4 * count * x.shape[1] * d_y.shape[1] <= _SMALL:
+        return _small_gradient(x, d_y, len(sizes), block, of)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
         rows, d_rows = (lax.dynamic_slice_in_dim(array, i * block, block) for array in (x, d_y))
@@ -182,6 +187,14 @@ def _blocks_gradient(x: jax.Array, d_y: jax.Array, sizes: jax.Array, block: int)
     # On a GPU a loop whose length only the device knows asks the host in every round.
     rounds = used if platform() == 'cpu' else count
     return lax.fori_loop(0, rounds, add, jnp.zeros((len(sizes), x.shape[1], d_y.shape[1]), jnp.float32))
+
+
+def _small_gradient(x: jax.Array, d_y: jax.Array, groups: int, block: int, of: jax.Array) -> jax.Array:
+    """The gradients of all blocks at once, such as those of adapters' factors, then the sums of each group's."""
+    rows, d_rows = x.reshape(-1, block, x.shape[1]), d_y.reshape(-1, block, d_y.shape[1])
+    parts = lax.dot_general(rows, d_rows, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    own = jax.nn.one_hot(of, groups, dtype=jnp.float32)
+    return jnp.einsum('bg,bio->gio', own, parts, precision='highest')
 
 
 _PRODUCTS: dict[str, Callable[..., jax.Array]] = {'megablox': _megablox, 'blocks': _blocks}

@@ -172,7 +172,8 @@ def test_nf4_of_stacked_experts_has_the_bits_of_each_alone():
             jax.tree.map(np.testing.assert_array_equal, one, alone)
 
 
-def test_the_loop_of_a_gpu_computes_what_that_of_a_cpu_does(monkeypatch):
+@pytest.mark.parametrize('small', [0, 2**28], ids=['in chunks', 'all blocks at once'])
+def test_the_loop_of_a_gpu_computes_what_that_of_a_cpu_does(monkeypatch, small):
     rng, sizes = np.random.default_rng(0), np.array([16, 0, 32, 8], np.int32)
     rows = 16 * 16
     x = np.zeros((rows, 6), np.float32)
@@ -182,6 +183,7 @@ def test_the_loop_of_a_gpu_computes_what_that_of_a_cpu_does(monkeypatch):
     loss = lambda x, kernel: (grouped_dot(x, kernel, groups)[:56] ** 2).sum()  # noqa: E731
     expected = jax.value_and_grad(loss, (0, 1))(jnp.asarray(x), kernel)
     monkeypatch.setattr(grouped_module, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(grouped_module, '_SMALL', small)
     found = jax.value_and_grad(loss, (0, 1))(jnp.asarray(x), kernel)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
