@@ -9,7 +9,7 @@ _HOW = frozenset((
     'while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation', 'shard_map', 'scan', 'Block',
     'custom_vjp_call', 'custom_jvp_call', 'named_call', 'core_call', 'pjit',
 ))  # fmt: skip
-_BRANCH = re.compile(r'branch_\d+_fun')
+_STEP = re.compile(r'branch_\d+_fun|splash_\w+')
 _SCOPED = re.compile(r'(?:jvp|transpose)\(\(?([a-z]\w*)\)?\)')
 
 
@@ -25,7 +25,7 @@ def of(op_name: str) -> tuple[str, str]:
             names.append('layers')
         elif match := _SCOPED.search(part):
             names.append(match[1])
-        elif part in _HOW or '.' in part or _WRAPPER.fullmatch(part) or _BRANCH.fullmatch(part):
+        elif part in _HOW or '.' in part or _WRAPPER.fullmatch(part) or _STEP.fullmatch(part):
             continue
         elif part not in names[-1:]:
             names.append(part)

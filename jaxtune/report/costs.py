@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.common.formatting import amount, short_time, size
+from jaxtune.common.formatting import short_time, size
 from jaxtune.report.source import Source
 from jaxtune.report.stack import Slice, cut
 
@@ -39,10 +39,6 @@ def of(source: Source) -> Costs | None:
     fits = 'fits' if compiled.get('fits') else 'does not fit'
     mesh = ' x '.join(f'{name} {n}' for name, n in (compiled.get('mesh') or {}).items() if n > 1) or 'one device'
     verdict = f'On {compiled.get("device_kind")} ({mesh}) it {fits}: {size(needed)} of {size(limit)} a device.'
-    if seconds := compiled.get('estimated_seconds'):
-        verdict += f' By the estimate an update takes {short_time(seconds)}'
-        verdict += f', {amount(compiled["estimated_tokens_per_second"])} tokens a second'
-        verdict += f', {100 * compiled["estimated_mfu"]:.0f} % of the peak.'
     return Costs(verdict, _memory(compiled, needed, limit), _time(compiled), _links(compiled))
 
 

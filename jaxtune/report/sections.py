@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtune.common.formatting import amount, duration, size
+from jaxtune.common.formatting import amount, duration, short_time, size
 from jaxtune.common.sources import AUTO
 from jaxtune.metrics import names
 from jaxtune.report import mixture
@@ -169,7 +169,9 @@ def tiles(source: Source, seconds: float | None = None) -> list[Tile]:
         shown += _preparation_tiles(source)
     if source.task == 'generate' and source.samples:
         shown.append(Tile('Completions', f'{len(source.samples):,}'))
-    if (speed := source.tokens_per_second) is not None:
+    if source.compiled:
+        shown += _compiled_tiles(source)
+    elif (speed := source.tokens_per_second) is not None:
         mfu = source.curves.get('train/mfu')
         middle = sorted(value for _, value in mfu)[len(mfu) // 2] if mfu else None
         note = f'{percent(middle)} of peak FLOPs' if middle is not None else 'median'
@@ -180,6 +182,21 @@ def tiles(source: Source, seconds: float | None = None) -> list[Tile]:
         runs = source.run.get('runs', 1)
         note = f'over {runs} runs' if runs > 1 else 'from start to report'
         shown.append(Tile('Time', duration(source.run['seconds']), note))
+    return shown
+
+
+def _compiled_tiles(source: Source) -> list[Tile]:
+    needed, limit = source.metric('peak_bytes_per_device'), source.compiled.get('available_bytes')
+    shown = []
+    if needed is not None and limit:
+        verdict = 'fits' if source.metrics.get('fits') else 'does not fit'
+        shown.append(Tile('Peak memory of a device', size(needed), f'of {size(limit)}: {verdict}'))
+    if (seconds := source.metric('estimated_seconds')) is not None:
+        shown.append(Tile('An update', short_time(seconds), 'by the estimate'))
+    if (speed := source.metric('estimated_tokens_per_second')) is not None:
+        mfu = source.metric('estimated_mfu')
+        note = '' if mfu is None else f', {percent(mfu)} of the peak'
+        shown.append(Tile('Tokens a second', f'{speed:,.0f}', f'by the estimate{note}'))
     return shown
 
 
@@ -373,7 +390,7 @@ def results(source: Source) -> list[tuple[str, str]]:
 def _value(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str('not finite' if value is None else value)
-    if name.endswith('bytes') and not names.source_of(name):
+    if name.endswith(('bytes', 'bytes_per_device')) and not names.source_of(name):
         return size(value)
     return f'{value:,}' if isinstance(value, int) else f'{value:,.6g}'
 
