@@ -17,12 +17,21 @@ from jaxtune.models import rope as rotary
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.decoder_config import IGNORED, DecoderConfig, Run, decoder_config
 from jaxtune.models.latent import project_latent
-from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, normal, parameter, recomputed
+from jaxtune.models.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Part,
+    RMSNorm,
+    bottleneck,
+    normal,
+    parameter,
+    recomputed,
+)
 from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.moe import MoE
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.routing import Routing
-from jaxtune.parallel import constrain
+from jaxtune.parallel import constrain, fusion_barrier
 
 _NO_WINDOW = 2**30  # beyond every position
 
@@ -182,10 +191,11 @@ class MLP(_Part):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, activation, d_ff = self.config, ACTIVATIONS[self.config.activation], self.d_ff or self.config.d_ff
         if c.fused_gate_up:
-            gate, up = jnp.split(self.dense('gate_up_proj', 2 * d_ff, c.mlp_bias)(x), 2, axis=-1)
+            (fused,) = fusion_barrier(self.dense('gate_up_proj', 2 * d_ff, c.mlp_bias)(x))
+            gate, up = jnp.split(fused, 2, axis=-1)
             y = activation(gate) * up
         elif c.gated:
-            gate, up = (self.dense(name, d_ff, c.mlp_bias)(x) for name in ('gate_proj', 'up_proj'))
+            gate, up = fusion_barrier(*(self.dense(name, d_ff, c.mlp_bias)(x) for name in ('gate_proj', 'up_proj')))
             y = activation(gate) * up
         else:
             y = activation(self.dense('up_proj', d_ff, c.mlp_bias)(x))

@@ -5,8 +5,9 @@ of `batch x length x vocab`. Where every token's share in the loss is known befo
 pass: three matrix products instead of the four of a backward pass that computes the logits again (Wijmans et al. 2024,
 "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009, has the idea of a fused loss).
 
-On a mesh every device keeps its own tokens and its own part of the vocabulary: a chunk exchanges one number a token
-over `tensor`, and the kernel's gradient is summed over the batch axes once, after the last chunk.
+On a mesh every device has its own part of the vocabulary, over `tensor` and, where that moves fewer bytes, over `fsdp`:
+there a chunk's tokens are gathered, and their gradients scattered back, instead of the kernel and its gradient. A chunk
+exchanges one number a token beside; the kernel's gradient is summed over the other batch axes once, after the last.
 
 New rows beside a frozen kernel (`weights.NewRows`) are put into their places once; they alone have a gradient.
 
@@ -14,58 +15,28 @@ On a single CPU the logits are computed from a copy of the kernel `[d_model, voc
 where rows of logits would lie a multiple of 4 KiB apart: Eigen's product is half as fast otherwise.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.parallel import BATCH_AXES, one_cpu
+from jaxtune.objectives.vocabulary import (
+    Plan,
+    chunks,
+    gathered,
+    make_plan,
+    own,
+    per_device,
+    scattered,
+    specs_of,
+    uncut,
+    vocab_of,
+)
 from jaxtune.weights import put_rows
-
-# Elements of one chunk's float32 logits (32 MiB), and the fewest tokens for which the kernel's gradient, read and
-# written once a chunk, costs little beside the products.
-_CHUNK_ELEMENTS = 2**23
-_CHUNK_TOKENS = 512
-
-_PAGE = 1024  # float32 numbers in 4 KiB
-_PADDING = 16  # and in a cache line
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is fixed when the loss is traced."""
-
-    chunk: int
-    vocab_major: bool
-    scale: float
-    softcap: float | None
-    batch_axes: tuple[str, ...] = ()
-    length_axes: tuple[str, ...] = ()
-    vocab_axes: tuple[str, ...] = ()
-    scatter_axes: tuple[str, ...] = ()
-    across: bool = False
-    padding: int = 0
-    ids: tuple[int, ...] = ()
-
-    @property
-    def token_axes(self) -> tuple[str, ...]:
-        return self.batch_axes + self.length_axes
-
-    @property
-    def kernel_spec(self) -> P:
-        return P(self.vocab_axes, None) if self.vocab_major else P(None, self.vocab_axes)
-
-    @property
-    def gradient_spec(self) -> P:
-        vocab, width = self.vocab_axes, self.scatter_axes
-        return P(vocab, width) if self.vocab_major else P(width, vocab)
 
 
 @jax.named_scope('vocabulary')
@@ -87,8 +58,8 @@ def cross_entropy(
       logit is the largest. Differentiable in `hidden`, `kernel`, `bias`, `rows` and `weights`.
     """
     kernel, rows = _parts(head, hidden.dtype)
-    plan = _plan(hidden, head, kernel, chunk)
-    targets = jnp.clip(targets, 0, _vocab(head, kernel) - 1)
+    plan = make_plan(hidden, head, kernel, chunk)
+    targets = jnp.clip(targets, 0, vocab_of(head, kernel) - 1)
     return _cross_entropy(plan, hidden, kernel, head.bias, rows, targets, weights.astype(jnp.float32))
 
 
@@ -107,7 +78,7 @@ def token_logprobs(hidden: jax.Array, head: Any, targets: jax.Array, *, chunk: i
       computes the logits again, chunk by chunk.
     """
     kernel, rows = _parts(head, hidden.dtype)
-    return _token_logprobs(_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, rows, targets)
+    return _token_logprobs(make_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, rows, targets)
 
 
 @jax.named_scope('vocabulary')
@@ -119,7 +90,7 @@ def token_scores(
     Arguments as for `token_logprobs`. For evaluation: a gradient would hold all logits.
     """
     kernel, _ = _parts(head, hidden.dtype)
-    logprobs, _, right = _logprobs(_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, targets)
+    logprobs, _, right = _logprobs(make_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, targets)
     return logprobs, right
 
 
@@ -132,84 +103,13 @@ def _parts(head: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
     return put_rows(head.kernel.astype(dtype), fixed, head.ids, 0 if head.vocab_major else 1), rows
 
 
-def _vocab(layout: Any, kernel: jax.Array) -> int:
-    """Tokens of a kernel, laid out as a head or a plan says."""
-    return kernel.shape[0 if layout.vocab_major else 1]
-
-
-def _plan(hidden: jax.Array, head: Any, kernel: jax.Array, chunk: int | None) -> _Plan:
-    vocab = _vocab(head, kernel)
-    scale = 1.0 if head.scale is None else float(head.scale)
-    softcap = None if not head.softcap else float(head.softcap)
-    mesh = jax.sharding.get_abstract_mesh()
-    auto = () if mesh.empty else mesh.axis_names
-    if auto:
-        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        auto = tuple(axis for axis in auto if types[axis] == AxisType.Auto and mesh.shape[axis] > 1)
-
-    def dividing(size: int, *axes: str) -> tuple[str, ...]:
-        axes = tuple(axis for axis in axes if axis in auto)
-        return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
-
-    batch, length, width = hidden.shape
-    batch_axes, length_axes = dividing(batch, *BATCH_AXES), dividing(length, 'sequence')
-    vocab_axes = dividing(vocab, 'tensor')
-    scatter_axes = dividing(width, 'fsdp') if 'fsdp' in batch_axes else ()
-    if chunk is None:
-        parts = math.prod(mesh.shape[axis] for axis in vocab_axes)
-        chunk = max(_CHUNK_TOKENS, _CHUNK_ELEMENTS * parts // vocab)
-    axes = (batch_axes, length_axes, vocab_axes, scatter_axes)
-    across, padding = False, 0
-    if one_cpu():
-        across = bool(head.vocab_major)
-        padding = _PADDING if vocab % _PAGE == 0 and softcap is None else 0
-        chunk = max(1, chunk * vocab // (vocab + padding))  # the padding is no extra memory
-    ids = () if getattr(head, 'rows', None) is None else head.ids
-    return _Plan(chunk, bool(head.vocab_major), scale, softcap, *axes, across, padding, ids)
-
-
-def _per_device(plan: _Plan, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """Runs a function on each device's tokens and vocabulary, the mesh axes in the plan being manual."""
-    axes = set(plan.token_axes + plan.vocab_axes)
-    if not axes:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
-
-
-def _specs(plan: _Plan, bias: jax.Array | None) -> tuple[P, P, P | None, P]:
-    """Specs of hidden, kernel, bias and of what has one value a token."""
-    tokens = P(plan.batch_axes, plan.length_axes)
-    return P(*tokens, None), plan.kernel_spec, None if bias is None else P(plan.vocab_axes), tokens
-
-
-def _chunks(plan: _Plan, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """`[batch, length, ...]` as `[chunks, tokens, ...]`, filled up with zeros."""
-    tokens = arrays[0].shape[0] * arrays[0].shape[1]
-    count = max(1, math.ceil(tokens / plan.chunk))
-    size = math.ceil(tokens / count)
-
-    def cut(x: jax.Array) -> jax.Array:
-        x = x.reshape(tokens, *x.shape[2:])
-        if count * size != tokens:
-            x = jnp.pad(x, ((0, count * size - tokens),) + ((0, 0),) * (x.ndim - 1))
-        return x.reshape(count, size, *x.shape[1:])
-
-    return tuple(cut(x) for x in arrays)
-
-
-def _uncut(x: jax.Array, batch: int, length: int) -> jax.Array:
-    """Undoes `_chunks`."""
-    x = x.reshape(-1, *x.shape[2:])
-    return x[: batch * length].reshape(batch, length, *x.shape[1:])
-
-
 def _readied(
-    plan: _Plan, dtype: Any, kernel: jax.Array, bias: jax.Array | None
+    plan: Plan, dtype: Any, kernel: jax.Array, bias: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """`(kernel, the kernel that logits are computed from, bias)`, with `plan.padding` more tokens."""
     kernel = kernel.astype(dtype)
     if plan.padding:
-        bias = jnp.zeros(_vocab(plan, kernel), jnp.float32) if bias is None else bias.astype(jnp.float32)
+        bias = jnp.zeros(vocab_of(plan, kernel), jnp.float32) if bias is None else bias.astype(jnp.float32)
         bias = jnp.pad(bias, (0, plan.padding), constant_values=-jnp.inf)
         wider = (0, plan.padding)
         kernel = jnp.pad(kernel, (wider, (0, 0)) if plan.vocab_major else ((0, 0), wider))
@@ -218,7 +118,7 @@ def _readied(
     return kernel, kernel, bias
 
 
-def _logits(plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _logits(plan: Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Float32 logits `[tokens, vocab on this device]`."""
     dims = (((1,), (1 if plan.vocab_major and not plan.across else 0,)), ((), ()))
     logits = lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32)
@@ -231,12 +131,12 @@ def _logits(plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array |
     return logits
 
 
-def _local_targets(plan: _Plan, targets: jax.Array, kernel: jax.Array) -> jax.Array:
+def _local_targets(plan: Plan, targets: jax.Array, kernel: jax.Array) -> jax.Array:
     """Target ids counted from this device's first token of the vocabulary; those elsewhere fall outside."""
-    return targets - lax.axis_index(plan.vocab_axes) * _vocab(plan, kernel) if plan.vocab_axes else targets
+    return targets - lax.axis_index(plan.vocab_axes) * vocab_of(plan, kernel) if plan.vocab_axes else targets
 
 
-def _score(plan: _Plan, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _score(plan: Plan, logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`(largest logit, exp(logits - largest), their sum, the target's logit)` over the whole vocabulary."""
     vocab = logits.shape[-1]
     inside = (targets >= 0) & (targets < vocab)
@@ -253,7 +153,7 @@ def _score(plan: _Plan, logits: jax.Array, targets: jax.Array) -> tuple[jax.Arra
 
 
 def _logit_gradient(
-    plan: _Plan, logits: jax.Array, probabilities: jax.Array, targets: jax.Array, weights: jax.Array
+    plan: Plan, logits: jax.Array, probabilities: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Gradient of `sum(weights * nll)` in the product of hidden and kernel, and in the bias's place."""
     onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
@@ -264,7 +164,7 @@ def _logit_gradient(
 
 
 def _pull(
-    plan: _Plan,
+    plan: Plan,
     grad: tuple[jax.Array, jax.Array],
     hidden: jax.Array,
     kernel: jax.Array,
@@ -277,7 +177,9 @@ def _pull(
     d_hidden = None
     if wanted[0]:
         dims = (((1,), (0 if plan.vocab_major else 1,)), ((), ()))
-        d_hidden = lax.dot_general(product, kernel, dims, preferred_element_type=hidden.dtype)
+        sums_of = jnp.float32 if plan.gather_axes else hidden.dtype
+        d_hidden = lax.dot_general(product, kernel, dims, preferred_element_type=sums_of)
+        d_hidden = scattered(plan, d_hidden).astype(hidden.dtype)
     if wanted[1]:
         pair = (product, hidden) if plan.vocab_major else (hidden, product)
         d_kernel += lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -292,7 +194,7 @@ def _pull(
 
 
 def _zeros(
-    plan: _Plan, kernel: jax.Array, bias: jax.Array | None, wanted: Sequence[bool]
+    plan: Plan, kernel: jax.Array, bias: jax.Array | None, wanted: Sequence[bool]
 ) -> tuple[jax.Array | None, ...]:
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
     d_bias = None if bias is None or not wanted[2] else jnp.zeros(bias.shape, jnp.float32)
@@ -301,34 +203,36 @@ def _zeros(
 
 
 def _collect(
-    plan: _Plan, d_hidden: Any, sums: Any, shape: tuple[int, ...], wanted: Sequence[bool]
+    plan: Plan, d_hidden: Any, sums: Any, shape: tuple[int, ...], wanted: Sequence[bool]
 ) -> tuple[jax.Array | None, ...]:
     """Sums the gradients over the devices that share them, once."""
     d_kernel, d_bias, d_rows = sums
+    tokens = tuple(axis for axis in plan.token_axes if axis not in plan.gather_axes)
     if plan.padding and wanted[1]:
         d_kernel = d_kernel[: -plan.padding] if plan.vocab_major else d_kernel[:, : -plan.padding]
     if plan.padding and wanted[2]:
         d_bias = d_bias[: -plan.padding]
     if wanted[0]:
-        d_hidden = _uncut(d_hidden, *shape)
-        if plan.vocab_axes:
-            d_hidden = lax.psum(d_hidden, plan.vocab_axes)
+        d_hidden = uncut(d_hidden, *shape)
+        rest = tuple(axis for axis in plan.vocab_axes if axis not in plan.gather_axes)
+        if rest:
+            d_hidden = lax.psum(d_hidden, rest)
     if wanted[1]:
-        rest = tuple(axis for axis in plan.token_axes if axis not in plan.scatter_axes)
+        rest = tuple(axis for axis in tokens if axis not in plan.scatter_axes)
         if rest:
             d_kernel = lax.psum(d_kernel, rest)
         if plan.scatter_axes:
             width = 1 if plan.vocab_major else 0
             d_kernel = lax.psum_scatter(d_kernel, plan.scatter_axes, scatter_dimension=width, tiled=True)
-    if wanted[2] and plan.token_axes:
-        d_bias = lax.psum(d_bias, plan.token_axes)
-    if wanted[3] and plan.token_axes + plan.vocab_axes:
-        d_rows = lax.psum(d_rows, plan.token_axes + plan.vocab_axes)
+    if wanted[2] and tokens:
+        d_bias = lax.psum(d_bias, tokens)
+    if wanted[3] and tokens + plan.vocab_axes:
+        d_rows = lax.psum(d_rows, tokens + plan.vocab_axes)
     return d_hidden, d_kernel, d_bias, d_rows
 
 
 def _loss_and_gradients(
-    plan: _Plan,
+    plan: Plan,
     wanted: Sequence[bool],
     hidden: jax.Array,
     kernel: jax.Array,
@@ -341,12 +245,12 @@ def _loss_and_gradients(
     def device(
         hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array, weights: jax.Array
     ) -> tuple[Any, ...]:
-        targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(carry: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             loss, correct, sums = carry
-            hidden, targets, weights = chunk
+            hidden, targets, weights = gathered(plan, *chunk)
+            targets = _local_targets(plan, targets, kernel)
             logits = _logits(plan, hidden, across, bias)
             largest, exps, total, picked = _score(plan, logits, targets)
             nll = (jnp.log(total) + largest - picked)[:, 0]
@@ -355,28 +259,29 @@ def _loss_and_gradients(
             if any(wanted):
                 grad = _logit_gradient(plan, logits, exps / total, targets, weights)
                 d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted)
+            weights, nll, right = (own(plan, x) for x in (weights, nll, right))
             return (loss + (weights * nll).sum(), correct + (weights * right).sum(), sums), (nll, d_hidden)
 
         zero = jnp.zeros((), jnp.float32)
         carry = (zero, zero, _zeros(plan, kernel, bias, wanted))
-        (loss, correct, sums), (nll, d_hidden) = lax.scan(step, carry, _chunks(plan, hidden, targets, weights))
+        (loss, correct, sums), (nll, d_hidden) = lax.scan(step, carry, chunks(plan, hidden, targets, weights))
         if plan.token_axes:
             loss, correct = lax.psum((loss, correct), plan.token_axes)
         shape = hidden.shape[:2]
-        return loss, correct, _uncut(nll, *shape), _collect(plan, d_hidden, sums, shape, wanted)
+        return loss, correct, uncut(nll, *shape), _collect(plan, d_hidden, sums, shape, wanted)
 
-    specs = _specs(plan, bias)
+    specs = specs_of(plan, bias)
     hidden_spec, _, bias_spec, token_spec = specs
     gradient_specs = (hidden_spec, plan.gradient_spec, bias_spec, P())
     gradient_specs = tuple(spec if want else None for spec, want in zip(gradient_specs, wanted, strict=True))
     out_specs = (P(), P(), token_spec, gradient_specs)
-    function = _per_device(plan, device, (*specs, token_spec), out_specs)
+    function = per_device(plan, device, (*specs, token_spec), out_specs)
     return function(hidden, kernel, bias, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
-    plan: _Plan,
+    plan: Plan,
     hidden: jax.Array,
     kernel: jax.Array,
     bias: jax.Array | None,
@@ -387,7 +292,7 @@ def _cross_entropy(
     return _loss_and_gradients(plan, (False,) * 4, hidden, kernel, bias, targets, weights)[:2]
 
 
-def _cross_entropy_forward(plan: _Plan, *inputs: Any) -> tuple[Any, Any]:
+def _cross_entropy_forward(plan: Plan, *inputs: Any) -> tuple[Any, Any]:
     hidden, kernel, bias, _, targets, weights = inputs
     wanted = tuple(x is not None and x.perturbed for x in inputs[:4])
     arrays: list[Any] = [None if x is None else x.value for x in (hidden, kernel, bias, targets, weights)]
@@ -399,7 +304,7 @@ def _cross_entropy_forward(plan: _Plan, *inputs: Any) -> tuple[Any, Any]:
     return (loss, correct), (gradients, nll if weights.perturbed else None)
 
 
-def _cross_entropy_backward(plan: _Plan, residuals: Any, cotangents: Any) -> tuple[jax.Array | None, ...]:
+def _cross_entropy_backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[jax.Array | None, ...]:
     gradients, nll = residuals
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
@@ -412,30 +317,31 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_
 
 
 def _logprobs(
-    plan: _Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array
+    plan: Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`(log-probability, logsumexp, whether the target's logit is the largest)`, each `[batch, length]`."""
 
     def device(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, targets: jax.Array) -> tuple[Any, ...]:
-        targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(_: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-            hidden, targets = chunk
+            hidden, targets = gathered(plan, *chunk)
+            targets = _local_targets(plan, targets, kernel)
             largest, _, total, picked = _score(plan, _logits(plan, hidden, across, bias), targets)
             lse = jnp.log(total) + largest
-            return None, ((picked - lse)[:, 0], lse[:, 0], (picked >= largest)[:, 0])
+            values = (picked - lse)[:, 0], lse[:, 0], (picked >= largest)[:, 0]
+            return None, tuple(own(plan, x) for x in values)
 
-        _, values = lax.scan(step, None, _chunks(plan, hidden, targets))
-        return tuple(_uncut(x, *hidden.shape[:2]) for x in values)
+        _, values = lax.scan(step, None, chunks(plan, hidden, targets))
+        return tuple(uncut(x, *hidden.shape[:2]) for x in values)
 
-    specs = _specs(plan, bias)
-    return _per_device(plan, device, specs, (specs[-1],) * 3)(hidden, kernel, bias, targets)
+    specs = specs_of(plan, bias)
+    return per_device(plan, device, specs, (specs[-1],) * 3)(hidden, kernel, bias, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(
-    plan: _Plan,
+    plan: Plan,
     hidden: jax.Array,
     kernel: jax.Array,
     bias: jax.Array | None,
@@ -445,7 +351,7 @@ def _token_logprobs(
     return _logprobs(plan, hidden, kernel, bias, targets)[0]
 
 
-def _token_logprobs_forward(plan: _Plan, *inputs: Any) -> tuple[Any, Any]:
+def _token_logprobs_forward(plan: Plan, *inputs: Any) -> tuple[Any, Any]:
     hidden, kernel, bias, rows, targets = inputs
     # `wanted` is told to the backward pass by the structure of the residuals: a bool would be traced.
     wanted = tuple(x is not None and x.perturbed for x in inputs[:4])
@@ -455,7 +361,7 @@ def _token_logprobs_forward(plan: _Plan, *inputs: Any) -> tuple[Any, Any]:
     return logprobs, (*arrays, rows.value if wanted[3] else None, lse, marks)
 
 
-def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tuple[jax.Array | None, ...]:
+def _token_logprobs_backward(plan: Plan, residuals: Any, cotangent: Any) -> tuple[jax.Array | None, ...]:
     hidden, kernel, bias, targets, rows, lse, marks = residuals
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return (None,) * 5
@@ -469,11 +375,11 @@ def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tup
         lse: jax.Array,
         cotangent: jax.Array,
     ) -> tuple[Any, ...]:
-        targets = _local_targets(plan, targets, kernel)
         kernel, across, bias = _readied(plan, hidden.dtype, kernel, bias)
 
         def step(sums: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-            hidden, targets, lse, cotangent = chunk
+            hidden, targets, lse, cotangent = gathered(plan, *chunk)
+            targets = _local_targets(plan, targets, kernel)
             logits = _logits(plan, hidden, across, bias)
             # Filled-up tokens have lse 0; their cotangent is 0, but exp of their logits must stay finite.
             exps = jnp.exp(jnp.minimum(logits - lse[:, None], 0.0))
@@ -481,15 +387,15 @@ def _token_logprobs_backward(plan: _Plan, residuals: Any, cotangent: Any) -> tup
             d_hidden, sums = _pull(plan, grad, hidden, kernel, sums, wanted)
             return sums, d_hidden
 
-        chunks = _chunks(plan, hidden, targets, lse, cotangent)
-        sums, d_hidden = lax.scan(step, _zeros(plan, kernel, bias, wanted), chunks)
+        parts = chunks(plan, hidden, targets, lse, cotangent)
+        sums, d_hidden = lax.scan(step, _zeros(plan, kernel, bias, wanted), parts)
         return _collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
 
-    specs = _specs(plan, bias)
+    specs = specs_of(plan, bias)
     hidden_spec, _, bias_spec, token_spec = specs
     out_specs = (hidden_spec, plan.gradient_spec, bias_spec, P())
     out_specs = tuple(spec if want else None for spec, want in zip(out_specs, wanted, strict=True))
-    function = _per_device(plan, device, (*specs, token_spec, token_spec), out_specs)
+    function = per_device(plan, device, (*specs, token_spec, token_spec), out_specs)
     gradients = function(hidden, kernel, bias, targets, lse, cotangent)
     gradients = (
         None if gradient is None else gradient.astype(x.dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtune.parallel.rules import path_name
-from jaxtune.weights.blockwise8 import decode, nearest_code
+from jaxtune.weights.blockwise8 import nearest_code, nearly
 from jaxtune.weights.tree import layer_dims
 
 BLOCK = 256
@@ -73,7 +73,7 @@ def wide(moment: Moment | jax.Array, signed: bool, dims: int = 2) -> jax.Array:
     chex.assert_type(moment.codes, jnp.uint8, custom_message='moment.codes')
     chex.assert_shape(moment.scales, (*leading, -(-count // BLOCK)), custom_message='moment.scales')
     scales = jnp.repeat(moment.scales, BLOCK, axis=-1)[..., :count]
-    return (decode(moment.codes, signed).reshape(*leading, count) * scales).reshape(moment.codes.shape)
+    return (nearly(moment.codes, signed).reshape(*leading, count) * scales).reshape(moment.codes.shape)
 
 
 def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

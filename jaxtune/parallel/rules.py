@@ -14,14 +14,15 @@ from jaxtune.errors import UserError
 
 # The first match wins. Kernels are `[in, out]` and stacked ones `[layers, in, out]`: specs are aligned to the last
 # dimensions, so one rule serves both. Column-parallel kernels divide their output over `tensor`, row-parallel ones
-# their input, so that a block needs one reduction (Megatron-LM, arXiv:1909.08053); the other dimension goes to `fsdp`.
+# their input, so that a block needs one reduction (Megatron-LM, arXiv:1909.08053). `fsdp` divides the input of both:
+# XLA's TPU compiler scatters a gradient along its first dimension, and reduces it whole before it divides the second.
 RULES: tuple[tuple[str, P], ...] = (
     (r'(norm|layernorm|LayerNorm)[^/]*/(scale|bias)$', P()),
     (r'experts/[^/]+/bias$', P('expert', None)),
     (r'/(scale|bias|correction|sinks)$', P()),
     (r'experts/down_proj/kernel$', P('expert', 'tensor', 'fsdp')),
     (r'experts/[^/]+/kernel$', P('expert', 'fsdp', 'tensor')),
-    (r'(o_proj|down_proj)/kernel$', P('tensor', 'fsdp')),
+    (r'(o_proj|down_proj)/kernel$', P(('tensor', 'fsdp'), None)),
     (r'/kernel$', P('fsdp', 'tensor')),
     (r'/prefix/[kv]$', P('tensor', None)),
     (r'embed_positions/embedding$', P(None, 'fsdp')),
@@ -41,9 +42,11 @@ def _fit(spec: P, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
     entries = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
     fitted = []
     for size, entry in zip(shape, entries, strict=True):
-        axes = (entry,) if isinstance(entry, str) else (entry or ())
-        parts = math.prod(mesh_shape.get(axis, 1) for axis in axes)
-        fitted.append(entry if parts > 1 and size % parts == 0 else None)
+        named: tuple[str, ...] = (entry,) if isinstance(entry, str) else (entry or ())
+        axes = tuple(axis for axis in named if mesh_shape.get(axis, 1) > 1)
+        while axes and size % math.prod(mesh_shape[axis] for axis in axes):
+            axes = axes[:-1]
+        fitted.append(axes[0] if len(axes) == 1 else axes or None)
     return P(*fitted)
 
 

@@ -107,7 +107,7 @@ class Program:
             settle=self.balance.settle,
         )
         jit = functools.partial(
-            jax.jit, donate_argnums=0, out_shardings=(self.placed, None), compiler_options=compiler_options()
+            jax.jit, donate_argnums=0, out_shardings=(self.placed, None), compiler_options=compiler_options(self.mesh)
         )
         if not self.settings.offload:
             return jit(step)

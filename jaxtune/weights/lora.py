@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.parallel import in_order, platform
+from jaxtune.parallel import fusion_barrier, in_order, platform
 from jaxtune.weights.grouped import Groups, grouped_dot
 from jaxtune.weights.leaf import Fit, Weight, dot, kernel_gradient, lookup, materialise
 
@@ -118,6 +118,7 @@ class LoRA(Weight):
         of_rows: Callable[[jax.Array], jax.Array],
     ) -> jax.Array:
         """The product by parts: `multiply` by an array or leaf; `of_rows` gives each row the values of its kernel."""
+        (x,) = fusion_barrier(x)  # for two products read it
         y, dropped = multiply(x, self.base), x
         if rng is not None and self.dropout:
             kept = jax.random.bernoulli(rng, 1.0 - self.dropout, x.shape)

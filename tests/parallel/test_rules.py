@@ -25,9 +25,11 @@ def shapes(**leaves):
 
 
 def test_kernels_are_divided_by_rule_and_axes_that_do_not_divide_are_left_out():
-    specs = match_rules(shapes(q_proj=(2, 64, 32), o_proj=(2, 64, 32), k_proj=(2, 64, 3)), mesh_of(fsdp=4, tensor=2))
+    kernels = shapes(q_proj=(2, 64, 32), o_proj=(2, 64, 32), k_proj=(2, 64, 3), down_proj=(2, 6, 32))
+    specs = match_rules(kernels, mesh_of(fsdp=4, tensor=2))
     assert specs['q_proj']['kernel'] == P(None, 'fsdp', 'tensor')
-    assert specs['o_proj']['kernel'] == P(None, 'tensor', 'fsdp')
+    assert specs['o_proj']['kernel'] == P(None, ('tensor', 'fsdp'), None)
+    assert specs['down_proj']['kernel'] == P(None, 'tensor', None)
     assert specs['k_proj']['kernel'] == P(None, 'fsdp', None)
 
 
@@ -71,7 +73,7 @@ def test_factors_are_divided_by_any_axis_or_copied_and_never_refused():
 def test_scales_of_scales_are_copied():
     base = jax.eval_shape(Codec().encode_kernel, jax.ShapeDtypeStruct((2, 256, 512), np.float32))
     found = match_rules(adapted(512, base), mesh_of(fsdp=4, data=2), large=2)['down_proj']['kernel'].base
-    assert found.codes == found.scales == P(None, 'fsdp', None)
+    assert found.codes == found.scales == P(None, None, 'fsdp')
     assert found.outer == found.offset == P()
 
 
