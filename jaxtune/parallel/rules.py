@@ -39,10 +39,10 @@ def path_name(path: Sequence) -> str:
 
 def _fit(spec: P, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> P:
     """Aligns a spec to the last dimensions and leaves out axes that do not divide theirs."""
-    entries = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
+    entries: tuple[Any, ...] = (None,) * (len(shape) - len(spec)) + tuple(spec)[max(0, len(spec) - len(shape)) :]
     fitted = []
     for size, entry in zip(shape, entries, strict=True):
-        named: tuple[str, ...] = (entry,) if isinstance(entry, str) else (entry or ())
+        named = (entry,) if isinstance(entry, str) else (entry or ())
         axes = tuple(axis for axis in named if mesh_shape.get(axis, 1) > 1)
         while axes and size % math.prod(mesh_shape[axis] for axis in axes):
             axes = axes[:-1]
