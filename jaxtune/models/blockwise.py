@@ -29,6 +29,7 @@ SAVED_NAMES = ('attention_q', 'attention_k', 'attention_v', 'attention_out', 'at
 MASK_VALUE = -1e30  # the score of a pair that may not see each other
 _LOWEST = -1e20  # a row's largest score is at least this, so that exp(MASK_VALUE - largest) is 0 in an empty row too
 _SMALLEST = 128  # queries or keys of a block, where there are as many
+_LARGEST = 3 * 2**25  # bytes of a block's scores, of all heads of one row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,26 @@ def blockwise(
     return _attention(pattern, q, k, v, sinks, places)
 
 
+def _cut(count: int, row_bytes: int) -> int:
+    """Into how many equal parts to cut a block of `count` rows of scores, so that one has at most 96 MiB."""
+    least = -(-count * row_bytes // _LARGEST)
+    if least < 2:
+        return 1
+    return next((n for n in range(least, 4 * least) if count % n == 0 and count // n >= 8), 1)
+
+
+def _in_parts(x: jax.Array, axis: int, count: int) -> jax.Array:
+    """`[..., length, ...]` as `[count, ..., length / count, ...]`."""
+    cut = x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
+    return jnp.moveaxis(cut, axis, 0)
+
+
+def _joined(x: jax.Array, axis: int) -> jax.Array:
+    """Undoes `_in_parts`."""
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
 def _block(length: int, row_bytes: int) -> int:
     """Size of a block: an eighth of the length, less where a block's scores of one head would pass 256 MiB."""
     size = max(_SMALLEST, -(-length // 8))
@@ -174,16 +195,23 @@ def _columns(x: jax.Array) -> jax.Array:
     return no_fuse(lambda x: x.swapaxes(-1, -2))(x)
 
 
-def _visible(
-    pattern: Pattern, places: Places, window: int | jax.Array | None, queries: slice, keys: slice
-) -> jax.Array:
+class _Tokens(NamedTuple):
+    """Positions and segments of queries or keys, `[batch, length]` each."""
+
+    positions: jax.Array
+    segment_ids: jax.Array
+
+    def part(self, first: int, last: int) -> '_Tokens':
+        return _Tokens(self.positions[:, first:last], self.segment_ids[:, first:last])
+
+    def parts(self, count: int) -> '_Tokens':
+        return _Tokens(*(_in_parts(x, 1, count) for x in self))
+
+
+def _visible(pattern: Pattern, window: int | jax.Array | None, queries: _Tokens, keys: _Tokens) -> jax.Array:
     """Whether a query sees a key, `[batch, 1, 1, queries, keys]`."""
-
-    def pair(of_queries: jax.Array, of_keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return of_queries[:, None, None, queries, None], of_keys[:, None, None, None, keys]
-
-    q_segment_ids, k_segment_ids = pair(places.q_segment_ids, places.k_segment_ids)
-    q_positions, k_positions = pair(places.q_positions, places.k_positions)
+    q_positions, q_segment_ids = (x[:, None, None, :, None] for x in queries)
+    k_positions, k_segment_ids = (x[:, None, None, None, :] for x in keys)
     # A key of segment -1 is everyone's, one of segment 0 nobody's.
     seen = ((q_segment_ids == k_segment_ids) | (k_segment_ids < 0)) & (q_segment_ids != 0)
     if pattern.causal:
@@ -225,6 +253,25 @@ def _forward_rows(
     keys = k.shape[2]
     if sinks is not None:
         sinks = sinks.reshape(1, kv_heads, groups, 1, 1)
+    of_queries = _Tokens(places.q_positions, places.q_segment_ids)
+    of_keys = _Tokens(places.k_positions, places.k_segment_ids)
+
+    def attend(q: jax.Array, queries: _Tokens, k: jax.Array, v: jax.Array, seen_by: _Tokens) -> tuple[Any, Any]:
+        """Outputs `[rows, kv_heads, groups, queries, width]` and log-sum-exps of some queries."""
+        shape = (rows, kv_heads, groups, q.shape[3], k.shape[2])
+        flat = (rows, kv_heads, groups * q.shape[3], k.shape[2])
+        product = _dot(q.reshape(*flat[:3], width), k, (3, 3)).reshape(shape)
+        scores, _ = _scores(pattern, product, _visible(pattern, window, queries, seen_by))
+        largest = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST if sinks is None else sinks)
+        exps = jnp.exp(scores - largest)
+        total = exps.sum(-1, keepdims=True)
+        empty = total == 0
+        if sinks is not None:
+            total = total + jnp.exp(sinks - largest)
+        out = _dot(exps.reshape(flat).astype(v.dtype), v, (3, 2)).reshape(*total.shape[:-1], width)
+        lse = jnp.where(empty, -MASK_VALUE, largest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0]
+        return (out / jnp.where(empty, 1.0, total)).astype(q.dtype), lse
+
     outs, lses = [], []
     for low in range(0, length, size):
         high = min(length, low + size)
@@ -232,21 +279,17 @@ def _forward_rows(
         if pattern.aligned and pattern.causal:
             first = max(0, low - pattern.window + 1) if pattern.window is not None else 0
             last = high
-        block = q[:, :, :, low:high].reshape(rows, kv_heads, groups * (high - low), width)
-        product = _dot(block, k[:, :, first:last], (3, 3))
-        product = product.reshape(rows, kv_heads, groups, high - low, last - first)
-        seen = _visible(pattern, places, window, slice(low, high), slice(first, last))
-        scores, _ = _scores(pattern, product, seen)
-        largest = jnp.maximum(scores.max(-1, keepdims=True), _LOWEST if sinks is None else sinks)
-        exps = jnp.exp(scores - largest)
-        total = exps.sum(-1, keepdims=True)
-        empty = total == 0
-        if sinks is not None:
-            total = total + jnp.exp(sinks - largest)
-        flat = exps.reshape(rows, kv_heads, groups * (high - low), last - first).astype(v.dtype)
-        out = _dot(flat, v[:, :, first:last], (3, 2)).reshape(*total.shape[:-1], width)
-        outs.append((out / jnp.where(empty, 1.0, total)).astype(q.dtype))
-        lses.append(jnp.where(empty, -MASK_VALUE, largest + jnp.log(jnp.where(empty, 1.0, total)))[..., 0])
+        block, queries = q[:, :, :, low:high], of_queries.part(low, high)
+        seen_by = (k[:, :, first:last], v[:, :, first:last], of_keys.part(first, last))
+        count = _cut(high - low, rows * kv_heads * groups * (last - first) * 4)
+        if count == 1:
+            out, lse = attend(block, queries, *seen_by)
+        else:
+            parts = (_in_parts(block, 3, count), queries.parts(count))
+            out, lse = lax.map(lambda part, seen_by=seen_by: attend(*part, *seen_by), parts)
+            out, lse = _joined(out, 3), _joined(lse, 3)
+        outs.append(out)
+        lses.append(lse)
     return _by_tokens(jnp.concatenate(outs, 3), None), jnp.concatenate(lses, 3)
 
 
@@ -280,6 +323,25 @@ def _backward_rows(
     def columns(x: jax.Array, first: int, last: int) -> jax.Array:
         return x[..., first:last].swapaxes(2, 3).reshape(rows, kv_heads, width, groups * (last - first))
 
+    of_queries = _Tokens(places.q_positions, places.q_segment_ids)
+    of_keys = _Tokens(places.k_positions, places.k_segment_ids)
+
+    def pull(first: int, last: int, k: jax.Array, v: jax.Array, seen_by: _Tokens) -> tuple[Any, Any, Any]:
+        """Gradients of queries `first` to `last`, and of some keys and values, `[rows, kv_heads, width, keys]`."""
+        shape = (rows, kv_heads, groups, last - first, k.shape[2])
+        flat = (rows, kv_heads, groups * (last - first), k.shape[2])
+        seen = _visible(pattern, window, of_queries.part(first, last), seen_by)
+        scores, slope = _scores(pattern, _dot(queries(q, first, last), k, (3, 3)).reshape(shape), seen)
+        chances = jnp.exp(scores - lse[:, :, :, first:last, None])
+        d_chances = _dot(queries(d_out, first, last), v, (3, 3)).reshape(shape)
+        d_scores = chances * (d_chances - delta[:, :, :, first:last]) * pattern.scale
+        if slope is not None:
+            d_scores = d_scores * slope
+        chances, d_scores = chances.reshape(flat).astype(q.dtype), d_scores.reshape(flat).astype(q.dtype)
+        d_v = _dot(columns(d_columns, first, last), chances, (3, 2)).astype(v.dtype)
+        d_k = _dot(columns(q_columns, first, last), d_scores, (3, 2)).astype(k.dtype)
+        return _dot(d_scores, k, (3, 2)).reshape(rows, kv_heads, groups, last - first, width), d_k, d_v
+
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_ks, d_vs = [], []
     for low in range(0, keys, size):
@@ -288,22 +350,23 @@ def _backward_rows(
         if pattern.aligned and pattern.causal:
             first = low
             last = min(length, high + pattern.window - 1) if pattern.window is not None else length
-        shape = (rows, kv_heads, groups, last - first, high - low)
-        flat = (rows, kv_heads, groups * (last - first), high - low)
+        seen_by = (k[:, :, low:high], v[:, :, low:high], of_keys.part(low, high))
+        count = _cut(high - low, rows * kv_heads * groups * (last - first) * 4)
+        if count == 1:
+            part, d_k, d_v = pull(first, last, *seen_by)
+        else:
 
-        k_block, v_block = k[:, :, low:high], v[:, :, low:high]
-        seen = _visible(pattern, places, window, slice(first, last), slice(low, high))
-        scores, slope = _scores(pattern, _dot(queries(q, first, last), k_block, (3, 3)).reshape(shape), seen)
-        chances = jnp.exp(scores - lse[:, :, :, first:last, None])
-        d_chances = _dot(queries(d_out, first, last), v_block, (3, 3)).reshape(shape)
-        d_scores = chances * (d_chances - delta[:, :, :, first:last]) * pattern.scale
-        if slope is not None:
-            d_scores = d_scores * slope
-        chances, d_scores = chances.reshape(flat).astype(q.dtype), d_scores.reshape(flat).astype(q.dtype)
-        d_vs.append(_dot(columns(d_columns, first, last), chances, (3, 2)).astype(v.dtype))
-        d_ks.append(_dot(columns(q_columns, first, last), d_scores, (3, 2)).astype(k.dtype))
-        part = _dot(d_scores, k_block, (3, 2)).reshape(rows, kv_heads, groups, last - first, width)
+            def add(total: jax.Array, some: Any, first: int = first, last: int = last) -> tuple[jax.Array, Any]:
+                part, d_k, d_v = pull(first, last, *some)
+                return total + part, (d_k, d_v)
+
+            zeros = jnp.zeros((rows, kv_heads, groups, last - first, width), jnp.float32)
+            parts = (*(_in_parts(x, 2, count) for x in seen_by[:2]), seen_by[2].parts(count))
+            part, (d_k, d_v) = lax.scan(add, zeros, parts)
+            d_k, d_v = _joined(d_k, 3), _joined(d_v, 3)
         d_q = d_q.at[:, :, :, first:last].add(part)
+        d_ks.append(d_k)
+        d_vs.append(d_v)
     d_k, d_v = (_columns(jnp.concatenate(parts, 3))[:, :, None] for parts in (d_ks, d_vs))
     return (
         _by_tokens(d_q.astype(q.dtype), places.q_angles),

@@ -1,5 +1,6 @@
 """Attention against the plain formula: values, gradients, meshes, kernels, memory."""
 
+import importlib
 import re
 from unittest import mock
 
@@ -18,6 +19,8 @@ from jaxtune.models import flash, rope
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.blockwise import Pattern, Places, blockwise
 from jaxtune.parallel import make_mesh
+
+blockwise_module = importlib.import_module('jaxtune.models.blockwise')
 
 
 def plain(q, k, v, places, scale, softcap=None, window=None, causal=True):
@@ -95,11 +98,12 @@ def close(ours, theirs, tolerance=1e-5):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() <= tolerance * max(1.0, np.abs(np.asarray(b)).max())
 
 
-@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 @hypothesis.given(
     seed=st.integers(0, 9),
     batch=st.sampled_from([1, 2, 6]),
-    length=st.sampled_from([1, 7, 131, 300]),
+    length=st.sampled_from([1, 7, 131, 256, 300]),
+    largest=st.sampled_from([2**26, 2**14]),
     groups=st.sampled_from([1, 3]),
     kv_heads=st.sampled_from([1, 2]),
     softcap=st.sampled_from([None, 2.0]),
@@ -108,7 +112,9 @@ def close(ours, theirs, tolerance=1e-5):
     causal=st.booleans(),
     rotary_dim=st.sampled_from([0, 4, 8]),
 )
-def test_equals_the_plain_formula(seed, batch, length, groups, kv_heads, softcap, window, traced, causal, rotary_dim):
+def test_equals_the_plain_formula(
+    seed, batch, length, largest, groups, kv_heads, softcap, window, traced, causal, rotary_dim
+):
     arrays, places, cotangent = example(seed, batch, length, groups * kv_heads, kv_heads, 8)
     angles = angles_of(places['q_positions'], rotary_dim)
 
@@ -119,7 +125,8 @@ def test_equals_the_plain_formula(seed, batch, length, groups, kv_heads, softcap
     def theirs(q, k, v):
         return plain(turned(q, angles), turned(k, angles), v, places, 0.3, softcap, window, causal)
 
-    got = with_gradients(jax.jit(ours), arrays, cotangent)
+    with mock.patch.object(blockwise_module, '_LARGEST', largest):  # smaller ones cut blocks into parts
+        got = with_gradients(jax.jit(ours), arrays, cotangent)
     close(got, with_gradients(jax.jit(theirs), arrays, cotangent))
     padding = places['q_segment_ids'] == 0
     for x in got:
@@ -217,6 +224,23 @@ def test_never_holds_all_scores():
     text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, p, p).compile().as_text()
     sizes = [np.prod([int(n) for n in dims.split(',')]) for dims in re.findall(r'(?:f32|pred)\[([\d,]+)\]', text)]
     assert max(sizes) <= heads * length * length // 4
+
+
+@pytest.mark.parametrize('heads', [8, 32])
+def test_memory_grows_as_the_length_does(heads):
+    def temporaries(length):
+        x = jax.ShapeDtypeStruct((1, length, heads, 64), jnp.float32)
+        places = dict.fromkeys(('q_positions', 'k_positions', 'q_segment_ids', 'k_segment_ids'))
+
+        def loss(q, k, v, place):
+            return attention(q, k, v, **dict.fromkeys(places, place), scale=0.25).sum()
+
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, jax.ShapeDtypeStruct((1, length), jnp.int32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    found = [temporaries(length) for length in (4096, 8192, 16384)]
+    assert found[1] <= 2 * found[0]
+    assert found[2] <= 2 * found[1]
 
 
 @pytest.mark.parametrize('window', [None, 100])
