@@ -346,7 +346,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'mesh.sequence': Key(1, axis_size, 'sequence parallelism: length is sharded'),
     'mesh.expert': Key(1, axis_size, 'expert parallelism: experts are sharded, and rows'),
     'compile.topology': Key(
-        '', text, 'hardware to compile for without having it: v5e:16x16, v5p:2x2x1, cuda:h200x8, …'
+        '', text, 'hardware to compile for without having it: v5e-16, v5p:2x2x1, h200x8, rtx4090, …'
     ),
     'export.dtype': Key(
         'auto', one_of('auto', 'float32', 'bfloat16'), 'dtype of exported weights; auto = that of model.path'

@@ -16,7 +16,7 @@ from jaxtune.errors import UserError
 # tpu7x show each of a chip's two cores as a device of its own.
 TPU_GIB = {'v2': 7.48, 'v3': 15.48, 'v4': 15.25, 'v5e': 15.75, 'v5p': 95.73, 'v6e': 31.24, 'tpu7x': 94.74}
 _HOST = (2, 2, 1)  # chips of a host along each axis
-_TPU_EXAMPLES = 'v5e:4x4, v5p:2x2x1, v6e:16x16, tpu7x:2x2x1'
+_TPU_EXAMPLES = 'v5e-16, v5e:4x4, v5p:2x2x1, tpu7x:2x2x1'
 
 # What a program can count on of a GPU's memory: the driver, the CUDA context and NCCL's buffers take the rest.
 _GPU_USABLE = 0.92
@@ -74,16 +74,51 @@ _MULTIPROCESSOR = {
 }
 
 
+# Chips along each axis of the slices that can be had, by their number.
+_FLAT = {1: '1x1', 4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}
+_CUBES = {
+    4: '2x2x1', 8: '2x2x2', 16: '2x2x4', 32: '2x4x4', 64: '4x4x4', 128: '4x4x8', 256: '4x8x8', 512: '8x8x8',
+    1024: '8x8x16', 2048: '8x16x16', 4096: '16x16x16',
+}  # fmt: skip
+# What clouds call them: the generation and a number, of chips or of cores, of which a chip has two.
+_CLOUD = {
+    'v2': (_FLAT, 2), 'v3': (_FLAT, 2), 'v4': (_CUBES, 2), 'v5litepod': (_FLAT, 1), 'v5e': (_FLAT, 1),
+    'v5p': (_CUBES, 2), 'v6e': (_FLAT, 1), 'tpu7x': (_CUBES, 1),
+}  # fmt: skip
+
+
+def canonical(name: str) -> str:
+    """A topology's name as XLA has it: `v5e-4` is `v5e:2x2`, `v5p-8` (cores) `v5p:2x2x1`, `h100x8` `cuda:h100x8`.
+
+    Raises:
+      UserError: a slice of a size that there is none of.
+    """
+    kind, dash, number = name.partition('-')
+    if dash and kind in _CLOUD and number.isdecimal():
+        shapes, cores = _CLOUD[kind]
+        shape = shapes.get(int(number) // cores) if int(number) % cores == 0 else None
+        if shape is None:
+            sizes = ', '.join(f'{kind}-{chips * cores}' for chips in shapes)
+            raise UserError(f'compile.topology={name!r}: expected a slice that there is: {sizes}')
+        return f'{"v5e" if kind == "v5litepod" else kind}:{shape}'
+    card = name.removeprefix('cuda:')
+    if card in CARDS:
+        return f'cuda:{card}x1'
+    bare, _, count = card.rpartition('x')
+    return f'cuda:{card}' if bare in CARDS and count.isdecimal() else name
+
+
 def topology_devices(name: str) -> list[Any]:
     """Devices (`jax.Device`) to compile for, without having them.
 
     Args:
       name: `v5e:4x4`, `v5p:2x2x1` … for a TPU slice, its chips along each axis; `cuda:h200x8` … for GPUs, one host's
-        at most 8 or whole hosts of 8.
+        at most 8 or whole hosts of 8; or as `canonical` reads it.
 
     Raises:
       UserError: no such hardware, or the package that compiles for it is not installed; names `compile.topology`.
     """
+    name = canonical(name)
     kind, _, shape = name.partition(':')
     if kind == 'cuda':
         return _cuda(name, *_card(name, shape))
@@ -91,13 +126,12 @@ def topology_devices(name: str) -> list[Any]:
         return _tpu(name)
     near = difflib.get_close_matches(kind, [*TPU_GIB, 'cuda'], 1, 0.4)
     hint = f' (nearest: {near[0]})' if near else ''
-    raise UserError(
-        f'compile.topology={name!r}: expected a TPU such as {_TPU_EXAMPLES}, or GPUs such as cuda:h200x8{hint}'
-    )
+    raise UserError(f'compile.topology={name!r}: expected a TPU such as {_TPU_EXAMPLES}, or GPUs such as h200x8{hint}')
 
 
 def usable_bytes(name: str) -> int:
     """Bytes of memory that a program can use on each device of a topology that `topology_devices` knows."""
+    name = canonical(name)
     kind, _, shape = name.partition(':')
     if kind == 'cuda':
         return int(_card(name, shape)[0].memory * _GPU_USABLE)

@@ -12,7 +12,7 @@ import pytest
 
 from jaxtune.errors import UserError
 from jaxtune.parallel.aot import refused_bytes
-from jaxtune.parallel.topology import CARDS, TPU_GIB, target_config, topology_devices, usable_bytes
+from jaxtune.parallel.topology import CARDS, TPU_GIB, canonical, target_config, topology_devices, usable_bytes
 from jaxtune.recipe import recipes
 from jaxtune.tasks import compile as compile_task
 
@@ -69,11 +69,12 @@ def compiled(config, workdir, capsys) -> dict:
     ('name', 'expected'),
     [
         ('v5x:4x4', 'nearest: v5'),
-        ('h200', 'cuda:h200x8'),
+        ('h2000', 'h200x8'),
+        ('v5e-12', 'expected a slice that there is: v5e-1, v5e-4, v5e-8'),
+        ('v5p-7', 'v5p-8, v5p-16'),
         ('v5e', 'chips along each axis'),
         ('v5e:16', 'chips along each axis'),
         ('cuda:h300x8', 'CARD one of t4, a100-40g'),
-        ('cuda:h200', 'cuda:CARDxNUMBER'),
         ('cuda:h200x0', 'cuda:CARDxNUMBER'),
         ('cuda:h200x12', 'at most 8 GPUs, or a multiple of 8'),
         pytest.param('v5e:3x3', 'not divisible', marks=needs_libtpu),
@@ -85,6 +86,27 @@ def test_a_topology_that_cannot_be_is_one_line(name, expected):
     assert str(caught.value).startswith(f"compile.topology='{name}': expected")
     assert expected in str(caught.value)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('v5e-4', 'v5e:2x2'),
+        ('v5litepod-16', 'v5e:4x4'),
+        ('v6e-8', 'v6e:2x4'),
+        ('v5p-8', 'v5p:2x2x1'),
+        ('v4-128', 'v4:4x4x4'),
+        ('v3-8', 'v3:2x2'),
+        ('rtx4090', 'cuda:rtx4090x1'),
+        ('cuda:h200', 'cuda:h200x1'),
+        ('h100x8', 'cuda:h100x8'),
+        ('a100-80gx8', 'cuda:a100-80gx8'),
+        ('v5e:4x8', 'v5e:4x8'),
+        ('cuda:h200x16', 'cuda:h200x16'),
+    ],
+)
+def test_what_clouds_call_them(name, expected):
+    assert canonical(name) == expected
 
 
 @pytest.mark.parametrize(('name', 'extra'), [('v5e:2x2', 'jaxtune[tpu]'), ('cuda:h200x8', 'jaxtune[cuda]')])
