@@ -6,7 +6,7 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
@@ -139,9 +139,14 @@ def attention(
     )
     if name != 'xla':
         q, k, angles = rotate(q, angles), rotate(k, angles), None
-    function = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
     places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids, angles, angles, traced)
-    return mesh.run(lambda q, k, v, places, sinks: function(q, k, v, places, pattern, sinks), q, k, v, places, sinks)
+    function: Callable[..., jax.Array] = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
+    kernel = flash.splash_kernel(mesh.own_heads, q.shape[1], mesh.shards, pattern) if name == 'splash' else None
+    more = () if kernel is None else (kernel,)
+    return mesh.run(
+        lambda q, k, v, places, sinks, *more: function(q, k, v, places, pattern, sinks, *more),
+        (q, k, v, places, sinks, *more),
+    )
 
 
 def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
@@ -185,18 +190,15 @@ class _Division:
         self.repeat = parts // math.gcd(k_shape[2], parts)
         if q_shape[2] % (k_shape[2] * self.repeat):
             self.heads, self.repeat = (), 1
+        self.own_heads = q_shape[2] // math.prod(mesh.shape[axis] for axis in self.heads)
+        self.shards = math.prod(mesh.shape[axis] for axis in self.length)
+        self.mesh = mesh
 
-    def run(
-        self,
-        function: Callable[..., jax.Array],
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        places: Places,
-        sinks: jax.Array | None,
-    ) -> jax.Array:
+    def run(self, function: Callable[..., jax.Array], arrays: tuple) -> jax.Array:
+        """`function` on each device's part of queries, keys, values, places, sinks and maybe a splash kernel."""
         if not self.axes:
-            return function(q, k, v, places, sinks)
+            return function(*arrays)
+        q, k, v, places, sinks, *more = arrays
         if self.repeat > 1:
             k, v = jnp.repeat(k, self.repeat, axis=2), jnp.repeat(v, self.repeat, axis=2)
         queries, keys = P(self.batch, self.length, self.heads, None), P(self.batch, None, self.heads, None)
@@ -204,6 +206,8 @@ class _Division:
         window = None if places.window is None else P()
         # Angles are divided as positions are.
         where = Places._make((q_places, k_places, q_places, k_places, q_places, k_places, window))
-        specs = (queries, keys, keys, where, P(self.heads or None))
+        mask = NamedSharding(self.mesh, P(None, self.length or None))
+        blocks = [kernel.manual_sharding_spec(mask) for kernel in more]
+        specs = (queries, keys, keys, where, P(self.heads or None), *blocks)
         divided = jax.shard_map(function, in_specs=specs, out_specs=queries, axis_names=set(self.axes), check_vma=False)
-        return divided(q, k, v, places, sinks)
+        return divided(q, k, v, places, sinks, *more)

@@ -4,7 +4,6 @@ FlashAttention: Dao 2023, arXiv:2307.08691.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,22 +51,23 @@ def available(call: Call) -> tuple[str, str]:
         return '', f'there is no fused attention kernel for {call.platform}'
     if not call.self_attention or call.length != call.keys:
         return '', 'the fused kernels attend within one sequence, not to a cache or to another sequence'
-    if call.sequence > 1:
-        return '', f'the fused kernels do not divide the length, and mesh.sequence={call.sequence}'
     if call.window == 'traced':
         return '', 'the fused kernels need the same sliding window in every layer'
     return _splash_runs(call) if call.platform == 'tpu' else _cudnn_runs(call)
 
 
 def _splash_runs(call: Call) -> tuple[str, str]:
-    if call.length % _BLOCKS[-1]:
-        return '', f'the TPU kernel needs a multiple of {_BLOCKS[-1]} tokens, and data.seq_len={call.length}'
+    if call.length % (call.sequence * _BLOCKS[-1]):
+        parts = f' x mesh.sequence={call.sequence}' if call.sequence > 1 else ''
+        return '', f'the TPU kernel needs a multiple of {_BLOCKS[-1]}{parts} tokens, and data.seq_len={call.length}'
     if call.window is not None and not call.causal:
         return '', 'a sliding window is implemented for causal attention'
     return 'splash', ''
 
 
 def _cudnn_runs(call: Call) -> tuple[str, str]:
+    if call.sequence > 1:
+        return '', f'cuDNN attention does not divide the length, and mesh.sequence={call.sequence}'
     if call.dtype not in (jnp.bfloat16, jnp.float16):
         return '', f'cuDNN attention runs in bfloat16, and model.compute_dtype={jnp.dtype(call.dtype).name}'
     if call.softcap is not None:
@@ -92,24 +92,30 @@ def _without_padding(out: jax.Array, places: Places) -> jax.Array:
     return jnp.where((places.q_segment_ids > 0)[:, :, None, None], out, 0)
 
 
-def _splash_kernel(
-    heads: int, length: int, causal: bool, window: int | None, softcap: float | None, interpret: bool
-) -> Callable[..., Any]:
-    """Made anew in every trace: a scan's are traced more than once, and its arrays belong to the one they are made in.
+def splash_kernel(heads: int, length: int, shards: int, pattern: Pattern, interpret: bool = False) -> Any:
+    """Splash attention's kernel: a pytree with the blocks of the mask, of which each device needs its queries' part.
 
+    Made anew in every trace: a scan's are traced more than once, and its arrays belong to the one they are made in.
     What takes time, its blocks of the mask, the library remembers.
+
+    Args:
+      heads: of one device.
+      length: tokens of a row.
+      shards: devices that a row's queries are divided over.
+      pattern: who sees whom.
+      interpret: runs in Pallas' interpreter.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # slow to import
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks  # slow to import
 
     shape = (length, length)
-    if not causal:
+    if not pattern.causal:
         mask = masks.FullMask(shape)
-    elif window is None:
+    elif pattern.window is None:
         mask = masks.CausalMask(shape)
     else:
-        mask = masks.LocalMask(shape, (window - 1, 0), 0)
-    size = next(size for size in _BLOCKS if length % size == 0)
+        mask = masks.LocalMask(shape, (pattern.window - 1, 0), 0)
+    size = next(size for size in _BLOCKS if length // shards % size == 0)
     blocks = kernels.BlockSizes(
         block_q=size,
         block_kv=size,
@@ -123,9 +129,9 @@ def _splash_kernel(
     return kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
-        attn_logits_soft_cap=softcap,
+        attn_logits_soft_cap=pattern.softcap,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=shards,
         residual_checkpoint_name='attention_out',
         interpret=interpret,
     )
@@ -137,13 +143,12 @@ def splash(
     v: jax.Array,
     places: Places,
     pattern: Pattern,
-    sinks: jax.Array | None = None,
-    interpret: bool = False,
+    sinks: jax.Array | None,
+    kernel: Any,
 ) -> jax.Array:
-    """Splash attention on one TPU's rows and heads; shapes as in `blockwise`."""
+    """Splash attention on one TPU's rows, queries and heads; shapes as in `blockwise`; `kernel` by `splash_kernel`."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # slow to import
 
-    kernel = _splash_kernel(q.shape[2], q.shape[1], pattern.causal, pattern.window, pattern.softcap, interpret)
     q = q * jnp.asarray(pattern.scale, q.dtype)
     q, k, v = _named(*(x.swapaxes(1, 2) for x in (q, k, v)))
     segment_ids = kernels.SegmentIds(places.q_segment_ids, places.k_segment_ids)

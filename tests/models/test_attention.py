@@ -1,6 +1,8 @@
 """Attention against the plain formula: values, gradients, meshes, kernels, memory."""
 
+import functools
 import importlib
+import math
 import re
 from unittest import mock
 
@@ -20,6 +22,7 @@ from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.blockwise import Pattern, Places, blockwise
 from jaxtune.parallel import make_mesh
 
+attention_module = importlib.import_module('jaxtune.models.attention')
 blockwise_module = importlib.import_module('jaxtune.models.blockwise')
 
 
@@ -248,8 +251,28 @@ def test_splash_kernel_equals_blockwise(window):
     (q, k, v), places, cotangent = example(3, 2, 256, 4, 2, 128)
     where = Places(**places)
     pattern = Pattern(scale=0.1, budget=2**21, softcap=5.0, window=window)
-    got = with_gradients(lambda *a: flash.splash(*a, where, pattern, interpret=True), (q, k, v), cotangent)
+    kernel = flash.splash_kernel(q.shape[2], q.shape[1], 1, pattern, interpret=True)
+    got = with_gradients(lambda *a: flash.splash(*a, where, pattern, None, kernel), (q, k, v), cotangent)
     close(got, with_gradients(lambda *a: blockwise(*a, where, pattern), (q, k, v), cotangent), 2e-5)
+
+
+@pytest.mark.parametrize('window', [None, 100])
+@pytest.mark.parametrize(('sizes', 'kv_heads'), [((1, 2, 1, 4), 2), ((2, 1, 2, 2), 1), ((1, 1, 1, 4), 4)])
+def test_splash_divided_over_the_sequence_equals_blockwise(monkeypatch, sizes, kv_heads, window):
+    """In Pallas' interpreter; every device has its own queries, and all keys."""
+    (q, k, v), places, cotangent = example(7, 2, 512, 4, kv_heads, 16)
+    call = functools.partial(attention, **places, scale=0.3, window=window)
+    expected = with_gradients(call, (q, k, v), cotangent)
+    monkeypatch.setattr(flash, 'splash_kernel', functools.partial(flash.splash_kernel, interpret=True))
+    monkeypatch.setattr(attention_module, 'platform', lambda: 'tpu')
+    mesh = make_mesh(
+        dict(zip(('data', 'fsdp', 'tensor', 'sequence'), sizes, strict=True)), jax.devices()[: math.prod(sizes)]
+    )
+    kernels = KernelLog()
+    with jax.set_mesh(mesh):
+        got = with_gradients(jax.jit(functools.partial(call, kernels=kernels)), (q, k, v), cotangent)
+    assert str(kernels) == 'splash'
+    close(got, expected, 2e-5)
 
 
 def test_flash_says_why_it_cannot_run():
@@ -271,7 +294,9 @@ def test_flash_says_why_it_cannot_run():
         ({}, 'splash', ''),
         ({'length': 100, 'keys': 100}, '', 'data.seq_len'),
         ({'window': 'traced'}, '', 'sliding window'),
-        ({'sequence': 2}, '', 'mesh.sequence'),
+        ({'sequence': 2}, 'splash', ''),
+        ({'sequence': 16}, '', 'mesh.sequence=16'),
+        ({'platform': 'gpu', 'sequence': 2}, '', 'mesh.sequence=2'),
         ({'self_attention': False}, '', 'cache'),
         ({'platform': 'gpu'}, 'cudnn', ''),
         ({'platform': 'gpu', 'dtype': jnp.float32}, '', 'model.compute_dtype=float32'),
