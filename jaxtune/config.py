@@ -343,7 +343,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'mesh.data': Key(-1, axis_size, 'data parallelism: copies of the model'),
     'mesh.fsdp': Key(1, axis_size, 'fully sharded data parallelism: parameters and rows are sharded'),
     'mesh.tensor': Key(1, axis_size, 'tensor parallelism: heads and widths are sharded'),
-    'mesh.sequence': Key(1, axis_size, 'sequence parallelism: length is sharded'),
+    'mesh.sequence': Key(1, axis_size, 'sequence parallelism: length and parameters are sharded'),
     'mesh.expert': Key(1, axis_size, 'expert parallelism: experts are sharded, and rows'),
     'compile.topology': Key(
         '', text, 'hardware to compile for without having it: v5e-16, v5p:2x2x1, h200x8, rtx4090, …'

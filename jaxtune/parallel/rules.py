@@ -16,14 +16,15 @@ from jaxtune.errors import UserError
 # dimensions, so one rule serves both. Column-parallel kernels divide their output over `tensor`, row-parallel ones
 # their input, so that a block needs one reduction (Megatron-LM, arXiv:1909.08053). `fsdp` divides the input of both:
 # XLA's TPU compiler scatters a gradient along its first dimension, and reduces it whole before it divides the second.
+# So does `sequence`, whose devices would have copies otherwise, of the state too.
 RULES: tuple[tuple[str, P], ...] = (
     (r'(norm|layernorm|LayerNorm)[^/]*/(scale|bias)$', P()),
     (r'experts/[^/]+/bias$', P('expert', None)),
     (r'/(scale|bias|correction|sinks)$', P()),
     (r'experts/down_proj/kernel$', P('expert', 'tensor', 'fsdp')),
     (r'experts/[^/]+/kernel$', P('expert', 'fsdp', 'tensor')),
-    (r'(o_proj|down_proj)/kernel$', P(('tensor', 'fsdp'), None)),
-    (r'/kernel$', P('fsdp', 'tensor')),
+    (r'(o_proj|down_proj)/kernel$', P(('tensor', 'fsdp', 'sequence'), None)),
+    (r'/kernel$', P(('fsdp', 'sequence'), 'tensor')),
     (r'/prefix/[kv]$', P('tensor', None)),
     (r'embed_positions/embedding$', P(None, 'fsdp')),
     (r'/embedding$', P('tensor', 'fsdp')),

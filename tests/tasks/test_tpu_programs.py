@@ -1,6 +1,7 @@
 """What XLA's TPU compiler makes of a step, by its text: collectives, products and searches that must not be there."""
 
 import importlib.util
+import math
 import types
 
 import jax
@@ -71,6 +72,19 @@ def test_eight_bit_moments_are_neither_searched_nor_looked_up(tmp_path, monkeypa
     own = [one for _, one in all_of(module) if 'optimizer' in one.op_name]
     assert any(array.dtype == 'u8' for one in own for array in one.results)
     assert not [one for one in own if 'searchsorted' in one.op_name or one.opcode == 'gather']
+
+
+def test_a_divided_sequence_runs_the_fused_kernel(tmp_path, monkeypatch):
+    module = program(tmp_path, monkeypatch, mesh__fsdp=2, mesh__sequence=4, train__batch_size=2)
+    kernels = [one.name for _, one in all_of(module) if 'tpu_custom_call' in one.text]
+    assert any(name.startswith('splash') for name in kernels)
+    # Parameters and their state are divided over it too.
+    assert not [
+        one
+        for one in module.computations[module.entry].values()
+        if one.opcode == 'parameter'
+        and any(math.prod(array.dims) >= LAYERS * WIDTH * HIDDEN // 2 for array in one.results)
+    ]
 
 
 def test_lora_makes_no_gradient_of_a_frozen_kernel(tmp_path, monkeypatch):
