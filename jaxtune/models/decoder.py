@@ -17,16 +17,7 @@ from jaxtune.models import rope as rotary
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.decoder_config import IGNORED, DecoderConfig, Run, decoder_config
 from jaxtune.models.latent import project_latent
-from jaxtune.models.layers import (
-    ACTIVATIONS,
-    LayerNorm,
-    Part,
-    RMSNorm,
-    bottleneck,
-    normal,
-    parameter,
-    recomputed,
-)
+from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, normal, parameter, recomputed
 from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.moe import MoE
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt

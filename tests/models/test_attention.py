@@ -229,7 +229,7 @@ def test_never_holds_all_scores():
     assert max(sizes) <= heads * length * length // 4
 
 
-@pytest.mark.parametrize('heads', [8, 32])
+@pytest.mark.parametrize('heads', [8, pytest.param(32, marks=pytest.mark.exhaustive)])
 def test_memory_grows_as_the_length_does(heads):
     def temporaries(length):
         x = jax.ShapeDtypeStruct((1, length, heads, 64), jnp.float32)
@@ -256,8 +256,15 @@ def test_splash_kernel_equals_blockwise(window):
     close(got, with_gradients(lambda *a: blockwise(*a, where, pattern), (q, k, v), cotangent), 2e-5)
 
 
-@pytest.mark.parametrize('window', [None, 100])
-@pytest.mark.parametrize(('sizes', 'kv_heads'), [((1, 2, 1, 4), 2), ((2, 1, 2, 2), 1), ((1, 1, 1, 4), 4)])
+@pytest.mark.parametrize(
+    ('sizes', 'kv_heads', 'window'),
+    [
+        ((1, 2, 1, 4), 2, None),
+        ((2, 1, 2, 2), 1, 100),
+        pytest.param((1, 1, 1, 4), 4, 100, marks=pytest.mark.exhaustive),
+        pytest.param((2, 1, 2, 2), 1, None, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_splash_divided_over_the_sequence_equals_blockwise(monkeypatch, sizes, kv_heads, window):
     """In Pallas' interpreter; every device has its own queries, and all keys."""
     (q, k, v), places, cotangent = example(7, 2, 512, 4, kv_heads, 16)

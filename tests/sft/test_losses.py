@@ -254,7 +254,9 @@ def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implemen
 
 def _splash(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):
     places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids)
-    return flash.splash(q, k, v, places, Pattern(scale=scale, budget=2**21), interpret=True)
+    pattern = Pattern(scale=scale, budget=2**21)
+    kernel = flash.splash_kernel(q.shape[2], q.shape[1], 1, pattern, interpret=True)
+    return flash.splash(q, k, v, places, pattern, None, kernel)
 
 
 def _plain_attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):
