@@ -214,27 +214,18 @@ class _Walk:
                     self._move(total, collectives.read(inner, one, self.mesh, kind), not scatters)
 
     def _kernel(self, computation: Computation, call: Instruction, total: _Sum) -> bool:
-        read = work.operand_arrays(computation, call)
-        done = kernels.work(call, read, self.shares)
-        name = kernels.label(call)
-        if done is None:
-            if call.attribute(r'custom_call_target="(tpu_custom_call)"'):
-                total.calls[name] += 1
-                seconds = self.chip.memory_seconds(work.moved_bytes(self.module, computation, call))
-                total.kernels[name] += seconds
-                total.seconds += seconds
-                total.parts[parts.of(call.op_name)] += seconds
-                return True
+        done = kernels.work(call, work.operand_arrays(computation, call), self.shares)
+        if done is None and call.attribute(r'custom_call_target="([^"]*)"') != 'tpu_custom_call':
             return False
-        share = done.share / self.chip.product_share if done.share else 1.0
-        seconds = max(
-            self.chip.product_seconds(done.flops, done.dtype) / share,
-            self.chip.memory_seconds(work.moved_bytes(self.module, computation, call)),
-        )
+        seconds = self.chip.memory_seconds(work.moved_bytes(self.module, computation, call))
+        if done is not None:
+            share = done.share / self.chip.product_share if done.share else 1.0
+            seconds = max(self.chip.product_seconds(done.flops, done.dtype) / share, seconds)
         seconds += self.chip.launch
         total.seconds += seconds
         total.parts[parts.of(call.op_name)] += seconds
-        if done.share:
+        if done is None or done.share:
+            name = kernels.label(call)
             total.calls[name] += 1
             total.kernels[name] += seconds
         return True

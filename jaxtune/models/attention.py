@@ -6,14 +6,14 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
 from jaxtune.models import flash
 from jaxtune.models.blockwise import MASK_VALUE, SAVED_NAMES, Pattern, Places, blockwise
 from jaxtune.models.rope import Angles, rotate
-from jaxtune.parallel import BATCH_AXES, axis_size, platform
+from jaxtune.parallel import BATCH_AXES, auto_axes, axis_size, dividing_axes, platform
 
 __all__ = ['MASK_VALUE', 'SAVED_NAMES', 'KernelLog', 'attention', 'visible_softmax']
 
@@ -173,26 +173,16 @@ class _Division:
     """
 
     def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> None:
-        mesh = jax.sharding.get_abstract_mesh()
-        types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        self.axes = tuple(axis for axis in types if types[axis] == AxisType.Auto)
-        if mesh.empty or mesh.size == 1:
-            self.axes = ()
-
-        def dividing(size: int, *axes: str) -> tuple[str, ...]:
-            axes = tuple(axis for axis in axes if axis in self.axes and mesh.shape[axis] > 1)
-            return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
-
-        self.batch, self.length = dividing(q_shape[0], *BATCH_AXES), dividing(q_shape[1], 'sequence')
-        self.heads = dividing(q_shape[2], 'tensor')
+        self.axes = auto_axes()
+        self.batch, self.length = dividing_axes(q_shape[0], BATCH_AXES), dividing_axes(q_shape[1], ('sequence',))
+        self.heads = dividing_axes(q_shape[2], ('tensor',))
         # Fewer key heads than devices on `tensor`: each device needs the one that its query heads share.
-        parts = math.prod(mesh.shape[axis] for axis in self.heads)
+        parts = axis_size(*self.heads)
         self.repeat = parts // math.gcd(k_shape[2], parts)
         if q_shape[2] % (k_shape[2] * self.repeat):
             self.heads, self.repeat = (), 1
-        self.own_heads = q_shape[2] // math.prod(mesh.shape[axis] for axis in self.heads)
-        self.shards = math.prod(mesh.shape[axis] for axis in self.length)
-        self.mesh = mesh
+        self.own_heads = q_shape[2] // axis_size(*self.heads)
+        self.shards = axis_size(*self.length)
 
     def run(self, function: Callable[..., jax.Array], arrays: tuple) -> jax.Array:
         """`function` on each device's part of queries, keys, values, places, sinks and maybe a splash kernel."""
@@ -206,7 +196,7 @@ class _Division:
         window = None if places.window is None else P()
         # Angles are divided as positions are.
         where = Places._make((q_places, k_places, q_places, k_places, q_places, k_places, window))
-        mask = NamedSharding(self.mesh, P(None, self.length or None))
+        mask = NamedSharding(jax.sharding.get_abstract_mesh(), P(None, self.length or None))
         blocks = [kernel.manual_sharding_spec(mask) for kernel in more]
         specs = (queries, keys, keys, where, P(self.heads or None), *blocks)
         divided = jax.shard_map(function, in_specs=specs, out_specs=queries, axis_names=set(self.axes), check_vma=False)

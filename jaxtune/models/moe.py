@@ -5,13 +5,11 @@ axis, each device runs its experts on those that chose them, and sums are scatte
 """
 
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.models.attention import KernelLog
@@ -20,7 +18,7 @@ from jaxtune.models.dispatch import dispatch
 from jaxtune.models.experts import run_experts
 from jaxtune.models.layers import Part, dropout_key, normal, parameter
 from jaxtune.models.routing import Experts, Routing, measured, route
-from jaxtune.parallel import BATCH_AXES
+from jaxtune.parallel import BATCH_AXES, auto_axes, dividing_axes
 from jaxtune.weights import Weight, dot
 
 
@@ -159,23 +157,11 @@ class _Division:
     """How tokens and experts lie on the mesh: rows over the batch's axes, a row's tokens over the others."""
 
     def __init__(self, shape: tuple[int, ...], experts: int) -> None:
-        mesh = jax.sharding.get_abstract_mesh()
-        types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        self.axes = tuple(axis for axis in types if types[axis] == AxisType.Auto)
-        if mesh.empty or mesh.size == 1:
-            self.axes = ()
-
-        def dividing(size: int, *choices: tuple[str, ...]) -> tuple[str, ...]:
-            for axes in choices:
-                axes = tuple(axis for axis in axes if axis in self.axes and mesh.shape[axis] > 1)
-                if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0:
-                    return axes
-            return ()
-
+        self.axes = auto_axes()
         without = tuple(axis for axis in BATCH_AXES if axis != 'expert')
-        self.batch = dividing(shape[0], BATCH_AXES, without)
-        self.length = dividing(shape[1], ('sequence', 'tensor'), ('sequence',), ('tensor',))
-        self.expert = dividing(experts, ('expert',))
+        self.batch = dividing_axes(shape[0], BATCH_AXES, without)
+        self.length = dividing_axes(shape[1], ('sequence', 'tensor'), ('sequence',), ('tensor',))
+        self.expert = dividing_axes(experts, ('expert',))
 
     def run(self, function: Any, x: jax.Array, *args: Any) -> Any:
         """`function` on each device's part; arguments as for `_run`."""

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.parallel import BATCH_AXES, one_cpu
+from jaxtune.parallel import BATCH_AXES, axis_size, dividing_axes, one_cpu
 
 # Elements of one chunk's float32 logits (32 MiB), and the fewest tokens for which the kernel's gradient, read and
 # written once a chunk, costs little beside the products.
@@ -81,24 +80,14 @@ def make_plan(hidden: jax.Array, head: Any, kernel: jax.Array, chunk: int | None
     vocab = vocab_of(head, kernel)
     scale = 1.0 if head.scale is None else float(head.scale)
     softcap = None if not head.softcap else float(head.softcap)
-    mesh = jax.sharding.get_abstract_mesh()
-    auto = () if mesh.empty else mesh.axis_names
-    if auto:
-        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        auto = tuple(axis for axis in auto if types[axis] == AxisType.Auto and mesh.shape[axis] > 1)
-
-    def dividing(size: int, *axes: str) -> tuple[str, ...]:
-        axes = tuple(axis for axis in axes if axis in auto)
-        return axes if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
-
     batch, length, width = hidden.shape
-    batch_axes, length_axes = dividing(batch, *BATCH_AXES), dividing(length, 'sequence')
-    vocab_axes, gather_axes = dividing(vocab, 'tensor'), ()
-    scatter_axes = dividing(width, 'fsdp') if 'fsdp' in batch_axes else ()
-    parts = math.prod(mesh.shape[axis] for axis in vocab_axes)
+    batch_axes, length_axes = dividing_axes(batch, BATCH_AXES), dividing_axes(length, ('sequence',))
+    vocab_axes, gather_axes = dividing_axes(vocab, ('tensor',)), ()
+    scatter_axes = dividing_axes(width, ('fsdp',)) if 'fsdp' in batch_axes else ()
+    parts = axis_size(*vocab_axes)
     if scatter_axes:
-        shards = math.prod(mesh.shape[axis] for axis in batch_axes + length_axes) // mesh.shape['fsdp']
-        both = dividing(vocab, 'tensor', 'fsdp')
+        shards = axis_size(*batch_axes, *length_axes) // axis_size('fsdp')
+        both = dividing_axes(vocab, ('tensor', 'fsdp'))
         # The tokens there and back are then at most twice the kernel and its gradient, which is not read and written
         # whole once a chunk.
         if both and batch * length // shards <= 2 * vocab:

@@ -73,6 +73,24 @@ def axis_size(*axes: str) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
+def auto_axes() -> tuple[str, ...]:
+    """Axes of the mesh that is set that are not manual here (inside `shard_map`); none on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return ()
+    return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+
+
+def dividing_axes(size: int, *choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The first of `choices` that divides a dimension, less axes that are manual here or of one device; else none."""
+    auto = auto_axes()
+    for choice in choices:
+        axes = tuple(axis for axis in choice if axis in auto and axis_size(axis) > 1)
+        if axes and size % axis_size(*axes) == 0:
+            return axes
+    return ()
+
+
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     """Hints how an activation is divided: one of `batch`, `length`, `heads`, `mlp`, `vocab` or None a dimension.
 
