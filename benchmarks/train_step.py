@@ -34,8 +34,13 @@ CONFIG = {
 }
 
 
-def measure(method: str, steps: int, batch_size: int, length: int, accumulate: int) -> dict:
-    """Seconds of one update, two updates for warming up left out."""
+def measure(
+    method: str, steps: int, batch_size: int, length: int, accumulate: int, fields: dict | None = None, **settings: str
+) -> dict:
+    """Seconds of one update, two updates for warming up left out.
+
+    `fields` are the model's, those of CONFIG by default; `settings` keys of a recipe's `model`.
+    """
     import jax
     import numpy as np
 
@@ -48,12 +53,15 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
 
     config = recipes.defaults()
     changes = {'method.name': method, 'train.batch_size': batch_size, 'train.accumulate': accumulate}
+    changes |= {f'model.{name}': value for name, value in settings.items()}
     recipes.apply_overrides(
         config, {**changes, 'data.seq_len': length, 'optimizer.schedule': 'constant', 'optimizer.lr': 1e-4}
     )
+    fields = fields or CONFIG
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        model = models.build(models.read_config(CONFIG), remat=config.model.remat)
+        dtypes = {name: config.model[name] for name in ('param_dtype', 'compute_dtype')}
+        model = models.build(models.read_config(fields), remat=config.model.remat, **dtypes)
         tuning = specs.method(config)
         codecs = apply.codecs(tuning, model)
         params = jax.jit(lambda key: apply.encoded(model.init(key), codecs))(jax.random.key(0))
@@ -64,7 +72,7 @@ def measure(method: str, steps: int, batch_size: int, length: int, accumulate: i
         program = make_program(mesh, model, trainable, specs.objective(config), steps=steps, **keys)
         state = program.init_state(trainable)
         step = program.train_step(accumulate).lower(state, frozen, program.batch_shapes()).compile()
-        tokens = np.random.default_rng(0).integers(0, CONFIG['vocab_size'], (batch_size, length)).astype(np.int32)
+        tokens = np.random.default_rng(0).integers(0, fields['vocab_size'], (batch_size, length)).astype(np.int32)
         rows = {
             'tokens': tokens,
             'targets': np.roll(tokens, -1, axis=1),
