@@ -345,6 +345,9 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'mesh.tensor': Key(1, axis_size, 'tensor parallelism: heads and widths are sharded'),
     'mesh.sequence': Key(1, axis_size, 'sequence parallelism: length and parameters are sharded'),
     'mesh.expert': Key(1, axis_size, 'expert parallelism: experts are sharded, and rows'),
+    'mesh.slices': Key(
+        1, axis_size, 'groups of chips joined by a slower network; data runs over them; -1 = as the devices say'
+    ),
     'compile.topology': Key(
         '', text, 'hardware to compile for without having it: v5e-16, v5p:2x2x1, h200x8, rtx4090, …'
     ),

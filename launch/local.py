@@ -77,14 +77,15 @@ def run(commands: Sequence[Sequence[str]], settings: Sequence[Mapping[str, str]]
     try:
         readers = []
         for number, (command, own) in enumerate(zip(commands, settings, strict=True)):
-            pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE} if number else {}
+            pipe = subprocess.PIPE if number else None
             process = subprocess.Popen(
                 command,
                 env=os.environ | own,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C comes from here alone, and once
                 preexec_fn=_end_with_parent if sys.platform == 'linux' else None,
-                **pipes,
+                stdout=pipe,
+                stderr=pipe,
             )
             started.append(process)
             for source, to in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):

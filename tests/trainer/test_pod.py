@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from child import Child
-from runs import metrics, recipe, start, write_recipe
+from runs import metrics, recipe, start, train, write_recipe
 from test_resume import updates, wait_for
 from test_rl import rl_recipe, samples
 
@@ -83,6 +83,16 @@ def test_two_hosts_answer_and_score_as_one(corpus, tmp_path):
     assert at_start[0] == at_start[1]
     for name in ('train/loss', 'ppo/reward', 'ppo/entropy'):
         np.testing.assert_allclose(metrics(tmp_path / 'one', name), metrics(tmp_path / 'two', name), rtol=1e-3)
+
+
+def test_two_processes_as_slices_give_the_losses_of_one_device(corpus, tmp_path):
+    keys = recipe(corpus, train__steps=8)
+    train(keys, tmp_path / 'one')
+    path = write_recipe(tmp_path / 'recipe.py', keys | {'mesh.slices': 2, 'mesh.fsdp': 2})
+    codes, ended = finish(start_pod(path, tmp_path / 'two'))
+    assert codes == [0, 0], ended
+    for name in ('train/loss', 'train/grad_norm', 'eval/loss'):
+        np.testing.assert_allclose(metrics(tmp_path / 'two', name), metrics(tmp_path / 'one', name), rtol=1e-5)
 
 
 @pytest.mark.parametrize('lost', [0, 1])
