@@ -16,16 +16,20 @@ local = runpy.run_path(str(LOCAL))
 WAITS = 'import signal; print("ready", flush=True); signal.pause()'
 # One that ends in order when it is told to.
 OBEYS = f'import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); {WAITS.partition("; ")[2]}'
-# The launcher in a process of its own, over the programs that it is given.
+# The launcher in a process of its own, without threads, over the programs that it is given.
 DRIVER = """
 import json, runpy, sys
-local, programs = runpy.run_path(sys.argv[1]), json.loads(sys.argv[2])
-sys.exit(local['run']([[sys.executable, '-c', text] for text in programs], [{}] * len(programs), 0.1))
+local, programs, grace = runpy.run_path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
+sys.exit(local['run']([[sys.executable, '-c', text] for text in programs], [{}] * len(programs), grace))
 """
 
 
+def words(*programs, grace=60.0):
+    return [sys.executable, '-c', DRIVER, str(LOCAL), json.dumps(programs), str(grace)]
+
+
 def run(*programs, grace=60.0):
-    return local['run']([[sys.executable, '-c', text] for text in programs], [{}] * len(programs), grace)
+    return subprocess.run(words(*programs, grace=grace), capture_output=True, text=True, timeout=120)
 
 
 def test_each_knows_its_place_and_finds_the_others():
@@ -45,53 +49,53 @@ def test_gpus_are_dealt_out(visible, expected):
     assert all('XLA_FLAGS' not in one for one in made)
 
 
-def test_the_first_is_shown_as_it_is_and_the_others_by_their_number(capfd):
-    assert run('print("a")', 'import sys; print("b"); print("c", file=sys.stderr)') == 0
-    output, errors = capfd.readouterr()
-    assert sorted(output.splitlines()) == ['[1] b', 'a']
-    assert errors == '[1] c\n'
+def test_the_first_is_shown_as_it_is_and_the_others_by_their_number():
+    ended = run('print("a")', 'import sys; print("b"); print("c", file=sys.stderr)')
+    assert ended.returncode == 0
+    assert sorted(ended.stdout.splitlines()) == ['[1] b', 'a']
+    assert ended.stderr == '[1] c\n'
 
 
-def test_the_first_bad_status_is_returned_and_ends_the_others(capfd):
-    assert run(WAITS, 'raise SystemExit(3)', grace=0.0) == 3
-    errors = capfd.readouterr().err.splitlines()
-    assert errors[0] == 'launch/local.py: process 1 ended with status 3; the others have 0 seconds to end'
-    assert errors[1] == 'launch/local.py: process 0 is killed'
+def test_the_first_bad_status_is_returned_and_ends_the_others():
+    ended = run(WAITS, 'raise SystemExit(3)', grace=0.0)
+    assert ended.returncode == 3
+    assert ended.stderr.splitlines() == [
+        'launch/local.py: process 1 ended with status 3; the others have 0 seconds to end',
+        'launch/local.py: process 0 is killed',
+    ]
 
 
 def test_a_killed_process_has_its_signals_status():
-    assert run('import os, signal; os.kill(os.getpid(), signal.SIGKILL)', 'pass') == 128 + signal.SIGKILL
+    assert run('import os, signal; os.kill(os.getpid(), signal.SIGKILL)', 'pass').returncode == 128 + signal.SIGKILL
 
 
-@pytest.mark.parametrize(('number', 'programs', 'status'), [
-    (signal.SIGTERM, (OBEYS, OBEYS), 143),
-    (signal.SIGINT, (WAITS, WAITS), 128 + signal.SIGINT),
-])  # fmt: skip
-def test_a_signal_goes_to_all(number, programs, status):
-    words = [sys.executable, '-c', DRIVER, str(LOCAL), json.dumps(programs)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
-        assert sorted(launcher.stdout.readline() for _ in programs) == ['[1] ready\n', 'ready\n']
-        launcher.send_signal(number)
-        launcher.communicate(timeout=60)
-        assert launcher.returncode == status
+@pytest.mark.parametrize(
+    ('number', 'program', 'status'), [(signal.SIGTERM, OBEYS, 143), (signal.SIGINT, WAITS, 128 + signal.SIGINT)]
+)
+def test_a_signal_goes_to_all(number, program, status):
+    with subprocess.Popen(words(program, program), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one:
+        assert sorted(one.stdout.readline() for _ in range(2)) == ['[1] ready\n', 'ready\n']
+        one.send_signal(number)
+        _, errors = one.communicate(timeout=120)
+        assert one.returncode == status
+        assert 'killed' not in errors
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells a child of its parent')
 def test_a_killed_launcher_takes_its_processes_along():
-    words = [sys.executable, '-c', DRIVER, str(LOCAL), json.dumps([OBEYS])]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as launcher:
-        assert launcher.stdout.readline() == 'ready\n'
-        launcher.kill()
-        assert launcher.stdout.read() == ''  # its end comes when the last that could write is gone
+    with subprocess.Popen(words(OBEYS), stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout.readline() == 'ready\n'
+        one.kill()
+        assert one.stdout.read() == ''  # its end comes when the last that could write is gone
 
 
-@pytest.mark.parametrize(('words', 'told'), [
+@pytest.mark.parametrize(('line', 'told'), [
     (['--processes', '2'], 'expected `--`'),
     (['--processes', '0', '--', '--config', 'x.py'], 'at least 1'),
     (['--', '--config', 'x.py'], '--processes'),
 ])  # fmt: skip
-def test_what_is_missing_is_named(words, told, capsys):
+def test_what_is_missing_is_named(line, told, capsys):
     with pytest.raises(SystemExit) as error:
-        local['main'](words)
+        local['main'](line)
     assert error.value.code == 2
     assert told in capsys.readouterr().err
