@@ -167,6 +167,7 @@ def open_trainer(
     asked = config.rl.rollouts // algorithm.group
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(prompts) / asked))
     updates = config.rl.epochs * (config.rl.rollouts // config.train.batch_size)  # a step
+    observer = setup.observer(config, workdir, info, steps, 'step')
 
     reached = setup.reached(config, bundle)
     trainable, frozen = setup.split(config, bundle)
@@ -223,6 +224,7 @@ def open_trainer(
         checkpoints,
         info,
         workdir,
+        observer,
         wandb=config.log.wandb,
     )
     memory, name = compiled_memory(step), algorithm.algorithm.name

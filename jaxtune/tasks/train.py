@@ -143,7 +143,7 @@ class TrainTask:
 
     def _sample(self, trainable: Any, step: int) -> None:
         if self.samples:
-            with self.info.timed('generate'):
+            with self.info.timed('samples'):
                 self.samples.write(tree.combine(trainable, self.frozen), step)
 
 
@@ -174,6 +174,7 @@ def open_trainer(
         rows = objective.dataset('train', bundle.tokenizer, cache, vocab_size)
         rows_per_epoch = len(rows)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * rows_per_epoch / config.train.batch_size))
+    observer = setup.observer(config, workdir, info, steps, 'update')
     with info.timed('data'):
         rows = reference.complete(rows, 'train')
     loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
@@ -234,6 +235,7 @@ def open_trainer(
         checkpoints,
         info,
         workdir,
+        observer,
         wandb=config.log.wandb,
     )
     pieces = _example(objective.objective, rows, bundle.tokenizer)
