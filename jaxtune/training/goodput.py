@@ -25,14 +25,16 @@ def good(phases: Mapping[str, float]) -> float:
     return sum(phases.get(name, 0.0) for name in UPDATES)
 
 
-def continued(earlier: Mapping[str, Any], step: int, started: str) -> dict[str, float]:
-    """The phases of earlier runs in a workdir, once a run goes on from the checkpoint of a step.
+def continued(earlier: Mapping[str, Any], step: int, started: str, alive: float = 0.0) -> dict[str, Any]:
+    """What earlier runs in a workdir come to, once a run goes on from the checkpoint of a step: `earlier`, changed.
 
     Args:
-      earlier: what they left in `run.json`: `phases`; `good`, the seconds of updates at each checkpoint, by its step;
-        `ended`, when it was written, and `end`, how that run ended: `running` where it was killed.
+      earlier: what they left in `run.json`: `phases` and all `seconds`; `good`, the seconds of updates at each
+        checkpoint, by its step; `ended`, when it was written, and `end`, how that run ended: `running` where it was
+        killed.
       step: of the checkpoint; 0 where there is none.
       started: when this run started, in ISO 8601 as `ended` is.
+      alive: when the last metrics were written, in seconds since 1970: a killed run was at work until then at least.
     """
     phases = dict(earlier.get('phases', {}))
     spent = good(phases)
@@ -40,18 +42,21 @@ def continued(earlier: Mapping[str, Any], step: int, started: str) -> dict[str, 
     for name in UPDATES:
         if name in phases and spent:
             phases[name] *= kept / spent
-    for name, seconds in ((LOST, spent - kept), (DOWN, _between(earlier, started))):
+    unseen, down = _between(earlier, started, alive)
+    for name, seconds in ((LOST, spent - kept + unseen), (DOWN, down)):
         if seconds > 0:
             phases[name] = phases.get(name, 0.0) + seconds
-    return phases
+    return {**earlier, 'phases': phases, 'seconds': earlier.get('seconds', 0.0) + unseen}
 
 
-def _between(earlier: Mapping[str, Any], started: str) -> float:
-    """Seconds between the end of the last run and the start of this one; 0 where nobody waited."""
+def _between(earlier: Mapping[str, Any], started: str, alive: float) -> tuple[float, float]:
+    """From the last word of a run to the start of this one: seconds of work that was lost, and without any process."""
     if 'ended' not in earlier or earlier.get('end', 'done') in _ASKED_FOR:
-        return 0.0
+        return 0.0, 0.0
     try:
-        gap = datetime.datetime.fromisoformat(started) - datetime.datetime.fromisoformat(earlier['ended'])
-    except (ValueError, TypeError):  # a damaged file, or one without a time zone
-        return 0.0
-    return max(gap.total_seconds(), 0.0)
+        ended = datetime.datetime.fromisoformat(earlier['ended']).timestamp()
+    except ValueError:  # a damaged file
+        return 0.0, 0.0
+    now = datetime.datetime.fromisoformat(started).timestamp()
+    alive = min(max(alive, ended), max(now, ended))
+    return alive - ended, max(now - alive, 0.0)

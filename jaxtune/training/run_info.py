@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtune.common import console
 from jaxtune.common.io import read_mapping, write_json
 from jaxtune.data.mixture import Mixture
+from jaxtune.metrics.writer import NAME as METRICS
 from jaxtune.models import Model
 from jaxtune.parallel import copied_bytes, hardware
 from jaxtune.training import goodput
@@ -127,9 +128,11 @@ class RunInfo:
         """A run begins to train after this step, 0 or that of a checkpoint; what came later in `workdir` is lost."""
         if not console.is_primary():
             return
-        self._earlier = _earlier(workdir)
-        self._earlier['phases'] = goodput.continued(self._earlier, step, self._started)
+        metrics = workdir / METRICS
+        alive = metrics.stat().st_mtime if metrics.is_file() else 0.0
+        self._earlier = goodput.continued(_earlier(workdir), step, self._started, alive)
         self._good = {str(step): goodput.good(self._earlier['phases'])}
+        self.write(workdir)  # when it began is known, whatever happens
 
     def saved(self, workdir: pathlib.Path, step: int) -> None:
         """The updates up to this one are in a checkpoint, or on their way there."""

@@ -1,7 +1,9 @@
 """What looks at the loop from beside it: a trace of some updates, an update that hangs, and what the time went into."""
 
+import datetime
 import gzip
 import json
+import os
 import shutil
 import threading
 
@@ -147,11 +149,13 @@ def test_goodput_over_a_run_that_was_killed(corpus, tmp_path):
     killed = shutil.copytree(tmp_path / 'whole', tmp_path / 'killed')
     shutil.rmtree(killed / 'checkpoints' / '20')
     (killed / 'result.json').unlink()
-    ended = '2020-01-01T00:00:00.000+00:00'
-    (killed / 'run.json').write_text(json.dumps(before | {'end': 'running', 'ended': ended}))
+    ended = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
+    (killed / 'run.json').write_text(json.dumps(before | {'end': 'running', 'ended': ended.isoformat()}))
+    os.utime(killed / 'metrics.jsonl', (ended.timestamp() + 10.0,) * 2)
     result = train(keys, killed)
     run = json.loads((killed / 'run.json').read_text())
-    assert run['phases']['lost'] == pytest.approx(goodput.good(before['phases']) - before['good']['15'])
+    assert run['phases']['lost'] == pytest.approx(goodput.good(before['phases']) - before['good']['15'] + 10.0)
+    assert run['seconds'] > before['seconds'] + 10.0
     assert run['phases']['down'] > 0
     assert run['good']['20'] > run['good']['15'] == pytest.approx(before['good']['15'])
     assert goodput.good(run['phases']) == pytest.approx(run['good']['20'])
