@@ -119,7 +119,7 @@ def _wait(processes: Sequence[subprocess.Popen], grace: float) -> int:
             running.remove(process)
             if code and not status:
                 status, deadline = code if code > 0 else 128 - code, time.monotonic() + grace
-                if running:
+                if running and status not in (130, 143):  # all of them stop then, and one is the first
                     print(
                         f'launch/local.py: process {processes.index(process)} ended with status {status}; '
                         f'the others have {grace:g} seconds to end',
