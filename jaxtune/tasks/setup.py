@@ -122,15 +122,25 @@ def schedule(config: Settings, steps: int, metric: str) -> Schedule:
     )
 
 
+def profiled(config: Settings, steps: int) -> tuple[int, int] | None:
+    """The first and the last update to profile in a run of so many, 0 where that is not known yet; None for none.
+
+    Raises:
+      UserError: the run has none of them.
+    """
+    traced = profile.bounds(config.log.profile)
+    if traced and 0 < steps < traced[0]:
+        raise UserError(f'log.profile={config.log.profile}: expected updates of this run, which has {steps}')
+    return traced
+
+
 def observer(config: Settings, workdir: pathlib.Path, info: RunInfo, steps: int, unit: str) -> Observer:
     """What looks at the loop of a run of so many steps from beside it.
 
     Raises:
       UserError: the run has none of the updates to profile.
     """
-    processes, process, traced = jax.process_count(), jax.process_index(), profile.bounds(config.log.profile)
-    if traced and traced[0] > steps:
-        raise UserError(f'log.profile={config.log.profile}: expected updates of this run, which has {steps}')
+    processes, process, traced = jax.process_count(), jax.process_index(), profiled(config, steps)
     compared = None
     if processes > 1:
         compared = Pace(processes, process, socket.gethostname(), hosts.send_to_primary, console.note)

@@ -17,6 +17,7 @@ FOLDER = 'hangs'
 
 # An update hangs when it takes longer than `log.hang_seconds`, and so many times as long as the longest of the last.
 _TIMES, _LAST = 10.0, 20
+_GRACE_SECONDS = 0.5  # in which a thread gets to run on a busy machine
 # What may take long between two updates, and says so itself.
 _OTHER_WORK = ('eval', 'checkpoint', 'compile', 'samples', 'export', 'load')
 _DOING = {'data': 'it waits for data', 'step': 'it waits for the devices', 'reward': 'it waits for rewards'}
@@ -24,6 +25,9 @@ _DOING = {'data': 'it waits for data', 'step': 'it waits for the devices', 'rewa
 
 class HangWatch:
     """A thread beside the loop; it reports, and ends nothing.
+
+    Where a library keeps Python's lock, so that this thread stands still too, the interpreter's own watchdog writes the
+    stacks to standard error; that knows no update.
 
     Args:
       seconds: how long an update may take before anybody is told.
@@ -42,8 +46,9 @@ class HangWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name='hang-watch', daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> 'HangWatch':
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
@@ -66,6 +71,8 @@ class HangWatch:
     def _watch(self) -> None:
         while not self._over.wait(min(max(self._limit() / 10, 0.01), 5.0)):
             self._look()
+            faulthandler.dump_traceback_later(self._limit() + _GRACE_SECONDS, file=stderr.descriptor())  # begins anew
+        faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
         """Tells of a step that hangs, once."""

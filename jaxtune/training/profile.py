@@ -30,10 +30,14 @@ class Profile:
         self.first, self.last, self.folder = first, last, folder
         if jax.process_count() > 1:
             self.folder = folder / f'process-{jax.process_index()}'
+        self._seen = False  # any update
         self._from = 0  # the first that is in the trace that goes on now; 0 = none does
 
     def before(self, step: int, flush: Callable[[], None]) -> None:
         """Starts before the first of them; `flush` waits for the updates that have begun."""
+        if step > self.last and not self._seen:
+            console.note(f'no profile of updates {self.first} to {self.last}: this run goes on at update {step}')
+        self._seen = True
         if self.first <= step <= self.last and not self._from:
             flush()
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """What looks at the loop from beside it: a trace of some updates, an update that hangs, and what the time went into."""
 
+import ctypes
 import datetime
 import gzip
 import json
@@ -59,6 +60,13 @@ def test_a_run_that_ends_or_fails_inside_writes_what_there_is(tmp_path, capsys):
     assert 'profile of updates 2 to 3: ' in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_later_says_that_there_is_none(tmp_path, capsys):
+    observer = Observer(RunInfo('train', (), ''), tmp_path, 1, Profile(3, 4, tmp_path / 'profile'))
+    with observer:
+        assert list(observer.steps(range(5, 8), lambda: None)) == [5, 6, 7]
+    assert capsys.readouterr().out == 'no profile of updates 3 to 4: this run goes on at update 5\n'
+
+
 def test_the_updates_of_a_run_are_in_its_trace(corpus, tmp_path, capsys):
     train(recipe(corpus, train__steps=2, log__profile='2:2') | {'data.eval': ''}, tmp_path)
     (found,) = traces(tmp_path / 'profile')
@@ -115,6 +123,17 @@ def test_what_takes_long_between_updates_does_not_hang_and_a_hang_is_told_once(t
     assert 'process 3 on ' in told[0]
     assert 'step 7 has not ended for' in told[0]
     assert 'it waits for data' in told[0]
+
+
+def test_stacks_come_also_where_a_library_keeps_pythons_lock(tmp_path, capfd):
+
+    def stuck():
+        ctypes.PyDLL(None).usleep(800_000)  # with the lock
+        return 'Timeout (' in capfd.readouterr().err
+
+    with HangWatch(0.01, PhaseTimer(), tmp_path, 0, 'update') as watch:
+        watch.begin(1)
+        until(stuck)  # at first the watchdog may not be set yet
 
 
 def test_long_updates_have_a_long_limit(tmp_path):
