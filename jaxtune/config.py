@@ -23,6 +23,7 @@ from jaxtune.common.checks import (
     ranks,
     template,
     text,
+    updates,
 )
 
 
@@ -349,6 +350,9 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'mesh.auto': Key(
         False, boolean, 'train, compile: sizes that are not given are those of the least estimated seconds, compiled'
     ),
+    'mesh.slices': Key(
+        1, axis_size, 'groups of chips joined by a slower network; data runs over them; -1 = as the devices say'
+    ),
     'compile.topology': Key(
         '',
         text,
@@ -365,4 +369,8 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'export.requantise': Key(False, boolean, 'export: quantise merged kernels to NF4 again, and report the error'),
     'log.every': Key(10, integer(1), 'updates between lines of metrics.jsonl'),
     'log.wandb': Key(False, boolean, 'log metrics to Weights & Biases too'),
+    'log.profile': Key('', updates, "profile these updates, the first to the last, such as '10:15'; '' = none"),
+    'log.hang_seconds': Key(
+        600.0, number(0), 'report an update that takes longer, and ten times longer than the last ones; 0 = off'
+    ),
 }

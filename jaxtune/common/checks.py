@@ -237,6 +237,14 @@ def layers(value: Any) -> str | tuple[int, ...]:
     raise ExpectedError("'all', a range such as '4:8', or a tuple of layer numbers")
 
 
+def updates(value: Any) -> str:
+    """`''`, or `10:15`: the numbers of the first and of the last update, both included."""
+    match = re.fullmatch(r'([1-9]\d{0,9}):([1-9]\d{0,9})', value) if isinstance(value, str) else None
+    if value == '' or (match and int(match[1]) <= int(match[2])):
+        return value
+    raise ExpectedError("the first and the last update, counted from 1, such as '10:15'; or ''")
+
+
 def ranks(value: Any) -> str:
     """`''`, or `q_proj=4,layers.0.mlp.up_proj=2`: numbers by name."""
     if isinstance(value, str):

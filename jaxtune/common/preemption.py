@@ -162,6 +162,11 @@ def name() -> str:
     return _NAMES[_received or signal.SIGTERM]
 
 
+def by_person() -> bool:
+    """Whether it was Ctrl-C that stopped the run."""
+    return _received is signal.SIGINT
+
+
 def leave() -> NoReturn:
     """Ends the program with its status: by the usual way, or if that hangs, without.
 

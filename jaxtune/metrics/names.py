@@ -13,6 +13,7 @@ TITLES: Mapping[str, str] = {
     'grad_norm': 'Gradient norm',
     'tokens_per_second': 'Tokens a second',
     'mfu': 'Model FLOPs utilisation',
+    'goodput': 'Goodput, the share of the time in updates that count',
     'peak_bytes': 'Peak memory',
     'kl': 'KL from the reference',
     'approx_kl': 'KL from the policy that answered',
@@ -31,7 +32,7 @@ TITLES: Mapping[str, str] = {
     'groups_alike': 'Groups with nothing to tell apart',
 }
 
-_SHARES = ('mfu', 'accuracy', 'exact_match', 'fraction', 'share', 'longer_is_better', 'eos_rate', 'zero_std')
+_SHARES = ('mfu', 'goodput', 'accuracy', 'exact_match', 'fraction', 'share', 'longer_is_better', 'eos_rate', 'zero_std')
 _SHARES += ('ended', 'alike')  # of earlier versions
 
 # Parts of the names of metrics of which a higher value is better.

@@ -80,6 +80,17 @@ def _watch_each_other() -> None:
         )
 
 
+def send_to_primary(message: Any) -> None:
+    """Sends JSON values to process 0 without waiting for it; they are lost where there is no connection."""
+    for link in _watch.links if not is_primary() else ():
+        link.send(message=message)
+
+
+def on_message(receive: Callable[[int, str, Any], None]) -> None:
+    """In process 0: calls `receive(process, host, message)`, in another thread, for what other processes send."""
+    _watch.receive = receive
+
+
 @contextlib.contextmanager
 def pod() -> Iterator[None]:
     """Inside, this process is one of the program's; at its end the others are told that it leaves, and how.

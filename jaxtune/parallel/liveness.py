@@ -5,6 +5,7 @@ every process holds a connection to process 0, which the kernel closes at once w
 or the network fails, beats stop coming.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -55,12 +56,19 @@ class _Link:
       connection: a connected socket.
       process, host: who is at its other end.
       on_lost: called with `(process, host, why)` when the other end falls silent or tells of another that did.
+      on_message: called with `(process, host, message)` for what the other end has sent as `message`.
     """
 
     def __init__(
-        self, connection: socket.socket, process: int, host: str, on_lost: Callable[[int, str, str], None]
+        self,
+        connection: socket.socket,
+        process: int,
+        host: str,
+        on_lost: Callable[[int, str, str], None],
+        on_message: Callable[[int, str, Any], None],
     ) -> None:
-        self.connection, self.process, self.host, self.on_lost = connection, process, host, on_lost
+        self.connection, self.process, self.host = connection, process, host
+        self.on_lost, self.on_message = on_lost, on_message
         self._lock = threading.Lock()
         connection.settimeout(SILENCE_SECONDS)
         for target in (self._listen, self._beat):
@@ -89,6 +97,8 @@ class _Link:
                             time.sleep(SILENCE_SECONDS)
                             self.on_lost(self.process, self.host, f'ended with status {status}')
                         return
+                    if 'message' in message:
+                        self.on_message(self.process, self.host, message['message'])
                     if 'lost' in message:
                         self.on_lost(*message['lost'])
         except (OSError, ValueError):
@@ -97,10 +107,17 @@ class _Link:
 
 
 class Watch:
-    """This process's links to the others: in process 0 to all of them, elsewhere to process 0."""
+    """This process's links to the others: in process 0 to all of them, elsewhere to process 0.
+
+    Attributes:
+      links: the connections.
+      leaving: whether this process is about to end.
+      receive: takes the messages of other processes, with their number and host; None ignores them.
+    """
 
     def __init__(self) -> None:
         self.links: list[_Link] = []
+        self.receive: Callable[[int, str, Any], None] | None = None
         self.leaving = False
         self._lock = threading.Lock()
 
@@ -113,6 +130,12 @@ class Watch:
             for link in self.links:
                 link.send(lost=[process, host, why])
             _end(process, host, why)
+
+    def message(self, process: int, host: str, message: Any) -> None:
+        """Hands a message on."""
+        if self.receive is not None:
+            with contextlib.suppress(Exception):  # what goes wrong with it is no sign of a lost process
+                self.receive(process, host, message)
 
     def leave(self, status: int) -> None:
         """Says that this process is about to end of its own accord, with that exit status."""
@@ -141,7 +164,9 @@ def listen(watch: Watch, others: int, address: str = '') -> Meeting:
                 told = json.loads(_first_line(connection))
                 if told['token'] != meeting.token:
                     raise ValueError('another run')
-                watch.links.append(_Link(connection, int(told['process']), str(told['host']), watch.lost))
+                watch.links.append(
+                    _Link(connection, int(told['process']), str(told['host']), watch.lost, watch.message)
+                )
             except (OSError, ValueError, KeyError, TypeError):
                 connection.close()
         server.close()
@@ -159,7 +184,7 @@ def join(watch: Watch, meeting: Meeting, process: int) -> bool:
             connection.sendall(json.dumps(told).encode() + b'\n')
         except OSError:
             continue
-        watch.links.append(_Link(connection, 0, meeting.host, watch.lost))
+        watch.links.append(_Link(connection, 0, meeting.host, watch.lost, watch.message))
         return True
     return False
 

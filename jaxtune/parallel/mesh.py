@@ -42,24 +42,74 @@ def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
     return tuple(devices // known if size == -1 else size for size in shape)
 
 
+def _slices(devices: list[Any], slices: int, text: str) -> list[list[Any]]:
+    """The devices of each slice, in order: by their `slice_index`, or as many processes as make up one.
+
+    Processes stand for slices where no network is known to be faster than another (CPUs, clusters of GPUs). Several of
+    them may be one slice: a GPU each, on one host.
+
+    Raises:
+      UserError: the devices cannot be so divided.
+    """
+    by_slice: dict[int, list[Any]] = {}
+    by_process: dict[int, list[Any]] = {}
+    for device in devices:
+        by_slice.setdefault(getattr(device, 'slice_index', None) or 0, []).append(device)
+        by_process.setdefault(device.process_index, []).append(device)
+    count = len(by_slice) if slices == -1 else slices
+    if count == 1 and (len(by_slice) == 1 or devices[0].platform != 'tpu'):
+        return [devices]
+    processes = [by_process[index] for index in sorted(by_process)]
+    if count == len(by_slice):
+        parts = [by_slice[index] for index in sorted(by_slice)]
+    elif devices[0].platform == 'tpu':
+        raise UserError(f'{text}: the number of slices of the devices is {len(by_slice)}; expected that, or -1')
+    elif len(processes) % count:
+        raise UserError(f'{text}: the devices are of {len(processes)} processes; expected a number that divides it')
+    else:
+        size = len(processes) // count
+        groups = [processes[first : first + size] for first in range(0, len(processes), size)]
+        parts = [[device for process in group for device in process] for group in groups]
+    if len(set(map(len, parts))) > 1:
+        sizes = ', '.join(str(len(part)) for part in parts)
+        raise UserError(f'{text}: expected slices of equally many devices, found {sizes}')
+    return parts
+
+
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     """A mesh with axes `data`, `fsdp`, `tensor`, `sequence`, `expert` over all devices (or those given).
 
+    Over slices, groups of devices joined by a slower network, runs `data` alone, whose only exchange is the sum of the
+    gradients; the other axes stay within each.
+
     Args:
-      sizes: axis name -> size, 1 where it is not named; one may be -1, the rest of the devices.
+      sizes: axis name -> size, 1 where it is not named; one may be -1, the rest of the devices. `slices` among them:
+        how many there are, 1 where it is not named, -1 as many as the devices say.
       devices: of `jax.Device`, which is no type to a checker; default `jax.devices()`.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or these are not of so many slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    # Neighbours on the chips' torus become neighbours on an axis; an axis need not be a whole side of the torus.
-    try:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except AssertionError:  # the two cores of a v4 chip, when compiling ahead: on the machine they are one device
-        grid = np.asarray(devices).reshape(shape)
+    given = int(sizes.get('slices', 1))
+    parts = _slices(devices, given, f'mesh.slices={given}')
+    data, *others = shape
+    if data % len(parts):
+        raise UserError(
+            f'mesh.data={data}: expected a multiple of the {len(parts)} slices (mesh.slices), over which it runs'
+        )
+    inner = (data // len(parts), *others)
+    grid = np.concatenate([_grid(inner, part) for part in parts])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """The devices of one slice: neighbours on the chips' torus become neighbours on an axis."""
+    try:  # an axis need not be a whole side of the torus
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except AssertionError:  # the two cores of a v4 chip, when compiling ahead: on the machine they are one device
+        return np.asarray(devices).reshape(shape)
 
 
 def batch_shards(mesh: Mesh) -> int:

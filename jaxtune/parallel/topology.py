@@ -17,7 +17,7 @@ from jaxtune.errors import UserError
 # tpu7x show each of a chip's two cores as a device of its own.
 TPU_GIB = {'v2': 7.48, 'v3': 15.48, 'v4': 15.25, 'v5e': 15.75, 'v5p': 95.73, 'v6e': 31.24, 'tpu7x': 94.74}
 _HOST = (2, 2, 1)  # chips of a host along each axis
-_TPU_EXAMPLES = 'v5e-16, v5e:4x4, v5p:2x2x1, tpu7x:2x2x1'
+_TPU_EXAMPLES = 'v5e-16, v5e:4x4, v5p:2x2x1, tpu7x:2x2x1, 2xv5e:4x4 (two slices)'
 
 # What a program can count on of a GPU's memory: the driver, the CUDA context and NCCL's buffers take the rest.
 _GPU_USABLE = 0.92
@@ -91,17 +91,20 @@ _CLOUD = {
 def canonical(name: str) -> str:
     """A topology's name as XLA has it: `v5e-4` is `v5e:2x2`, `v5p-8` (cores) `v5p:2x2x1`, `h100x8` `cuda:h100x8`.
 
+    A number of TPU slices stays before it: `2xv5e-4` is `2xv5e:2x2`.
+
     Raises:
       UserError: a slice of a size that there is none of.
     """
-    kind, dash, number = name.partition('-')
+    slices, one = _count(name)
+    kind, dash, number = one.partition('-')
     if dash and kind in _CLOUD and number.isdecimal():
         shapes, cores = _CLOUD[kind]
         shape = shapes.get(int(number) // cores) if int(number) % cores == 0 else None
         if shape is None:
             sizes = ', '.join(f'{kind}-{chips * cores}' for chips in shapes)
             raise UserError(f'compile.topology={name!r}: expected a slice that there is: {sizes}')
-        return f'{"v5e" if kind == "v5litepod" else kind}:{shape}'
+        return f'{f"{slices}x" if slices > 1 else ""}{"v5e" if kind == "v5litepod" else kind}:{shape}'
     card = name.removeprefix('cuda:')
     if card in CARDS:
         return f'cuda:{card}x1'
@@ -113,6 +116,8 @@ def larger(name: str) -> list[str]:
     """Names of the same hardware with more devices, the fewest first; in the style of the name, none for ''."""
     if not name:
         return []
+    slices, name = _count(name)
+    times = f'{slices}x' if slices > 1 else ''
     kind, shape = canonical(name).split(':')
     if kind == 'cuda':
         card, count = _card(name, shape)
@@ -123,25 +128,32 @@ def larger(name: str) -> list[str]:
     shapes, cores = _CLOUD.get(style if style in _CLOUD else kind, (_CUBES, 1))
     chips = math.prod(map(int, shape.split('x')))
     more = {n: dims for n, dims in shapes.items() if n > chips}
-    return [f'{style}-{n * cores}' if '-' in name else f'{kind}:{dims}' for n, dims in more.items()]
+    return [times + (f'{style}-{n * cores}' if '-' in name else f'{kind}:{dims}') for n, dims in more.items()]
+
+
+def _count(name: str) -> tuple[int, str]:
+    """How many slices a topology is, and the name of one: `2xv5e:4x4` is 2 and `v5e:4x4`."""
+    match = re.fullmatch(r'([1-9]\d{0,4})x((?:v\d|tpu).+)', name)
+    return (int(match[1]), match[2]) if match else (1, name)
 
 
 def topology_devices(name: str) -> list[Any]:
     """Devices (`jax.Device`) to compile for, without having them.
 
     Args:
-      name: `v5e:4x4`, `v5p:2x2x1` … for a TPU slice, its chips along each axis; `cuda:h200x8` … for GPUs, one host's
-        at most 8 or whole hosts of 8; or as `canonical` reads it.
+      name: `v5e:4x4`, `v5p:2x2x1` … for a TPU slice, its chips along each axis, `2xv5e:4x4` for two of them;
+        `cuda:h200x8` … for GPUs, one host's at most 8 or whole hosts of 8; or as `canonical` reads it.
 
     Raises:
       UserError: no such hardware, or the package that compiles for it is not installed; names `compile.topology`.
     """
     name = canonical(name)
-    kind, _, shape = name.partition(':')
+    slices, one = _count(name)
+    kind, _, shape = one.partition(':')
     if kind == 'cuda':
         return _cuda(name, *_card(name, shape))
     if kind in TPU_GIB:
-        return _tpu(name)
+        return _tpu(name, one, slices)
     near = difflib.get_close_matches(kind, [*TPU_GIB, 'cuda'], 1, 0.4)
     hint = f' (nearest: {near[0]})' if near else ''
     raise UserError(f'compile.topology={name!r}: expected a TPU such as {_TPU_EXAMPLES}, or GPUs such as h200x8{hint}')
@@ -150,14 +162,14 @@ def topology_devices(name: str) -> list[Any]:
 def usable_bytes(name: str) -> int:
     """Bytes of memory that a program can use on each device of a topology that `topology_devices` knows."""
     name = canonical(name)
-    kind, _, shape = name.partition(':')
+    kind, _, shape = _count(name)[1].partition(':')
     if kind == 'cuda':
         return int(_card(name, shape)[0].memory * _GPU_USABLE)
     return int(TPU_GIB[kind] * 2**30)
 
 
-def _tpu(name: str) -> list[Any]:
-    if not re.fullmatch(r'[^:]+:\d{1,6}(x\d{1,6}){1,2}', name):
+def _tpu(name: str, one: str, slices: int) -> list[Any]:
+    if not re.fullmatch(r'[^:]+:\d{1,6}(x\d{1,6}){1,2}', one):
         raise UserError(f'compile.topology={name!r}: expected its chips along each axis, such as {_TPU_EXAMPLES}')
     if not glob.glob('/dev/accel*') and not glob.glob('/dev/vfio/[0-9]*'):
         # Otherwise libtpu asks around for the host that it is on, complains, and lets one process in at a time.
@@ -168,11 +180,13 @@ def _tpu(name: str) -> list[Any]:
             ('SKIP_MDS_QUERY', '1'),
         ):
             os.environ.setdefault(f'TPU_{key}', value)
-    chips = (*map(int, name.partition(':')[2].split('x')), 1)[:3]
+    chips = (*map(int, one.partition(':')[2].split('x')), 1)[:3]
     # Less than a host's 2 x 2 chips are a host of their own; some versions of libtpu refuse them if that is not said.
-    bounds = {'chips_per_host_bounds': chips} if all(n <= most for n, most in zip(chips, _HOST, strict=True)) else {}
+    options: dict[str, Any] = {'num_slices': slices} if slices > 1 else {}
+    if all(n <= most for n, most in zip(chips, _HOST, strict=True)):
+        options['chips_per_host_bounds'] = chips
     try:
-        return list(topologies.get_topology_desc(name, platform='tpu', **bounds).devices)
+        return list(topologies.get_topology_desc(one, platform='tpu', **options).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition(': ')[2].splitlines()[0]
         raise UserError(f'compile.topology={name!r}: expected a slice such as {_TPU_EXAMPLES}: {reason}') from None

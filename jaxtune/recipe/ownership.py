@@ -16,6 +16,7 @@ MARK = '.jaxtune'  # marks a folder as a workdir, and is locked while a process 
 CACHE = 'cache'
 FOLDERS = (
     'checkpoints', 'export', 'adapter', 'base', 'tensorboard', CACHE, 'train', 'eval', 'tokenizer', 'work', 'wandb',
+    'profile', 'hangs',
 )  # fmt: skip
 FILES = (
     'data.json', 'inputs.json', 'metrics.jsonl', 'result.json', 'report.html', 'run.json', 'samples.jsonl',

@@ -25,6 +25,9 @@ _PHASES = {
     'load': ('loading the model', 'load'),
     'export': ('exporting', 'export'),
     'generate': ('generating', 'eval-phase'),
+    'samples': ('writing samples', 'eval-phase'),
+    'lost': ('updates done again after a kill', 'other'),
+    'down': ('between an end and the next start', 'other'),
     'reward': ('scoring answers', 'data'),
     'collect': ('collecting', 'load'),
     'tokenizer': ('training the tokenizer', 'compile'),
@@ -176,6 +179,8 @@ def tiles(source: Source, seconds: float | None = None) -> list[Tile]:
         middle = sorted(value for _, value in mfu)[len(mfu) // 2] if mfu else None
         note = f'{percent(middle)} of peak FLOPs' if middle is not None else 'median'
         shown.append(Tile('Tokens a second', f'{speed:,.0f}', note))
+    if (goodput := metric('time/goodput')) is not None:
+        shown.append(Tile('Goodput', percent(goodput), 'of the time in updates that count'))
     if seconds is not None:
         shown.append(Tile('Time', duration(seconds), 'all stages'))
     elif 'seconds' in source.run:
@@ -306,7 +311,7 @@ def time_spent(source: Source) -> list[Slice]:
     phases = {name: seconds for name, seconds in (source.run.get('phases') or {}).items() if seconds > 0}
     if not phases:
         return []
-    total = max(source.run.get('seconds', 0.0), sum(phases.values()))
+    total = max(source.run.get('seconds', 0.0) + phases.get('down', 0.0), sum(phases.values()))
     rows = [(*_PHASES.get(name, (name, 'other')), phases[name]) for name in sorted(phases, key=lambda n: -phases[n])]
     rest = total - sum(phases.values())
     if rest > 0.005 * total:

@@ -160,7 +160,8 @@ class RewardTask:
         numbers = self.loader.rows(t, 0, self.asked)['number'].repeat(self.algorithm.group)
         prompts = [self.prompts[number] for number in numbers]
         began = time.perf_counter()
-        answers = self._sample(state, prompts, t * sizes.rollouts)
+        with self.info.timed('generate'):
+            answers = self._sample(state, prompts, t * sizes.rollouts)
         seconds = time.perf_counter() - began
         with self.info.timed('reward'):
             scores = self._scores(answers)
@@ -193,8 +194,7 @@ class RewardTask:
         console.note(f'its first answer, worth {scores[0]:.4g}: {_beginning_and_end(answers.texts[0])}{known}')
 
     def _sample(self, state: State, prompts: Sequence[Prompt], first: int) -> Rollouts:
-        with self.info.timed('generate'):
-            return self.sampler(state['trainable'], self.frozen, prompts, first)
+        return self.sampler(state['trainable'], self.frozen, prompts, first)
 
     def _scores(self, answers: Rollouts) -> np.ndarray:
         """Rewards of answers, those that were cut off less."""

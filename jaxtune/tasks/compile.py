@@ -83,6 +83,7 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
 def _show(step: Step, attempt: Attempt, metrics: dict, speed: Speed | None, copied: int) -> None:
     config, mesh, model, limit = step.config, step.mesh, step.model, step.limit
     sizes = ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
+    slices = len({getattr(device, 'slice_index', 0) for device in mesh.devices.flat})
     console.facts(
         [
             ('devices', f'{mesh.size} x {mesh.devices.flat[0].device_kind}' + (f'; mesh {sizes}' if sizes else '')),
@@ -95,5 +96,6 @@ def _show(step: Step, attempt: Attempt, metrics: dict, speed: Speed | None, copi
             ('peak', f'{size(attempt.peak_bytes)} of {size(limit)}: {"fits" if attempt.fits else "does not fit"}'),
             ('work', f'{amount(metrics["flops_per_step"])}FLOP an update'),
             *(speed.facts() if speed else ()),
+            ('slices', f'{slices}; the time of what they send each other is not estimated' if slices > 1 else ''),
         ]
     )

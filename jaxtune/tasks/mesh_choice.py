@@ -40,7 +40,7 @@ def mesh_of(config: Settings, devices: list[Any] | None, limit: int) -> Mesh:
     """
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices)
-    return make_mesh(_choose(config, devices, limit), devices)
+    return _with_sizes(config, _choose(config, devices, limit), devices)
 
 
 def stored_mesh(config: Settings, workdir: pathlib.Path) -> Mesh:
@@ -50,18 +50,18 @@ def stored_mesh(config: Settings, workdir: pathlib.Path) -> Mesh:
     here = {'devices': jax.device_count(), 'device_kind': jax.devices()[0].device_kind}
     known = hosts.from_primary(lambda: read_mapping(workdir / NAME)) or {}
     if {name: known.get(name) for name in here} == here and math.prod(known['sizes'].values()) == here['devices']:
-        return make_mesh(known['sizes'])
+        return _with_sizes(config, known['sizes'])
     sizes = _choose(config, None, int(0.92 * available_bytes()))
     if console.is_primary():
         write_json(workdir / NAME, here | {'sizes': sizes})
-    return make_mesh(sizes)
+    return _with_sizes(config, sizes)
 
 
 def any_mesh(config: Settings, devices: list[Any] | None = None) -> Mesh:
     """A mesh that the recipe may run on, chosen without compiling: to check the rest of it."""
     if not config.mesh.auto:
         return make_mesh(config.mesh, devices)
-    return make_mesh(next(_dividing(config, devices)), devices)
+    return _with_sizes(config, next(_dividing(config, devices)), devices)
 
 
 def candidates(count: int, fixed: dict[str, int]) -> Iterator[dict[str, int]]:
@@ -72,6 +72,10 @@ def candidates(count: int, fixed: dict[str, int]) -> Iterator[dict[str, int]]:
     for chosen in itertools.product(divisors, repeat=len(free)):
         if not left and math.prod(chosen) == rest:
             yield fixed | dict(zip(free, chosen, strict=True))
+
+
+def _with_sizes(config: Settings, sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
+    return make_mesh({'slices': config.mesh.slices, **sizes}, devices)
 
 
 def _dividing(config: Settings, devices: list[Any] | None) -> Iterator[dict[str, int]]:
@@ -85,7 +89,7 @@ def _dividing(config: Settings, devices: list[Any] | None) -> Iterator[dict[str,
     found = 0
     for sizes in candidates(count, fixed):
         try:
-            ahead.check(config, make_mesh(sizes, devices))
+            ahead.check(config, _with_sizes(config, sizes, devices))
         except UserError:
             continue
         found += 1
@@ -132,7 +136,7 @@ def _opened(
     def opened(choices: list[dict[str, int]]) -> Iterator[ahead.Step]:
         for sizes in choices:
             try:
-                yield ahead.open_step(config, make_mesh(sizes, devices), limit)
+                yield ahead.open_step(config, _with_sizes(config, sizes, devices), limit)
             except UserError as error:  # experts or a width that it does not divide
                 problems.append(error)
 

@@ -82,6 +82,7 @@ def check(config: Settings, mesh: Mesh) -> None:
     if not config.data.train:
         raise UserError("data.train='': expected the prompts: a path, a glob, a folder, python-stdlib or @STAGE")
     setup.position_bounds(config)
+    setup.profiled(config, config.train.steps)
     present.check(config)
 
 
@@ -167,6 +168,7 @@ def open_trainer(
     asked = config.rl.rollouts // algorithm.group
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(prompts) / asked))
     updates = config.rl.epochs * (config.rl.rollouts // config.train.batch_size)  # a step
+    observer = setup.observer(config, workdir, info, steps, 'step')
 
     reached = setup.reached(config, bundle)
     trainable, frozen = setup.split(config, bundle)
@@ -223,6 +225,7 @@ def open_trainer(
         checkpoints,
         info,
         workdir,
+        observer,
         wandb=config.log.wandb,
     )
     memory, name = compiled_memory(step), algorithm.algorithm.name

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import pathlib
+import socket
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,15 +19,19 @@ from jaxtune.generation.prompts import read_prompts
 from jaxtune.methods import apply, reach
 from jaxtune.metrics import names
 from jaxtune.objectives import OBJECTIVES, Objective, by_position
-from jaxtune.parallel import batch_shards
+from jaxtune.parallel import batch_shards, hosts
 from jaxtune.parallel.aot import compile_step
+from jaxtune.parallel.pace import Pace
 from jaxtune.pretrained.load import ModelBundle, load_model
 from jaxtune.recipe.flags import Command
 from jaxtune.recipe.workdir import stored_signature
 from jaxtune.rl import Algorithm
 from jaxtune.tasks import specs
+from jaxtune.training import profile
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.flops import flops_per_token
+from jaxtune.training.hang_watch import HangWatch
+from jaxtune.training.observer import Observer
 from jaxtune.training.program import Learning, Program, make_program
 from jaxtune.training.reference import ReferenceLogps
 from jaxtune.training.run_info import RunInfo
@@ -113,6 +119,39 @@ def schedule(config: Settings, steps: int, metric: str) -> Schedule:
         config.eval.patience,
         metric,
         higher_is_better(config, metric),
+    )
+
+
+def profiled(config: Settings, steps: int) -> tuple[int, int] | None:
+    """The first and the last update to profile in a run of so many, 0 where that is not known yet; None for none.
+
+    Raises:
+      UserError: the run has none of them.
+    """
+    traced = profile.bounds(config.log.profile)
+    if traced and 0 < steps < traced[0]:
+        raise UserError(f'log.profile={config.log.profile}: expected updates of this run, which has {steps}')
+    return traced
+
+
+def observer(config: Settings, workdir: pathlib.Path, info: RunInfo, steps: int, unit: str) -> Observer:
+    """What looks at the loop of a run of so many steps from beside it.
+
+    Raises:
+      UserError: the run has none of the updates to profile.
+    """
+    processes, process, traced = jax.process_count(), jax.process_index(), profiled(config, steps)
+    compared = None
+    if processes > 1:
+        compared = Pace(processes, process, socket.gethostname(), hosts.send_to_primary, console.note)
+        hosts.on_message(compared.receive)
+    return Observer(
+        info,
+        workdir,
+        config.log.every,
+        profile.Profile(*traced, workdir / profile.FOLDER) if traced else None,
+        HangWatch(config.log.hang_seconds, info.timer, workdir, process, unit) if config.log.hang_seconds else None,
+        compared,
     )
 
 

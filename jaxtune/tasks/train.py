@@ -63,6 +63,7 @@ def check(config: Settings, mesh: Mesh) -> None:
     if not config.data.train:
         raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
     setup.position_bounds(config)
+    setup.profiled(config, config.train.steps)
     present.check(config)
 
 
@@ -143,7 +144,7 @@ class TrainTask:
 
     def _sample(self, trainable: Any, step: int) -> None:
         if self.samples:
-            with self.info.timed('generate'):
+            with self.info.timed('samples'):
                 self.samples.write(tree.combine(trainable, self.frozen), step)
 
 
@@ -174,6 +175,7 @@ def open_trainer(
         rows = objective.dataset('train', bundle.tokenizer, cache, vocab_size)
         rows_per_epoch = len(rows)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * rows_per_epoch / config.train.batch_size))
+    observer = setup.observer(config, workdir, info, steps, 'update')
     with info.timed('data'):
         rows = reference.complete(rows, 'train')
     loader = Loader(rows, config.train.batch_size, config.seed, shuffle=True)
@@ -234,6 +236,7 @@ def open_trainer(
         checkpoints,
         info,
         workdir,
+        observer,
         wandb=config.log.wandb,
     )
     pieces = _example(objective.objective, rows, bundle.tokenizer)

@@ -94,5 +94,6 @@ class TrainLogger:
         if self._steps:
             metrics |= self.info.speed(self._steps / max(seconds, 1e-9), self._tokens / self._steps)
         metrics['memory/peak_bytes'] = peak_memory_bytes()
+        metrics['time/goodput'] = self.info.goodput()
         self.writer.write(step, metrics)
         self.restart()

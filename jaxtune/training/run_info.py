@@ -16,12 +16,15 @@ from jax.sharding import Mesh
 from jaxtune.common import console
 from jaxtune.common.io import read_mapping, write_json
 from jaxtune.data.mixture import Mixture
+from jaxtune.metrics.writer import NAME as METRICS
 from jaxtune.models import Model
 from jaxtune.parallel import copied_bytes, hardware
+from jaxtune.training import goodput
 from jaxtune.training.phases import PhaseTimer
 from jaxtune.weights import tree
 
 NAME = 'run.json'
+_CHECKPOINTS = 16  # the newest, of which it is known what they cost
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -30,7 +33,7 @@ def command_line(argv: Sequence[str]) -> str:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec='milliseconds')
 
 
 @dataclasses.dataclass
@@ -46,6 +49,7 @@ class RunInfo:
       timer: where its time goes.
       facts: what else there is to say, by the names that `run.json` has.
       flops_per_token: of a training step; None where that is not known.
+      end: how it ended: `running` as long as it has not, and for ever if it is killed; `stopped` by Ctrl-C; `done`.
     """
 
     task: str
@@ -56,6 +60,8 @@ class RunInfo:
     timer: PhaseTimer = dataclasses.field(default_factory=PhaseTimer)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     flops_per_token: float | None = None
+    end: str = 'running'
+    _good: dict[str, float] = dataclasses.field(default_factory=dict)
     _started: str = dataclasses.field(default_factory=_now)
     _earlier: dict[str, Any] | None = None
 
@@ -110,9 +116,41 @@ class RunInfo:
             self.facts['hardware'] = hardware.describe()
         return self.facts['hardware']
 
+    @functools.cached_property
+    def _versions(self) -> dict[str, str]:
+        return hardware.versions()
+
     def seconds(self) -> float:
         """Of this run and of earlier ones in the same workdir, which `write` has read."""
         return self.timer.seconds() + (self._earlier or {}).get('seconds', 0.0)
+
+    def resume(self, workdir: pathlib.Path, step: int) -> None:
+        """A run begins to train after this step, 0 or that of a checkpoint; what came later in `workdir` is lost."""
+        if not console.is_primary():
+            return
+        metrics = workdir / METRICS
+        alive = metrics.stat().st_mtime if metrics.is_file() else 0.0
+        self._earlier = goodput.continued(_earlier(workdir), step, self._started, alive)
+        self._good = {str(step): goodput.good(self._earlier['phases'])}
+        self.write(workdir)  # when it began is known, whatever happens
+
+    def saved(self, workdir: pathlib.Path, step: int) -> None:
+        """The updates up to this one are in a checkpoint, or on their way there."""
+        self._good[str(step)] = goodput.good(self._phases())
+        self._good = dict(list(self._good.items())[-_CHECKPOINTS:])
+        self.write(workdir)
+
+    def goodput(self) -> float:
+        """The share of the time since the first start in the workdir that went into updates that count, 0 to 1."""
+        phases = self._phases()
+        return goodput.good(phases) / max(self.seconds() + phases.get(goodput.DOWN, 0.0), 1e-9)
+
+    def _phases(self) -> dict[str, float]:
+        """Seconds by phase, of this run and of earlier ones that have been read."""
+        phases = dict((self._earlier or {}).get('phases', {}))
+        for name, seconds in self.timer.phases.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+        return phases
 
     def write(self, workdir: pathlib.Path) -> None:
         """Writes `run.json`; phases and seconds of earlier runs in the same workdir are added. May be called again."""
@@ -121,9 +159,6 @@ class RunInfo:
         if self._earlier is None:
             self._earlier = _earlier(workdir)
         before, argv = self._earlier, list(self.argv)
-        phases = dict(before.get('phases', {}))
-        for name, seconds in self.timer.phases.items():
-            phases[name] = phases.get(name, 0.0) + seconds
         self.machine()
         write_json(
             workdir / NAME,
@@ -134,10 +169,12 @@ class RunInfo:
                 'recipe': self.recipe,
                 'started': before.get('started', self._started),
                 'ended': _now(),
+                'end': self.end,
                 'runs': before.get('runs', 0) + 1,
                 'seconds': self.seconds(),
-                'phases': phases,
-                'versions': hardware.versions(),
+                'phases': self._phases(),
+                'good': self._good,
+                'versions': self._versions,
                 'mesh': {} if self.mesh is None else dict(self.mesh.shape),
                 'tokens_per_step': self.tokens_per_step,
                 'peak_flops': self.__dict__.get('peak_flops'),
@@ -150,11 +187,12 @@ def _earlier(workdir: pathlib.Path) -> dict[str, Any]:
     """What earlier runs in the workdir wrote; nothing where that is damaged."""
     stored = read_mapping(workdir / NAME)
     stored = stored if isinstance(stored, dict) else {}
-    phases = stored.get('phases')
-    earlier: dict[str, Any] = {'phases': {}}
-    if isinstance(phases, dict):
-        earlier['phases'] = {name: value for name, value in phases.items() if isinstance(value, int | float)}
-    for name, kind in (('started', str), ('runs', int), ('seconds', int | float)):
+    earlier: dict[str, Any] = {}
+    for name in ('phases', 'good'):
+        values = stored.get(name)
+        values = values if isinstance(values, dict) else {}
+        earlier[name] = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    for name, kind in (('started', str), ('ended', str), ('end', str), ('runs', int), ('seconds', int | float)):
         if isinstance(stored.get(name), kind):
             earlier[name] = stored[name]
     return earlier

@@ -12,6 +12,7 @@ from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.logger import TrainLogger
+from jaxtune.training.observer import Observer
 from jaxtune.training.program import Program
 from jaxtune.training.run_info import RunInfo
 from jaxtune.training.step import State
@@ -134,6 +135,7 @@ class Trainer:
       checkpoints: where the state is saved.
       info: what the run is.
       workdir: of the run.
+      observer: looks at the loop from beside it.
       wandb: metrics go to Weights & Biases too.
     """
 
@@ -146,10 +148,11 @@ class Trainer:
         checkpoints: Checkpoints,
         info: RunInfo,
         workdir: pathlib.Path,
+        observer: Observer,
         wandb: bool = False,
     ) -> None:
         self.task, self.schedule, self.program, self.checkpoints = task, schedule, program, checkpoints
-        self.info, self.workdir, self.wandb = info, workdir, wandb
+        self.info, self.workdir, self.observer, self.wandb = info, workdir, observer, wandb
         self.state: State = state
         self.start, self.best = 0, Best()
 
@@ -165,6 +168,7 @@ class Trainer:
           SystemExit: it was told to stop, and has saved a checkpoint.
         """
         self._resume()
+        self.info.resume(self.workdir, self.start)
         self.writer = MetricsWriter(self.workdir, resume_step=self.start or None, wandb=self.wandb)
         announce()
         step = self.start
@@ -195,9 +199,9 @@ class Trainer:
         """The loop; returns the last step."""
         task, schedule, steps = self.task, self.schedule, self.schedule.steps
         bar_of_steps = console.progress(steps, task.title, 'step', initial=self.start)
-        with task.batches(self.start, steps) as batches, bar_of_steps as bar:
+        with task.batches(self.start, steps) as batches, bar_of_steps as bar, self.observer as observer:
             logger = task.logger(self.writer, bar)
-            for step in range(self.start + 1, steps + 1):
+            for step in observer.steps(range(self.start + 1, steps + 1), logger.flush):
                 with self.info.timed('data'):
                     batch = next(batches)
                 try:
@@ -253,12 +257,15 @@ class Trainer:
             raise FileNotFoundError(self.workdir)  # Orbax would make it anew
         with self.info.timed('checkpoint'):
             self.checkpoints.save(step, self.state, dataclasses.asdict(self.best), scores)
+        self.info.saved(self.workdir, step)
 
     def _leave(self, step: int) -> NoReturn:
         """Ends the program after a step whose state is saved, or is being saved."""
         self.checkpoints.wait()
         saved = 'checkpoint saved, the same command continues' if step else 'the same command begins anew'
         console.note(f'stopped by {preemption.name()} after update {step}: {saved}')
+        if preemption.by_person():
+            self.info.end = 'stopped'
         self.info.write(self.workdir)
         report.write_report(self.workdir)
         preemption.leave()
@@ -278,6 +285,8 @@ class Trainer:
             exported, trainable = best, state['trainable']
         self.task.export(trainable, exported)
         metrics = {**self.writer.latest(), **self.best.metrics, 'memory/peak_bytes': peak_memory_bytes()}
+        metrics['time/goodput'] = self.info.goodput()
+        self.info.end = 'done'
         if not console.is_primary():
             return {'task': self.info.task, 'status': 'done', 'step': step, 'metrics': metrics}
         self.info.write(self.workdir)

@@ -32,8 +32,8 @@ _TIMES = ('second', 'bytes', 'mfu', 'time/')
 # What of a report tells its time or place; all the rest of it must be the same.
 _TIMELY = tuple(re.compile(pattern, re.DOTALL) for pattern in (
     r'<title>.*?</title>', r'<h1>.*?</h1>', r'<p class="eyebrow">.*?</p>',
-    r'<div class="tile"><dt>(?:Time|Tokens a second)</dt>.*?</div>',
-    r'<figure[^>]*><figcaption><b>[^<]*(?: second|utilisation|memory|Time)[^<]*</b>.*?</figure>',
+    r'<div class="tile"><dt>(?:Time|Goodput|Tokens a second)</dt>.*?</div>',
+    r'<figure[^>]*><figcaption><b>[^<]*(?: second|utilisation|memory|Time|Goodput)[^<]*</b>.*?</figure>',
     r'<div class="stack".*?</ul>', r'<tr>(?:(?!</tr>).)*(?:second|bytes|mfu|time/)(?:(?!</tr>).)*</tr>',
     r'<dt>(?:Started|Ended)</dt><dd>.*?</dd>', r'<dd>[^<]*FLOPs a second[^<]*</dd>',
 ))  # fmt: skip

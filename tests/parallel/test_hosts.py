@@ -1,8 +1,9 @@
 """Several processes as one program: the same losses as in one process, and one step at which all stop on SIGTERM."""
 
 import os
+import pathlib
+import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -81,30 +82,22 @@ def worker() -> None:
                 print(f'loss {loss!r}', flush=True)
             if preemption.received(done):
                 print(f'stopped {done}', flush=True)
-                sys.exit(preemption.STATUS)
+                sys.exit(preemption.status())
 
 
 @pytest.fixture(scope='module')
 def outcomes():
     """Two processes, SIGTERM to the second one after some updates: their exit statuses and the lines they printed."""
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        'JAX_PLATFORMS': 'cpu',
-        'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2',  # XLA takes the last
-        'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
-        'JAX_NUM_PROCESSES': '2',
-    }
+    local = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'local.py'
     processes = [
         subprocess.Popen(
             [sys.executable, __file__],
-            env=environment | {'JAX_PROCESS_ID': str(i)},
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for i in range(2)
+        for environment in runpy.run_path(str(local))['environments'](2, 2)
     ]
     lines = [[], []]
 
@@ -142,7 +135,7 @@ def test_losses_of_two_processes_equal_those_of_one(outcomes):
 
 def test_sigterm_to_one_process_stops_all_at_one_step(outcomes):
     statuses, lines = outcomes
-    assert statuses == [preemption.STATUS] * 2, '\n'.join(lines[0] + lines[1])
+    assert statuses == [143] * 2, '\n'.join(lines[0] + lines[1])
     stopped = [[line for line in printed if line.startswith('stopped')] for printed in lines]
     assert len(stopped[0]) == 1
     assert stopped[0] == stopped[1]

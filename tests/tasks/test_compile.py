@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from jaxtune.errors import UserError
+from jaxtune.parallel import make_mesh
 from jaxtune.parallel.aot import refused_bytes
 from jaxtune.parallel.topology import CARDS, TPU_GIB, canonical, target_config, topology_devices, usable_bytes
 from jaxtune.recipe import recipes
@@ -75,6 +76,8 @@ def compiled(config, workdir, capsys) -> dict:
         ('v5p-7', 'v5p-8, v5p-16'),
         ('v5e', 'chips along each axis'),
         ('v5e:16', 'chips along each axis'),
+        ('2xv5e-12', 'v5e-1, v5e-4, v5e-8'),
+        ('0xv5e:2x2', 'nearest: v5e'),
         ('cuda:h300x8', 'CARD one of t4, a100-40g'),
         ('cuda:h200x0', 'cuda:CARDxNUMBER'),
         ('cuda:h200x12', 'at most 8 GPUs, or a multiple of 8'),
@@ -103,6 +106,8 @@ def test_a_topology_that_cannot_be_is_one_line(name, expected):
         ('h100x8', 'cuda:h100x8'),
         ('a100-80gx8', 'cuda:a100-80gx8'),
         ('v5e:4x8', 'v5e:4x8'),
+        ('2xv5litepod-16', '2xv5e:4x4'),
+        ('4xv5p:2x2x1', '4xv5p:2x2x1'),
         ('cuda:h200x16', 'cuda:h200x16'),
     ],
 )
@@ -138,6 +143,18 @@ def test_tpu_slices_by_name():
         assert (len(devices), len({device.process_index for device in devices})) == (count, hosts)
         assert devices[0].platform == 'tpu'
         assert usable_bytes(name) == int(TPU_GIB[name.partition(':')[0]] * 2**30)
+
+
+@needs_libtpu
+def test_slices_joined_by_a_slower_network():
+    devices = topology_devices('2xv5e:2x2')
+    assert [device.slice_index for device in devices] == [0] * 4 + [1] * 4
+    assert usable_bytes('2xv5e:2x2') == usable_bytes('v5e:2x2')
+    for slices in (2, -1):
+        mesh = make_mesh({'data': 4, 'fsdp': 2, 'slices': slices}, devices)
+        assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match=r'mesh.data=1: expected a multiple of the 2 slices'):
+        make_mesh({'data': 1, 'fsdp': 8, 'slices': 2}, devices)
 
 
 def test_local_devices_without_a_topology(tmp_path, capsys):

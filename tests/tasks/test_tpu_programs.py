@@ -93,3 +93,15 @@ def test_lora_makes_no_gradient_of_a_frozen_kernel(tmp_path, monkeypatch):
     made = [one for _, one in all_of(module) if one.opcode in ('dot', 'convolution')]
     assert made
     assert not [one for one in made if one.results[0].dims[-2:] in KERNELS and 'transpose(' in one.op_name]
+
+
+@pytest.mark.exhaustive
+def test_slices_send_each_other_sums_alone(tmp_path, monkeypatch):
+    module = program(tmp_path, monkeypatch, '2xv5e:2x2', mesh__data=2, mesh__slices=2, train__batch_size=16)
+    between = [one.text for _, one in all_of(module) if one.opcode == 'send' and 'xla_megascale_runtime' in one.text]
+    assert between
+    assert all('_xla_megascale_transfer_type="ALL_REDUCE"' in text for text in between)
+    # What the parameters are gathered over stays within a slice.
+    groups = [one.text for _, one in all_of(module) if one.opcode.startswith('all-gather')]
+    assert groups
+    assert all('replica_groups={{0,1,2,3}}' in text or 'replica_groups=[1,4]' in text for text in groups)

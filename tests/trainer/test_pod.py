@@ -1,33 +1,27 @@
 """The command on two hosts at once: they are one run, stop together and go on together."""
 
-import os
+import pathlib
 import re
+import runpy
 import signal
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from child import Child
-from runs import metrics, recipe, start, write_recipe
+from runs import metrics, recipe, start, train, write_recipe
 from test_resume import updates, wait_for
 from test_rl import rl_recipe, samples
 
-
-def pod() -> list[dict[str, str]]:
-    """The environments of two processes that find each other."""
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    common = {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_PROCESSES': '2', 'JAX_COORDINATOR_ADDRESS': f'localhost:{port}'}
-    return [common | {'JAX_PROCESS_ID': str(i)} for i in range(2)]
+LOCAL = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'local.py'
+environments = runpy.run_path(str(LOCAL))['environments']
 
 
-def start_pod(path, workdir):
+def start_pod(path, workdir, *flags):
     """The command on two hosts with two devices each."""
-    words = ['--config', path, '--workdir', workdir]
-    return [Child(words, path.parent, 2, environment) for environment in pod()]
+    words = ['--config', path, '--workdir', workdir, *flags]
+    return [Child(words, path.parent, 2, environment) for environment in environments(2, 2)]
 
 
 def finish(processes):
@@ -69,11 +63,12 @@ def test_two_hosts_are_one_run_also_when_one_is_told_to_stop(whole, tmp_path):
 
 def test_a_mistake_ends_all_of_them(corpus, tmp_path):
     path = write_recipe(tmp_path / 'recipe.py', recipe(corpus) | {'data.train': 'not/there.jsonl'})
-    words = [sys.executable, '-m', 'jaxtune.main', '--config', str(path), '--workdir', str(tmp_path / 'run')]
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    codes, ended = finish([subprocess.Popen(words, env=os.environ | environment, **pipes) for environment in pod()])
-    assert codes == [2, 2], ended
-    assert 'data.train=not/there.jsonl' in ended[0][1]
+    words = [sys.executable, LOCAL, '--processes', '2', '--', '--config', path, '--workdir', tmp_path / 'run']
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 2, ended
+    told = [line.removeprefix('[1] ') for line in ended.stderr.splitlines() if 'data.train=not/there.jsonl' in line]
+    assert len(told) == 2, ended
+    assert told[0] == told[1]
 
 
 def test_two_hosts_answer_and_score_as_one(corpus, tmp_path):
@@ -88,6 +83,16 @@ def test_two_hosts_answer_and_score_as_one(corpus, tmp_path):
     assert at_start[0] == at_start[1]
     for name in ('train/loss', 'ppo/reward', 'ppo/entropy'):
         np.testing.assert_allclose(metrics(tmp_path / 'one', name), metrics(tmp_path / 'two', name), rtol=1e-3)
+
+
+def test_two_processes_as_slices_give_the_losses_of_one_device(corpus, tmp_path):
+    keys = recipe(corpus, train__steps=8)
+    train(keys, tmp_path / 'one')
+    path = write_recipe(tmp_path / 'recipe.py', keys | {'mesh.slices': 2, 'mesh.fsdp': 2})
+    codes, ended = finish(start_pod(path, tmp_path / 'two'))
+    assert codes == [0, 0], ended
+    for name in ('train/loss', 'train/grad_norm', 'eval/loss'):
+        np.testing.assert_allclose(metrics(tmp_path / 'two', name), metrics(tmp_path / 'one', name), rtol=1e-5)
 
 
 @pytest.mark.parametrize('lost', [0, 1])
