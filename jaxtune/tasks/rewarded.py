@@ -29,6 +29,7 @@ from jaxtune.rl import Reward
 from jaxtune.rl.reward_task import PromptNumbers, RewardTask, StepSizes
 from jaxtune.rl.rewards import open_reward
 from jaxtune.rl.rollouts import Sampler
+from jaxtune.rl.selection import Selection
 from jaxtune.tasks import present, setup, specs
 from jaxtune.training import announce, divergence
 from jaxtune.training.run_info import compiled_memory
@@ -66,6 +67,13 @@ def check(config: Settings, mesh: Mesh) -> None:
         raise UserError(f'{rollouts} train.batch_size={config.train.batch_size}')
     if config.rl.rollouts % algorithm.group:
         raise UserError(f'{rollouts} rl.group={algorithm.group}')
+    if config.rl.skip_equal and algorithm.group == 1:
+        raise UserError(f'rl.skip_equal=True: expected False with task={config.task}, which asks each prompt once')
+    if config.rl.overlong_buffer > config.generate.max_new_tokens:
+        raise UserError(
+            f'rl.overlong_buffer={config.rl.overlong_buffer}: expected at most generate.max_new_tokens='
+            f'{config.generate.max_new_tokens}, whose last tokens it is'
+        )
     check_rows(mesh, 'generate.batch_size', config.generate.batch_size)
     if config.generate.temperature == 0:
         raise UserError('generate.temperature=0: expected more, for answers are compared with what else was likely')
@@ -149,6 +157,12 @@ def reward(config: Settings, mesh: Mesh, *, weights: bool = True) -> Reward:
     return open_reward(settings.reward, settings.reward_timeout, spec, mesh, size, weights=weights)
 
 
+def selection(config: Settings, group: int) -> Selection:
+    """Which answers a step learns from, of which `group` answer each prompt."""
+    rl, longest = config.rl, config.generate.max_new_tokens
+    return Selection(group, rl.skip_equal, rl.overlong, longest, rl.overlong_buffer, rl.missing_eos_penalty)
+
+
 def open_trainer(
     config: Settings, workdir: pathlib.Path, mesh: Mesh, command: Command
 ) -> tuple[Trainer, Callable[[], None], Callable[[int, Mapping[str, Any]], None]]:
@@ -206,9 +220,8 @@ def open_trainer(
         prompts,
         order,
         held_out,
-        StepSizes(
-            rl.rollouts, rl.epochs, config.train.batch_size, accumulate, config.data.packing, rl.missing_eos_penalty
-        ),
+        StepSizes(rl.rollouts, rl.epochs, config.train.batch_size, accumulate, config.data.packing),
+        selection(config, algorithm.group),
         info,
         workdir,
         diagnose,

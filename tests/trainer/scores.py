@@ -11,6 +11,11 @@ def alike(prompts, completions, references):
     return [0.7] * len(completions)
 
 
+def common(completions, **_):
+    """Whether an answer has a common letter: one in a few, so that some groups are all alike."""
+    return [float(any(letter in text for letter in 'etaoin')) for text in completions]
+
+
 def one(prompts, completions, references):
     return [1.0]
 
