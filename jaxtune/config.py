@@ -322,7 +322,7 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     ),
     'rl.reward': Key(
         '',
-        path,
+        path_list,
         'reward: a reward model (workdir, folder, @STAGE), module:function, file.py:function, math, format, exact, '
         'length, code; or several with weights, NAME:WEIGHT,NAME:WEIGHT',
     ),

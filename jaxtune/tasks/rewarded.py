@@ -1,5 +1,6 @@
 """Tasks that learn from rewards: `task=ppo`, `task=grpo`, or an algorithm named as `module:NAME`."""
 
+import functools
 import itertools
 import math
 import pathlib
@@ -27,7 +28,7 @@ from jaxtune.pretrained.save import save_tuned
 from jaxtune.recipe.flags import Command
 from jaxtune.rl import Reward
 from jaxtune.rl.reward_task import PromptNumbers, RewardTask, StepSizes
-from jaxtune.rl.rewards import open_reward
+from jaxtune.rl.rewards import check_references, open_reward
 from jaxtune.rl.rollouts import Sampler
 from jaxtune.rl.selection import Selection
 from jaxtune.tasks import present, setup, specs
@@ -152,9 +153,8 @@ def prompt_order(config: Settings, prompts: dict[str, list[Prompt]]) -> PromptNu
 
 def reward(config: Settings, mesh: Mesh, *, weights: bool = True) -> Reward:
     """What scores answers; without weights, a reward model's are not read."""
-    settings, spec = config.rl, specs.reward_model_spec(config)
-    size = config.generate.batch_size
-    return open_reward(settings.reward, settings.reward_timeout, spec, mesh, size, weights=weights)
+    model = functools.partial(specs.reward_model_spec, config)
+    return open_reward(config.rl, model, mesh, config.generate.batch_size, weights=weights)
 
 
 def selection(config: Settings, group: int) -> Selection:
@@ -177,6 +177,8 @@ def open_trainer(
     with info.timed('data'):
         by_source, held_out = all_prompts(config, bundle)
         prompts = [prompt for some in by_source.values() for prompt in some]
+        check_references(scorer, prompts, 'data.train')
+        check_references(scorer, held_out, 'data.eval')
         order = prompt_order(config, by_source)
     asked = config.rl.rollouts // algorithm.group
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(prompts) / asked))

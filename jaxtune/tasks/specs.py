@@ -141,9 +141,9 @@ def other_model_spec(config: Settings, key: str, path: str, objective_name: str 
     )
 
 
-def reward_model_spec(config: Settings) -> ModelSpec:
-    """The reward model that `rl.reward` names; its rows are as long as what it reads."""
-    return other_model_spec(config, 'rl.reward', config.rl.reward, 'reward', seq_len=2)
+def reward_model_spec(config: Settings, path: str = '') -> ModelSpec:
+    """A reward model, by default what `rl.reward` names; its rows are as long as what it reads."""
+    return other_model_spec(config, 'rl.reward', path or config.rl.reward, 'reward', seq_len=2)
 
 
 def prompt_spec(config: Settings, **changes: Any) -> PromptSpec:
