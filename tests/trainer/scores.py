@@ -1,5 +1,9 @@
 """Rewards for tests, as a person would hand them in: `rl.reward=scores:...`."""
 
+import os
+
+calls = 0
+
 
 def letters(prompts, completions, references):
     """How often an answer has the letter e."""
@@ -29,3 +33,12 @@ def fails(prompts, completions, references):
 
 
 number = 3
+
+
+def fails_once(completions, **_):
+    """As `letters`, and raises from the call on whose number is in the environment."""
+    global calls
+    calls += 1
+    if calls > int(os.environ.get('FAILS_AT_CALL', '1000')):
+        raise ValueError('now')
+    return [text.count('e') for text in completions]

@@ -8,6 +8,7 @@ import pytest
 from runs import exported, full_config, metrics, recipe, train
 
 from jaxtune import main
+from jaxtune.errors import UserError
 from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.models import value_head
 from jaxtune.models.model import leaf_paths
@@ -122,6 +123,43 @@ def test_equal_groups_are_left_out_of_the_updates(corpus, tmp_path):
     norms = {name: metrics(tmp_path / name, 'train/grad_norm')[0] for name in ('all', 'skip')}
     # Equal groups add nothing to the sum; left out, they do not count in the mean either.
     assert norms['skip'] * shares['skip'][0] == pytest.approx(norms['all'], rel=1e-3)
+
+
+def test_several_rewards_are_summed_and_logged_apart(corpus, tmp_path):
+    keys = rl_recipe(corpus, 'grpo', train__steps=2, eval__every=2)
+    keys['rl.reward'] = 'scores:letters:2.0,length:0.5,exact'
+    keys |= {'rl.length_target': 8, 'rl.missing_eos_penalty': 0.25}
+    result, _ = go(keys, tmp_path)
+    parts = {name: metrics(tmp_path, f'grpo/reward/{name}') for name in ('letters', 'length', 'exact')}
+    cut = [1 - share for share in metrics(tmp_path, 'grpo/eos_rate')]
+    for step, reward in enumerate(metrics(tmp_path, 'grpo/reward')):
+        letters, length, exact = (parts[name][step] for name in ('letters', 'length', 'exact'))
+        assert reward == pytest.approx(2 * letters + 0.5 * length + exact - 0.25 * cut[step], rel=1e-5)
+    assert 0 < parts['length'][0] < 1
+    for line in samples(tmp_path):
+        assert set(line['scores']) == {'letters', 'length', 'exact'}
+        assert line['scores']['letters'] == line['completion'].count('e')
+    assert result['metrics']['eval/reward/letters'] == pytest.approx(
+        np.mean([line['scores']['letters'] for line in samples(tmp_path) if line['step'] == 2])
+    )
+    assert 'Reward: letters' in (tmp_path / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('evaluates', [False, True])
+def test_a_reward_that_fails_loses_no_update(corpus, tmp_path, monkeypatch, evaluates):
+    """The state before the step that failed is saved; mended, the run goes on and ends as if nothing had been."""
+    keys = rl_recipe(corpus, 'grpo', train__steps=4, rl__reward='scores:fails_once')
+    keys |= {'eval.every': 3, 'checkpoint.every': 4} if evaluates else {'data.eval': ''}
+    go(keys, tmp_path / 'whole')
+    # Calls before the one that fails: two steps; or an evaluation of two batches, three steps, a batch.
+    monkeypatch.setenv('FAILS_AT_CALL', '6' if evaluates else '2')
+    with pytest.raises(UserError, match=r'scores.py:\d+: ValueError: now; it fails on the answer'):
+        go(keys, tmp_path / 'failed')
+    saved = sorted(int(path.name) for path in (tmp_path / 'failed' / 'checkpoints').iterdir() if path.name.isdigit())
+    assert saved == [3 if evaluates else 2]
+    monkeypatch.delenv('FAILS_AT_CALL')
+    go(keys, tmp_path / 'failed')
+    assert exported(tmp_path / 'failed') == exported(tmp_path / 'whole')
 
 
 FAMILY = {
