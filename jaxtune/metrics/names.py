@@ -14,6 +14,7 @@ TITLES: Mapping[str, str] = {
     'tokens_per_second': 'Tokens a second',
     'mfu': 'Model FLOPs utilisation',
     'peak_bytes': 'Peak memory',
+    'entropy': 'Entropy a token',
     'kl': 'KL from the reference',
     'approx_kl': 'KL from the policy that answered',
     'eos_rate': 'Answers that came to an end',

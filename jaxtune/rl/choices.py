@@ -41,10 +41,9 @@ class Choices:
     @property
     def token_fields(self) -> tuple[str, ...]:
         """Numbers of each token that the loss reads."""
-        own = ('old', 'reference', 'advantages') if self.grouped else ('old', 'values', 'advantages', 'returns')
-        if not self.grouped and self.kl_in == 'loss':
-            own += ('reference',)
-        return (*own, 'constant') if self.normalise == 'constant' else own
+        reference = ('reference',) if self.kl_in == 'loss' else ()
+        measured = ('advantages',) if self.grouped else ('values', 'advantages', 'returns')
+        return ('old', *reference, *measured, *(('constant',) if self.normalise == 'constant' else ()))
 
 
 def choose(settings: Settings, task: Choices) -> Choices:

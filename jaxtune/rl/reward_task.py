@@ -256,7 +256,8 @@ class RewardTask:
         self._say_signal(t, scores, learnt)
         if self.algorithm.algorithm.value_head or fields['advantages'][learnt].any() or settings.entropy_coef:
             return learnt
-        away = settings.kl_coef > 0 and not np.array_equal(rollouts.old, rollouts.reference)
+        in_loss = settings.kl_coef > 0 and 'reference' in fields
+        away = in_loss and not np.array_equal(rollouts.old, rollouts.reference)
         return learnt if away else np.zeros_like(learnt)
 
     def _say_signal(self, t: int, scores: np.ndarray, learnt: np.ndarray) -> None:

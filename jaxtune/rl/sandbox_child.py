@@ -110,6 +110,7 @@ def isolate(folder: str, memory: int, results: int) -> None:
         raise OSError(_ENOSYS, f'not on {sys.platform} {platform.machine()}')
     user, group = os.getuid(), os.getgid()
     call('unshare', _NEW_NAMESPACES)
+    die_with_parent()  # again, for rights have changed
     for name, text in (('setgroups', 'deny'), ('uid_map', f'{user} {user} 1'), ('gid_map', f'{group} {group} 1')):
         with open(f'/proc/self/{name}', 'w') as file:
             file.write(text)
