@@ -10,7 +10,11 @@ loss is a mean over tokens (`rl.normalise=token`); groups whose answers are all 
 `generate.max_new_tokens` costs more and more, up to 1 (`rl.overlong=soft`); there is no KL penalty.
 
 Watch `grpo/entropy`, which should not fall to 0, `grpo/clip_high_fraction`, and `grpo/learnt_share`, the share of the
-answers that were learnt from: near 0, the prompts are too easy or too hard. Not tried at the size of the paper.
+answers that were learnt from: near 0, the prompts are too easy or too hard.
+
+With these keys a small model from scratch that is rewarded for each `e` among twelve tokens (`optimizer.lr=4e-3`, two
+epochs, two CPU cores) went from 0.05 to 5.0 in 24 steps of 64 answers, GRPO to 10.0, without the penalty that takes 1
+off every answer that is cut; not tried at the size of the paper.
 """
 
 from ml_collections import ConfigDict

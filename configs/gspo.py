@@ -8,8 +8,11 @@ The ratio is the geometric mean of the tokens' (`rl.ratio=sequence`), which is f
 and 4e-4 above, as the paper does, and a larger share of answers is clipped than GRPO's of tokens
 (`grpo/clip_fraction`), which does no harm.
 
-Expect the reward of `configs/grpo.py` with fewer jumps; with one update a step the two have the same direction. Not
-tried at the size of the paper.
+Expect the reward of `configs/grpo.py` with fewer jumps; with one update a step the two have the same direction.
+
+With these keys and a hundredfold clip range a small model from scratch that is rewarded for each `e` among twelve
+tokens (`optimizer.lr=4e-3`, two epochs, two CPU cores) went from 0.05 to 11.9 in 24 steps of 64 answers, GRPO to 10.0;
+not tried at the size of the paper.
 """
 
 from ml_collections import ConfigDict

@@ -11,6 +11,9 @@ ratio is 1, and nothing is clipped. A little entropy (`rl.entropy_coef`) keeps t
 
 The plainest of the family, and the one to compare others with; its gradient is RLOO's (`configs/rloo.py`) but for a
 factor of (group - 1) / group. Expect noisier rewards than `configs/grpo.py`.
+
+With these keys a small model from scratch that is rewarded for each `e` among twelve tokens (`optimizer.lr=4e-3`, two
+epochs, two CPU cores) went from 0.05 to 8.2 in 24 steps of 64 answers, GRPO to 10.0; not tried on large models.
 """
 
 from ml_collections import ConfigDict

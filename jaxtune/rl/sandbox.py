@@ -6,7 +6,9 @@ file system that is read-only but for one folder, which is memory and ends with 
 limits. Where the system has no namespaces for its user, nothing is run unless that is asked for; then the filter and
 the limits are all there is, and the program can read and write what this process can.
 
-It can read files of this machine, but has nowhere to send or keep what it read.
+It can read files of this machine, but has nowhere to send or keep what it read. Its tests run in the same interpreter:
+leaving early, whatever the status, is no way to pass, but a program that changes what an assertion means is not found
+out.
 """
 
 import contextlib

@@ -226,11 +226,19 @@ def attempt(code: str, tests: list[dict[str, Any]]) -> None:
 
 
 def run_with(program: Any, given: str) -> str:
-    """What the program prints with a text on stdin."""
+    """What the program prints with a text on stdin, which is a file in its folder."""
+    with open('.stdin', 'wb') as file:
+        file.write(given.encode(errors='surrogateescape'))
+    number = os.open('.stdin', os.O_RDONLY)
+    os.unlink('.stdin')
+    if number:  # 0 where the program before closed it
+        os.dup2(number, 0)
+        os.close(number)
     printed, before = Printed(), (sys.stdin, sys.stdout)
-    sys.stdin, sys.stdout = io.TextIOWrapper(io.BytesIO(given.encode())), printed
     try:
-        exec(program, {'__name__': '__main__', '__builtins__': __builtins__})
+        with open(0, encoding='utf-8', closefd=False) as sys.stdin:
+            sys.stdout = printed
+            exec(program, {'__name__': '__main__', '__builtins__': __builtins__})
     except SystemExit as error:
         if error.code not in (None, 0):
             raise

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(bool(sandbox.unavailable(LIMITS)), reason='the s
             [{'input': 'a\nb', 'output': 'a\nb'}],
             True,
         ),
+        ('print(open(0).read()[::-1])', [{'input': 'ab', 'output': 'ba'}, {'input': 'ä', 'output': 'ä'}], True),
         ('def f(:', PASSES, False),
         ("open('mine', 'w').write('x')", [{'code': "assert open('mine').read() == 'x'"}], True),
         ('import threading\nt = threading.Thread(target=int)\nt.start()\nt.join()', PASSES, True),
