@@ -227,7 +227,16 @@ def _define() -> None:
         kinds[type(default)](name, default, comment)
 
 
-if __name__ == '__main__':
+def cli(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `jaxtune chat` and `python -m jaxtune.chat`; `argv` is the command's by default.
+
+    Raises:
+      SystemExit: with the exit status.
+    """
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
     _define()
-    app.run(lambda argv: sys.exit(main(argv)))
+    app.run(lambda argv: sys.exit(main(argv)), argv)
+
+
+if __name__ == '__main__':
+    cli()

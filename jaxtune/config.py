@@ -8,6 +8,7 @@ from jaxtune.common.checks import (
     Check,
     axis_size,
     boolean,
+    counts,
     described,
     integer,
     layers,
@@ -401,8 +402,18 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'mesh.tensor': Key(1, axis_size, 'tensor parallelism: heads and widths are sharded'),
     'mesh.sequence': Key(1, axis_size, 'sequence parallelism: length and parameters are sharded'),
     'mesh.expert': Key(1, axis_size, 'expert parallelism: experts are sharded, and rows'),
+    'mesh.auto': Key(
+        False, boolean, 'train, compile: sizes that are not given are those of the least estimated seconds, compiled'
+    ),
     'compile.topology': Key(
-        '', text, 'hardware to compile for without having it: v5e-16, v5p:2x2x1, h200x8, rtx4090, …'
+        '',
+        text,
+        'hardware to compile for without having it: v5e-16, v5p:2x2x1, h200x8, …; several, with commas, make a table',
+    ),
+    'compile.methods': Key('', names_if_any, 'tuning methods of the table, such as full,lora; empty = method.name'),
+    'compile.seq_lens': Key('', counts, 'sequence lengths of the table, such as 2048,8192; empty = data.seq_len'),
+    'compile.rows_per_device': Key(
+        0, integer(0, high=_WIDE), 'sequences of an update for each device; 0 = train.batch_size over all of them'
     ),
     'export.dtype': Key(
         'auto', one_of('auto', 'float32', 'bfloat16'), 'dtype of exported weights; auto = that of model.path'

@@ -1,5 +1,7 @@
 """The command: `python -m jaxtune.main --config configs/RECIPE.py [--workdir DIR] [--check] [--config.KEY=VALUE ...]`.
 
+`jaxtune VERB …` is short for it.
+
 Exit status: 0 done · 2 the recipe, the data or the model is wrong · 130 stopped by Ctrl-C and 143 by SIGTERM,
 training after saving a checkpoint; the same command continues.
 """
@@ -22,9 +24,12 @@ def main(argv: Sequence[str]) -> int:
 
         console.quiet_logs()  # read by libraries when they are imported, which the check of a plug-in's name does
         from jaxtune.recipe import flags  # slow to import
+        from jaxtune.verbs.expand import expand  # slow to import
 
         try:
-            command = flags.parse(argv)
+            if (words := expand(argv)) is None:
+                return 0
+            command = flags.parse(words)
             from jaxtune.parallel import hosts  # slow to import
 
             with hosts.pod():

@@ -207,6 +207,17 @@ def names_if_any(value: Any) -> str | tuple[str, ...]:
     return names(value) if value else ''
 
 
+def counts(value: Any) -> tuple[int, ...]:
+    """Positive integers: one, several, or a text with commas; none of them for an empty one."""
+    parts = value.split(',') if isinstance(value, str) else value if isinstance(value, tuple | list) else (value,)
+    parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    check = integer(1, high=2**24)
+    try:
+        return tuple(check(part) for part in parts if part != '')
+    except ExpectedError:
+        raise ExpectedError('positive integers with commas between them, such as 2048,8192') from None
+
+
 def described(value: Any) -> tuple[tuple[str, str], ...]:
     """Names with descriptions: a text with commas, several names, or a mapping; as pairs, '' where there is none."""
     expected = "names such as '<a>,<b>' or ('<a>', '<b>'), or a mapping of each to a description; each once"

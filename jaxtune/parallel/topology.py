@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import glob
+import math
 import os
 import re
 from typing import Any
@@ -106,6 +107,23 @@ def canonical(name: str) -> str:
         return f'cuda:{card}x1'
     bare, _, count = card.rpartition('x')
     return f'cuda:{card}' if bare in CARDS and count.isdecimal() else name
+
+
+def larger(name: str) -> list[str]:
+    """Names of the same hardware with more devices, the fewest first; in the style of the name, none for ''."""
+    if not name:
+        return []
+    kind, shape = canonical(name).split(':')
+    if kind == 'cuda':
+        card, count = _card(name, shape)
+        counts = [n for n in (*(2**i for i in range(1, 4)), *(8 * 2**i for i in range(1, 8))) if n > count]
+        label = next(label for label, known in CARDS.items() if known is card)
+        return [f'{label}x{n}' for n in counts]
+    style = name.partition('-')[0]
+    shapes, cores = _CLOUD.get(style if style in _CLOUD else kind, (_CUBES, 1))
+    chips = math.prod(map(int, shape.split('x')))
+    more = {n: dims for n, dims in shapes.items() if n > chips}
+    return [f'{style}-{n * cores}' if '-' in name else f'{kind}:{dims}' for n, dims in more.items()]
 
 
 def topology_devices(name: str) -> list[Any]:

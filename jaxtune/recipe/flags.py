@@ -18,7 +18,7 @@ from jaxtune.common.checks import ExpectedError, described
 from jaxtune.common.settings import Settings
 from jaxtune.config import SCHEMA, Key, OpenSubtree, Sources
 from jaxtune.errors import UserError, reason, shown
-from jaxtune.recipe import recipes
+from jaxtune.recipe import recipes, shipped
 from jaxtune.recipe.aliases import nearest
 from jaxtune.recipe.workdir import done
 
@@ -55,7 +55,7 @@ def _recipe_path(argv: Sequence[str]) -> tuple[str, list[str]]:
             rest.append(word)
     if not path:
         raise UserError(f'--config: expected a recipe. Usage: {USAGE}')
-    return path, rest
+    return shipped.find(path) or path, rest
 
 
 def _choose_stages(recipe: ConfigDict, words: Sequence[str]) -> list[str]:

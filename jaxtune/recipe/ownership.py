@@ -19,8 +19,8 @@ FOLDERS = (
 )  # fmt: skip
 FILES = (
     'data.json', 'inputs.json', 'metrics.jsonl', 'result.json', 'report.html', 'run.json', 'samples.jsonl',
-    '.samples.partial.jsonl', 'compile.json', 'stats.json', 'manifest.json', 'set_aside.jsonl', 'train.jsonl',
-    'eval.jsonl', 'wandb_run',
+    '.samples.partial.jsonl', 'compile.json', 'cells.json', 'mesh.json', 'stats.json', 'manifest.json',
+    'set_aside.jsonl', 'train.jsonl', 'eval.jsonl', 'wandb_run',
 )  # fmt: skip
 RECIPE = 'config.json'
 

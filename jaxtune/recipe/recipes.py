@@ -18,6 +18,7 @@ from jaxtune.common.imports import of_file
 from jaxtune.common.settings import Settings
 from jaxtune.config import SCHEMA, Key, OpenSubtree, Sources
 from jaxtune.errors import UserError, blamed_on, shown
+from jaxtune.recipe import shipped
 from jaxtune.recipe.aliases import nearest
 
 # Keys that may change when a workdir is continued, since they do not affect results.
@@ -174,7 +175,8 @@ def read_recipe(path: str) -> ConfigDict:
       UserError: no such file, no `get_config`, or it does not return a ConfigDict.
     """
     if not paths.local(path, '--config').is_file():
-        raise UserError(f'--config={shown(path)}: no such file; expected a recipe such as configs/quickstart.py')
+        near = shipped.nearest(path) or 'quickstart'
+        raise UserError(f'--config={shown(path)}: no such file; expected a recipe such as {shipped.find(near)}')
     if pathlib.Path(path).suffix != '.py':
         raise UserError(f'--config={path}: expected a Python file with get_config()')
     module, execute = of_file('recipe', path)

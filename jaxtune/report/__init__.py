@@ -11,7 +11,7 @@ from jaxtune.common.formatting import duration
 from jaxtune.common.io import read_mapping, write_text
 from jaxtune.config import trains
 from jaxtune.recipe.workdir import make_result, write_result
-from jaxtune.report import by_position, costs, mixture, sections
+from jaxtune.report import by_position, costs, fits, mixture, sections
 from jaxtune.report.preparation import preparation
 from jaxtune.report.source import Source, read
 
@@ -108,6 +108,7 @@ def _run(source: Source) -> dict[str, Any]:
         'by_position': by_position.figure(source),
         'mixture': mixture.table(source),
         'costs': costs.of(source),
+        'fits': fits.table(source),
         'example': source.run.get('example') or (),
         'samples': sections.samples(source),
         'phases': sections.time_spent(source),

@@ -188,6 +188,8 @@ def tiles(source: Source, seconds: float | None = None) -> list[Tile]:
 def _compiled_tiles(source: Source) -> list[Tile]:
     needed, limit = source.metric('peak_bytes_per_device'), source.compiled.get('available_bytes')
     shown = []
+    if cells := source.compiled.get('cells'):
+        shown.append(Tile('Fit', f'{sum(cell["fits"] for cell in cells)} of {len(cells)}', 'as they are'))
     if needed is not None and limit:
         verdict = 'fits' if source.metrics.get('fits') else 'does not fit'
         shown.append(Tile('Peak memory of a device', size(needed), f'of {size(limit)}: {verdict}'))

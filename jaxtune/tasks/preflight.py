@@ -29,7 +29,20 @@ from jaxtune.pretrained.save import merged
 from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
 from jaxtune.recipe.flags import Command
 from jaxtune.rl.rewards import check_references
-from jaxtune.tasks import compile, evaluate, export, generate, pipeline, prepare, rewarded, setup, specs, train
+from jaxtune.tasks import (
+    ahead,
+    evaluate,
+    export,
+    fit,
+    generate,
+    mesh_choice,
+    pipeline,
+    prepare,
+    rewarded,
+    setup,
+    specs,
+    train,
+)
 from jaxtune.training.program import Learning
 from jaxtune.weights import tree
 
@@ -86,8 +99,10 @@ def _without_stages(config: Settings) -> list[str]:
     if config.task == 'prepare':
         prepare.check(config)
         return ['keys']
-    module = {'train': train, 'evaluate': evaluate, 'generate': generate, 'export': export, 'compile': compile}
-    mesh = compile.target_mesh(config) if config.task == 'compile' else make_mesh(config.mesh)
+    if config.task == 'compile':
+        config = fit.cells(config)[0]
+    module = {'train': train, 'evaluate': evaluate, 'generate': generate, 'export': export, 'compile': ahead}
+    mesh = mesh_choice.any_mesh(config, ahead.target(config)[0] if config.task == 'compile' else None)
     module.get(config.task, rewarded).check(config, mesh)
     given = {key: recipes.config_get(config, key) for key in recipes.REFERENCES}
     given = {key: value for key, value in given.items() if value and (not isinstance(value, str) or value[0] != '@')}
@@ -109,7 +124,7 @@ def _described(bundle: load.ModelBundle) -> list[str]:
 
 
 def _train(config: Settings, cache: pathlib.Path) -> list[str]:
-    mesh = make_mesh(config.mesh)
+    mesh = mesh_choice.any_mesh(config)
     train.check(config, mesh)
     with jax.set_mesh(mesh):
         bundle = load.load_model(specs.model_spec(config), mesh, weights=False)
@@ -191,11 +206,16 @@ def _export(config: Settings, cache: pathlib.Path) -> list[str]:
 
 
 def _compile(config: Settings, cache: pathlib.Path) -> list[str]:
-    mesh = compile.target_mesh(config)
-    compile.check(config, mesh)
-    model, trainable, frozen, _ = compile.open_program(config, mesh)
-    family, size = model.hf_config.get('model_type', model.kind), amount(tree.count((trainable, frozen)))
-    return [f'a {family} of {size.strip()} parameters', f'{mesh.size} x {mesh.devices.flat[0].device_kind}']
+    facts = []
+    for cell in fit.cells(config):
+        devices, limit = ahead.target(cell)
+        mesh = mesh_choice.any_mesh(cell, devices)
+        ahead.check(cell, mesh)
+        step = ahead.open_step(cell, mesh, limit)
+        family = step.model.hf_config.get('model_type', step.model.kind)
+        size = amount(tree.count((step.trainable, step.frozen)))
+        facts += [f'a {family} of {size.strip()} parameters', f'{mesh.size} x {mesh.devices.flat[0].device_kind}']
+    return list(dict.fromkeys(facts))
 
 
 def _prepare(config: Settings, cache: pathlib.Path) -> list[str]:

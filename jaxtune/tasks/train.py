@@ -16,12 +16,12 @@ from jaxtune.data.mixture import Mixture
 from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter
 from jaxtune.objectives import OBJECTIVES, Objective
-from jaxtune.parallel import make_mesh, place
+from jaxtune.parallel import place
 from jaxtune.parallel.batches import check_batch
 from jaxtune.pretrained.load import load_model
 from jaxtune.pretrained.save import save_tuned
 from jaxtune.recipe.flags import Command
-from jaxtune.tasks import present, setup, specs
+from jaxtune.tasks import mesh_choice, present, setup, specs
 from jaxtune.training import announce, divergence
 from jaxtune.training.evaluator import Evaluator, make_evaluator
 from jaxtune.training.logger import Diagnose, TrainLogger
@@ -39,7 +39,7 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
       UserError: the recipe, the data or the model is wrong, or the loss is no longer finite.
       SystemExit: status 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
-    return run_on(make_mesh(config.mesh), config, workdir, command)
+    return run_on(mesh_choice.stored_mesh(config, workdir), config, workdir, command)
 
 
 def run_on(mesh: Mesh, config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxtune.errors import UserError
 from jaxtune.parallel.aot import refused_bytes
 from jaxtune.parallel.topology import CARDS, TPU_GIB, canonical, target_config, topology_devices, usable_bytes
 from jaxtune.recipe import recipes
+from jaxtune.tasks import ahead
 from jaxtune.tasks import compile as compile_task
 
 KEYS = {'fits', 'peak_bytes_per_device', 'argument_bytes', 'temp_bytes', 'seconds_to_compile', 'flops_per_step'}
@@ -194,8 +195,8 @@ def test_no_copy_of_all_layers_codes(tmp_path, capsys):
 @needs_libtpu
 def test_a_mesh_gathers_no_codes(tmp_path, capsys, monkeypatch):
     """Each device widens its own rows of them."""
-    texts, read = [], compile_task._text
-    monkeypatch.setattr(compile_task, '_text', lambda program: texts.append(read(program)) or texts[-1])
+    texts, read = [], ahead._text
+    monkeypatch.setattr(ahead, '_text', lambda program: texts.append(read(program)) or texts[-1])
     fields = {'hidden_size': 512, 'intermediate_size': 1024, 'num_key_value_heads': 4}
     settings = {'compile__topology': 'v5e:2x2', 'mesh__data': 1, 'mesh__fsdp': 4, 'method__name': 'qlora'}
     compiled(recipe(fields=fields, model__compute_dtype='bfloat16', **settings), tmp_path, capsys)
@@ -218,8 +219,8 @@ _TOKENS, _EXPERTS, _WIDTH = 8 * 128, 64, 64
 )
 def test_no_array_of_experts_by_tokens(tmp_path, capsys, monkeypatch, topology, mesh, product, method):
     """Rows are multiplied by the kernels of the experts that they chose, and by no other."""
-    texts, read = [], compile_task._text
-    monkeypatch.setattr(compile_task, '_text', lambda program: texts.append(read(program)) or texts[-1])
+    texts, read = [], ahead._text
+    monkeypatch.setattr(ahead, '_text', lambda program: texts.append(read(program)) or texts[-1])
     fields = {'model_type': 'qwen3_moe', 'num_experts': _EXPERTS, 'num_experts_per_tok': 2, 'head_dim': 16}
     fields |= {'moe_intermediate_size': _WIDTH, 'num_hidden_layers': 2}
     settings = {'compile__topology': topology, 'method__name': method, 'model__compute_dtype': 'bfloat16', **mesh}

@@ -9,6 +9,7 @@ import pytest
 
 from jaxtune.cost import hlo
 from jaxtune.recipe import recipes
+from jaxtune.tasks import ahead
 from jaxtune.tasks import compile as compile_task
 
 pytestmark = pytest.mark.skipif(
@@ -38,8 +39,8 @@ def program(tmp_path, monkeypatch, topology='v5e:2x4', **changes) -> hlo.Module:
     settings |= {'model.param_dtype': 'bfloat16', 'model.compute_dtype': 'bfloat16', 'model.remat': 'full'}
     settings |= {'compile.topology': topology, 'mesh.data': 1, 'mesh.fsdp': -1}
     recipes.apply_overrides(config, settings | {name.replace('__', '.'): value for name, value in changes.items()})
-    texts, read = [], compile_task._text
-    monkeypatch.setattr(compile_task, '_text', lambda compiled: texts.append(read(compiled)) or texts[-1])
+    texts, read = [], ahead._text
+    monkeypatch.setattr(ahead, '_text', lambda compiled: texts.append(read(compiled)) or texts[-1])
     command = types.SimpleNamespace(argv=('jaxtune',), recipe='recipe.py', workdir=tmp_path, overwrite=False)
     compile_task.run(config, tmp_path, command)
     return hlo.parse(texts[0])

@@ -1,0 +1,5 @@
+"""`python -m jaxtune VERB …`."""
+
+from jaxtune.main import cli
+
+cli()
