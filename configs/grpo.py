@@ -9,10 +9,13 @@
     def right_answer(prompts, completions, references):
         return [float(reference.split()[-1] in completion) for completion, reference in zip(completions, references)]
 
-in a module that Python finds, such as a file in the folder where the command is typed; or a reward model as for
-`configs/ppo.py`, whose kinds of data it reads.
+in a module that Python finds, such as a file in the folder where the command is typed; `math`, `code`, `format`,
+`exact` or `length`; several with weights, `math:1.0,format:0.2`; or a reward model as for `configs/ppo.py`, whose kinds
+of data it reads.
 There is no value head; of `rl.group` answers to a prompt, those above the group's mean become likelier.
-`grpo/frac_reward_zero_std` tells how many groups taught nothing, since all their answers were worth the same.
+`grpo/frac_reward_zero_std` tells how many groups taught nothing, since all their answers were worth the same
+(`rl.skip_equal=True` leaves them out). `configs/dr_grpo.py`, `dapo.py`, `gspo.py`, `rloo.py` and `reinforce.py` are its
+kin, by keys alone.
 
 Tried on two CPU cores, from the quickstart's `sft`, with `python-stdlib` as both kinds of data (`data.format=alpaca`,
 `generate.max_new_tokens=16`, `train.steps=30`) and 1 for an answer whose first word is the reference's: 5 min 19 s,

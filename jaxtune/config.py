@@ -19,6 +19,7 @@ from jaxtune.common.checks import (
     path,
     path_list,
     path_names,
+    pattern,
     plugin,
     ranks,
     template,
@@ -321,15 +322,70 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'generate.bleu_tokenize': Key(
         '13a', one_of('13a', 'zh', 'intl', 'char', 'none'), 'tokenizer of BLEU; zh for Chinese'
     ),
-    'rl.reward': Key('', path, 'reward: a reward model (workdir, folder, @STAGE), or module:function'),
+    'rl.reward': Key(
+        '',
+        path_list,
+        'reward: a reward model (workdir, folder, @STAGE), module:function, file.py:function, math, format, exact, '
+        'length, code; or several with weights, NAME:WEIGHT,NAME:WEIGHT',
+    ),
     'rl.reward_timeout': Key(600.0, number(above=0), 'time limit of a reward function per step, in seconds'),
+    'rl.format_pattern': Key(
+        'think', pattern, 'format: tags in their order, such as think,answer; or a regular expression of whole answers'
+    ),
+    'rl.length_target': Key(
+        1000, integer(1), 'length: characters up to which an answer is worth 1; it is worth 0 from twice as many on'
+    ),
+    'rl.code_seconds': Key(5.0, number(above=0, high=3600), "code: time limit of an answer's program"),
+    'rl.code_memory': Key(512, integer(64, high=2**20), 'code: MiB of memory that the program may have'),
+    'rl.code_unsafe': Key(
+        False, boolean, 'code: run programs without namespaces where the system has none: they can read and send files'
+    ),
     'rl.rollouts': Key(64, integer(1, high=_WIDE), 'completions sampled per step'),
-    'rl.group': Key(8, integer(2, high=_WIDE), 'grpo: completions per prompt'),
+    'rl.group': Key(8, integer(2, high=_WIDE), 'completions per prompt, but with rl.advantage=gae'),
+    'rl.advantage': Key(
+        'auto',
+        one_of('auto', 'gae', 'group', 'group_mean', 'leave_one_out'),
+        'what a completion is measured by: a value head (gae; auto for ppo), the mean and deviation of its group '
+        '(group; auto for grpo), the mean (group_mean: Dr. GRPO), the others (leave_one_out: RLOO)',
+    ),
+    'rl.ratio': Key(
+        'token', one_of('token', 'sequence'), 'probability ratio that is clipped: of a token, or of a completion (GSPO)'
+    ),
+    'rl.normalise': Key(
+        'auto',
+        one_of('auto', 'answer', 'token', 'constant'),
+        'what counts the same in the loss: a completion (answer; auto for grpo), a token (token; auto for ppo), or a '
+        'token over generate.max_new_tokens (constant: Dr. GRPO)',
+    ),
     'rl.epochs': Key(
         4, integer(1, high=_WIDE), 'passes over the completions of a step, in updates of train.batch_size'
     ),
     'rl.kl_coef': Key(0.05, number(0), 'strength of the KL penalty to the initial policy'),
+    'rl.kl': Key(
+        'auto',
+        one_of('auto', 'k1', 'k2', 'k3'),
+        'estimator of that divergence (Schulman 2020): auto = k1 in the reward, k3 in the loss',
+    ),
+    'rl.kl_in': Key(
+        'auto', one_of('auto', 'reward', 'loss'), 'where the KL penalty is: auto = in the reward for ppo, else the loss'
+    ),
     'rl.clip': Key(0.2, number(above=0), 'clip range of the probability ratio'),
+    'rl.clip_high': Key('auto', number(0, None, 'auto'), 'its range above 1 (DAPO); 0 or auto = rl.clip'),
+    'rl.dual_clip': Key(
+        0.0, number(0), 'limit of the ratio where the advantage is negative (dual-clip PPO), such as 3; 0 = off'
+    ),
+    'rl.entropy_coef': Key(0.0, number(0), 'weight of the entropy of the policy, which the loss then raises'),
+    'rl.skip_equal': Key(
+        False, boolean, 'learn nothing from groups whose rewards are all equal (DAPO), nor count them in the mean'
+    ),
+    'rl.overlong': Key(
+        '',
+        one_of('', 'mask', 'soft'),
+        'completions cut at max_new_tokens: mask = not learnt from; soft = a growing penalty before it (DAPO)',
+    ),
+    'rl.overlong_buffer': Key(
+        0, integer(0), 'soft: last tokens of max_new_tokens over which the penalty grows to 1; 0 = a fifth of them'
+    ),
     'rl.value_coef': Key(0.1, number(0), 'ppo: weight of the value loss'),
     'rl.value_clip': Key(0.2, number(0), 'ppo: clip range of the values; 0 = off'),
     'rl.gamma': Key(1.0, number(0, 1), 'ppo: discount factor'),

@@ -16,6 +16,10 @@ class UserError(Exception):
     """
 
 
+class StepError(UserError):
+    """What a step asked of the user's own code failed, before the step changed anything: the state can be saved."""
+
+
 def shown(value: Any) -> str:
     """A value for a message: its `repr`, truncated; if that fails (an integer of 5,000 digits), its type."""
     try:

@@ -151,6 +151,15 @@ def _encodes(value: str) -> bool:
     return True
 
 
+def pattern(value: Any) -> str:
+    """A regular expression."""
+    try:
+        re.compile(text(value))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ExpectedError(f'a regular expression ({error})') from None
+    return value
+
+
 def path(value: Any) -> str:
     """A path of this machine, a hub id or @STAGE; it need not exist."""
     if problem := paths.wrong(text(value)):

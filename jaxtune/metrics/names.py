@@ -15,6 +15,7 @@ TITLES: Mapping[str, str] = {
     'mfu': 'Model FLOPs utilisation',
     'goodput': 'Goodput, the share of the time in updates that count',
     'peak_bytes': 'Peak memory',
+    'entropy': 'Entropy a token',
     'kl': 'KL from the reference',
     'approx_kl': 'KL from the policy that answered',
     'eos_rate': 'Answers that came to an end',
@@ -22,6 +23,7 @@ TITLES: Mapping[str, str] = {
     'reward_std': 'Spread of the rewards',
     'explained_variance': 'Share of the returns foreseen',
     'frac_reward_zero_std': 'Groups with nothing to tell apart',
+    'learnt_share': 'Answers that were learnt from',
     'busiest_expert': 'Load of the busiest expert, 1 = even',
     'router_entropy': 'Entropy of the load of experts, 1 = even',
     'router_aux_loss': 'Load-balancing loss',
@@ -50,6 +52,12 @@ def positions_of(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def last_part(name: str) -> str:
+    """What a metric is apart from whose it is: `loss` of `train/loss`, `reward/math` of `grpo/reward/math`."""
+    *_, group, last = ('', '', *name.split('/'))
+    return f'reward/{last}' if group == 'reward' else last
+
+
 def title(name: str, titles: Mapping[str, str] | None = None) -> str:
     """A metric's name in words: `eval/bits_per_byte` -> `Bits per byte`.
 
@@ -57,7 +65,9 @@ def title(name: str, titles: Mapping[str, str] | None = None) -> str:
       name: of the metric.
       titles: further titles, of a plug-in, by the last part of the name.
     """
-    last = name.rsplit('/', 1)[-1]
+    last = last_part(name)
+    if last.startswith('reward/'):  # one of several
+        return f'Reward: {last.removeprefix("reward/")}'
     return {**TITLES, **(titles or {})}.get(last) or last.replace('_', ' ').capitalize()
 
 

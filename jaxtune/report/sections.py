@@ -258,7 +258,7 @@ def charts(source: Source) -> list[Figure]:
     for metric in source.curves:
         if names.source_of(metric) or names.positions_of(metric):
             continue  # drawn together
-        by_name.setdefault(metric.rsplit('/', 1)[-1], []).append(metric)
+        by_name.setdefault(names.last_part(metric), []).append(metric)
     drawn = []
     if not source.rewarded:
         drawn += [_loss_chart(source), _source_chart(source)]

@@ -7,6 +7,8 @@ A new algorithm is a module here with an `Algorithm`, and a line in `ALGORITHMS`
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -66,6 +68,7 @@ class Algorithm:
       value_head: whether its model has one.
       titles: of its own metrics, for the report.
       higher_is_better: those of its own metrics of which a higher value is better.
+      adapted: which of the attributes above are others for a recipe's `rl`, `{name: value}`.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Algorithm:
     value_head: bool = False
     titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     higher_is_better: tuple[str, ...] = ()
+    adapted: Callable[[Settings], Mapping[str, Any]] = lambda settings: {}
 
 
 ALGORITHMS = Registry(
@@ -88,6 +92,24 @@ ALGORITHMS = Registry(
 )
 
 
+Score = Callable[[Sequence[Any], Sequence[str]], 'np.ndarray']
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardPart:
+    """One of several rewards.
+
+    Attributes:
+      name: in metrics and messages.
+      weight: that its scores have in the sum.
+      score: as `Reward.score`.
+    """
+
+    name: str
+    weight: float
+    score: Score
+
+
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """What scores answers.
@@ -95,7 +117,19 @@ class Reward:
     Attributes:
       name: for messages.
       score: `(prompts, completions) -> [answers]` float32.
+      parts: what it is the weighted sum of, where the recipe gives several or weights.
+      references: whether it needs the answers of the records.
     """
 
     name: str
-    score: Callable[[Sequence[Any], Sequence[str]], np.ndarray]
+    score: Score
+    parts: tuple[RewardPart, ...] = ()
+    references: bool = False
+
+    def scores(self, prompts: Sequence[Any], completions: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The reward of each answer, and those of its parts by name, before their weights."""
+        if not self.parts:
+            return self.score(prompts, completions), {}
+        by_part = {part.name: part.score(prompts, completions) for part in self.parts}
+        total = functools.reduce(operator.add, (part.weight * by_part[part.name] for part in self.parts))
+        return total, by_part

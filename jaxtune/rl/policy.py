@@ -12,6 +12,7 @@ from jaxtune.common.settings import Settings
 from jaxtune.models import Model, value_head
 from jaxtune.models.model import Head
 from jaxtune.objectives.cross_entropy import token_logprobs
+from jaxtune.objectives.entropy import token_entropies
 from jaxtune.rl import Algorithm, Sums
 
 
@@ -37,13 +38,34 @@ def per_token_logps(
     Returns:
       `(logps, values)`, each `[rows, length]` float32, at the place before each token and 0 outside the answers.
     """
+    hidden, head = _hidden(model, params, batch, temperature, rng)
+    return _logps_and_values(params, batch, hidden, head)
+
+
+def _hidden(
+    model: Model, params: Any, batch: Mapping[str, jax.Array], temperature: float, rng: jax.Array | None
+) -> tuple[jax.Array, Head]:
     inputs = {name: batch[name] for name in ('tokens', 'positions', 'segment_ids')}
-    mask = batch['loss_mask']
     hidden = model.apply(value_head.policy(params), inputs, rng=rng).hidden
-    head = tempered(model.head(params), temperature)
+    return hidden, tempered(model.head(params), temperature)
+
+
+def _logps_and_values(
+    params: Any, batch: Mapping[str, jax.Array], hidden: jax.Array, head: Head
+) -> tuple[jax.Array, jax.Array]:
+    mask = batch['loss_mask']
     logps = token_logprobs(hidden, head, jnp.roll(batch['tokens'], -1, axis=1)) * mask
     values = value_head.values(params, hidden) * mask if value_head.NAME in params else jnp.zeros_like(mask)
     return logps, values
+
+
+def _with_entropies(
+    model: Model, params: Any, batch: Mapping[str, jax.Array], temperature: float, rng: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`per_token_logps`, and the entropy in nats of what each token was drawn from, `[rows, length]`."""
+    hidden, head = _hidden(model, params, batch, temperature, rng)
+    logps, values = _logps_and_values(params, batch, hidden, head)
+    return logps, values, token_entropies(hidden, head) * batch['loss_mask']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +95,11 @@ class BoundAlgorithm:
 
     def loss(self, model: Model, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None) -> Sums:
         """The summed loss of a batch."""
-        logps, values = per_token_logps(model, params, batch, self.temperature, rng)
-        return self.algorithm.loss(self.settings, logps, values, batch)
+        if not self.settings.entropy_coef:
+            logps, values = per_token_logps(model, params, batch, self.temperature, rng)
+            return self.algorithm.loss(self.settings, logps, values, batch)
+        logps, values, entropies = _with_entropies(model, params, batch, self.temperature, rng)
+        return self.algorithm.loss(self.settings, logps, values, {**batch, 'entropies': entropies})
 
     def statistics(self, model: Model) -> None:
         """Nothing of the whole batch is needed before the loss."""
@@ -87,38 +112,3 @@ def tempered(head: Head, temperature: float) -> Head:
         return head
     bias = None if head.bias is None else head.bias / temperature
     return dataclasses.replace(head, scale=(head.scale or 1.0) / temperature, bias=bias)
-
-
-def ratio_losses(
-    settings: Settings, logps: jax.Array, old: jax.Array, advantages: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The clipped surrogate of each token (Schulman et al. 2017, arXiv:1707.06347, equation 7), to be made small.
-
-    Args:
-      settings: the recipe's `rl`.
-      logps: log-probabilities, now.
-      old: log-probabilities, when the answer was written.
-      advantages: how much better than expected the token was.
-      mask: 0 where there is no token.
-
-    Returns:
-      Losses, and `clip_fraction` and `approx_kl` of each token; shapes as given.
-    """
-    difference = (logps - old) * mask
-    ratio = jnp.exp(difference)
-    free = -advantages * ratio
-    clipped = -advantages * jnp.clip(ratio, 1.0 - settings.clip, 1.0 + settings.clip)
-    metrics = {
-        'clip_fraction': (clipped > free).astype(jnp.float32),
-        'approx_kl': ratio - 1.0 - difference,  # of the old policy from the new one (Schulman 2020, "k3")
-    }
-    return jnp.maximum(free, clipped), metrics
-
-
-def divergence(reference: jax.Array, logps: jax.Array) -> jax.Array:
-    """An estimate of each token's divergence from the reference that is never below 0, unbiased, and has a gradient.
-
-    `r - 1 - log r` with `r` the reference's probability over the policy's (Schulman 2020; GRPO's equation 4).
-    """
-    difference = reference - logps
-    return jnp.exp(difference) - 1.0 - difference

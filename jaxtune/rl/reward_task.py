@@ -31,6 +31,7 @@ from jaxtune.rl import Reward, RolloutBatch
 from jaxtune.rl.packing import RolloutPacker
 from jaxtune.rl.policy import BoundAlgorithm, per_token_logps
 from jaxtune.rl.rollouts import Rollouts, Sampler
+from jaxtune.rl.selection import Selection
 from jaxtune.training.logger import Diagnose, TrainLogger
 from jaxtune.training.program import Program
 from jaxtune.training.run_info import RunInfo
@@ -38,6 +39,7 @@ from jaxtune.training.step import State
 from jaxtune.weights import eval_mode
 from jaxtune.weights.tree import combine
 
+_STEPS_TO_ADVISE = 3  # without a signal
 _OF_UPDATES = ('loss', 'grad_norm', 'learning_rate')  # metrics that every update has, whatever it learns
 
 
@@ -51,7 +53,6 @@ class StepSizes:
       batch_size: answers of an update.
       accumulate: micro-batches of an update.
       packing: answers share rows.
-      missing_eos_penalty: taken off the reward of an answer that was cut.
     """
 
     rollouts: int
@@ -59,7 +60,6 @@ class StepSizes:
     batch_size: int
     accumulate: int
     packing: bool
-    missing_eos_penalty: float = 0.0
 
 
 class PromptNumbers:
@@ -90,6 +90,7 @@ class RewardTask:
       order: rows with their numbers, in which they are asked.
       held_out: those to evaluate on.
       sizes: of a step.
+      selection: which of its answers are learnt from.
       info: of the run.
       workdir: of the run.
       diagnose: what a loss that is not finite comes from.
@@ -110,6 +111,7 @@ class RewardTask:
         order: PromptNumbers | Mixture,
         held_out: Sequence[Prompt],
         sizes: StepSizes,
+        selection: Selection,
         info: RunInfo,
         workdir: pathlib.Path,
         diagnose: Diagnose,
@@ -118,7 +120,8 @@ class RewardTask:
     ) -> None:
         self.algorithm, self.program, self.frozen = algorithm, program, frozen
         self.sampler, self.reward, self.prompts, self.held_out = sampler, reward, prompts, held_out
-        self.sizes, self.info, self.workdir, self.diagnose, self.export = sizes, info, workdir, diagnose, export
+        self.selection, self.sizes = selection, sizes
+        self.info, self.workdir, self.diagnose, self.export = info, workdir, diagnose, export
         self.title = algorithm.algorithm.name
         batches = -(-len(held_out) // sampler.batch_size)
         self.evaluation_batches = min(batches, evaluation_batches) if evaluation_batches else batches
@@ -129,7 +132,7 @@ class RewardTask:
         self.compiled, self.step = compiled, program.train_step(sizes.accumulate)
         self.unit = sizes.accumulate * batch_shards(program.mesh)
         self.score_rows, self.compute_advantages = self._functions()
-        self.warned = False  # that a step had nothing to learn from
+        self.without_signal = 0  # steps in a row whose answers were all worth the same
         self.shown = False  # what a prompt and its answer look like
 
     def _functions(self) -> tuple[Callable, Callable]:
@@ -164,17 +167,20 @@ class RewardTask:
             answers = self._sample(state, prompts, t * sizes.rollouts)
         seconds = time.perf_counter() - began
         with self.info.timed('reward'):
-            scores = self._scores(answers)
+            scores, by_part = self._scores(answers)
         if not self.shown:
             self._show(answers, scores)
         with self.info.timed('step'):
             rollouts = self._score_rows(state, answers, scores)
             fields, metrics = jax.tree.map(np.asarray, self.compute_advantages(rollouts))
-            state, sums = self._learn(state, t, answers, fields, self._has_signal(t, fields, rollouts))
+            learnt = self._learnt(t, answers, fields, rollouts)
+            state, sums = self._learn(state, t, answers, fields, learnt)
         return state, {
             **sums,
             **jax.tree.map(float, metrics),
             'reward': float(scores.mean()),
+            **{f'reward/{name}': float(values.mean()) for name, values in by_part.items()},
+            'learnt_share': float(learnt.mean()),
             'reward_std': float(scores.std()),
             'kl': float((rollouts.old - rollouts.reference).sum() / len(prompts)),
             'entropy': float(-rollouts.old.sum() / rollouts.mask.sum()),
@@ -196,10 +202,10 @@ class RewardTask:
     def _sample(self, state: State, prompts: Sequence[Prompt], first: int) -> Rollouts:
         return self.sampler(state['trainable'], self.frozen, prompts, first)
 
-    def _scores(self, answers: Rollouts) -> np.ndarray:
-        """Rewards of answers, those that were cut off less."""
-        penalty = np.float32(self.sizes.missing_eos_penalty)
-        return self.reward.score(answers.prompts, answers.texts) - penalty * ~answers.ended
+    def _scores(self, answers: Rollouts) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Rewards of answers, those that were cut off or are too long less; and what these are the sums of."""
+        scores, by_part = self.reward.scores(answers.prompts, answers.texts)
+        return scores - self.selection.penalties(answers.end - answers.start, answers.ended), by_part
 
     def _score_rows(self, state: State, answers: Rollouts, scores: np.ndarray) -> RolloutBatch:
         """What policy and reference say of answers, as many rows at a time as a micro-batch has at most."""
@@ -215,14 +221,17 @@ class RewardTask:
         return RolloutBatch(**numbers_of)
 
     def _learn(
-        self, state: State, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], signal: bool
+        self, state: State, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], learnt: np.ndarray
     ) -> tuple[State, dict[str, float]]:
-        """The updates of a step, if there is anything to learn; the new state and the means of their metrics."""
+        """The updates of a step, of the answers that are learnt from; the new state and the means of their metrics."""
         sizes, updates = self.sizes, []
-        for epoch in range(sizes.epochs if signal else 0):
+        for epoch in range(sizes.epochs if learnt.any() else 0):
             order = np.random.default_rng([self.program.seed, t, epoch]).permutation(sizes.rollouts)
             for low in range(0, len(order), sizes.batch_size):
                 chosen = order[low : low + sizes.batch_size]
+                chosen = chosen[learnt[chosen]]
+                if not len(chosen):
+                    continue
                 rows = RolloutPacker(answers, chosen, self.algorithm.seq_len, sizes.packing, self.unit)
                 spread = {name: rows.spread(numbers[chosen]) for name, numbers in fields.items()}
                 batch = place_all(rows.fields() | spread, self.program.mesh)
@@ -234,21 +243,41 @@ class RewardTask:
         means.pop('count')
         return state, means
 
-    def _has_signal(self, t: int, fields: Mapping[str, np.ndarray], rollouts: RolloutBatch) -> bool:
-        """Whether there is anything to learn from in step `t`; says so where no answer is better than another, once.
+    def _learnt(
+        self, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], rollouts: RolloutBatch
+    ) -> np.ndarray:
+        """Which answers step `t` learns from, `[answers]` bool; says so where no answer is better than another.
 
         Without a reward that differs, and with a policy that is still the reference, all that is left of the gradient
         is rounding, which Adam would scale up to whole updates.
         """
-        if self.algorithm.algorithm.value_head or fields['advantages'].any():
-            return True
-        if not self.warned:
-            self.warned = True
+        scores, settings = np.asarray(rollouts.scores), self.algorithm.settings
+        learnt = self.selection.learnt(scores, answers.ended)
+        self._say_signal(t, scores, learnt)
+        if self.algorithm.algorithm.value_head or fields['advantages'][learnt].any() or settings.entropy_coef:
+            return learnt
+        in_loss = settings.kl_coef > 0 and 'reference' in fields
+        away = in_loss and not np.array_equal(rollouts.old, rollouts.reference)
+        return learnt if away else np.zeros_like(learnt)
+
+    def _say_signal(self, t: int, scores: np.ndarray, learnt: np.ndarray) -> None:
+        """Says where a step has no signal, the first few times in a row."""
+        if self.selection.equal(scores).all():
+            what = f'the answers to each prompt are all worth the same, {scores.mean():.3g}'
+        elif not learnt.any():
+            what = 'every answer that could be learnt from was cut at generate.max_new_tokens'
+        else:
+            self.without_signal = 0
+            return
+        self.without_signal += 1
+        if self.without_signal < _STEPS_TO_ADVISE:
+            console.note(f'step {t + 1}: no signal: {what}')
+        elif self.without_signal == _STEPS_TO_ADVISE:
             console.note(
-                f'step {t + 1}: the answers to each prompt are all worth the same, {rollouts.scores.mean():.3g}, so '
-                'that nothing is learnt from them; expected a reward that tells them apart, or a larger rl.group'
+                f'step {t + 1}: no signal: {what}, {_STEPS_TO_ADVISE} steps in a row; expected a reward that tells '
+                'answers apart, prompts that are neither too easy nor too hard for the model, or a larger rl.group '
+                f'({self.title}/frac_reward_zero_std says how many groups are so; not said again until one is not)'
             )
-        return self.algorithm.settings.kl_coef > 0 and not np.array_equal(rollouts.old, rollouts.reference)
 
     @functools.cached_property
     def _no_update(self) -> dict[str, float]:
@@ -265,23 +294,33 @@ class RewardTask:
 
     def evaluate(self, state: State, step: int, advance: Callable[[], None]) -> dict[str, float]:
         """Answers to the held-out prompts, drawn with the same randomness every time; they go to `samples.jsonl`."""
-        size, parts, scores = self.sampler.batch_size, [], []
+        size, parts, scores, by_part = self.sampler.batch_size, [], [], []
         for batch in range(self.evaluation_batches):
             prompts = self.held_out[batch * size : (batch + 1) * size]
             answers = self._sample(state, prompts, 2**30 + batch * size)
             parts.append(answers)
-            scores.append(self._scores(answers))
+            own, own_parts = self._scores(answers)
+            scores.append(own)
+            by_part.append(own_parts)
             advance()
         rewards = np.concatenate(scores)
+        of_parts = {name: np.concatenate([each[name] for each in by_part]) for name in by_part[0]}
         lengths = np.concatenate([answers.end - answers.start for answers in parts])
         ended = np.concatenate([answers.ended for answers in parts])
         if console.is_primary():
             pairs = [pair for answers in parts for pair in zip(answers.prompts, answers.texts, strict=True)]
             samples = [sample_record(prompt, text, step) for prompt, text in pairs]
-            scored = zip(samples, rewards.tolist(), strict=True)
-            add_samples(self.workdir, step, [sample | {'score': score} for sample, score in scored])
+            scored: list[dict[str, Any]] = [{'score': score} for score in rewards.tolist()]
+            if of_parts:
+                apart = zip(*(values.tolist() for values in of_parts.values()), strict=True)
+                scored = [
+                    score | {'scores': dict(zip(of_parts, values, strict=True))}
+                    for score, values in zip(scored, apart, strict=True)
+                ]
+            add_samples(self.workdir, step, [sample | score for sample, score in zip(samples, scored, strict=True)])
         return {
             'eval/reward': float(rewards.mean()),
+            **{f'eval/reward/{name}': float(values.mean()) for name, values in of_parts.items()},
             'eval/length': float(lengths.mean()),
             'eval/eos_rate': float(ended.mean()),
             'eval/answers': len(rewards),

@@ -27,7 +27,7 @@ def check(config: Settings) -> None:
     if reference and _is_given(path := reference.path(objective.settings) or ''):
         hub.resolve(model_folder(path, reference.key), reference.key)
     if is_rewarded(config.task) and not config.rl.reward.startswith('@'):
-        rewards.check(config.rl.reward, config.rl.reward_timeout)
+        rewards.check(config.rl)
 
 
 def check_sources(config: Settings, key: str) -> None:

@@ -1,5 +1,6 @@
 """Tasks that learn from rewards: `task=ppo`, `task=grpo`, or an algorithm named as `module:NAME`."""
 
+import functools
 import itertools
 import math
 import pathlib
@@ -27,8 +28,9 @@ from jaxtune.pretrained.save import save_tuned
 from jaxtune.recipe.flags import Command
 from jaxtune.rl import Reward
 from jaxtune.rl.reward_task import PromptNumbers, RewardTask, StepSizes
-from jaxtune.rl.rewards import open_reward
+from jaxtune.rl.rewards import check_references, open_reward
 from jaxtune.rl.rollouts import Sampler
+from jaxtune.rl.selection import Selection
 from jaxtune.tasks import present, setup, specs
 from jaxtune.training import announce, divergence
 from jaxtune.training.run_info import compiled_memory
@@ -66,6 +68,13 @@ def check(config: Settings, mesh: Mesh) -> None:
         raise UserError(f'{rollouts} train.batch_size={config.train.batch_size}')
     if config.rl.rollouts % algorithm.group:
         raise UserError(f'{rollouts} rl.group={algorithm.group}')
+    if config.rl.skip_equal and algorithm.group == 1:
+        raise UserError(f'rl.skip_equal=True: expected False with task={config.task}, which asks each prompt once')
+    if config.rl.overlong_buffer > config.generate.max_new_tokens:
+        raise UserError(
+            f'rl.overlong_buffer={config.rl.overlong_buffer}: expected at most generate.max_new_tokens='
+            f'{config.generate.max_new_tokens}, whose last tokens it is'
+        )
     check_rows(mesh, 'generate.batch_size', config.generate.batch_size)
     if config.generate.temperature == 0:
         raise UserError('generate.temperature=0: expected more, for answers are compared with what else was likely')
@@ -145,9 +154,14 @@ def prompt_order(config: Settings, prompts: dict[str, list[Prompt]]) -> PromptNu
 
 def reward(config: Settings, mesh: Mesh, *, weights: bool = True) -> Reward:
     """What scores answers; without weights, a reward model's are not read."""
-    settings, spec = config.rl, specs.reward_model_spec(config)
-    size = config.generate.batch_size
-    return open_reward(settings.reward, settings.reward_timeout, spec, mesh, size, weights=weights)
+    model = functools.partial(specs.reward_model_spec, config)
+    return open_reward(config.rl, model, mesh, config.generate.batch_size, weights=weights)
+
+
+def selection(config: Settings, group: int) -> Selection:
+    """Which answers a step learns from, of which `group` answer each prompt."""
+    rl, longest = config.rl, config.generate.max_new_tokens
+    return Selection(group, rl.skip_equal, rl.overlong, longest, rl.overlong_buffer, rl.missing_eos_penalty)
 
 
 def open_trainer(
@@ -164,6 +178,8 @@ def open_trainer(
     with info.timed('data'):
         by_source, held_out = all_prompts(config, bundle)
         prompts = [prompt for some in by_source.values() for prompt in some]
+        check_references(scorer, prompts, 'data.train')
+        check_references(scorer, held_out, 'data.eval')
         order = prompt_order(config, by_source)
     asked = config.rl.rollouts // algorithm.group
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(prompts) / asked))
@@ -208,9 +224,8 @@ def open_trainer(
         prompts,
         order,
         held_out,
-        StepSizes(
-            rl.rollouts, rl.epochs, config.train.batch_size, accumulate, config.data.packing, rl.missing_eos_penalty
-        ),
+        StepSizes(rl.rollouts, rl.epochs, config.train.batch_size, accumulate, config.data.packing),
+        selection(config, algorithm.group),
         info,
         workdir,
         diagnose,

@@ -1,5 +1,6 @@
 """What the rooms below work with, as values: made of a recipe here, where alone a whole recipe is seen."""
 
+import dataclasses
 from typing import Any
 
 from jax.sharding import Mesh
@@ -23,8 +24,13 @@ from jaxtune.training.balance import Balance
 
 
 def algorithm(config: Settings) -> Algorithm:
-    """The algorithm that the task names."""
-    return ALGORITHMS.get(config.task)
+    """The algorithm that the task names, as the recipe's `rl` has it.
+
+    Raises:
+      UserError: two keys of `rl` make no sense together.
+    """
+    found = ALGORITHMS.get(config.task)
+    return dataclasses.replace(found, **found.adapted(config.rl))
 
 
 def data_spec(config: Settings, **changes: Any) -> DataSpec:
@@ -135,9 +141,9 @@ def other_model_spec(config: Settings, key: str, path: str, objective_name: str 
     )
 
 
-def reward_model_spec(config: Settings) -> ModelSpec:
-    """The reward model that `rl.reward` names; its rows are as long as what it reads."""
-    return other_model_spec(config, 'rl.reward', config.rl.reward, 'reward', seq_len=2)
+def reward_model_spec(config: Settings, path: str = '') -> ModelSpec:
+    """A reward model, by default what `rl.reward` names; its rows are as long as what it reads."""
+    return other_model_spec(config, 'rl.reward', path or config.rl.reward, 'reward', seq_len=2)
 
 
 def prompt_spec(config: Settings, **changes: Any) -> PromptSpec:

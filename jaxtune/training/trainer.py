@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 from jaxtune import report
 from jaxtune.common import console, preemption
-from jaxtune.errors import UserError
+from jaxtune.errors import StepError, UserError
 from jaxtune.metrics.writer import MetricsWriter, peak_memory_bytes
 from jaxtune.training.checkpoint import Checkpoints
 from jaxtune.training.logger import TrainLogger
@@ -208,6 +208,9 @@ class Trainer:
                     self.state, metrics = task.update(self.state, batch)
                 except preemption.Interrupted:
                     self._leave_inside(step - 1)
+                except StepError:
+                    self._keep(step - 1)
+                    raise
                 logger.add(step, metrics)
                 due, stop = schedule.due(step, bool(task.evaluation_batches)), preemption.received(step)
                 if any(due) or stop:
@@ -242,7 +245,11 @@ class Trainer:
     def _evaluate(self, step: int) -> tuple[bool, dict[str, float]]:
         """Evaluates and writes the metrics; returns whether they are the best so far, and them."""
         with self.info.timed('eval'), console.progress(self.task.evaluation_batches, 'evaluate', 'batch') as bar:
-            metrics = self.task.evaluate(self.state, step, bar.advance)
+            try:
+                metrics = self.task.evaluate(self.state, step, bar.advance)
+            except StepError:
+                self._keep(step)
+                raise
         better = self.best.update(metrics, self.schedule)
         self.writer.write(step, metrics)
         if self.best.stopped:
@@ -272,9 +279,19 @@ class Trainer:
 
     def _leave_inside(self, step: int) -> NoReturn:
         """Ends the program in the middle of the step after this one, whose state is untouched."""
+        self._save_if_new(step)
+        self._leave(step)
+
+    def _keep(self, step: int) -> None:
+        """Saves the state after a step, before an error that is not its own ends the program."""
+        if step:
+            self._save_if_new(step)
+            self.checkpoints.wait()
+            console.note(f'checkpoint of update {step} saved: when what failed is mended, the same command continues')
+
+    def _save_if_new(self, step: int) -> None:
         if step and self.checkpoints.newest() != step:
             self._save(step, {})
-        self._leave(step)
 
     def _finish(self, step: int, conclude: Callable[[int, Mapping[str, Any]], None]) -> dict[str, Any]:
         """Exports the model and writes the result and the report."""

@@ -13,7 +13,7 @@ from jaxtune import models
 from jaxtune.models import hf, value_head
 from jaxtune.models.model import Head
 from jaxtune.recipe import recipes
-from jaxtune.rl import RolloutBatch, grpo, policy, ppo
+from jaxtune.rl import RolloutBatch, advantages, grpo, policy, ppo
 from jaxtune.rl.packing import RolloutPacker
 from jaxtune.rl.rollouts import Rollouts
 from jaxtune.tasks import specs
@@ -73,7 +73,7 @@ def test_advantages_are_the_sum_of_their_definition(seed, gamma, decay):
     rng = np.random.default_rng(seed)
     weights = weights_of(answers(rng))
     rewards, values = rng.normal(size=(2, ROWS, WIDTH)).astype(np.float32) * weights
-    found = np.asarray(ppo.advantages(rewards, values, weights, gamma, decay))
+    found = np.asarray(advantages.gae(rewards, values, weights, gamma, decay))
     assert not found[weights == 0].any()
     for row in range(ROWS):
         here = weights[row] > 0
@@ -87,7 +87,7 @@ def test_without_discount_advantages_are_all_reward_to_come_less_the_value():
     rewards, values = rng.normal(size=(2, ROWS, WIDTH)).astype(np.float32) * weights
     to_come = np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
     np.testing.assert_allclose(
-        ppo.advantages(rewards, values, weights, 1.0, 1.0), (to_come - values) * weights, rtol=1e-4, atol=1e-5
+        advantages.gae(rewards, values, weights, 1.0, 1.0), (to_come - values) * weights, rtol=1e-4, atol=1e-5
     )
 
 
@@ -97,7 +97,7 @@ def test_whitened_as_trl_does():
     x, weights = rng.normal(3, 5, (ROWS, WIDTH)).astype(np.float32), weights_of(answers(rng))
     mask = torch.tensor(weights) > 0
     theirs = trl.masked_whiten(torch.tensor(x), mask) * mask
-    np.testing.assert_allclose(ppo.whiten(jnp.asarray(x), weights), theirs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(advantages.whiten(jnp.asarray(x), weights), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_token_brings_the_score_and_every_token_pays_for_leaving_the_reference():
@@ -106,7 +106,7 @@ def test_the_last_token_brings_the_score_and_every_token_pays_for_leaving_the_re
     old, reference = -rng.uniform(0, 4, (2, ROWS, WIDTH)).astype(np.float32) * weights
     scores = rng.normal(size=ROWS).astype(np.float32)
     found = RolloutBatch(old, reference, np.zeros_like(old), weights, scores)
-    fields, _ = ppo.compute_advantages(config(rl__kl_coef=0.3, rl__gae_lambda=1.0).rl, found)
+    fields, _ = ppo.ALGORITHM.compute_advantages(config(rl__kl_coef=0.3, rl__gae_lambda=1.0).rl, found)
     for row, size in enumerate(weights.sum(1).astype(int)):
         costs = -0.3 * (old - reference)[row, :size]
         want = [costs[t:].sum() + scores[row] for t in range(size)]
@@ -118,14 +118,14 @@ def test_an_answer_is_measured_by_its_siblings():
     scores = np.random.default_rng(3).normal(2, 3, (5, 4)).astype(np.float32)
     theirs = torch.tensor(scores)
     theirs = (theirs - theirs.mean(1, keepdim=True)) / (theirs.std(1, keepdim=True) + 1e-4)
-    np.testing.assert_allclose(grpo.group_normalised(scores), theirs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(advantages.group_normalised(scores), theirs, rtol=1e-4, atol=1e-5)
     for score, size in ((7.0, 4), (0.7, 8), (100.1, 6), (12345.678, 6)):  # of which a mean is not always the number
-        np.testing.assert_array_equal(grpo.group_normalised(jnp.full((2, size), score, jnp.float32)), 0.0)
-        np.testing.assert_array_equal(ppo.whiten(jnp.full((2, size), score), jnp.ones((2, size))), 0.0)
+        np.testing.assert_array_equal(advantages.group_normalised(jnp.full((2, size), score, jnp.float32)), 0.0)
+        np.testing.assert_array_equal(advantages.whiten(jnp.full((2, size), score), jnp.ones((2, size))), 0.0)
     weights = weights_of(answers(np.random.default_rng(4)))
     zeros = np.zeros_like(weights)
     found = RolloutBatch(zeros, zeros, zeros, weights, np.asarray([1, 1, 1, 1, 0, 1, 2, 3], np.float32))
-    fields, metrics = grpo.compute_advantages(config(rl__group=4).rl, found)
+    fields, metrics = grpo.ALGORITHM.compute_advantages(config(rl__group=4).rl, found)
     assert metrics['frac_reward_zero_std'] == 0.5
     assert not np.asarray(fields['advantages'][:4]).any()
     chex.assert_shape(fields['advantages'], (ROWS, WIDTH))

@@ -1,5 +1,9 @@
 """Rewards for tests, as a person would hand them in: `rl.reward=scores:...`."""
 
+import os
+
+calls = 0
+
 
 def letters(prompts, completions, references):
     """How often an answer has the letter e."""
@@ -9,6 +13,11 @@ def letters(prompts, completions, references):
 
 def alike(prompts, completions, references):
     return [0.7] * len(completions)
+
+
+def common(completions, **_):
+    """Whether an answer has a common letter: one in a few, so that some groups are all alike."""
+    return [float(any(letter in text for letter in 'etaoin')) for text in completions]
 
 
 def one(prompts, completions, references):
@@ -24,3 +33,12 @@ def fails(prompts, completions, references):
 
 
 number = 3
+
+
+def fails_once(completions, **_):
+    """As `letters`, and raises from the call on whose number is in the environment."""
+    global calls
+    calls += 1
+    if calls > int(os.environ.get('FAILS_AT_CALL', '1000')):
+        raise ValueError('now')
+    return [text.count('e') for text in completions]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import resource
 import shutil
 
@@ -13,6 +14,9 @@ from jaxtune import main, models
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.models.model import leaf_paths
 from jaxtune.models.safetensors import write_file
+from jaxtune.recipe import recipes
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def check(folder, keys, *flags):
@@ -64,7 +68,29 @@ def test_a_good_recipe_of_each_task_passes(corpus, model, tmp_path, capsys, name
     assert f'{keys.get("task", "train")} (' in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.parametrize('name', ['dr_grpo', 'dapo', 'gspo', 'rloo', 'reinforce'])
+def test_the_recipes_of_the_family_pass(corpus, model, tmp_path, capsys, name):
+    own = recipes.flatten(recipes.read_recipe(str(ROOT / 'configs' / f'{name}.py')))
+    sizes = {
+        'data.seq_len': 64,
+        'generate.max_new_tokens': 4,
+        'generate.batch_size': 8,
+        'rl.rollouts': 64,
+        'train.batch_size': 32,
+    }
+    keys = recipe(corpus) | own | sizes | {'rl.reward': 'math:1.0,length:0.1', 'data.format': 'prompt'}
+    del keys['model.config'], keys['tokenizer.path']
+    assert check(tmp_path, keys | {'model.path': str(model)}) == 0
+    assert 'rl.reward=math:1.0,length:0.1' in capsys.readouterr().out.splitlines()[-1]
+
+
 MISTAKES = {
+    'keys of the family': (
+        {'task': 'ppo', 'rl.reward': 'length', 'rl.ratio': 'sequence', **_LOOP},
+        'rl.ratio=sequence',
+    ),
+    'a reward among several': ({'task': 'grpo', 'rl.reward': 'length:1,builtins:nothing:2', **_LOOP}, 'rl.reward'),
+    'a pattern': ({'task': 'grpo', 'rl.reward': 'format', 'rl.format_pattern': '(', **_LOOP}, 'rl.format_pattern'),
     'data that is not there': ({'data.train': 'nowhere.jsonl'}, 'data.train=nowhere.jsonl'),
     'a template': ({'objective': 'sft', 'data.format': 'prompt', 'data.template': '{% if'}, 'data.template'),
     'a target': ({'method.name': 'lora', 'method.targets': 'q_porj'}, 'q_proj'),

@@ -8,6 +8,7 @@ import pytest
 from runs import exported, full_config, metrics, recipe, train
 
 from jaxtune import main
+from jaxtune.errors import UserError
 from jaxtune.generation.prompts import Prompt, read_prompts
 from jaxtune.models import value_head
 from jaxtune.models.model import leaf_paths
@@ -92,14 +93,93 @@ def test_the_policy_is_the_reference_at_first_and_one_run_is_like_another(corpus
     assert all(metrics(tmp_path / 'cut', name) == metrics(tmp_path / 'whole', name) for name in names)
 
 
-def test_steps_without_a_signal_move_nothing_and_say_so_once(corpus, tmp_path, capsys):
-    keys = rl_recipe(corpus, 'grpo', rl__reward='scores:alike', train__steps=3, data__eval='')
+@pytest.mark.parametrize('changes', [{}, {'rl.skip_equal': True}], ids=['', 'skip_equal'])
+def test_steps_without_a_signal_move_nothing_and_say_so(corpus, tmp_path, capsys, changes):
+    keys = rl_recipe(corpus, 'grpo', rl__reward='scores:alike', train__steps=5, data__eval='') | changes
     keys |= {'optimizer.lr': 0.1, 'rl.kl_coef': 0.05, 'optimizer.weight_decay': 0.1}
     _, run = go(keys, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, run.task.reference, run.state['trainable'])
-    assert metrics(tmp_path, 'train/grad_norm') == metrics(tmp_path, 'grpo/kl') == [0.0] * 3
-    assert metrics(tmp_path, 'grpo/frac_reward_zero_std') == [1.0] * 3
-    assert capsys.readouterr().out.count('are all worth the same') == 1
+    fresh = run.program.init_state(run.task.reference)  # the optimizer's state has not moved either
+    jax.tree.map(np.testing.assert_array_equal, fresh, run.state)
+    assert metrics(tmp_path, 'train/grad_norm') == metrics(tmp_path, 'grpo/kl') == [0.0] * 5
+    assert metrics(tmp_path, 'grpo/frac_reward_zero_std') == [1.0] * 5
+    assert metrics(tmp_path, 'grpo/learnt_share') == [0.0] * 5
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'no signal' in line]
+    assert [line.count('are all worth the same, 0.7') for line in lines] == [1, 1, 1]
+    assert ['3 steps in a row; expected a reward' in line for line in lines] == [False, False, True]
+
+
+def test_equal_groups_are_left_out_of_the_updates(corpus, tmp_path):
+    """What is learnt is what the other answers alone teach: their rows, their mean."""
+    keys = rl_recipe(corpus, 'grpo', rl__reward='scores:common', train__steps=2, data__eval='', rl__kl_coef=0.0)
+    keys |= {'train.batch_size': 16, 'rl.epochs': 1}
+    for name, changes in (('all', {}), ('skip', {'rl.skip_equal': True})):
+        go(keys | changes, tmp_path / name)
+    shares = {name: metrics(tmp_path / name, 'grpo/learnt_share') for name in ('all', 'skip')}
+    equal = metrics(tmp_path / 'skip', 'grpo/frac_reward_zero_std')
+    assert 0 < equal[0] < 1
+    assert shares['all'] == [1.0, 1.0]
+    assert shares['skip'] == pytest.approx([1 - share for share in equal])
+    norms = {name: metrics(tmp_path / name, 'train/grad_norm')[0] for name in ('all', 'skip')}
+    # Equal groups add nothing to the sum; left out, they do not count in the mean either.
+    assert norms['skip'] * shares['skip'][0] == pytest.approx(norms['all'], rel=1e-3)
+
+
+def test_several_rewards_are_summed_and_logged_apart(corpus, tmp_path):
+    keys = rl_recipe(corpus, 'grpo', train__steps=2, eval__every=2)
+    keys['rl.reward'] = 'scores:letters:2.0,length:0.5,exact'
+    keys |= {'rl.length_target': 8, 'rl.missing_eos_penalty': 0.25}
+    result, _ = go(keys, tmp_path)
+    parts = {name: metrics(tmp_path, f'grpo/reward/{name}') for name in ('letters', 'length', 'exact')}
+    cut = [1 - share for share in metrics(tmp_path, 'grpo/eos_rate')]
+    for step, reward in enumerate(metrics(tmp_path, 'grpo/reward')):
+        letters, length, exact = (parts[name][step] for name in ('letters', 'length', 'exact'))
+        assert reward == pytest.approx(2 * letters + 0.5 * length + exact - 0.25 * cut[step], rel=1e-5)
+    assert 0 < parts['length'][0] < 1
+    for line in samples(tmp_path):
+        assert set(line['scores']) == {'letters', 'length', 'exact'}
+        assert line['scores']['letters'] == line['completion'].count('e')
+    assert result['metrics']['eval/reward/letters'] == pytest.approx(
+        np.mean([line['scores']['letters'] for line in samples(tmp_path) if line['step'] == 2])
+    )
+    assert 'Reward: letters' in (tmp_path / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('evaluates', [pytest.param(False, marks=pytest.mark.exhaustive), True])
+def test_a_reward_that_fails_loses_no_update(corpus, tmp_path, monkeypatch, evaluates):
+    """The state before the step that failed is saved; mended, the run goes on and ends as if nothing had been."""
+    keys = rl_recipe(corpus, 'grpo', train__steps=4, rl__reward='scores:fails_once')
+    keys |= {'eval.every': 3, 'checkpoint.every': 4} if evaluates else {'data.eval': ''}
+    go(keys, tmp_path / 'whole')
+    # Calls before the one that fails: two steps; or an evaluation of two batches, three steps, a batch.
+    monkeypatch.setenv('FAILS_AT_CALL', '6' if evaluates else '2')
+    with pytest.raises(UserError, match=r'scores.py:\d+: ValueError: now; it fails on the answer'):
+        go(keys, tmp_path / 'failed')
+    saved = sorted(int(path.name) for path in (tmp_path / 'failed' / 'checkpoints').iterdir() if path.name.isdigit())
+    assert saved == [3 if evaluates else 2]
+    monkeypatch.delenv('FAILS_AT_CALL')
+    go(keys, tmp_path / 'failed')
+    assert exported(tmp_path / 'failed') == exported(tmp_path / 'whole')
+
+
+FAMILY = {
+    'dr_grpo': {'rl.advantage': 'group_mean', 'rl.normalise': 'constant', 'rl.kl_coef': 0.0},
+    'dapo': {'rl.normalise': 'token', 'rl.clip_high': 0.28, 'rl.skip_equal': True, 'rl.overlong': 'soft'},
+    'gspo': {'rl.ratio': 'sequence', 'rl.clip': 3e-4, 'rl.clip_high': 4e-4},
+    'rloo': {'rl.advantage': 'leave_one_out', 'rl.kl_in': 'reward', 'rl.normalise': 'constant'},
+    'entropy': {'rl.entropy_coef': 0.01, 'rl.dual_clip': 3.0, 'rl.kl': 'k2'},
+    'values': {'rl.advantage': 'gae'},
+}
+
+
+@pytest.mark.parametrize('name', [n if n == 'gspo' else pytest.param(n, marks=pytest.mark.exhaustive) for n in FAMILY])
+def test_each_of_the_family_learns_on_a_mesh_what_one_device_does(corpus, tmp_path, name):
+    keys = rl_recipe(corpus, 'grpo', train__steps=2, data__eval='') | FAMILY[name]
+    go(keys, tmp_path / 'one')
+    go(keys, tmp_path / 'mesh', (1, 2, 2, 2))
+    for metric in ('train/loss', 'train/grad_norm', 'grpo/entropy', 'grpo/reward'):
+        one, mesh = metrics(tmp_path / 'one', metric), metrics(tmp_path / 'mesh', metric)
+        np.testing.assert_allclose(one, mesh, rtol=2e-3, atol=1e-4, err_msg=metric)
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1, 1), (1, 2, 2, 2)])
@@ -265,6 +345,18 @@ WRONG = [
     ({'rl.reward': 'scores:one'}, ('rl.reward=scores:one', 'returned 1 numbers for 8', 'expected one each')),
     ({'rl.reward': 'scores:nothing'}, ('rl.reward=scores:nothing', 'returned nan', 'expected finite numbers')),
     ({'rl.reward': 'scores:fails'}, ('rl.reward=scores:fails', 'scores.py:', 'ZeroDivisionError')),
+    (
+        {'rl.advantage': 'gae', 'rl.ratio': 'sequence'},
+        ('rl.ratio=sequence: expected token with rl.advantage=gae',),
+    ),
+    (
+        {'rl.normalise': 'token', 'rl.ratio': 'sequence'},
+        ('rl.normalise=token: expected answer with rl.ratio=sequence',),
+    ),
+    ({'rl.kl': 'k1'}, ('rl.kl=k1: expected k2 or k3 with rl.kl_in=loss',)),
+    ({'rl.advantage': 'gae', 'rl.skip_equal': True}, ('rl.skip_equal=True: expected False',)),
+    ({'rl.dual_clip': 1.1}, ('rl.dual_clip=1.1: expected 0 = off, or more than',)),
+    ({'rl.overlong_buffer': 13}, ('rl.overlong_buffer=13: expected at most generate.max_new_tokens=12',)),
     ({'rl.rollouts': 12}, ('rl.rollouts=12: expected a multiple of train.batch_size=8',)),
     ({'rl.rollouts': 16, 'rl.group': 3}, ('rl.rollouts=16: expected a multiple of rl.group=3',)),
     (
