@@ -109,15 +109,17 @@ class _Part(nn.Module):
     config: EncDecConfig
     param_dtype: jnp.dtype
     dtype: jnp.dtype
+    kernels: KernelLog | None = None
 
     def dense(self, name: str, features: int, stddev: float) -> Dense:
-        return Dense(features, False, stddev * self.config.initializer_factor, self.param_dtype, name=name)
+        stddev *= self.config.initializer_factor
+        return Dense(features, False, stddev, self.param_dtype, kernels=self.kernels, name=name)
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_epsilon, name=name)
 
     def same(self) -> tuple:
-        return self.config, self.param_dtype, self.dtype
+        return self.config, self.param_dtype, self.dtype, self.kernels
 
 
 class RelativeBias(_Part):
@@ -271,7 +273,6 @@ class EncDec(_Part):
     """Source tokens `[batch, source length]` and decoder tokens `[batch, length]` to the decoder's hidden states."""
 
     remat: str = 'none'
-    kernels: KernelLog | None = None
 
     @nn.compact
     def __call__(self, batch: Mapping[str, jax.Array], cache: Cache = None, prompt: jax.Array | None = None) -> Outputs:
@@ -427,7 +428,7 @@ def build(
     if own_head:
         config = dataclasses.replace(config, tied=False)
     kernels = KernelLog()
-    module = EncDec(config, param_dtype, compute_dtype, remat, kernels)
+    module = EncDec(config, param_dtype, compute_dtype, kernels, remat)
     init = functools.partial(_init, EncDec(config, param_dtype, compute_dtype))
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(

@@ -73,11 +73,14 @@ class Dense(nn.Module):
     stddev: float
     param_dtype: jnp.dtype
     cutoff: float | None = None
+    kernels: KernelLog | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, 'kernel', normal(self.stddev, self.cutoff), shape, self.param_dtype)
+        if self.kernels is not None and isinstance(kernel, Weight):
+            self.kernels.add_product(*kernel.product(x))
         y = dot(x, kernel, dropout_key(self, kernel))
         if self.use_bias:
             bias = parameter(self, 'bias', nn.initializers.zeros, (self.features,))
@@ -110,7 +113,7 @@ class Part(nn.Module):
       param_dtype: what kernels and embeddings are kept in.
       dtype: what activations and matrix products use.
       implementation: of attention.
-      kernels: is told which one was chosen; None for a module that only makes parameters.
+      kernels: is told which one was chosen, and which products; None for a module that only makes parameters.
     """
 
     config: Any
@@ -123,7 +126,7 @@ class Part(nn.Module):
         """A linear layer; `residual`: it writes to the residual stream."""
         c = self.config
         stddev = c.initializer_range * (c.residual_init_scale if residual else 1.0)
-        return Dense(features, use_bias, stddev, self.param_dtype, c.cutoff, name=name)
+        return Dense(features, use_bias, stddev, self.param_dtype, c.cutoff, self.kernels, name=name)
 
     def embed(self, name: str, rows: int) -> Embed:
         """A table of `[rows, d_model]`."""

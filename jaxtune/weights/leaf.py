@@ -47,6 +47,10 @@ class Weight:
         """`[..., in] -> [..., out]` in the dtype of `x`."""
         raise NotImplementedError
 
+    def product(self, x: jax.Array) -> tuple[str, str]:
+        """Which product `dot` runs for `x`, and why a fused kernel could not where one is wanted; '' = no choice."""
+        return '', ''
+
     def grouped_dot(self, x: jax.Array, groups: 'Groups', rng: jax.Array | None) -> jax.Array:
         """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel of `[groups, in, out]`."""
         raise NotImplementedError

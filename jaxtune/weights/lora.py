@@ -90,6 +90,10 @@ class LoRA(Weight):
             return y if self.magnitude is None else (self.magnitude / self._lengths()).astype(x.dtype) * y
         return self._dot(x, rng, dot, lambda values: values)
 
+    def product(self, x: jax.Array) -> tuple[str, str]:
+        """Which product of the base `dot` runs, as `Weight.product` has it."""
+        return self.base.product(x) if isinstance(self.base, Weight) else ('', '')
+
     def grouped_dot(self, x: jax.Array, groups: Groups, rng: jax.Array | None) -> jax.Array:
         """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel."""
 

@@ -65,6 +65,10 @@ class NewRows(Weight):
             return dot(x, self.materialise())
         return put_rows(dot(x, self.base, rng), dot(x, self.rows.T), self.ids, -1)
 
+    def product(self, x: jax.Array) -> tuple[str, str]:
+        """Which product of the base `dot` runs, as `Weight.product` has it."""
+        return self.base.product(x) if self.axis and isinstance(self.base, Weight) else ('', '')
+
     def lookup(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows for ids of any shape, `[*ids.shape, features]`."""
         if self.axis:

@@ -22,6 +22,7 @@ from jaxtune.parallel import in_order, one_device
 from jaxtune.weights.blockwise8 import decode, stepped_code
 from jaxtune.weights.grouped import Groups, product
 from jaxtune.weights.leaf import Fit, Weight
+from jaxtune.weights.nf4_kernel import available, fused_dot
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (the paper's appendix E).
 VALUES = np.asarray(
@@ -90,6 +91,11 @@ class NF4(Weight):
         """`[..., in] -> [..., out]` in the dtype of `x`."""
         return _dot(x, self)
 
+    def product(self, x: jax.Array) -> tuple[str, str]:
+        """Which product `dot` runs: `nf4 fused` (`nf4_kernel`) or `nf4 xla`, and why not the fused one."""
+        fused, reason = available(math.prod(x.shape[:-1]), self.matrix, self.block)
+        return 'nf4 fused' if fused else 'nf4 xla', reason
+
     def grouped_dot(self, x: jax.Array, groups: Groups, rng: jax.Array | None) -> jax.Array:
         """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel."""
         return _grouped_dot(x, self, groups)
@@ -122,13 +128,16 @@ class NF4(Weight):
 
     def pieces(self) -> tuple[jax.Array, jax.Array]:
         """Codes and float32 scales of one layer, its rows cut into `[pieces, rows, ...]`."""
-        scales = self.scales
-        if self.outer is not None:
-            assert self.offset is not None  # the two come together
-            outer = jnp.repeat(self.outer, OUTER_BLOCK)[: scales.size].reshape(scales.shape)
-            scales = _unfused(decode(scales) * outer) + self.offset
         rows, count = self.codes.shape[0], self.count()
-        return self.codes.reshape(count, rows // count, -1), scales.reshape(count, rows // count, -1)
+        return self.codes.reshape(count, rows // count, -1), self.wide_scales().reshape(count, rows // count, -1)
+
+    def wide_scales(self) -> jax.Array:
+        """Scales of one layer in float32, `[rows, blocks]`."""
+        if self.outer is None:
+            return self.scales
+        assert self.offset is not None  # the two come together
+        outer = jnp.repeat(self.outer, OUTER_BLOCK)[: self.scales.size].reshape(self.scales.shape)
+        return _unfused(decode(self.scales) * outer) + self.offset
 
     def count(self) -> int:
         """Into how many pieces the rows of one layer are cut."""
@@ -202,6 +211,9 @@ def _dot(x: jax.Array, weight: NF4) -> jax.Array:
 def _dot_forward(x: jax.Array, weight: NF4) -> tuple[jax.Array, NF4]:
     # The codes are kept, not the wide weight: dequantising again costs less than the memory.
     last = x.ndim - 1
+    if weight.product(x)[0] == 'nf4 fused':
+        y = fused_dot(x.reshape(-1, x.shape[-1]), weight.codes, weight.wide_scales(), VALUES)
+        return checkpoint_name(y.reshape(*x.shape[:-1], -1), 'product'), weight
     if weight.count() == 1:
         return lax.dot_general(x, weight.dequantise(x.dtype), (((last,), (1,)), ((), ()))), weight
 
