@@ -22,6 +22,7 @@ from jaxtune.parallel import in_order, one_device
 from jaxtune.weights.blockwise8 import decode, stepped_code
 from jaxtune.weights.grouped import Groups, product
 from jaxtune.weights.leaf import Fit, Weight
+from jaxtune.weights.low_precision import low_backward, low_forward
 from jaxtune.weights.nf4_kernel import available, fused_dot
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (the paper's appendix E).
@@ -87,9 +88,9 @@ class NF4(Weight):
         """Number of parameters among its arrays that are there."""
         return 0 if self.codes is None else math.prod(self.shape)
 
-    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """`[..., in] -> [..., out]` in the dtype of `x`."""
-        return _dot(x, self)
+    def dot(self, x: jax.Array, rng: jax.Array | None, matmul: str = '') -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`; for `matmul` (see `leaf.dot`) it is dequantised first."""
+        return _low_dot(matmul, x, self) if matmul else _dot(x, self)
 
     def product(self, x: jax.Array) -> tuple[str, str]:
         """Which product `dot` runs: `nf4 fused` (`nf4_kernel`) or `nf4 xla`, and why not the fused one."""
@@ -242,6 +243,23 @@ def _dot_backward(weight: NF4, d_y: jax.Array) -> tuple[jax.Array, None]:
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _low_dot(kind: str, x: jax.Array, weight: NF4) -> jax.Array:
+    return low_forward(x, weight.dequantise(x.dtype).T, kind)
+
+
+def _low_forward(kind: str, x: jax.Array, weight: NF4) -> tuple[jax.Array, NF4]:
+    return _low_dot(kind, x, weight), weight
+
+
+def _low_backward(kind: str, weight: NF4, d_y: jax.Array) -> tuple[jax.Array, None]:
+    weight, d_y = lax.optimization_barrier((weight, d_y))  # as in `_dot_backward`
+    return low_backward(d_y, weight.dequantise(d_y.dtype).T, kind), None
+
+
+_low_dot.defvjp(_low_forward, _low_backward)
 
 
 @jax.custom_vjp
