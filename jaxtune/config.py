@@ -82,6 +82,11 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
         'dots', one_of('none', 'full', 'dots'), 'activation checkpointing: none, full, or keep matmul outputs'
     ),
     'model.attention': Key('auto', one_of('auto', 'xla', 'flash'), 'attention kernel; the one used is logged'),
+    'model.matmul': Key(
+        '',
+        one_of('', 'fp8', 'int8'),
+        'what linear layers multiply in, quantised as they go: fp8, int8; empty = model.compute_dtype',
+    ),
     'tokenizer.path': Key('', path, "default: the model's own; @prepare; bytes = UTF-8 bytes, no file needed"),
     'tokenizer.add': Key(
         (),

@@ -26,7 +26,7 @@ def one_of(*names: str) -> Check:
 
     def check(value: Any) -> str:
         if not isinstance(value, str) or value not in names:
-            raise ExpectedError(f'one of {", ".join(names)}{_nearest(value, names)}')
+            raise ExpectedError(f'one of {", ".join(name or "(empty)" for name in names)}{_nearest(value, names)}')
         return value
 
     return check

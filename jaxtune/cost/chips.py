@@ -55,9 +55,13 @@ class Chip:
     launch: float = 0.0
 
     def product_seconds(self, flops: float, dtype: str) -> float:
-        """Seconds of a product of matrices of a type: eight bits at twice the peak, float32 on a GPU at half of it."""
-        speed = {'f32': 1.0 if self.platform == 'cpu' else 0.5, 'f64': 1 / 16, 's8': 2.0, 'u8': 2.0}.get(dtype, 1.0)
-        if dtype.startswith('f8'):
+        """Seconds of a product of matrices of a type: float32 on a GPU at half of the peak, eight bits at twice it.
+
+        Eight bits count so where the device multiplies them.
+        """
+        speed = {'f32': 1.0 if self.platform == 'cpu' else 0.5, 'f64': 1 / 16}.get(dtype, 1.0)
+        numbers = 'fp8' if dtype.startswith('f8') else 'int8' if dtype in ('s8', 'u8') else ''
+        if numbers and hardware.multiplies(self.kind, numbers):
             speed = 2.0
         return flops / (self.peak * self.product_share * speed)
 

@@ -169,6 +169,7 @@ def build(
     compute_dtype: str = 'float32',
     remat: str = 'none',
     attention: str = 'auto',
+    matmul: str = '',
     head: str = 'lm',
     labels: int = 0,
     own_head: bool = False,
@@ -182,6 +183,8 @@ def build(
       compute_dtype: what activations and matrix products use; norms, rotary angles and softmax stay in float32.
       remat: `none`, `full` or `dots`.
       attention: `auto`, `xla` or `flash`.
+      matmul: `fp8` or `int8`, what linear layers of attention and feed-forward multiply in; '' = `compute_dtype`. Not
+        heads, the vocabulary, routers, experts, what a method adds, and T5's products that are in float32.
       head: what follows the last layer: `lm`, `classification` (of a whole row), `token_classification`, or a decoder's
         `reward` (one number a token).
       labels: classes that a classifier tells apart.
@@ -207,7 +210,7 @@ def build(
                 + ', '.join(name for name, each in known.items() if each.kind == kind)
             )
         added |= {'head': head} if kind == 'decoder' else {'head': head, 'labels': labels}
-    return _module(chosen).build(fields, chosen, **dtypes, remat=remat, attention=attention, **added)
+    return _module(chosen).build(fields, chosen, **dtypes, remat=remat, attention=attention, matmul=matmul, **added)
 
 
 def _module(family: Family) -> ModuleType:

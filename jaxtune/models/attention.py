@@ -1,7 +1,7 @@
 """Attention: picks an implementation, and runs it on each device's own rows and heads of a mesh."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import chex
 import jax
@@ -29,11 +29,13 @@ class KernelLog:
 
     Attributes:
       experts: the products that mixtures of experts chose.
+      products: those that linear layers chose where there are several, and why not a faster one; reasons may be ''.
     """
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}
         self.experts: list[str] = []
+        self.products: dict[str, str] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,8 +46,22 @@ class KernelLog:
         """Notes that a kernel was traced; `reason` is why it stood in for a fused one, '' where it did not."""
         self._reasons[name] = self._reasons.get(name) or reason
 
+    def add_product(self, name: str, reason: str) -> None:
+        """Notes which product a linear layer chose, as `Weight.product` says; '' = it had no choice."""
+        if name:
+            self.products[name] = self.products.get(name) or reason
+
+    @property
+    def products_line(self) -> str:
+        """The products with their reasons, in words."""
+        return _in_words(self.products)
+
     def __str__(self) -> str:
-        return ', '.join(f'{name} ({reason})' if reason else name for name, reason in self._reasons.items())
+        return _in_words(self._reasons)
+
+
+def _in_words(reasons: Mapping[str, str]) -> str:
+    return ', '.join(f'{name} ({reason})' if reason else name for name, reason in reasons.items())
 
 
 def attention(

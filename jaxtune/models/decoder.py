@@ -272,9 +272,9 @@ class Decoder(_Part):
         if prompt is not None:
             x = x[:, prompt.shape[0] :]
         if self.is_initializing() and self.head == 'reward':
-            self.dense('score', 1, False)(x)
+            self.dense('score', 1, False, of_head=True)(x)
         elif self.is_initializing() and not c.tied:
-            self.dense('lm_head', c.vocab_size, False)(x)
+            self.dense('lm_head', c.vocab_size, False, of_head=True)(x)
         return Outputs(x, cache, routing)
 
     def _layers(self, numbers: Sequence[int]) -> Layer:
@@ -438,6 +438,7 @@ def build(
     compute_dtype: jnp.dtype,
     remat: str,
     attention: str,
+    matmul: str = '',
     head: str = 'lm',
     own_head: bool = False,
 ) -> Model:
@@ -450,6 +451,7 @@ def build(
       compute_dtype: of activations.
       remat: activation checkpointing.
       attention: the implementation.
+      matmul: as for `models.build`.
       head: `lm`, or `reward`: one number a token, which `transformers`' sequence classifiers give for the last one.
       own_head: as for `models.build`.
 
@@ -462,7 +464,7 @@ def build(
     config = decoder_config(fields, family)
     tie = Tie('embed_tokens/embedding', 'lm_head/kernel', 'lm_head.weight') if config.tied and head == 'lm' else None
     kernels = KernelLog()
-    module = Decoder(config, param_dtype, compute_dtype, attention, kernels, remat, head)
+    module = Decoder(config, param_dtype, compute_dtype, attention, kernels, matmul, remat, head)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Decoder(config, param_dtype, compute_dtype, 'xla', head=head))
     shapes = jax.eval_shape(init, jax.random.key(0))

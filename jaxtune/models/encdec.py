@@ -109,15 +109,20 @@ class _Part(nn.Module):
     config: EncDecConfig
     param_dtype: jnp.dtype
     dtype: jnp.dtype
+    kernels: KernelLog | None = None
+    matmul: str = ''
 
-    def dense(self, name: str, features: int, stddev: float) -> Dense:
-        return Dense(features, False, stddev * self.config.initializer_factor, self.param_dtype, name=name)
+    def dense(self, name: str, features: int, stddev: float, wide: bool = False) -> Dense:
+        """A linear layer; `wide`: never by `matmul`."""
+        stddev *= self.config.initializer_factor
+        matmul = '' if wide else self.matmul
+        return Dense(features, False, stddev, self.param_dtype, kernels=self.kernels, matmul=matmul, name=name)
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.config.norm_epsilon, name=name)
 
     def same(self) -> tuple:
-        return self.config, self.param_dtype, self.dtype
+        return self.config, self.param_dtype, self.dtype, self.kernels, self.matmul
 
 
 class RelativeBias(_Part):
@@ -198,7 +203,7 @@ class MLP(_Part):
         gate = self.dense('gate_proj', c.d_ff, c.d_model**-0.5)(x) if c.gated else None
         y = activation(y) if gate is None else activation(gate) * y
         y = constrain(y, 'batch', 'length', 'mlp')
-        return self.dense('down_proj', c.d_model, c.d_ff**-0.5)(y.astype(jnp.float32))
+        return self.dense('down_proj', c.d_model, c.d_ff**-0.5, wide=True)(y.astype(jnp.float32))
 
 
 class Block(_Part):
@@ -271,7 +276,6 @@ class EncDec(_Part):
     """Source tokens `[batch, source length]` and decoder tokens `[batch, length]` to the decoder's hidden states."""
 
     remat: str = 'none'
-    kernels: KernelLog | None = None
 
     @nn.compact
     def __call__(self, batch: Mapping[str, jax.Array], cache: Cache = None, prompt: jax.Array | None = None) -> Outputs:
@@ -315,7 +319,7 @@ class EncDec(_Part):
         if not c.tied and self.is_initializing():
             # Hugging Face draws it as wide as the embedding, which makes the first logits of a model from scratch
             # differ by tens; this is the width of the published models' own training code.
-            self.dense('lm_head', c.vocab_size, c.d_model**-0.5)(x)
+            self.dense('lm_head', c.vocab_size, c.d_model**-0.5, wide=True)(x)
         return Outputs(x, cache)
 
 
@@ -410,6 +414,7 @@ def build(
     compute_dtype: jnp.dtype,
     remat: str,
     attention: str,
+    matmul: str = '',
     own_head: bool = False,
 ) -> Model:
     """The model of Hugging Face's config fields and their family; arguments as for `models.build`.
@@ -427,7 +432,7 @@ def build(
     if own_head:
         config = dataclasses.replace(config, tied=False)
     kernels = KernelLog()
-    module = EncDec(config, param_dtype, compute_dtype, remat, kernels)
+    module = EncDec(config, param_dtype, compute_dtype, kernels, matmul, remat)
     init = functools.partial(_init, EncDec(config, param_dtype, compute_dtype))
     shapes = jax.eval_shape(init, jax.random.key(0))
     return Model(

@@ -126,13 +126,15 @@ class LMHead(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = ACTIVATIONS[c.lm_activation](self.dense('transform', c.d_model, c.head_bias, residual=True)(x))
+        x = ACTIVATIONS[c.lm_activation](
+            self.dense('transform', c.d_model, c.head_bias, residual=True, of_head=True)(x)
+        )
         x = self.norm('norm')(x)
         if self.is_initializing():
             if c.decoder_bias:
                 parameter(self, 'bias', nn.initializers.zeros, (c.vocab_size,))
             if not c.tied:
-                self.dense('decoder', c.vocab_size, False, residual=True)(x)
+                self.dense('decoder', c.vocab_size, False, residual=True, of_head=True)(x)
         return x
 
 
@@ -142,7 +144,9 @@ class Pooler(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        x = ACTIVATIONS[c.pooler_activation](self.dense('dense', c.d_model, c.head_bias, residual=True)(x))
+        x = ACTIVATIONS[c.pooler_activation](
+            self.dense('dense', c.d_model, c.head_bias, residual=True, of_head=True)(x)
+        )
         return self.norm('norm')(x) if c.pooler_norm else x
 
 
@@ -328,6 +332,7 @@ def build(
     compute_dtype: jnp.dtype,
     remat: str,
     attention: str,
+    matmul: str = '',
     head: str = 'lm',
     labels: int = 0,
     own_head: bool = False,
@@ -341,6 +346,7 @@ def build(
       compute_dtype: of activations.
       remat: activation checkpointing.
       attention: the implementation.
+      matmul: as for `models.build`.
       head: `lm`, `classification` (of rows) or `token_classification`.
       labels: number of classes.
       own_head: as for `models.build`.
@@ -357,7 +363,7 @@ def build(
     name = f'{_module(family, config, "lm_head/decoder", head)}.weight'
     tie = Tie('embed_tokens/embedding', 'lm_head/decoder/kernel', name) if config.tied and head == 'lm' else None
     kernels = KernelLog()
-    module = Encoder(config, param_dtype, compute_dtype, attention, kernels, remat, head, labels)
+    module = Encoder(config, param_dtype, compute_dtype, attention, kernels, matmul, remat, head, labels)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Encoder(config, param_dtype, compute_dtype, 'xla', head=head, labels=labels))
     shapes = jax.eval_shape(init, jax.random.key(0))

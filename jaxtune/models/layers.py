@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtune.models.attention import KernelLog
 from jaxtune.models.no_fuse import no_fuse
 from jaxtune.parallel import constrain
-from jaxtune.weights import Weight, dot, lookup
+from jaxtune.weights import Weight, dot, lookup, low_precision
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': partial(jax.nn.gelu, approximate=False),
@@ -73,12 +73,18 @@ class Dense(nn.Module):
     stddev: float
     param_dtype: jnp.dtype
     cutoff: float | None = None
+    kernels: KernelLog | None = None
+    matmul: str = ''
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = parameter(self, 'kernel', normal(self.stddev, self.cutoff), shape, self.param_dtype)
-        y = dot(x, kernel, dropout_key(self, kernel))
+        if self.kernels is not None and self.matmul:
+            self.kernels.add_product(*low_precision.choice(self.matmul))
+        elif self.kernels is not None and isinstance(kernel, Weight):
+            self.kernels.add_product(*kernel.product(x))
+        y = dot(x, kernel, dropout_key(self, kernel), self.matmul)
         if self.use_bias:
             bias = parameter(self, 'bias', nn.initializers.zeros, (self.features,))
             y = y + bias.astype(y.dtype)
@@ -110,7 +116,8 @@ class Part(nn.Module):
       param_dtype: what kernels and embeddings are kept in.
       dtype: what activations and matrix products use.
       implementation: of attention.
-      kernels: is told which one was chosen; None for a module that only makes parameters.
+      kernels: is told which one was chosen, and which products; None for a module that only makes parameters.
+      matmul: `fp8` or `int8`, what linear layers multiply in; '' = `dtype`.
     """
 
     config: Any
@@ -118,12 +125,22 @@ class Part(nn.Module):
     dtype: jnp.dtype
     implementation: str = 'auto'
     kernels: KernelLog | None = None
+    matmul: str = ''
 
-    def dense(self, name: str, features: int, use_bias: bool, residual: bool = False) -> Dense:
-        """A linear layer; `residual`: it writes to the residual stream."""
+    def dense(self, name: str, features: int, use_bias: bool, residual: bool = False, of_head: bool = False) -> Dense:
+        """A linear layer; `residual`: writes to the residual stream; `of_head`: of a head or gate, without `matmul`."""
         c = self.config
         stddev = c.initializer_range * (c.residual_init_scale if residual else 1.0)
-        return Dense(features, use_bias, stddev, self.param_dtype, c.cutoff, name=name)
+        return Dense(
+            features,
+            use_bias,
+            stddev,
+            self.param_dtype,
+            c.cutoff,
+            self.kernels,
+            '' if of_head else self.matmul,
+            name=name,
+        )
 
     def embed(self, name: str, rows: int) -> Embed:
         """A table of `[rows, d_model]`."""
@@ -132,7 +149,7 @@ class Part(nn.Module):
 
     def same(self) -> tuple:
         """What a part inside this one is told."""
-        return self.config, self.param_dtype, self.dtype, self.implementation, self.kernels
+        return self.config, self.param_dtype, self.dtype, self.implementation, self.kernels, self.matmul
 
 
 def bottleneck(module: nn.Module, name: str, x: jax.Array) -> jax.Array:

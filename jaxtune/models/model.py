@@ -163,7 +163,7 @@ class Model:
       ignored: regular expressions of tensors in a folder that are no parameters (buffers of older versions).
       heads: first parts of the paths that a folder may lack, to be initialised instead.
       tie: the embedding that is the projection to the vocabulary as well, or None.
-      kernels: which attention kernels the traces of this model have chosen so far.
+      kernels: which attention kernels and products the traces of this model have chosen so far.
     """
 
     hf_config: Mapping[str, Any]

@@ -84,6 +84,8 @@ class MoE(Part):
     @nn.compact
     def __call__(self, x: jax.Array, seen: jax.Array) -> tuple[jax.Array, Routing]:
         c, e = self.config, _experts(self.config)
+        if self.kernels is not None and self.matmul:
+            self.kernels.add_product(jnp.dtype(self.dtype).name, 'experts: their products are not in eight bits')
         logits, correction = _Router(*self.same(), name='router')(x)
         layers = _Experts(*self.same(), name='experts')()
         kernels = [leaves['kernel'] for leaves in layers.values()]
@@ -94,7 +96,7 @@ class MoE(Part):
             assert self.shared is not None  # the decoder's feed-forward layer
             always = self.shared(*self.same(), d_ff=e.shared_d_ff, name='shared_expert')(x)
             if e.shared_gate:
-                always = jax.nn.sigmoid(self.dense('shared_expert_gate', 1, False)(x)) * always
+                always = jax.nn.sigmoid(self.dense('shared_expert_gate', 1, False, of_head=True)(x)) * always
             y = y + always
         return y, measured(logits, chosen, seen, e)
 

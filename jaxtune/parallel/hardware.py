@@ -51,6 +51,20 @@ PEAK_FLOPS = {
 }
 
 
+# Devices whose published peak in eight bits is twice that in bfloat16.
+_AMD, _ADA = ('AMD Instinct MI300X',), ('NVIDIA L40', 'NVIDIA L4', 'NVIDIA GeForce RTX 4090')
+_NEWER = ('NVIDIA H100', 'NVIDIA H200', 'NVIDIA GH200', 'NVIDIA B200', 'NVIDIA GB200', 'NVIDIA GeForce RTX 5090')
+_TWICE = {
+    'fp8': ('TPU7x', *_NEWER, *_ADA, *_AMD),
+    'int8': ('TPU v5', 'TPU v6', 'NVIDIA A100', 'NVIDIA A10', 'NVIDIA A40', *_NEWER, *_ADA, *_AMD),
+}
+
+
+def multiplies(kind: str, numbers: str) -> bool:
+    """Whether a `device_kind` is known to multiply `fp8` or `int8` numbers at twice the speed of bfloat16."""
+    return kind.startswith(_TWICE[numbers])
+
+
 def published_peak(kind: str) -> float | None:
     """Peak dense bfloat16 FLOPs a second of one chip of a `device_kind`; None where it is not known."""
     return next((peak for name, peak in PEAK_FLOPS.items() if kind.lower().startswith(name.lower())), None)

@@ -169,6 +169,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """What JAX calls the devices that the program being traced will run on, such as `TPU v5 lite`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def one_device() -> bool:
     """Whether the program being traced will run on one device."""
     return axis_size(*AXES) == 1

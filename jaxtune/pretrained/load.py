@@ -261,6 +261,7 @@ def open_model(
         compute_dtype=settings.compute_dtype,
         remat=settings.remat,
         attention=settings.attention,
+        matmul=settings.matmul,
         own_head=own_head,
         family=settings.family,
         **head,

@@ -71,6 +71,7 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
         'device_kind': mesh.devices.flat[0].device_kind,
         'experts': list(step.model.kernels.experts),
         'mesh': dict(mesh.shape),
+        'products': model.kernels.products,
         **(speed.details() if speed else {}),
     }
     write_json(workdir / 'compile.json', metrics | beside)
@@ -89,6 +90,7 @@ def _show(step: Step, attempt: Attempt, metrics: dict, speed: Speed | None, copi
             ('devices', f'{mesh.size} x {mesh.devices.flat[0].device_kind}' + (f'; mesh {sizes}' if sizes else '')),
             ('attention', str(model.kernels)),
             ('experts', ', '.join(model.kernels.experts)),
+            ('products', model.kernels.products_line),
             ('batch', f'{config.train.batch_size} x {config.data.seq_len} in {attempt.accumulate} micro-batches'),
             ('arguments', f'{size(attempt.argument_bytes)} a device: state, frozen parameters, batch'),
             ('of them', f'{size(copied)} copied to every device' if copied else ''),

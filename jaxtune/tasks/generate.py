@@ -79,9 +79,12 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict:
         return {'task': 'generate', 'status': 'done', 'step': 0, 'metrics': metrics}
     os.replace(_partial(workdir), workdir / 'samples.jsonl')
     metrics |= _scores(workdir / 'samples.jsonl', config.generate.bleu_tokenize, tuple(bundle.adapters))
+    info.facts['products'] = bundle.model.kernels.products
     info.write(workdir)
     result = report.finish(workdir, 'generate', 0, metrics)
     _show(workdir / 'samples.jsonl')
+    if line := bundle.model.kernels.products_line:
+        console.note(f'products: {line}')
     console.note(f'made {workdir}/samples.jsonl: {metrics["generate/completions"]} completions, {tokens:,} tokens')
     return result
 

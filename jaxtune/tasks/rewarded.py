@@ -263,7 +263,11 @@ def open_trainer(
             targets=reached,
         )
 
+    said = dict(kernels.products)
+
     def last_lines(exported: int, metrics: Mapping[str, Any]) -> None:
+        if kernels.products != said:  # those of rollouts, which are traced when they are first made
+            console.note(f'products: {kernels.products_line}')
         announce.conclude(info, workdir, exported, metrics, reward=metrics.get(f'{name}/reward'))
 
     return trainer, first_lines, last_lines

@@ -190,6 +190,8 @@ def reference_logps(config: Settings, mesh: Mesh, bundle: ModelBundle, cache: pa
 
     changes = json.dumps(dict(bundle.overrides), sort_keys=True) if bundle.overrides else ''
     identity = (config.model.path, config.model.compute_dtype, *([changes] if changes else ()))
+    if config.model.matmul:
+        identity = (*identity, config.model.matmul)
     size = config.eval.batch_size or config.train.batch_size
     return ReferenceLogps(objective, bundle.model, bundle.params, mesh, size, cache, identity, load)
 

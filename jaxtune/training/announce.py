@@ -34,7 +34,7 @@ def announce(
       info: of the run; its model is described.
       workdir: of the run.
       data: counts of the training data.
-      kernels: of attention, that were chosen.
+      kernels: of attention and of products, that were chosen.
       memory: bytes of the compiled step.
       updates: how many, and of what.
       optimizer: the recipe's `optimizer` subtree.
@@ -43,7 +43,12 @@ def announce(
     """
     _ = info.peak_flops  # measured now, while nothing else runs
     machine = info.machine()
-    info.facts |= {'attention': list(kernels.names), 'data': dict(data), 'memory': dict(memory)}
+    info.facts |= {
+        'attention': list(kernels.names),
+        'products': kernels.products,
+        'data': dict(data),
+        'memory': dict(memory),
+    }
     if mixture:
         info.facts['mixture'] = dict(mixture)
     console.facts(
@@ -54,6 +59,7 @@ def announce(
             ('memory', _memory_line(info.facts.get('model'), memory)),
             ('attention', str(kernels)),
             ('experts', ', '.join(kernels.experts)),
+            ('products', kernels.products_line),
             ('data', _data_line(data)),
             ('mixture', _mixture_line(mixture or {})),
             ('updates', updates),

@@ -9,6 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.parallel import one_cpu
+from jaxtune.weights.low_precision import low_dot
 
 if TYPE_CHECKING:
     from jaxtune.weights.grouped import Groups
@@ -43,9 +44,13 @@ class Weight:
         """Number of parameters among its arrays that are there."""
         raise NotImplementedError
 
-    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """`[..., in] -> [..., out]` in the dtype of `x`."""
+    def dot(self, x: jax.Array, rng: jax.Array | None, matmul: str = '') -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`; `matmul` as for the function `dot`."""
         raise NotImplementedError
+
+    def product(self, x: jax.Array) -> tuple[str, str]:
+        """Which product `dot` runs for `x`, and why a fused kernel could not where one is wanted; '' = no choice."""
+        return '', ''
 
     def grouped_dot(self, x: jax.Array, groups: 'Groups', rng: jax.Array | None) -> jax.Array:
         """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel of `[groups, in, out]`."""
@@ -86,18 +91,20 @@ def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, Weight)
 
 
-def dot(x: jax.Array, kernel: jax.Array | Weight, rng: jax.Array | None = None) -> jax.Array:
+def dot(x: jax.Array, kernel: jax.Array | Weight, rng: jax.Array | None = None, matmul: str = '') -> jax.Array:
     """Multiplies activations `[..., in]` by a kernel `[in, out]` in the dtype of `x`; returns `[..., out]`.
 
     Args:
       x: the activations.
       kernel: an array or a typed leaf.
       rng: key for dropout in the leaf, or None.
+      matmul: `fp8` or `int8`, what the model's own kernel is multiplied in (`low_precision`); '' = the dtype of `x`.
     """
     chex.assert_equal(kernel.shape[:-1], x.shape[-1:], custom_message='kernel: [in, out] for x [..., in]')
     if isinstance(kernel, Weight):
-        return kernel.dot(x, rng)
-    return _dot(x, kernel.astype(x.dtype))
+        return kernel.dot(x, rng, matmul)
+    kernel = kernel.astype(x.dtype)
+    return low_dot(x, kernel, matmul) if matmul else _dot(x, kernel)
 
 
 @jax.custom_vjp

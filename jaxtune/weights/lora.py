@@ -83,12 +83,20 @@ class LoRA(Weight):
         """The base."""
         return self.base
 
-    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """`[..., in] -> [..., out]` in the dtype of `x`."""
-        if not (rng is not None and self.dropout) and self._summed_first(x):
+    def dot(self, x: jax.Array, rng: jax.Array | None, matmul: str = '') -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`; the factors are multiplied in it, whatever `matmul` says."""
+        if not matmul and not (rng is not None and self.dropout) and self._summed_first(x):
             y = _sum_dot(x, (self.base, self.a_start, self.b_start, self.scale), self.a, self.b)
             return y if self.magnitude is None else (self.magnitude / self._lengths()).astype(x.dtype) * y
-        return self._dot(x, rng, dot, lambda values: values)
+
+        def multiply(x: jax.Array, kernel: jax.Array | Weight) -> jax.Array:
+            return dot(x, kernel, matmul=matmul if kernel is self.base else '')
+
+        return self._dot(x, rng, multiply, lambda values: values)
+
+    def product(self, x: jax.Array) -> tuple[str, str]:
+        """Which product of the base `dot` runs, as `Weight.product` has it."""
+        return self.base.product(x) if isinstance(self.base, Weight) else ('', '')
 
     def grouped_dot(self, x: jax.Array, groups: Groups, rng: jax.Array | None) -> jax.Array:
         """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel."""

@@ -59,11 +59,15 @@ class NewRows(Weight):
         """The base."""
         return self.base
 
-    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """`[..., in] -> [..., out]` in the dtype of `x`."""
+    def dot(self, x: jax.Array, rng: jax.Array | None, matmul: str = '') -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`; `matmul` as for `leaf.dot`."""
         if self.axis == 0:
-            return dot(x, self.materialise())
-        return put_rows(dot(x, self.base, rng), dot(x, self.rows.T), self.ids, -1)
+            return dot(x, self.materialise(), matmul=matmul)
+        return put_rows(dot(x, self.base, rng, matmul), dot(x, self.rows.T), self.ids, -1)
+
+    def product(self, x: jax.Array) -> tuple[str, str]:
+        """Which product of the base `dot` runs, as `Weight.product` has it."""
+        return self.base.product(x) if self.axis and isinstance(self.base, Weight) else ('', '')
 
     def lookup(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows for ids of any shape, `[*ids.shape, features]`."""

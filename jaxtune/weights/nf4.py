@@ -22,6 +22,8 @@ from jaxtune.parallel import in_order, one_device
 from jaxtune.weights.blockwise8 import decode, stepped_code
 from jaxtune.weights.grouped import Groups, product
 from jaxtune.weights.leaf import Fit, Weight
+from jaxtune.weights.low_precision import low_backward, low_forward
+from jaxtune.weights.nf4_kernel import available, fused_dot
 
 # Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (the paper's appendix E).
 VALUES = np.asarray(
@@ -86,9 +88,14 @@ class NF4(Weight):
         """Number of parameters among its arrays that are there."""
         return 0 if self.codes is None else math.prod(self.shape)
 
-    def dot(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """`[..., in] -> [..., out]` in the dtype of `x`."""
-        return _dot(x, self)
+    def dot(self, x: jax.Array, rng: jax.Array | None, matmul: str = '') -> jax.Array:
+        """`[..., in] -> [..., out]` in the dtype of `x`; for `matmul` (see `leaf.dot`) it is dequantised first."""
+        return _low_dot(matmul, x, self) if matmul else _dot(x, self)
+
+    def product(self, x: jax.Array) -> tuple[str, str]:
+        """Which product `dot` runs: `nf4 fused` (`nf4_kernel`) or `nf4 xla`, and why not the fused one."""
+        fused, reason = available(math.prod(x.shape[:-1]), self.matrix, self.block)
+        return 'nf4 fused' if fused else 'nf4 xla', reason
 
     def grouped_dot(self, x: jax.Array, groups: Groups, rng: jax.Array | None) -> jax.Array:
         """`[rows, in] -> [rows, out]` in the dtype of `x`, each row by its group's kernel."""
@@ -122,13 +129,16 @@ class NF4(Weight):
 
     def pieces(self) -> tuple[jax.Array, jax.Array]:
         """Codes and float32 scales of one layer, its rows cut into `[pieces, rows, ...]`."""
-        scales = self.scales
-        if self.outer is not None:
-            assert self.offset is not None  # the two come together
-            outer = jnp.repeat(self.outer, OUTER_BLOCK)[: scales.size].reshape(scales.shape)
-            scales = _unfused(decode(scales) * outer) + self.offset
         rows, count = self.codes.shape[0], self.count()
-        return self.codes.reshape(count, rows // count, -1), scales.reshape(count, rows // count, -1)
+        return self.codes.reshape(count, rows // count, -1), self.wide_scales().reshape(count, rows // count, -1)
+
+    def wide_scales(self) -> jax.Array:
+        """Scales of one layer in float32, `[rows, blocks]`."""
+        if self.outer is None:
+            return self.scales
+        assert self.offset is not None  # the two come together
+        outer = jnp.repeat(self.outer, OUTER_BLOCK)[: self.scales.size].reshape(self.scales.shape)
+        return _unfused(decode(self.scales) * outer) + self.offset
 
     def count(self) -> int:
         """Into how many pieces the rows of one layer are cut."""
@@ -202,6 +212,9 @@ def _dot(x: jax.Array, weight: NF4) -> jax.Array:
 def _dot_forward(x: jax.Array, weight: NF4) -> tuple[jax.Array, NF4]:
     # The codes are kept, not the wide weight: dequantising again costs less than the memory.
     last = x.ndim - 1
+    if weight.product(x)[0] == 'nf4 fused':
+        y = fused_dot(x.reshape(-1, x.shape[-1]), weight.codes, weight.wide_scales(), VALUES)
+        return checkpoint_name(y.reshape(*x.shape[:-1], -1), 'product'), weight
     if weight.count() == 1:
         return lax.dot_general(x, weight.dequantise(x.dtype), (((last,), (1,)), ((), ()))), weight
 
@@ -230,6 +243,23 @@ def _dot_backward(weight: NF4, d_y: jax.Array) -> tuple[jax.Array, None]:
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _low_dot(kind: str, x: jax.Array, weight: NF4) -> jax.Array:
+    return low_forward(x, weight.dequantise(x.dtype).T, kind)
+
+
+def _low_forward(kind: str, x: jax.Array, weight: NF4) -> tuple[jax.Array, NF4]:
+    return _low_dot(kind, x, weight), weight
+
+
+def _low_backward(kind: str, weight: NF4, d_y: jax.Array) -> tuple[jax.Array, None]:
+    weight, d_y = lax.optimization_barrier((weight, d_y))  # as in `_dot_backward`
+    return low_backward(d_y, weight.dequantise(d_y.dtype).T, kind), None
+
+
+_low_dot.defvjp(_low_forward, _low_backward)
 
 
 @jax.custom_vjp
