@@ -71,7 +71,7 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
         'device_kind': mesh.devices.flat[0].device_kind,
         'experts': list(step.model.kernels.experts),
         'mesh': dict(mesh.shape),
-        'products': model.kernels.products,
+        'products': step.model.kernels.products,
         **(speed.details() if speed else {}),
     }
     write_json(workdir / 'compile.json', metrics | beside)
