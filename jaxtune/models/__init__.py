@@ -169,6 +169,7 @@ def build(
     compute_dtype: str = 'float32',
     remat: str = 'none',
     attention: str = 'auto',
+    packed: bool = True,
     head: str = 'lm',
     labels: int = 0,
     own_head: bool = False,
@@ -182,6 +183,7 @@ def build(
       compute_dtype: what activations and matrix products use; norms, rotary angles and softmax stay in float32.
       remat: `none`, `full` or `dots`.
       attention: `auto`, `xla` or `flash`.
+      packed: False promises that rows are one text each, and padding after it: cuDNN's attention can take those.
       head: what follows the last layer: `lm`, `classification` (of a whole row), `token_classification`, or a decoder's
         `reward` (one number a token).
       labels: classes that a classifier tells apart.
@@ -207,6 +209,8 @@ def build(
                 + ', '.join(name for name, each in known.items() if each.kind == kind)
             )
         added |= {'head': head} if kind == 'decoder' else {'head': head, 'labels': labels}
+    if chosen.kind != 'encdec':
+        added['packed'] = packed
     return _module(chosen).build(fields, chosen, **dtypes, remat=remat, attention=attention, **added)
 
 

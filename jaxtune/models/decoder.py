@@ -121,6 +121,7 @@ class Attention(_Part):
                 window=window,
                 sinks=sinks,
                 implementation=self.implementation,
+                packed=self.packed,
                 kernels=self.kernels,
                 # A prompt is near every segment of a packed row, which blocks skipped by their place would not know.
                 self_attention=cache is None and context.prompt is None and prefix is None,
@@ -438,6 +439,7 @@ def build(
     compute_dtype: jnp.dtype,
     remat: str,
     attention: str,
+    packed: bool = True,
     head: str = 'lm',
     own_head: bool = False,
 ) -> Model:
@@ -450,6 +452,7 @@ def build(
       compute_dtype: of activations.
       remat: activation checkpointing.
       attention: the implementation.
+      packed: rows may hold several segments.
       head: `lm`, or `reward`: one number a token, which `transformers`' sequence classifiers give for the last one.
       own_head: as for `models.build`.
 
@@ -462,7 +465,7 @@ def build(
     config = decoder_config(fields, family)
     tie = Tie('embed_tokens/embedding', 'lm_head/kernel', 'lm_head.weight') if config.tied and head == 'lm' else None
     kernels = KernelLog()
-    module = Decoder(config, param_dtype, compute_dtype, attention, kernels, remat, head)
+    module = Decoder(config, param_dtype, compute_dtype, attention, kernels, packed, remat, head)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Decoder(config, param_dtype, compute_dtype, 'xla', head=head))
     shapes = jax.eval_shape(init, jax.random.key(0))

@@ -79,6 +79,7 @@ class Attention(_Part):
             angles=angles,
             window=c.windows[0] if len(set(c.windows)) == 1 else window,
             implementation=self.implementation,
+            packed=self.packed,
             kernels=self.kernels,
             self_attention=prefix is None,
             causal=False,
@@ -328,6 +329,7 @@ def build(
     compute_dtype: jnp.dtype,
     remat: str,
     attention: str,
+    packed: bool = True,
     head: str = 'lm',
     labels: int = 0,
     own_head: bool = False,
@@ -341,6 +343,7 @@ def build(
       compute_dtype: of activations.
       remat: activation checkpointing.
       attention: the implementation.
+      packed: rows may hold several segments.
       head: `lm`, `classification` (of rows) or `token_classification`.
       labels: number of classes.
       own_head: as for `models.build`.
@@ -357,7 +360,7 @@ def build(
     name = f'{_module(family, config, "lm_head/decoder", head)}.weight'
     tie = Tie('embed_tokens/embedding', 'lm_head/decoder/kernel', name) if config.tied and head == 'lm' else None
     kernels = KernelLog()
-    module = Encoder(config, param_dtype, compute_dtype, attention, kernels, remat, head, labels)
+    module = Encoder(config, param_dtype, compute_dtype, attention, kernels, packed, remat, head, labels)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Encoder(config, param_dtype, compute_dtype, 'xla', head=head, labels=labels))
     shapes = jax.eval_shape(init, jax.random.key(0))

@@ -111,6 +111,7 @@ class Part(nn.Module):
       dtype: what activations and matrix products use.
       implementation: of attention.
       kernels: is told which one was chosen; None for a module that only makes parameters.
+      packed: rows may hold several segments.
     """
 
     config: Any
@@ -118,6 +119,7 @@ class Part(nn.Module):
     dtype: jnp.dtype
     implementation: str = 'auto'
     kernels: KernelLog | None = None
+    packed: bool = True
 
     def dense(self, name: str, features: int, use_bias: bool, residual: bool = False) -> Dense:
         """A linear layer; `residual`: it writes to the residual stream."""
@@ -132,7 +134,7 @@ class Part(nn.Module):
 
     def same(self) -> tuple:
         """What a part inside this one is told."""
-        return self.config, self.param_dtype, self.dtype, self.implementation, self.kernels
+        return self.config, self.param_dtype, self.dtype, self.implementation, self.kernels, self.packed
 
 
 def bottleneck(module: nn.Module, name: str, x: jax.Array) -> jax.Array:

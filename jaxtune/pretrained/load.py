@@ -261,6 +261,7 @@ def open_model(
         compute_dtype=settings.compute_dtype,
         remat=settings.remat,
         attention=settings.attention,
+        packed=spec.rows is None or spec.rows.data.packing,
         own_head=own_head,
         family=settings.family,
         **head,
