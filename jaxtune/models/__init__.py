@@ -181,7 +181,7 @@ def build(
       fields: Hugging Face config fields.
       param_dtype: `float32` or `bfloat16`, what kernels and embeddings are kept in; norms and biases are float32.
       compute_dtype: what activations and matrix products use; norms, rotary angles and softmax stay in float32.
-      remat: `none`, `full` or `dots`.
+      remat: as for `remat.rematerialised`.
       attention: `auto`, `xla` or `flash`.
       packed: False promises that rows are one text each, and padding after it: cuDNN's attention can take those.
       head: what follows the last layer: `lm`, `classification` (of a whole row), `token_classification`, or a decoder's

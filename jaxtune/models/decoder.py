@@ -17,10 +17,11 @@ from jaxtune.models import rope as rotary
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.decoder_config import IGNORED, DecoderConfig, Run, decoder_config
 from jaxtune.models.latent import project_latent
-from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, normal, parameter, recomputed
+from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, normal, parameter
 from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.moe import MoE
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
+from jaxtune.models.remat import layer_input, named, recomputed
 from jaxtune.models.routing import Routing
 from jaxtune.parallel import constrain, fusion_barrier
 
@@ -183,14 +184,15 @@ class MLP(_Part):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, activation, d_ff = self.config, ACTIVATIONS[self.config.activation], self.d_ff or self.config.d_ff
         if c.fused_gate_up:
-            (fused,) = fusion_barrier(self.dense('gate_up_proj', 2 * d_ff, c.mlp_bias)(x))
+            (fused,) = fusion_barrier(named('mlp_in', self.dense('gate_up_proj', 2 * d_ff, c.mlp_bias)(x)))
             gate, up = jnp.split(fused, 2, axis=-1)
             y = activation(gate) * up
         elif c.gated:
-            gate, up = fusion_barrier(*(self.dense(name, d_ff, c.mlp_bias)(x) for name in ('gate_proj', 'up_proj')))
+            both = (named('mlp_in', self.dense(name, d_ff, c.mlp_bias)(x)) for name in ('gate_proj', 'up_proj'))
+            gate, up = fusion_barrier(*both)
             y = activation(gate) * up
         else:
-            y = activation(self.dense('up_proj', d_ff, c.mlp_bias)(x))
+            y = activation(named('mlp_in', self.dense('up_proj', d_ff, c.mlp_bias)(x)))
         y = constrain(y, 'batch', 'length', 'mlp')
         return self.dense('down_proj', c.d_model, c.mlp_bias, residual=True)(y)
 
@@ -204,17 +206,18 @@ class Block(_Part):
     def __call__(
         self, carry: tuple[jax.Array, Cache], layer: Layer, context: Context
     ) -> tuple[tuple[jax.Array, Cache], Routing | None]:
-        x, cache = carry
+        x, cache = layer_input(carry[0]), carry[1]
         before_attention, after_attention, before_mlp, after_mlp = self.config.norm_names
         normed = self.norm(before_attention)(x)
         y, cache = Attention(*self.same(), name='self_attn')(normed, cache, layer, context)
+        y = named('attn_proj', y)
         x = x + self.scaled(self.norm(after_attention)(bottleneck(self, 'attention_adapter', y)))
         normed, routing = normed if self.config.parallel else self.norm(before_mlp)(x), None
         if self.sparse:
             y, routing = MoE(*self.same(), shared=MLP, name='mlp')(normed, context.q_segment_ids != 0)
         else:
             y = MLP(*self.same(), name='mlp')(normed)
-        y = bottleneck(self, 'mlp_adapter', y)
+        y = bottleneck(self, 'mlp_adapter', named('mlp_out', y))
         x = x + self.scaled(self.norm(after_mlp)(y))
         return (constrain(x, 'batch', 'length', None), cache), routing
 

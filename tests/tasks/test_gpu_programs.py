@@ -82,6 +82,12 @@ def test_windows_by_layer_a_soft_cap_and_wide_heads_run_fused(tmp_path, monkeypa
     assert not pairs_of_tokens(text)
 
 
+def test_layer_inputs_lie_in_the_hosts_memory(tmp_path, monkeypatch, capsys):
+    text, _ = program(tmp_path, monkeypatch, capsys, 'cuda:h100x1', model__remat='offload')
+    # XLA writes that as memory space 5; all layers' inputs are one stack.
+    assert re.search(rf'bf16\[2,2,{LENGTH},256\]\{{[\d,]*:?[^}}]*S\(5\)\}}', text)
+
+
 @pytest.mark.exhaustive
 def test_an_older_card_says_why_it_runs_none(tmp_path, monkeypatch, capsys):
     _, said = program(tmp_path, monkeypatch, capsys, 'cuda:t4x1')
