@@ -73,7 +73,8 @@ def _splash(call: Instruction, read: list[Array], shares: Shares) -> Work | None
     # Masks and tables come first; then queries, keys, values `[heads, length, head_dim]`.
     queries, keys, *_ = [array for array in read if len(array.dims) >= 3 and array.dtype in ('bf16', 'f32')]
     if '_dkv' in call.name:  # scores, their gradient, keys' and values'; the fused kernel makes the queries' too
-        count = 5 if sum(array.dims == queries.dims for array in call.results) > 2 else 4
+        # Of them a part for each block of keys.
+        count = 5 if any(len(array.dims) > len(queries.dims) for array in call.results) else 4
     else:
         count = 3 if '_dq' in call.name else 2
     return Work(2.0 * count * queries.size * keys.dims[-2] * shares.attended, queries.dtype, 0.55)

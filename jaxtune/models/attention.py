@@ -145,8 +145,9 @@ def attention(
     places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids, angles, angles, traced)
     functions = {'xla': blockwise, 'splash': flash.splash, 'triton': _triton, 'cudnn': flash.cudnn}
     function: Callable[..., jax.Array] = functions[name]
-    kernel = flash.splash_kernel(mesh.own_heads, q.shape[1], mesh.shards, pattern) if name == 'splash' else None
-    more = () if kernel is None else (kernel,)
+    more = ()
+    if name == 'splash':
+        more = (flash.splash_kernel(mesh.own_heads, q.shape[1], mesh.shards, pattern, q.shape[3] * q.dtype.itemsize),)
     return mesh.run(
         lambda q, k, v, places, sinks, *more: function(q, k, v, places, pattern, sinks, *more),
         (q, k, v, places, sinks, *more),

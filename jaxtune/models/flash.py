@@ -12,10 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.blockwise import Pattern, Places
 from jaxtune.models.flash_triton import LARGEST_HEAD
+from jaxtune.models.splash_blocks import SMALLEST, Blocks, choose
 from jaxtune.parallel import compute_capability
 
 PLATFORMS = ('tpu', 'gpu')  # those that have a fused kernel
-_BLOCKS = (512, 256, 128)  # of queries and keys a splash kernel works on; a length must be a multiple of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,9 @@ def available(call: Call) -> tuple[str, str]:
 def _splash_runs(call: Call) -> tuple[str, str]:
     if call.window == 'traced':
         return '', 'the TPU kernel needs the same sliding window in every layer'
-    if call.length % (call.sequence * _BLOCKS[-1]):
+    if call.length % (call.sequence * SMALLEST):
         parts = f' x mesh.sequence={call.sequence}' if call.sequence > 1 else ''
-        return '', f'the TPU kernel needs a multiple of {_BLOCKS[-1]}{parts} tokens, and data.seq_len={call.length}'
+        return '', f'the TPU kernel needs a multiple of {SMALLEST}{parts} tokens, and data.seq_len={call.length}'
     if call.window is not None and not call.causal:
         return '', 'a sliding window is implemented for causal attention'
     return 'splash', ''
@@ -116,7 +116,15 @@ def _without_padding(out: jax.Array, places: Places) -> jax.Array:
     return jnp.where((places.q_segment_ids > 0)[:, :, None, None], out, 0)
 
 
-def splash_kernel(heads: int, length: int, shards: int, pattern: Pattern, interpret: bool = False) -> Any:
+def splash_kernel(
+    heads: int,
+    length: int,
+    shards: int,
+    pattern: Pattern,
+    row_bytes: int = 256,
+    interpret: bool = False,
+    blocks: Blocks | None = None,
+) -> Any:
     """Splash attention's kernel: a pytree with the blocks of the mask, of which each device needs its queries' part.
 
     Made anew in every trace: a scan's are traced more than once, and its arrays belong to the one they are made in.
@@ -127,7 +135,9 @@ def splash_kernel(heads: int, length: int, shards: int, pattern: Pattern, interp
       length: tokens of a row.
       shards: devices that a row's queries are divided over.
       pattern: who sees whom.
+      row_bytes: of one query.
       interpret: runs in Pallas' interpreter.
+      blocks: sizes of blocks; None = those that take least time.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # slow to import
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks  # slow to import
@@ -139,20 +149,10 @@ def splash_kernel(heads: int, length: int, shards: int, pattern: Pattern, interp
         mask = masks.CausalMask(shape)
     else:
         mask = masks.LocalMask(shape, (pattern.window - 1, 0), 0)
-    size = next(size for size in _BLOCKS if length // shards % size == 0)
-    blocks = kernels.BlockSizes(
-        block_q=size,
-        block_kv=size,
-        block_kv_compute=size,
-        block_q_dkv=size,
-        block_kv_dkv=size,
-        block_kv_dkv_compute=size,
-        block_q_dq=size,
-        block_kv_dq=size,
-    )
+    blocks = blocks or choose(length, shards, row_bytes, pattern.window, pattern.causal)
     return kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=blocks,
+        block_sizes=kernels.BlockSizes(**blocks.sizes),
         attn_logits_soft_cap=pattern.softcap,
         head_shards=1,
         q_seq_shards=shards,

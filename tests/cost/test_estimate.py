@@ -105,6 +105,9 @@ def test_kernels_by_their_shapes():
     assert dq.flops == 2 * 3 * pairs
     dkv = of(f'%splash_mha_dkv_no_residuals = ({shape}, {shape}) {call}', masks, heads)
     assert dkv.flops == 2 * 4 * pairs * 0.5
+    partial = 'bf16[2,8,512,128]{3,2,1,0}'
+    dkv = of(f'%splash_mha_dkv_no_residuals = ({partial}, {shape}, {shape}) {call}', masks, heads)
+    assert dkv.flops == 2 * 5 * pairs * 0.5
     told, ids = '%t = s32[2]{0} parameter(0)', '%i = s32[2,512]{1,0} parameter(1)'
     rows, shared = '%q = bf16[2,512,4,128]{3,2,1,0} parameter(2)', '%k = bf16[2,512,2,128]{3,2,1,0} parameter(3)'
     call = (

@@ -21,6 +21,7 @@ from jaxtune.models import flash, rope
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.blockwise import Pattern, Places, blockwise
 from jaxtune.models.flash_triton import triton
+from jaxtune.models.splash_blocks import Blocks
 from jaxtune.parallel import make_mesh
 
 attention_module = importlib.import_module('jaxtune.models.attention')
@@ -247,12 +248,20 @@ def test_memory_grows_as_the_length_does(heads):
     assert found[2] <= 2 * found[1]
 
 
-@pytest.mark.parametrize('window', [None, 100])
-def test_splash_kernel_equals_blockwise(window):
+@pytest.mark.parametrize(
+    ('window', 'blocks'),
+    [
+        (None, None),
+        (100, Blocks((128, 128), (128, 128), (128, 256))),
+        # A gradient of the queries from each block of keys.
+        (100, Blocks((128, 256), (128, 128), None)),
+    ],
+)
+def test_splash_kernel_equals_blockwise(window, blocks):
     (q, k, v), places, cotangent = example(3, 2, 256, 4, 2, 128)
     where = Places(**places)
     pattern = Pattern(scale=0.1, budget=2**21, softcap=5.0, window=window)
-    kernel = flash.splash_kernel(q.shape[2], q.shape[1], 1, pattern, interpret=True)
+    kernel = flash.splash_kernel(q.shape[2], q.shape[1], 1, pattern, interpret=True, blocks=blocks)
     got = with_gradients(lambda *a: flash.splash(*a, where, pattern, None, kernel), (q, k, v), cotangent)
     close(got, with_gradients(lambda *a: blockwise(*a, where, pattern), (q, k, v), cotangent), 2e-5)
 
