@@ -1,9 +1,9 @@
 """Sizes of the blocks of queries and keys that splash attention works on, by a model of its time on a TPU.
 
 A step of a kernel's grid costs about a third of a microsecond whatever its block holds, so blocks should be large; a
-block on the diagonal of a causal mask is computed whole, though, so they should be small beside the row. All is counted in the
-time that the forward pass takes for one pair of a query and a key. The constants are for a v5e's ratio of products to
-steps and to memory; of a faster chip they are larger, and the choice is the same or nearly as good.
+block on the diagonal of a causal mask is computed whole, though, so they should be small beside the row. All is counted
+in the time that the forward pass takes for one pair of a query and a key. The constants are for a v5e's ratio of
+products to steps and to memory; of a faster chip they are larger, and the choice is the same or nearly as good.
 """
 
 import dataclasses
