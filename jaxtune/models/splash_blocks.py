@@ -18,7 +18,7 @@ _SIZES = (128, 256, 512, 1024, 2048)
 _COMPUTED = 512  # keys of a block that are multiplied at a time
 _ROW = 256  # bytes of a query: 128 wide in bfloat16, what the constants are for
 _STEP = 2**17  # pairs that take as long as a step of the grid
-_PARTIAL = 2**7  # pairs that take as long as writing and reading one query's partial gradient
+_PARTIAL = 576  # pairs that take as long as writing one query's partial gradient and, by libtpu, adding it up
 # What libtpu fits into the 16 MiB of a kernel's scoped VMEM: pairs of a block, and bytes of its queries or keys.
 _MOST_PAIRS = 2**21
 _MOST_BYTES = 2**19
