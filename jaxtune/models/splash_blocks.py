@@ -22,8 +22,7 @@ _PARTIAL = 576  # pairs that take as long as writing one query's partial gradien
 # What libtpu fits into the 16 MiB of a kernel's scoped VMEM: pairs of a block, and bytes of its queries or keys.
 _MOST_PAIRS = 2**21
 _MOST_BYTES = 2**19
-# The fused backward kernel writes a gradient of the queries for each block of keys: at most so many times all
-# queries of the row.
+# The fused backward kernel writes a gradient of the queries for each block of keys: at most so many times them.
 _MOST_PARTIALS = 4
 
 
@@ -90,7 +89,7 @@ def choose(length: int, shards: int, row_bytes: int, window: int | None, causal:
     forward = min(fitting, key=lambda block: seconds(block, 2))
     keys = min(fitting, key=lambda block: seconds(block, 4))
     queries = min(fitting, key=lambda block: seconds(block, 3))
-    both = [block for block in fitting if length // block[1] <= _MOST_PARTIALS * shards]
+    both = [block for block in fitting if length // block[1] <= _MOST_PARTIALS]
     best = min(both, key=fused, default=None)
     if best is not None and fused(best) < seconds(keys, 4) + seconds(queries, 3):
         return Blocks(forward, best, None)
