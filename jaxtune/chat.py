@@ -227,7 +227,7 @@ def _define() -> None:
         kinds[type(default)](name, default, comment)
 
 
-def cli(argv: Sequence[str] | None = None) -> None:
+def cli(argv: list[str] | None = None) -> None:
     """Entry point of `jaxtune chat` and `python -m jaxtune.chat`; `argv` is the command's by default.
 
     Raises:

@@ -16,6 +16,7 @@ from jaxtune.common.checks import (
     names_if_any,
     number,
     one_of,
+    one_or_several,
     path,
     path_list,
     path_names,
@@ -79,7 +80,11 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'model.param_dtype': Key('float32', _dtype, 'dtype of the weights; norms, biases and optimizer state stay float32'),
     'model.compute_dtype': Key('float32', _dtype, 'dtype of activations and matrix products'),
     'model.remat': Key(
-        'dots', one_of('none', 'full', 'dots'), 'activation checkpointing: none, full, or keep matmul outputs'
+        'dots',
+        one_or_several('none', 'full', 'dots', 'offload', names='jaxtune.models.remat:NAMES'),
+        "activation checkpointing, what a layer keeps beside its input: none = all, full = attention's output, dots = "
+        "that and matmul outputs, offload = full's, all in the host's memory; or names with commas: qkv, attn_out, "
+        'attn_proj (after o_proj), mlp_in (gate and up), mlp_out',
     ),
     'model.attention': Key('auto', one_of('auto', 'xla', 'flash'), 'attention kernel; the one used is logged'),
     'model.matmul': Key(

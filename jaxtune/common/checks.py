@@ -32,6 +32,31 @@ def one_of(*names: str) -> Check:
     return check
 
 
+def one_or_several(*words: str, names: str) -> Check:
+    """One of these words, or some of the names that a mapping has, with commas between them.
+
+    Args:
+      words: that stand alone.
+      names: `module:ATTRIBUTE` of the mapping, which is imported when a value is checked.
+    """
+    module, _, attribute = names.partition(':')
+
+    def check(value: Any) -> str:
+        if isinstance(value, str) and value in words:
+            return value
+        known = list(getattr(importlib.import_module(module), attribute))
+        given = [part.strip() for part in value.split(',')] if isinstance(value, str) else []
+        wrong = [part for part in given if part not in known]
+        if not given or wrong:
+            near = _nearest(wrong[0] if wrong else value, [*words, *known])
+            raise ExpectedError(
+                f'one of {", ".join(words)}, or some of {", ".join(known)} with commas between them{near}'
+            )
+        return ','.join(given)
+
+    return check
+
+
 def _nearest(value: Any, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(value, names, 1) if isinstance(value, str) else ()
     return f' (nearest: {near[0]})' if near else ''

@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 from jaxtune.cost.hlo import Array, Instruction
 
-_TRITON = '__gpu$xla.gpu.triton'
-
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
@@ -51,7 +49,7 @@ def work(call: Instruction, read: list[Array], shares: Shares) -> Work | None:
       shares: of the work that is needed.
     """
     target = call.attribute(r'custom_call_target="([^"]*)"')
-    name = f'{target} {_name(call)}'
+    name = f'{target} {re.sub(r"[.0-9]+$", "", call.name)} {_of_pallas(call)}'
     for pattern, count in _KERNELS:
         if re.search(pattern, name):
             return count(call, read, shares)
@@ -61,21 +59,22 @@ def work(call: Instruction, read: list[Array], shares: Shares) -> Work | None:
 def label(call: Instruction) -> str:
     """A kernel's name: without its number, and of a library's its own."""
     target = call.attribute(r'custom_call_target="([^"]*)"')
-    return _name(call) if target in ('tpu_custom_call', _TRITON, '') else target.lstrip('_')
+    own = re.sub(r'[.0-9]+$', '', call.name) if target in ('tpu_custom_call', '') else ''
+    return own or _of_pallas(call) or target.lstrip('_')
 
 
-def _name(call: Instruction) -> str:
-    """The call's own name; of a Triton kernel, which XLA names after Pallas, the one that Pallas was given."""
-    if call.attribute(r'custom_call_target="([^"]*)"') == _TRITON:
-        return call.op_name.removesuffix('/pallas_call').rpartition('/')[2]
-    return re.sub(r'[.0-9]+$', '', call.name)
+def _of_pallas(call: Instruction) -> str:
+    """The name of a Pallas kernel by the path of its primitive; '' of other calls."""
+    match = re.search(r'(\w+)\)*/pallas_call$', call.op_name)
+    return match[1] if match else ''
 
 
 def _splash(call: Instruction, read: list[Array], shares: Shares) -> Work | None:
     # Masks and tables come first; then queries, keys, values `[heads, length, head_dim]`.
     queries, keys, *_ = [array for array in read if len(array.dims) >= 3 and array.dtype in ('bf16', 'f32')]
     if '_dkv' in call.name:  # scores, their gradient, keys' and values'; the fused kernel makes the queries' too
-        count = 5 if sum(array.dims == queries.dims for array in call.results) > 2 else 4
+        # Of them a part for each block of keys.
+        count = 5 if any(len(array.dims) > len(queries.dims) for array in call.results) else 4
     else:
         count = 3 if '_dq' in call.name else 2
     return Work(2.0 * count * queries.size * keys.dims[-2] * shares.attended, queries.dtype, 0.55)
@@ -88,6 +87,15 @@ def _cudnn_attention(call: Instruction, read: list[Array], shares: Shares) -> Wo
     # It skips what its own causal mask excludes, and nothing that an added bias does.
     skipped = shares.attended if 'CAUSAL' in call.attribute(r'"mask_type":\s*"(\w+)"') else 1.0
     return Work(2.0 * (5 if backward else 2) * pairs * read[0].dims[-1] * skipped, read[0].dtype, 0.6 - 0.15 * backward)
+
+
+def _triton_attention(call: Instruction, read: list[Array], shares: Shares) -> Work:
+    # `[batch, length, heads, head_dim]`; the kernel of the keys' gradients makes four products, the queries' three.
+    queries, keys, *_ = [array for array in read if len(array.dims) == 4]
+    kernel = _of_pallas(call)
+    count = {'flash_keys': 4, 'flash_queries': 3}.get(kernel, 2)
+    share = 0.4 if kernel == 'flash_forward' else 0.3
+    return Work(2.0 * count * queries.size * keys.dims[1] * shares.attended, queries.dtype, share)
 
 
 def _grouped(call: Instruction, read: list[Array], shares: Shares) -> Work | None:
@@ -122,6 +130,7 @@ def _nf4(call: Instruction, read: list[Array], _: Shares) -> Work | None:
 _KERNELS: tuple[tuple[str, Callable[[Instruction, list[Array], Shares], Work | None]], ...] = (
     (r'splash_m[hq]a', _splash),
     (r'fmha', _cudnn_attention),
+    (r'\bflash_(forward|keys|queries)$', _triton_attention),
     (r'\bt?gmm', _grouped),
     (r'nf4_dot', _nf4),
     (r'__cublas|onednn\$matmul', _gemm),

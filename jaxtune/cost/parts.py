@@ -9,8 +9,8 @@ _HOW = frozenset((
     'while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation', 'shard_map', 'scan', 'Block',
     'custom_vjp_call', 'custom_jvp_call', 'named_call', 'core_call', 'pjit',
 ))  # fmt: skip
-_STEP = re.compile(r'branch_\d+_fun|splash_\w+')
-_SCOPED = re.compile(r'(?:jvp|transpose)\(\(?([a-z]\w*)\)?\)')
+_STEP = re.compile(r'branch_\d+_fun|(splash|flash)_\w+')
+_SCOPED = re.compile(r'(?:jvp|transpose)\(\(?((?!flash_)[a-z]\w*)\)?\)')
 
 
 def of(op_name: str) -> tuple[str, str]:

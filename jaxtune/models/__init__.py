@@ -170,6 +170,7 @@ def build(
     remat: str = 'none',
     attention: str = 'auto',
     matmul: str = '',
+    packed: bool = True,
     head: str = 'lm',
     labels: int = 0,
     own_head: bool = False,
@@ -181,10 +182,11 @@ def build(
       fields: Hugging Face config fields.
       param_dtype: `float32` or `bfloat16`, what kernels and embeddings are kept in; norms and biases are float32.
       compute_dtype: what activations and matrix products use; norms, rotary angles and softmax stay in float32.
-      remat: `none`, `full` or `dots`.
+      remat: as for `remat.rematerialised`.
       attention: `auto`, `xla` or `flash`.
       matmul: `fp8` or `int8`, what linear layers of attention and feed-forward multiply in; '' = `compute_dtype`. Not
         heads, the vocabulary, routers, experts, what a method adds, and T5's products that are in float32.
+      packed: False promises that rows are one text each, and padding after it: cuDNN's attention can take those.
       head: what follows the last layer: `lm`, `classification` (of a whole row), `token_classification`, or a decoder's
         `reward` (one number a token).
       labels: classes that a classifier tells apart.
@@ -210,6 +212,8 @@ def build(
                 + ', '.join(name for name, each in known.items() if each.kind == kind)
             )
         added |= {'head': head} if kind == 'decoder' else {'head': head, 'labels': labels}
+    if chosen.kind != 'encdec':
+        added['packed'] = packed
     return _module(chosen).build(fields, chosen, **dtypes, remat=remat, attention=attention, matmul=matmul, **added)
 
 

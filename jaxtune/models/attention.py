@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
-from jaxtune.models import flash
+from jaxtune.models import flash, flash_triton
 from jaxtune.models.blockwise import MASK_VALUE, SAVED_NAMES, Pattern, Places, blockwise
 from jaxtune.models.rope import Angles, rotate
 from jaxtune.parallel import BATCH_AXES, auto_axes, axis_size, dividing_axes, platform
@@ -23,7 +23,7 @@ _ACCELERATOR_BUDGET = 2**29
 
 
 class KernelLog:
-    """The attention kernels that the traces of one model chose, and why a fused one could not run where there are any.
+    """The attention kernels that the traces of one model chose, and why a faster one could not run where there are any.
 
     `models.build` makes one for each model; what traces the model's forward pass adds to it.
 
@@ -39,11 +39,11 @@ class KernelLog:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names in the order of their first traces: `xla`, `splash`, `cudnn`."""
+        """Names in the order of their first traces: `xla`, `splash`, `triton`, `cudnn`."""
         return tuple(self._reasons)
 
     def add(self, name: str, reason: str = '') -> None:
-        """Notes that a kernel was traced; `reason` is why it stood in for a fused one, '' where it did not."""
+        """Notes that a kernel was traced; `reason` is why it stood in for a faster one, '' where it did not."""
         self._reasons[name] = self._reasons.get(name) or reason
 
     def add_product(self, name: str, reason: str) -> None:
@@ -81,6 +81,7 @@ def attention(
     implementation: str = 'auto',
     self_attention: bool = True,
     causal: bool = True,
+    packed: bool = True,
     kernels: KernelLog | None = None,
 ) -> jax.Array:
     """Attention with grouped queries within segments (Vaswani et al. 2017; Ainslie et al. 2023, arXiv:2305.13245).
@@ -102,11 +103,12 @@ def attention(
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118); None = off.
       window: sliding window in tokens (a traced int32 scalar where it differs by layer); None = off.
       sinks: float32 `[heads]`, a score of each head that takes part in its softmax and adds nothing (gpt-oss), or None.
-      implementation: `xla` (blocks, memory linear in length), `flash` (splash attention on TPU, cuDNN on GPU) or
-        `auto`: flash where it can run.
+      implementation: `xla` (blocks, memory linear in length), `flash` (splash attention on TPU; cuDNN or our own
+        Triton kernel on GPU) or `auto`: flash where it can run.
       self_attention: queries and keys are the same tokens in the same order, positions rising within a segment.
         False for a cache or another sequence.
       causal: False lets a query see later keys too.
+      packed: False promises that every row is one segment, and padding after it.
       kernels: is told which implementation was chosen, or None.
 
     Returns:
@@ -138,6 +140,7 @@ def attention(
         platform=platform(),
         sequence=axis_size('sequence'),
         sinks=sinks is not None,
+        packed=packed,
     )
     name, reason = _choose(implementation, call)
     if kernels is not None:
@@ -156,9 +159,11 @@ def attention(
     if name != 'xla':
         q, k, angles = rotate(q, angles), rotate(k, angles), None
     places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids, angles, angles, traced)
-    function: Callable[..., jax.Array] = {'xla': blockwise, 'splash': flash.splash, 'cudnn': flash.cudnn}[name]
-    kernel = flash.splash_kernel(mesh.own_heads, q.shape[1], mesh.shards, pattern) if name == 'splash' else None
-    more = () if kernel is None else (kernel,)
+    functions = {'xla': blockwise, 'splash': flash.splash, 'triton': _triton, 'cudnn': flash.cudnn}
+    function: Callable[..., jax.Array] = functions[name]
+    more = ()
+    if name == 'splash':
+        more = (flash.splash_kernel(mesh.own_heads, q.shape[1], mesh.shards, pattern, q.shape[3] * q.dtype.itemsize),)
     return mesh.run(
         lambda q, k, v, places, sinks, *more: function(q, k, v, places, pattern, sinks, *more),
         (q, k, v, places, sinks, *more),
@@ -170,13 +175,22 @@ def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(visible, scores, MASK_VALUE), axis=-1) * visible
 
 
+def _triton(
+    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, sinks: jax.Array | None
+) -> jax.Array:
+    """`flash_triton.triton`, told where this device's queries are."""
+    divided = q.shape[1] != k.shape[1]
+    offset = jax.lax.axis_index('sequence') * q.shape[1] if divided else 0
+    return flash_triton.triton(q, k, v, places, pattern, sinks, offset)
+
+
 def _choose(implementation: str, call: flash.Call) -> tuple[str, str]:
-    """The implementation, and why a fused kernel of this platform could not run, '' where none was wanted or is."""
+    """The implementation, and why a faster kernel of this platform could not run, '' where none was wanted or is."""
     if implementation == 'xla':
         return 'xla', ''
     name, why_not = flash.available(call)
-    if not why_not:
-        return name, ''
+    if name:
+        return name, why_not
     if implementation == 'flash':
         raise UserError(f'model.attention=flash: {why_not}; expected model.attention=auto or xla here')
     return 'xla', why_not if call.platform in flash.PLATFORMS and call.self_attention else ''

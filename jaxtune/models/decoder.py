@@ -17,10 +17,11 @@ from jaxtune.models import rope as rotary
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.decoder_config import IGNORED, DecoderConfig, Run, decoder_config
 from jaxtune.models.latent import project_latent
-from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, normal, parameter, recomputed
+from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, normal, parameter
 from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
 from jaxtune.models.moe import MoE
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
+from jaxtune.models.remat import layer_input, named, recomputed
 from jaxtune.models.routing import Routing
 from jaxtune.parallel import constrain, fusion_barrier
 
@@ -121,6 +122,7 @@ class Attention(_Part):
                 window=window,
                 sinks=sinks,
                 implementation=self.implementation,
+                packed=self.packed,
                 kernels=self.kernels,
                 # A prompt is near every segment of a packed row, which blocks skipped by their place would not know.
                 self_attention=cache is None and context.prompt is None and prefix is None,
@@ -182,14 +184,15 @@ class MLP(_Part):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, activation, d_ff = self.config, ACTIVATIONS[self.config.activation], self.d_ff or self.config.d_ff
         if c.fused_gate_up:
-            (fused,) = fusion_barrier(self.dense('gate_up_proj', 2 * d_ff, c.mlp_bias)(x))
+            (fused,) = fusion_barrier(named('mlp_in', self.dense('gate_up_proj', 2 * d_ff, c.mlp_bias)(x)))
             gate, up = jnp.split(fused, 2, axis=-1)
             y = activation(gate) * up
         elif c.gated:
-            gate, up = fusion_barrier(*(self.dense(name, d_ff, c.mlp_bias)(x) for name in ('gate_proj', 'up_proj')))
+            both = (named('mlp_in', self.dense(name, d_ff, c.mlp_bias)(x)) for name in ('gate_proj', 'up_proj'))
+            gate, up = fusion_barrier(*both)
             y = activation(gate) * up
         else:
-            y = activation(self.dense('up_proj', d_ff, c.mlp_bias)(x))
+            y = activation(named('mlp_in', self.dense('up_proj', d_ff, c.mlp_bias)(x)))
         y = constrain(y, 'batch', 'length', 'mlp')
         return self.dense('down_proj', c.d_model, c.mlp_bias, residual=True)(y)
 
@@ -203,17 +206,18 @@ class Block(_Part):
     def __call__(
         self, carry: tuple[jax.Array, Cache], layer: Layer, context: Context
     ) -> tuple[tuple[jax.Array, Cache], Routing | None]:
-        x, cache = carry
+        x, cache = layer_input(carry[0]), carry[1]
         before_attention, after_attention, before_mlp, after_mlp = self.config.norm_names
         normed = self.norm(before_attention)(x)
         y, cache = Attention(*self.same(), name='self_attn')(normed, cache, layer, context)
+        y = named('attn_proj', y)
         x = x + self.scaled(self.norm(after_attention)(bottleneck(self, 'attention_adapter', y)))
         normed, routing = normed if self.config.parallel else self.norm(before_mlp)(x), None
         if self.sparse:
             y, routing = MoE(*self.same(), shared=MLP, name='mlp')(normed, context.q_segment_ids != 0)
         else:
             y = MLP(*self.same(), name='mlp')(normed)
-        y = bottleneck(self, 'mlp_adapter', y)
+        y = bottleneck(self, 'mlp_adapter', named('mlp_out', y))
         x = x + self.scaled(self.norm(after_mlp)(y))
         return (constrain(x, 'batch', 'length', None), cache), routing
 
@@ -439,6 +443,7 @@ def build(
     remat: str,
     attention: str,
     matmul: str = '',
+    packed: bool = True,
     head: str = 'lm',
     own_head: bool = False,
 ) -> Model:
@@ -452,6 +457,7 @@ def build(
       remat: activation checkpointing.
       attention: the implementation.
       matmul: as for `models.build`.
+      packed: rows may hold several segments.
       head: `lm`, or `reward`: one number a token, which `transformers`' sequence classifiers give for the last one.
       own_head: as for `models.build`.
 
@@ -464,7 +470,7 @@ def build(
     config = decoder_config(fields, family)
     tie = Tie('embed_tokens/embedding', 'lm_head/kernel', 'lm_head.weight') if config.tied and head == 'lm' else None
     kernels = KernelLog()
-    module = Decoder(config, param_dtype, compute_dtype, attention, kernels, matmul, remat, head)
+    module = Decoder(config, param_dtype, compute_dtype, attention, kernels, matmul, packed, remat, head)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Decoder(config, param_dtype, compute_dtype, 'xla', head=head))
     shapes = jax.eval_shape(init, jax.random.key(0))

@@ -19,14 +19,16 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.errors import UserError
 from jaxtune.models import Family, kv_cache
 from jaxtune.models.attention import KernelLog, visible_softmax
 from jaxtune.models.encdec_families import EncDecConfig, encdec_config
-from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter, rematerialised
+from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
 from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import prefix_of, prepend, put_before, without_prompt
+from jaxtune.models.remat import layer_input, named, rematerialised
 from jaxtune.parallel import constrain
 
 Cache = kv_cache.Cache | None
@@ -182,7 +184,8 @@ class Attention(_Part):
                 before = ((0, 0), (0, 0), (prefix[0].shape[0], 0))
                 bias = None if bias is None else jnp.pad(bias, ((0, 0), *before))
                 visible = jnp.pad(visible, before, constant_values=True) & visible.any(-1, keepdims=True)
-            y = biased_attention(q, k, v, bias, visible)
+            q, k, v = (checkpoint_name(x, f'attention_{name}') for x, name in zip((q, k, v), 'qkv', strict=True))
+            y = checkpoint_name(biased_attention(q, k, v, bias, visible), 'attention_out')
         width = c.num_heads * c.head_dim
         return self.dense('o_proj', c.d_model, width**-0.5)(y.reshape(*x.shape[:2], width)), cache
 
@@ -199,8 +202,8 @@ class MLP(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, activation = self.config, ACTIVATIONS[self.config.activation]
-        y = self.dense('up_proj', c.d_ff, c.d_model**-0.5)(x)
-        gate = self.dense('gate_proj', c.d_ff, c.d_model**-0.5)(x) if c.gated else None
+        y = named('mlp_in', self.dense('up_proj', c.d_ff, c.d_model**-0.5)(x))
+        gate = named('mlp_in', self.dense('gate_proj', c.d_ff, c.d_model**-0.5)(x)) if c.gated else None
         y = activation(y) if gate is None else activation(gate) * y
         y = constrain(y, 'batch', 'length', 'mlp')
         return self.dense('down_proj', c.d_model, c.d_ff**-0.5, wide=True)(y.astype(jnp.float32))
@@ -215,7 +218,7 @@ class Block(_Part):
     def __call__(
         self, carry: tuple[jax.Array, Cache], layer: jax.Array, context: Context
     ) -> tuple[tuple[jax.Array, Cache], None]:
-        x, cache = carry
+        x, cache = layer_input(carry[0]), carry[1]
         bias = context.bias
         if bias is None:
             assert context.buckets is not None  # the stack has set them
@@ -223,15 +226,15 @@ class Block(_Part):
         normed = self.norm('self_attn_norm')(x).astype(self.dtype)
         attention = Attention(*self.same(), name='self_attn')
         y, cache = attention(normed, normed, bias, context.visible, cache, layer, context.slots)
-        x = x + bottleneck(self, 'attention_adapter', y)
+        x = x + bottleneck(self, 'attention_adapter', named('attn_proj', y))
         if self.decodes:
             normed = self.norm('cross_attn_norm')(x).astype(self.dtype)
             attention = Attention(*self.same(), cross=True, name='cross_attn')
             assert context.source_visible is not None  # a decoder's context has it
             y, cache = attention(normed, context.source, None, context.source_visible, cache, layer)
-            x = x + bottleneck(self, 'cross_adapter', y)
+            x = x + bottleneck(self, 'cross_adapter', named('attn_proj', y))
         y = MLP(*self.same(), name='mlp')(self.norm('mlp_norm')(x).astype(self.dtype))
-        x = x + bottleneck(self, 'mlp_adapter', y)
+        x = x + bottleneck(self, 'mlp_adapter', named('mlp_out', y))
         return (constrain(x, 'batch', 'length', None), cache), None
 
 

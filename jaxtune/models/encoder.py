@@ -17,9 +17,10 @@ from jaxtune.models import Family, kv_cache
 from jaxtune.models import rope as rotary
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.encoder_families import HEADS, IGNORED, EncoderConfig, encoder_config
-from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter, rematerialised
+from jaxtune.models.layers import ACTIVATIONS, Dense, LayerNorm, Part, bottleneck, parameter
 from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
+from jaxtune.models.remat import layer_input, named, rematerialised
 from jaxtune.parallel import constrain
 
 _NO_WINDOW = 2**30  # beyond every position
@@ -79,6 +80,7 @@ class Attention(_Part):
             angles=angles,
             window=c.windows[0] if len(set(c.windows)) == 1 else window,
             implementation=self.implementation,
+            packed=self.packed,
             kernels=self.kernels,
             self_attention=prefix is None,
             causal=False,
@@ -93,10 +95,11 @@ class MLP(_Part):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, activation = self.config, ACTIVATIONS[self.config.activation]
         if c.gated:
-            gate, up = jnp.split(self.dense('gate_up_proj', 2 * c.d_ff, c.mlp_bias)(x), 2, axis=-1)
+            fused = named('mlp_in', self.dense('gate_up_proj', 2 * c.d_ff, c.mlp_bias)(x))
+            gate, up = jnp.split(fused, 2, axis=-1)
             y = activation(gate) * up
         else:
-            y = activation(self.dense('up_proj', c.d_ff, c.mlp_bias)(x))
+            y = activation(named('mlp_in', self.dense('up_proj', c.d_ff, c.mlp_bias)(x)))
         y = constrain(y, 'batch', 'length', 'mlp')
         return self.dense('down_proj', c.d_model, c.mlp_bias, residual=True)(y)
 
@@ -109,14 +112,20 @@ class Block(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, window: jax.Array, context: Context) -> tuple[jax.Array, None]:
         self_attn, mlp = Attention(*self.same(), name='self_attn'), MLP(*self.same(), name='mlp')
-        adapted = functools.partial(bottleneck, self)
+        x = layer_input(x)
+
+        def attention(x: jax.Array) -> jax.Array:
+            return bottleneck(self, 'attention_adapter', named('attn_proj', self_attn(x, window, context)))
+
+        def feed_forward(x: jax.Array) -> jax.Array:
+            return bottleneck(self, 'mlp_adapter', named('mlp_out', mlp(x)))
+
         if self.config.pre_norm:
-            y = self_attn(x if self.first else self.norm('attention_norm')(x), window, context)
-            x = x + adapted('attention_adapter', y)
-            x = x + adapted('mlp_adapter', mlp(self.norm('mlp_norm')(x)))
+            x = x + attention(x if self.first else self.norm('attention_norm')(x))
+            x = x + feed_forward(self.norm('mlp_norm')(x))
         else:
-            x = self.norm('attention_norm')(x + adapted('attention_adapter', self_attn(x, window, context)))
-            x = self.norm('mlp_norm')(x + adapted('mlp_adapter', mlp(x)))
+            x = self.norm('attention_norm')(x + attention(x))
+            x = self.norm('mlp_norm')(x + feed_forward(x))
         return constrain(x, 'batch', 'length', None), None
 
 
@@ -333,6 +342,7 @@ def build(
     remat: str,
     attention: str,
     matmul: str = '',
+    packed: bool = True,
     head: str = 'lm',
     labels: int = 0,
     own_head: bool = False,
@@ -347,6 +357,7 @@ def build(
       remat: activation checkpointing.
       attention: the implementation.
       matmul: as for `models.build`.
+      packed: rows may hold several segments.
       head: `lm`, `classification` (of rows) or `token_classification`.
       labels: number of classes.
       own_head: as for `models.build`.
@@ -363,7 +374,7 @@ def build(
     name = f'{_module(family, config, "lm_head/decoder", head)}.weight'
     tie = Tie('embed_tokens/embedding', 'lm_head/decoder/kernel', name) if config.tied and head == 'lm' else None
     kernels = KernelLog()
-    module = Encoder(config, param_dtype, compute_dtype, attention, kernels, matmul, remat, head, labels)
+    module = Encoder(config, param_dtype, compute_dtype, attention, kernels, matmul, packed, remat, head, labels)
     # One token is enough to make parameters, and too few for the kernels that `flash` insists on.
     init = functools.partial(_init, Encoder(config, param_dtype, compute_dtype, 'xla', head=head, labels=labels))
     shapes = jax.eval_shape(init, jax.random.key(0))

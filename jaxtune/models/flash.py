@@ -1,4 +1,4 @@
-"""Fused attention kernels: splash attention on TPU (Pallas), cuDNN's on GPU.
+"""Fused attention kernels: splash attention on TPU (Pallas), and on GPU our own (`flash_triton`) or cuDNN's.
 
 FlashAttention: Dao 2023, arXiv:2307.08691.
 """
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.models.blockwise import Pattern, Places
+from jaxtune.models.flash_triton import LARGEST_HEAD
+from jaxtune.models.splash_blocks import SMALLEST, Blocks, choose
+from jaxtune.parallel import compute_capability
 
 PLATFORMS = ('tpu', 'gpu')  # those that have a fused kernel
-_BLOCKS = (512, 256, 128)  # of queries and keys a splash kernel works on; a length must be a multiple of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Call:
       platform: `cpu`, `gpu` or `tpu`.
       sequence: devices that the length is divided over.
       sinks: each head has a score that takes part in its softmax.
+      packed: a row may hold several segments.
     """
 
     dtype: jnp.dtype
@@ -43,44 +46,65 @@ class Call:
     platform: str
     sequence: int
     sinks: bool = False
+    packed: bool = True
 
 
 def available(call: Call) -> tuple[str, str]:
-    """`(name, '')` of the kernel that can run a call, or `('', why none can)`."""
+    """The kernel that can run a call, and why a faster one cannot; `('', why none can)` where there is none."""
     if call.platform not in PLATFORMS:
         return '', f'there is no fused attention kernel for {call.platform}'
     if not call.self_attention or call.length != call.keys:
         return '', 'the fused kernels attend within one sequence, not to a cache or to another sequence'
-    if call.window == 'traced':
-        return '', 'the fused kernels need the same sliding window in every layer'
-    return _splash_runs(call) if call.platform == 'tpu' else _cudnn_runs(call)
+    return _splash_runs(call) if call.platform == 'tpu' else _gpu_runs(call)
 
 
 def _splash_runs(call: Call) -> tuple[str, str]:
-    if call.length % (call.sequence * _BLOCKS[-1]):
+    if call.window == 'traced':
+        return '', 'the TPU kernel needs the same sliding window in every layer'
+    if call.length % (call.sequence * SMALLEST):
         parts = f' x mesh.sequence={call.sequence}' if call.sequence > 1 else ''
-        return '', f'the TPU kernel needs a multiple of {_BLOCKS[-1]}{parts} tokens, and data.seq_len={call.length}'
+        return '', f'the TPU kernel needs a multiple of {SMALLEST}{parts} tokens, and data.seq_len={call.length}'
     if call.window is not None and not call.causal:
         return '', 'a sliding window is implemented for causal attention'
     return 'splash', ''
 
 
-def _cudnn_runs(call: Call) -> tuple[str, str]:
-    if call.sequence > 1:
-        return '', f'cuDNN attention does not divide the length, and mesh.sequence={call.sequence}'
+def _gpu_runs(call: Call) -> tuple[str, str]:
+    why_not_cudnn = _why_not_cudnn(call)
+    if not why_not_cudnn:
+        return 'cudnn', ''
     if call.dtype not in (jnp.bfloat16, jnp.float16):
-        return '', f'cuDNN attention runs in bfloat16, and model.compute_dtype={jnp.dtype(call.dtype).name}'
+        kind = jnp.dtype(call.dtype).name
+        return '', f'the GPU kernels run in bfloat16 and float16, and model.compute_dtype={kind}'
+    if call.head_dim > LARGEST_HEAD:
+        return '', f'the GPU kernels need a head_dim of at most {LARGEST_HEAD}, not {call.head_dim}'
+    capability = compute_capability()
+    if capability < (8, 0):
+        return '', f'Triton needs compute capability 8.0, and this GPU has {".".join(map(str, capability))}'
+    return 'triton', why_not_cudnn
+
+
+def _why_not_cudnn(call: Call) -> str:
+    """Why cuDNN's attention, which skips only what its own causal mask or window hides, cannot run; '' if it can."""
+    if call.packed:
+        return 'rows are packed, for which cuDNN would read a mask of length x length'
+    if call.sequence > 1:
+        return f'cuDNN does not divide the length, and mesh.sequence={call.sequence}'
+    if call.window == 'traced':
+        return 'cuDNN needs the same sliding window in every layer'
+    if call.dtype not in (jnp.bfloat16, jnp.float16):
+        return 'cuDNN runs in bfloat16'
     if call.softcap is not None:
-        return '', 'cuDNN attention has no soft cap on the scores'
+        return 'cuDNN has no soft cap on the scores'
     if call.sinks:
-        return '', 'cuDNN attention has no attention sinks'
+        return 'cuDNN has no attention sinks'
     if call.head_dim > 128 or call.head_dim % 8:
-        return '', f'cuDNN attention needs a head_dim of at most 128 and a multiple of 8, not {call.head_dim}'
+        return f'cuDNN needs a head_dim of at most 128 and a multiple of 8, not {call.head_dim}'
     if call.length % 2:
-        return '', f'cuDNN attention needs an even length, and data.seq_len={call.length}'
+        return f'cuDNN needs an even length, and data.seq_len={call.length}'
     if call.window is not None and not call.causal:
-        return '', 'a sliding window is implemented for causal attention'
-    return 'cudnn', ''
+        return 'cuDNN has a sliding window for causal attention alone'
+    return ''
 
 
 def _named(*arrays: jax.Array) -> list[jax.Array]:
@@ -92,7 +116,15 @@ def _without_padding(out: jax.Array, places: Places) -> jax.Array:
     return jnp.where((places.q_segment_ids > 0)[:, :, None, None], out, 0)
 
 
-def splash_kernel(heads: int, length: int, shards: int, pattern: Pattern, interpret: bool = False) -> Any:
+def splash_kernel(
+    heads: int,
+    length: int,
+    shards: int,
+    pattern: Pattern,
+    row_bytes: int = 256,
+    interpret: bool = False,
+    blocks: Blocks | None = None,
+) -> Any:
     """Splash attention's kernel: a pytree with the blocks of the mask, of which each device needs its queries' part.
 
     Made anew in every trace: a scan's are traced more than once, and its arrays belong to the one they are made in.
@@ -103,7 +135,9 @@ def splash_kernel(heads: int, length: int, shards: int, pattern: Pattern, interp
       length: tokens of a row.
       shards: devices that a row's queries are divided over.
       pattern: who sees whom.
+      row_bytes: of one query.
       interpret: runs in Pallas' interpreter.
+      blocks: sizes of blocks; None = those that take least time.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels  # slow to import
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks  # slow to import
@@ -115,20 +149,10 @@ def splash_kernel(heads: int, length: int, shards: int, pattern: Pattern, interp
         mask = masks.CausalMask(shape)
     else:
         mask = masks.LocalMask(shape, (pattern.window - 1, 0), 0)
-    size = next(size for size in _BLOCKS if length // shards % size == 0)
-    blocks = kernels.BlockSizes(
-        block_q=size,
-        block_kv=size,
-        block_kv_compute=size,
-        block_q_dkv=size,
-        block_kv_dkv=size,
-        block_kv_dkv_compute=size,
-        block_q_dq=size,
-        block_kv_dq=size,
-    )
+    blocks = blocks or choose(length, shards, row_bytes, pattern.window, pattern.causal)
     return kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=blocks,
+        block_sizes=kernels.BlockSizes(**blocks.sizes),
         attn_logits_soft_cap=pattern.softcap,
         head_shards=1,
         q_seq_shards=shards,
@@ -159,19 +183,23 @@ def splash(
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, sinks: None = None) -> jax.Array:
     """CuDNN's attention on one GPU's rows and heads; shapes as in `blockwise`.
 
-    Segments are a mask `[batch, 1, length, length]` in the compute dtype: one byte pair a pair of tokens, shared by
-    the heads.
+    Rows are one segment each, and then padding, which comes after all that a causal mask lets see. A row that is not
+    would be wrong, and gets NaN.
     """
     q, k, v = _named(q, k, v)
-    same = places.q_segment_ids[:, None, :, None] == places.k_segment_ids[:, None, None, :]
+    ids = places.q_segment_ids
+    lengths = None if pattern.causal else (ids > 0).sum(-1, dtype=jnp.int32)
     out = jax.nn.dot_product_attention(
         q,
         k,
         v,
-        mask=same,
         scale=pattern.scale,
         is_causal=pattern.causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
         local_window_size=None if pattern.window is None else (pattern.window - 1, 0),
         implementation='cudnn',
     )
+    whole = ((ids[:, 1:] == ids[:, :-1]) | (ids[:, 1:] == 0)).all(-1)
+    out = jnp.where(whole[:, None, None, None], out, jnp.nan)
     return _without_padding(checkpoint_name(out, 'attention_out'), places)

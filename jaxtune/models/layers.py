@@ -27,16 +27,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'tanh': jnp.tanh,
 }
 
-# What the forward pass keeps for the backward pass: nothing, or matmul outputs and what attention's own backward pass
-# reads.
-_REMAT_POLICIES = {
-    'full': None,
-    'dots': jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names('attention_out', 'attention_lse', 'product'),
-    ),
-}
-
 
 def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
     """A parameter of `module`: what the tree holds under `name`, of whatever kind; initialised where it holds nothing.
@@ -118,6 +108,7 @@ class Part(nn.Module):
       implementation: of attention.
       kernels: is told which one was chosen, and which products; None for a module that only makes parameters.
       matmul: `fp8` or `int8`, what linear layers multiply in; '' = `dtype`.
+      packed: rows may hold several segments.
     """
 
     config: Any
@@ -126,6 +117,7 @@ class Part(nn.Module):
     implementation: str = 'auto'
     kernels: KernelLog | None = None
     matmul: str = ''
+    packed: bool = True
 
     def dense(self, name: str, features: int, use_bias: bool, residual: bool = False, of_head: bool = False) -> Dense:
         """A linear layer; `residual`: writes to the residual stream; `of_head`: of a head or gate, without `matmul`."""
@@ -149,7 +141,7 @@ class Part(nn.Module):
 
     def same(self) -> tuple:
         """What a part inside this one is told."""
-        return self.config, self.param_dtype, self.dtype, self.implementation, self.kernels, self.matmul
+        return self.config, self.param_dtype, self.dtype, self.implementation, self.kernels, self.matmul, self.packed
 
 
 def bottleneck(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
@@ -207,25 +199,3 @@ class LayerNorm(nn.Module):
             bias = parameter(self, 'bias', nn.initializers.zeros, (x.shape[-1],))
             arrays.append(bias.astype(jnp.float32))
         return no_fuse(_affine)(*arrays).astype(x.dtype)
-
-
-def recomputed(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """The body of a scan with activation checkpointing; `remat` as for `rematerialised`."""
-    if remat == 'none':
-        return function
-    # The loop itself keeps XLA from merging the second computation with the first.
-    return jax.checkpoint(function, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-
-
-def rematerialised(block: type[nn.Module], remat: str, scanned: bool = True) -> type[nn.Module]:
-    """A block with activation checkpointing (Chen et al. 2016, arXiv:1604.06174).
-
-    Args:
-      block: a module's class.
-      remat: `none`, `full` (the backward pass recomputes everything) or `dots` (everything but matmul outputs).
-      scanned: the block is the body of a scan.
-    """
-    if remat == 'none':
-        return block
-    # In a scan the loop itself keeps XLA from merging the second computation with the first.
-    return nn.remat(block, policy=_REMAT_POLICIES[remat], prevent_cse=not scanned)

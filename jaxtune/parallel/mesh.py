@@ -1,6 +1,7 @@
 """The mesh of devices and the names of its axes."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxtune.errors import UserError
+from jaxtune.parallel.topology import CARDS
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence', 'expert')
 BATCH_AXES = ('data', 'fsdp', 'expert')
@@ -174,6 +176,17 @@ def device_kind() -> str:
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def compute_capability() -> tuple[int, ...]:
+    """The CUDA compute capability of the GPU that the program being traced will run on; () where it is not known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    cards = [] if device is None else [card for card in CARDS.values() if card.title == device.device_kind]
+    if cards:
+        return cards[0].capability
+    stated = str(getattr(jax.devices()[0], 'compute_capability', ''))
+    return tuple(map(int, stated.split('.'))) if re.fullmatch(r'\d+\.\d+', stated) else ()
 
 
 def one_device() -> bool:

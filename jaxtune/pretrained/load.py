@@ -262,6 +262,7 @@ def open_model(
         remat=settings.remat,
         attention=settings.attention,
         matmul=settings.matmul,
+        packed=spec.rows is None or spec.rows.data.packing,
         own_head=own_head,
         family=settings.family,
         **head,

@@ -77,7 +77,7 @@ def _changes(config: Settings, outcome: Outcome) -> Iterator[Changes]:
         yield {'model.compute_dtype': 'bfloat16'}
     if model.param_dtype != 'bfloat16':
         yield {'model.param_dtype': 'bfloat16'}
-    if model.remat != 'full':
+    if model.remat in ('none', 'dots'):
         yield {'model.remat': 'full'}
     rows = config.train.batch_size // outcome.devices
     if config.train.accumulate != 'auto' and config.train.accumulate < rows:
@@ -92,6 +92,8 @@ def _changes(config: Settings, outcome: Outcome) -> Iterator[Changes]:
         yield {'optimizer.offload': True}
     if outcome.devices > 1 and config.mesh.sequence == 1 and not config.mesh.auto:
         yield {'mesh.sequence': outcome.devices, 'mesh.fsdp': 1}
+    if model.remat != 'offload':
+        yield {'model.remat': 'offload'}
     length = config.data.seq_len // 2
     while length >= _SHORTEST:
         yield {'data.seq_len': length}

@@ -105,6 +105,21 @@ def test_kernels_by_their_shapes():
     assert dq.flops == 2 * 3 * pairs
     dkv = of(f'%splash_mha_dkv_no_residuals = ({shape}, {shape}) {call}', masks, heads)
     assert dkv.flops == 2 * 4 * pairs * 0.5
+    partial = 'bf16[2,8,512,128]{3,2,1,0}'
+    dkv = of(f'%splash_mha_dkv_no_residuals = ({partial}, {shape}, {shape}) {call}', masks, heads)
+    assert dkv.flops == 2 * 5 * pairs * 0.5
+    told, ids = '%t = s32[2]{0} parameter(0)', '%i = s32[2,512]{1,0} parameter(1)'
+    rows, shared = '%q = bf16[2,512,4,128]{3,2,1,0} parameter(2)', '%k = bf16[2,512,2,128]{3,2,1,0} parameter(3)'
+    call = (
+        'custom-call(%t, %i, %q, %k, %k), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/NAME"}'
+    )
+    for name, products in (
+        ('self_attn/flash_forward/pallas_call', 2),
+        ('transpose(jvp(flash_keys))/pallas_call', 4),
+        ('transpose(jvp(flash_queries))/pallas_call', 3),
+    ):
+        line = f'%pallas_call.7 = bf16[2,512,4,128]{{3,2,1,0}} {call.replace("NAME", name)}'
+        assert of(line, told, ids, rows, shared).flops == 2 * products * (2 * 4 * 512 * 512 * 128) * 0.5
     rows, stack = '%x = bf16[4096,256]{1,0} parameter(0)', '%k = bf16[8,256,384]{2,1,0} parameter(1)'
     product = of(f'%gmm.7 = bf16[4096,384]{{1,0}} custom-call(%x, %k), {target}', rows, stack)
     assert product.flops == 2 * 4096 * 256 * 384 / 4

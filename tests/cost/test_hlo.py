@@ -147,6 +147,8 @@ def test_a_permutation_sends_what_it_holds():
         ('jit(train_step)/transpose(jvp(Decoder))/Decoder._scan_layers/while/body/closed_call/checkpoint/Block/mlp/mul',
          ('layers/mlp', 'backward')),
         ('jit(train_step)/jvp(vocabulary)/shard_map/while/body/closed_call/dot_general', ('vocabulary', 'forward')),
+        ('jit(train_step)/transpose(jvp(Decoder))/Decoder._scan_layers/while/body/closed_call/checkpoint/Block/self_attn/'
+         'flash_keys/pallas_call', ('layers/self_attn', 'backward')),
         ('jit(train_step)/optimizer/jit(_where)/select_n', ('optimizer', 'update')),
         ('jit(train_step)/jvp(Decoder)/Decoder._scan_layers/while/body/dynamic_slice', ('layers', 'forward')),
         ('', ('other', 'update')),

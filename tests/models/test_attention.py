@@ -20,6 +20,8 @@ from jaxtune.errors import UserError
 from jaxtune.models import flash, rope
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.blockwise import Pattern, Places, blockwise
+from jaxtune.models.flash_triton import triton
+from jaxtune.models.splash_blocks import Blocks
 from jaxtune.parallel import make_mesh
 
 attention_module = importlib.import_module('jaxtune.models.attention')
@@ -246,12 +248,20 @@ def test_memory_grows_as_the_length_does(heads):
     assert found[2] <= 2 * found[1]
 
 
-@pytest.mark.parametrize('window', [None, 100])
-def test_splash_kernel_equals_blockwise(window):
+@pytest.mark.parametrize(
+    ('window', 'blocks'),
+    [
+        (None, None),
+        (100, Blocks((128, 128), (128, 128), (128, 256))),
+        # A gradient of the queries from each block of keys.
+        (100, Blocks((128, 256), (128, 128), None)),
+    ],
+)
+def test_splash_kernel_equals_blockwise(window, blocks):
     (q, k, v), places, cotangent = example(3, 2, 256, 4, 2, 128)
     where = Places(**places)
     pattern = Pattern(scale=0.1, budget=2**21, softcap=5.0, window=window)
-    kernel = flash.splash_kernel(q.shape[2], q.shape[1], 1, pattern, interpret=True)
+    kernel = flash.splash_kernel(q.shape[2], q.shape[1], 1, pattern, interpret=True, blocks=blocks)
     got = with_gradients(lambda *a: flash.splash(*a, where, pattern, None, kernel), (q, k, v), cotangent)
     close(got, with_gradients(lambda *a: blockwise(*a, where, pattern), (q, k, v), cotangent), 2e-5)
 
@@ -282,6 +292,55 @@ def test_splash_divided_over_the_sequence_equals_blockwise(monkeypatch, sizes, k
     close(got, expected, 2e-5)
 
 
+@pytest.mark.parametrize(
+    ('length', 'heads', 'kv_heads', 'width', 'softcap', 'window', 'traced', 'causal', 'sinks'),
+    [
+        (192, 4, 2, 16, None, None, False, True, False),
+        (100, 3, 1, 24, 5.0, 40, True, True, True),
+        (192, 2, 2, 8, None, 40, False, False, False),
+        pytest.param(192, 2, 1, 256, None, None, False, True, False, marks=pytest.mark.exhaustive),
+        pytest.param(256, 2, 2, 96, None, 70, True, False, True, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_triton_kernel_equals_blockwise(length, heads, kv_heads, width, softcap, window, traced, causal, sinks):
+    """In Pallas' interpreter."""
+    (q, k, v), places, cotangent = example(8, 2, length, heads, kv_heads, width)
+    # In the second row every few tokens are a document of their own, and they come back: no order is assumed.
+    ids = places['q_segment_ids'].copy()
+    ids[1] = np.random.default_rng(0).integers(0, 7, length).repeat(3)[:length]
+    arrays, limit = [q, k, v], None if traced else window
+    if sinks:
+        arrays.append(np.linspace(-1, 1, heads, dtype=np.float32))
+    pattern = Pattern(scale=0.3, budget=2**21, softcap=softcap, window=limit, causal=causal)
+
+    def run(function, **more):
+        def call(q, k, v, *sinks):
+            at = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+            where = Places(at, at, ids, ids, window=jnp.int32(window) if traced else None)
+            return function(q, k, v, where, pattern, *(sinks or [None]), **more)
+
+        return with_gradients(jax.jit(call), arrays, cotangent)
+
+    got = run(triton, interpret=True)
+    close(got, run(blockwise))
+    assert not np.asarray(got[0])[ids == 0].any()
+
+
+@pytest.mark.parametrize('sizes', [(2, 1, 2, 2), pytest.param((1, 1, 1, 4), marks=pytest.mark.exhaustive)])
+def test_triton_divided_over_the_sequence_equals_blockwise(monkeypatch, sizes):
+    arrays, places, cotangent = example(9, 2, 128, 4, 2, 16)
+    call = functools.partial(attention, **places, scale=0.3, window=50)
+    expected = with_gradients(call, arrays, cotangent)
+    monkeypatch.setattr(attention_module, '_choose', lambda *_: ('triton', 'in a test'))
+    kernel = functools.partial(triton, interpret=True)
+    monkeypatch.setattr(attention_module.flash_triton, 'triton', kernel)
+    axes = ('data', 'fsdp', 'tensor', 'sequence')
+    mesh = make_mesh(dict(zip(axes, sizes, strict=True)), jax.devices()[: math.prod(sizes)])
+    with jax.set_mesh(mesh):
+        got = with_gradients(jax.jit(call), arrays, cotangent)
+    close(got, expected)
+
+
 def test_flash_says_why_it_cannot_run():
     arrays, places, _ = example(4, 1, 8, 2, 2, 8)
     with pytest.raises(UserError, match=r'model\.attention=flash: .*cpu'):
@@ -301,17 +360,22 @@ def test_flash_says_why_it_cannot_run():
         ({}, 'splash', ''),
         ({'length': 100, 'keys': 100}, '', 'data.seq_len'),
         ({'window': 'traced'}, '', 'sliding window'),
+        ({'platform': 'gpu', 'window': 'traced'}, 'triton', 'packed'),
+        ({'platform': 'gpu', 'window': 'traced', 'packed': False}, 'triton', 'sliding window'),
         ({'sequence': 2}, 'splash', ''),
         ({'sequence': 16}, '', 'mesh.sequence=16'),
-        ({'platform': 'gpu', 'sequence': 2}, '', 'mesh.sequence=2'),
+        ({'platform': 'gpu', 'sequence': 2, 'packed': False}, 'triton', 'mesh.sequence=2'),
         ({'self_attention': False}, '', 'cache'),
-        ({'platform': 'gpu'}, 'cudnn', ''),
+        ({'platform': 'gpu'}, 'triton', 'packed'),
+        ({'platform': 'gpu', 'packed': False}, 'cudnn', ''),
         ({'platform': 'gpu', 'dtype': jnp.float32}, '', 'model.compute_dtype=float32'),
-        ({'platform': 'gpu', 'softcap': 30.0}, '', 'soft cap'),
-        ({'platform': 'gpu', 'head_dim': 256}, '', 'head_dim'),
+        ({'platform': 'gpu', 'softcap': 30.0, 'packed': False}, 'triton', 'soft cap'),
+        ({'platform': 'gpu', 'head_dim': 256, 'packed': False}, 'triton', 'head_dim'),
+        ({'platform': 'gpu', 'head_dim': 512}, '', 'head_dim'),
     ],
 )
-def test_which_kernel_can_run(change, kernel, reason):
+def test_which_kernel_can_run(monkeypatch, change, kernel, reason):
+    monkeypatch.setattr(flash, 'compute_capability', lambda: (9, 0))
     values = {
         'dtype': jnp.bfloat16,
         'length': 1024,
@@ -327,7 +391,12 @@ def test_which_kernel_can_run(change, kernel, reason):
     name, why_not = flash.available(flash.Call(**{**values, **change}))
     assert name == kernel
     assert reason in why_not
-    assert bool(name) != bool(why_not)
+    assert bool(why_not) == bool(reason)
+    if name == 'triton':
+        monkeypatch.setattr(flash, 'compute_capability', lambda: (7, 5))
+        name, why_not = flash.available(flash.Call(**{**values, **change}))
+        assert not name
+        assert '7.5' in why_not
 
 
 def test_remat_that_saves_the_named_values_does_not_run_forward_twice():

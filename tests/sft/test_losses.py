@@ -14,8 +14,9 @@ from jaxtune.data.chat_encoder import Encoded
 from jaxtune.data.examples import ExampleRows, Examples
 from jaxtune.data.loader import Loader
 from jaxtune.errors import UserError
-from jaxtune.models import flash
+from jaxtune.models import flash, flash_triton
 from jaxtune.models.blockwise import Pattern, Places
+from jaxtune.models.rope import rotate
 from jaxtune.objectives import dpo, reward, sft
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.recipe import recipes
@@ -227,15 +228,16 @@ def test_packing_keeps_every_trained_token(examples):
         np.testing.assert_array_equal(batch['segment_ids'][row, at], batch['segment_ids'][row, at + 1])
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'reference', 'splash'])
+@pytest.mark.parametrize('implementation', ['xla', 'reference', 'splash', 'triton'])
 def test_packed_and_unpacked_give_the_same_loss_and_gradients(examples, implementation, monkeypatch):
-    """cuDNN's kernel alone is not among them: it needs a GPU."""
+    """cuDNN's kernel alone is not among them: it needs a GPU, and takes no packed rows."""
     fields = models.read_config(LLAMA)
     model = models.build(fields, remat='full' if implementation == 'xla' else 'none', attention='xla')
     if implementation != 'xla':
         import jaxtune.models.decoder as decoder
 
-        monkeypatch.setattr(decoder, 'attention', {'reference': _plain_attention, 'splash': _splash}[implementation])
+        kernels = {'reference': _plain_attention, 'splash': _splash, 'triton': _triton}
+        monkeypatch.setattr(decoder, 'attention', kernels[implementation])
     length = 128 if implementation == 'splash' else 32  # the kernel's smallest block
     params = jax.jit(model.init)(jax.random.key(0))
     config = _settings()
@@ -257,6 +259,12 @@ def _splash(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, 
     pattern = Pattern(scale=scale, budget=2**21)
     kernel = flash.splash_kernel(q.shape[2], q.shape[1], 1, pattern, interpret=True)
     return flash.splash(q, k, v, places, pattern, None, kernel)
+
+
+def _triton(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, angles, **_):
+    places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids)
+    pattern = Pattern(scale=scale, budget=2**21)
+    return flash_triton.triton(rotate(q, angles), rotate(k, angles), v, places, pattern, interpret=True)
 
 
 def _plain_attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, scale, **_):

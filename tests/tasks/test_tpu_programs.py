@@ -88,6 +88,33 @@ def test_a_divided_sequence_runs_the_fused_kernel(tmp_path, monkeypatch):
     ]
 
 
+def _calls(module: hlo.Module, computation: str, name: str, times: int = 1) -> int:
+    """How often a program runs a kernel whose name begins so: the calls of a loop's body times its trips."""
+    count = 0
+    for one in module.computations.get(computation, {}).values():
+        count += times * (one.name.startswith(name) and 'tpu_custom_call' in one.text)
+        if one.opcode == 'while':
+            count += _calls(module, one.attribute(r'body=%?([\w.\-]+)'), name, times * module.trips(one))
+        else:
+            count += sum(_calls(module, inner, name, times) for inner in one.called)
+    return count
+
+
+@pytest.mark.parametrize('remat', ['full', pytest.param('attn_out,mlp_in', marks=pytest.mark.exhaustive)])
+def test_attention_runs_forward_once_a_layer(tmp_path, monkeypatch, remat):
+    module = program(tmp_path, monkeypatch, model__remat=remat)
+    assert _calls(module, module.entry, 'splash_mha_fwd') == LAYERS
+    assert _calls(module, module.entry, 'splash_mha_dkv') == LAYERS
+
+
+def test_layer_inputs_lie_in_the_hosts_memory(tmp_path, monkeypatch):
+    module = program(tmp_path, monkeypatch, model__remat='offload')
+    # XLA writes that as memory space 5.
+    stacks = {f'bf16[{LAYERS},1,{LENGTH},{WIDTH}]'}
+    kept = [one.text for _, one in all_of(module) if 'S(5)' in one.text and any(str(a) in stacks for a in one.results)]
+    assert kept
+
+
 def test_lora_makes_no_gradient_of_a_frozen_kernel(tmp_path, monkeypatch):
     module = program(tmp_path, monkeypatch, method__name='lora')
     made = [one for _, one in all_of(module) if one.opcode in ('dot', 'convolution')]
