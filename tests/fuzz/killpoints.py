@@ -32,10 +32,11 @@ _TIMES = ('second', 'bytes', 'mfu', 'time/')
 # What of a report tells its time or place; all the rest of it must be the same.
 _TIMELY = tuple(re.compile(pattern, re.DOTALL) for pattern in (
     r'<title>.*?</title>', r'<h1>.*?</h1>', r'<p class="eyebrow">.*?</p>',
-    r'<div class="tile"><dt>(?:Time|Goodput|Tokens a second)</dt>.*?</div>',
+    r'<div class="tile"><dt>(?:Time|Goodput|Tokens a second|An update)</dt>.*?</div>',
     r'<figure[^>]*><figcaption><b>[^<]*(?: second|utilisation|memory|Time|Goodput)[^<]*</b>.*?</figure>',
     r'<div class="stack".*?</ul>', r'<tr>(?:(?!</tr>).)*(?:second|bytes|mfu|time/)(?:(?!</tr>).)*</tr>',
     r'<dt>(?:Started|Ended)</dt><dd>.*?</dd>', r'<dd>[^<]*FLOPs a second[^<]*</dd>',
+    r'of [\d.]+ .iB(?: a device)?(?=[:.])',  # of what this machine has free
 ))  # fmt: skip
 
 
