@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtune.common import console
 from jaxtune.common.settings import Settings
 from jaxtune.data.tokenizer import Added
+from jaxtune.errors import UserError
 from jaxtune.methods import apply, new_tokens
 from jaxtune.models import Model
 from jaxtune.parallel import batch_shards, make_mesh
@@ -108,7 +109,11 @@ class Step:
         return self.model, specs.method(self.config).method, self.config.data.seq_len, spec
 
     def attempts(self) -> Iterator[Attempt]:
-        """Compiles with each number of micro-batches until one fits."""
+        """Compiles with each number of micro-batches until one fits.
+
+        Raises:
+          UserError: the compiler fails.
+        """
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             for count in micro_batches(self.config, self.mesh):
                 attempt = self._compile(count)
@@ -120,7 +125,11 @@ class Step:
         args = self.arguments()
         start = time.perf_counter()
         lowered = self.program.train_step(accumulate).lower(*args)
-        compiled, needed = try_compile(lowered, self.limit)
+        try:
+            compiled, needed = try_compile(lowered, self.limit)
+        except jax.errors.JaxRuntimeError as error:  # a fault of the compiler's own
+            where = self.config.compile.topology or jax.default_backend()
+            raise UserError(f'the compiler for {where} fails over this step: {str(error).splitlines()[0]}') from error
         seconds = time.perf_counter() - start
         if compiled is None:
             argument = _bytes_on_a_device(args)

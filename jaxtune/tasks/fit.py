@@ -107,7 +107,12 @@ class _Cells:
         row = {'topology': config.compile.topology, 'method': config.method.name, 'seq_len': config.data.seq_len}
         row |= dataclasses.asdict(outcome)
         if not outcome.fits:
-            found = advice.nearest(config, outcome, lambda changes: self._outcome(config, changes))
+            trial = advice.Trial(
+                lambda changes: _least(_changed(config, changes)),
+                lambda changes: self._outcome(config, changes),
+                outcome,
+            )
+            found = advice.nearest(config, outcome, trial)
             row['advice'] = {'changes': found[0], **dataclasses.asdict(found[1])} if found else None
         with self._lock:
             self._finished += 1
@@ -125,22 +130,36 @@ class _Cells:
         return self._known[key]
 
 
-def _compiled(config: Settings) -> Outcome:
-    """Compiles a cell; not where the state alone is larger than a device."""
+def _opened(config: Settings) -> tuple[ahead.Step, list[Any] | None]:
+    """The step of a cell, with as many rows as its devices ask for, and these devices (of `jax.Device`)."""
     devices, limit = ahead.target(config)
-    count = jax.device_count() if devices is None else len(devices)
     if config.compile.rows_per_device:
+        count = jax.device_count() if devices is None else len(devices)
         config = _changed(config, {'train.batch_size': config.compile.rows_per_device * count})
     mesh = mesh_choice.any_mesh(config, devices)
     ahead.check(config, mesh)
-    step = ahead.open_step(config, mesh, limit)
-    if (least := step.least_bytes()) > limit and not config.mesh.auto:
-        return Outcome(False, least, limit, count, compiled=False, mesh=mesh_choice.shown(mesh))
+    return ahead.open_step(config, mesh, limit), devices
+
+
+def _least(config: Settings) -> tuple[int, int]:
+    """What a device holds at least, and what it has."""
+    step, _ = _opened(config)
+    return 0 if config.mesh.auto else step.least_bytes(), step.limit
+
+
+def _compiled(config: Settings) -> Outcome:
+    """Compiles a cell; not where the state alone is larger than a device."""
+    step, devices = _opened(config)
+    least, limit, count = step.least_bytes(), step.limit, step.mesh.size
+    if least > limit and not config.mesh.auto:
+        return Outcome(False, least, limit, count, False, least, mesh=mesh_choice.shown(step.mesh))
     if config.mesh.auto:
-        mesh = mesh_choice.mesh_of(config, devices, limit)
-        step = ahead.open_step(config, mesh, limit)
-    *_, attempt = step.attempts()
-    shared = (attempt.peak_bytes, limit, count, True, attempt.accumulate, mesh_choice.shown(mesh))
+        step = ahead.open_step(step.config, mesh_choice.mesh_of(step.config, devices, limit), limit)
+    try:
+        *_, attempt = step.attempts()
+    except UserError as error:
+        return Outcome(False, least, limit, count, False, least, problem=str(error))
+    shared = (attempt.peak_bytes, limit, count, True, least, attempt.accumulate, mesh_choice.shown(step.mesh))
     speed = step.speed(attempt) if attempt.fits else None
     if speed is None:
         return Outcome(attempt.fits, *shared)
@@ -153,6 +172,8 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
+    if row['problem']:
+        return row['problem']
     least = '' if row['compiled'] else 'at least '
     words = f'{least}{size(row["peak_bytes"])} of {size(row["limit"])}'
     if row['fits']:

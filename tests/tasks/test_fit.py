@@ -87,25 +87,39 @@ def test_advice_is_the_nearest_that_fits_and_compiles(tmp_path, monkeypatch):
 
 
 def test_changes_together_where_none_alone_is_enough():
-    outcome = advice.Outcome(False, 100, 50, 1, compiled=True)
+    outcome = advice.Outcome(False, 80, 50, 1, True, 40)
     asked = []
 
-    def attempt(changes):
+    def compile(changes):
         asked.append(dict(changes))
-        return advice.Outcome(len(changes) == 3, 40, 50, 1, compiled=True)
+        return advice.Outcome(True, 50, 50, 1, True, 16)
 
-    changes, found = advice.nearest(recipe(compile__topology='h100x1'), outcome, attempt)
+    trial = advice.Trial(lambda changes: (55 - 8 * len(changes), 50), compile, outcome)
+    changes, found = advice.nearest(recipe(compile__topology='h100x1'), outcome, trial)
     assert found.fits
     assert list(changes) == ['model.compute_dtype', 'model.param_dtype', 'model.remat']
-    assert [len(one) for one in asked] == sorted(len(one) for one in asked)
+    assert asked == [changes]  # with fewer it could not fit, by what it needed beside its state
 
 
 def test_nothing_fits_nowhere():
-    outcome = advice.Outcome(False, 100, 50, 1, compiled=True)
+    outcome = advice.Outcome(False, 51, 50, 1, True, 50)
     asked = []
-    config = recipe(compile__topology='rtx4090')
-    assert advice.nearest(config, outcome, lambda changes: asked.append(changes) or outcome) is None
+    trial = advice.Trial(lambda changes: (30, 50), lambda changes: asked.append(changes) or outcome, outcome)
+    assert advice.nearest(recipe(compile__topology='rtx4090'), outcome, trial) is None
     assert {'compile.topology': 'rtx4090x2'} in asked
+
+
+def test_a_fault_of_the_compiler_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
+    def fails(lowered, limit):
+        raise jax.errors.JaxRuntimeError('INTERNAL: shapes differ\nmore')
+
+    monkeypatch.setattr(ahead, 'try_compile', fails)
+    _, (cell,) = run(recipe(compile__methods='lora'), tmp_path)
+    assert not cell['fits']
+    assert cell['problem'] == 'the compiler for cpu fails over this step: INTERNAL: shapes differ'
+    assert 'fails over this step' in capsys.readouterr().out
+    with pytest.raises(UserError, match='the compiler for cpu fails over this step: INTERNAL'):
+        run(recipe(), tmp_path / 'alone')
 
 
 def test_a_state_that_is_too_large_is_not_compiled(tmp_path, monkeypatch):
