@@ -31,10 +31,18 @@ class Moment(NamedTuple):
 
 
 def _by_layers(rule: Callable[..., Any], grad: jax.Array, *moments: Any) -> Any:
-    """A rule on a parameter; on a large stack layer by layer, so that one layer's moments are wide at a time."""
+    """A rule on a parameter; on a large stack layer by layer, so that one layer's moments are wide at a time.
+
+    What the rule returns, which is like what it is given, takes its place: no second array of the stack is made.
+    """
     if grad.ndim < 3 or grad.size < LARGE:
         return rule(grad, *moments)
-    return jax.lax.map(lambda layer: rule(*layer), (grad, *moments))
+
+    def one(i: jax.Array, stack: Any) -> Any:
+        layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stack)
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0), stack, rule(*layer))
+
+    return jax.lax.fori_loop(0, grad.shape[0], one, (grad, *moments))
 
 
 class State(NamedTuple):

@@ -147,6 +147,8 @@ def topology_devices(name: str) -> list[Any]:
     Raises:
       UserError: no such hardware, or the package that compiles for it is not installed; names `compile.topology`.
     """
+    # JAX loads all plugins at once. CUDA's checks the driver and the libraries of this machine, which has neither.
+    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
     name = canonical(name)
     slices, one = _count(name)
     kind, _, shape = one.partition(':')
@@ -206,8 +208,6 @@ def _card(name: str, shape: str) -> tuple[Card, int]:
 
 
 def _cuda(name: str, card: Card, count: int) -> list[Any]:
-    # The plugin checks the driver and the libraries of this machine otherwise; it has neither to have a GPU.
-    os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
     hosts = max(1, count // 8)
     try:
         description = topologies.get_topology_desc(
