@@ -70,8 +70,8 @@ class Trial:
             outcome = self._compile(changes)
         except UserError:  # settings that do not go together
             return None
-        if outcome.compiled and not outcome.fits:
-            self._beside = max(self._beside, (outcome.peak_bytes - outcome.least_bytes) / share)
+        if outcome.compiled and not outcome.fits and share == 1:
+            self._beside = max(self._beside, outcome.peak_bytes - outcome.least_bytes)
         return outcome
 
 
