@@ -13,6 +13,7 @@ from jaxtune.models import kv_cache
 from jaxtune.models.attention import KernelLog
 from jaxtune.models.rope import border
 from jaxtune.models.routing import Routing
+from jaxtune.parallel import platform
 from jaxtune.weights import NewRows, Weight, expand, materialise, put_rows
 
 Params = Any
@@ -56,8 +57,26 @@ def virtual_tokens(params: Params) -> int:
     """How many trained tokens a decoder's tree puts before what the model reads (`models.prompts`)."""
     if 'prompt' in params:
         return params['prompt']['embedding'].shape[0]
-    prefix = params.get('layers', {}).get('self_attn', {}).get('prefix')
+    layers = params.get('layers', {})
+    prefix = (layers[0] if isinstance(layers, tuple) else layers).get('self_attn', {}).get('prefix')
     return 0 if prefix is None else prefix['k'].shape[-3]
+
+
+def _cut_layers(params: Params) -> Params:
+    """The tree with a tuple of one tree a layer in place of each stack that a step goes through."""
+
+    def cut(stack: Params) -> tuple[Params, ...]:
+        count = jax.tree.leaves(stack)[0].shape[0]
+        return tuple(jax.tree.map(lambda leaf, place=i: leaf[place], stack) for i in range(count))
+
+    if 'decoder' in params:
+        return {**params, 'decoder': _cut_layers(params['decoder'])}
+    return {name: cut(part) if name in ('layers', 'dense_layers') else part for name, part in params.items()}
+
+
+def layer_of(stack: Params | tuple[Params, ...], place: int) -> Params:
+    """The parameters of one layer of a stack, cut out already (`Model.by_layer`) or not."""
+    return stack[place] if isinstance(stack, tuple) else jax.tree.map(lambda leaf: leaf[place], stack)
 
 
 @functools.partial(
@@ -264,6 +283,16 @@ class Model:
         last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return last, kv_cache.divided(outputs.cache, room), lengths
 
+    def by_layer(self, params: Params) -> Params:
+        """Parameters for many calls of `step` in one program: those of each layer cut out of their stacks once.
+
+        XLA:CPU would cut them out, and so copy them, in every step. Elsewhere products read them where they lie, and
+        the tree stays as it is; so it does where `step` may have to read whole rows again.
+        """
+        if platform() != 'cpu' or self.border is not None:
+            return params
+        return _cut_layers(expand(params))
+
     @property
     def border(self) -> int | None:
         """The position whose token changes the keys of all tokens before it (LongRoPE's first long one), or None."""
@@ -281,7 +310,7 @@ class Model:
         """Reads one token more a row.
 
         Args:
-          params: the parameter tree.
+          params: the parameter tree, or what `by_layer` makes of it.
           cache: from `prefill` or the last step.
           tokens: `[batch]` int32.
           positions: `[batch]` int32, of those tokens.
