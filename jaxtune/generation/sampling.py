@@ -117,11 +117,11 @@ def sample(
     batch, limit = len(prompts), sampling.max_new_tokens
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
     hidden, cache, first = model.prefill(params, prompts, lengths, limit)
-    step_params = model.by_layer(params)
+    laid, head = model.decode_layout(params)
 
     def take(state: dict[str, Any], hidden: jax.Array, t: jax.Array) -> dict[str, Any]:
         """Draws token `t` from the hidden states `[batch, d_model]` before it."""
-        logits = model.logits(params, hidden)
+        logits = head.logits(hidden)
         now = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)
         logprob = logprob_of(logits, now)
         running = ~state['done']
@@ -143,7 +143,7 @@ def sample(
             return join_row(jnp.asarray(prompts)[row], jnp.asarray(lengths)[row], state['tokens'][row], count)
 
         places = first + state['t'] - 1
-        hidden, cache = model.step(step_params, state['cache'], state['now'], places, ~state['done'], row_tokens)
+        hidden, cache = model.step(laid, state['cache'], state['now'], places, ~state['done'], row_tokens)
         return take({**state, 'cache': cache}, hidden, state['t'])
 
     state = {

@@ -1,4 +1,4 @@
-"""Answers to any number of prompts by the loop over slots: shapes, compiled programs, and a cache that grows by need."""
+"""Answers to any number of prompts by the loop over slots: its shapes and programs, and a cache that grows by need."""
 
 import dataclasses
 import math
@@ -108,12 +108,17 @@ class SlotSampler:
           width: tokens that prompts are padded to at least, so that several calls have one shape.
         """
         started = time.perf_counter()
-        counts = counts or [1] * len(prompts)
+        # Prompts that are read together have similar lengths, and the longest answers do not begin last.
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        prompts = [prompts[i] for i in order]
+        counts = [counts[i] if counts else 1 for i in order]
+        numbers = [numbers[i] if numbers else i for i in order]
         shards = batch_shards(self.mesh)
         reads = -(-min(self.count, -(-self.count // max(counts))) // shards) * shards
-        queue, wanted = self._queue(prompts, counts, numbers or range(len(prompts)), reads, width)
-        rooms = self._rooms(queue.prompts.shape[1])
-        placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(self.mesh, P())), queue)
+        queue = self._queue(prompts, counts, numbers, reads, width)
+        whole = NamedSharding(self.mesh, P())
+        placed = slots.Queue(*(jax.make_array_from_process_local_data(whole, x, x.shape) for x in queue))
+        rooms = self._rooms(placed.prompts.shape[1])
         state = self._begin(slots.Slots(self.count, reads, rooms[0]), trees, placed)
         for room, following in zip(rooms, [*rooms[1:], None], strict=True):
             state, done = self._advance(trees, placed, state)
@@ -121,7 +126,10 @@ class SlotSampler:
                 break
             assert following is not None  # as the last room is enough for the longest answer
             state = self._grow(following - room, state)
-        found = jax.tree.map(lambda x: np.asarray(x)[:wanted], state['done'])
+        starts = np.cumsum([0, *counts])
+        places = {i: range(starts[at], starts[at + 1]) for at, i in enumerate(order)}
+        rows = np.asarray([row for i in range(len(prompts)) for row in places[i]])
+        found = jax.tree.map(lambda x: np.asarray(x)[rows], state['done'])
         self.usage.steps += int(state['steps'])
         self.usage.written += int(state['written'])
         self.usage.tokens += int(found.lengths.sum())
@@ -130,8 +138,8 @@ class SlotSampler:
 
     def _queue(
         self, prompts: Sequence[list[int]], counts: Sequence[int], numbers: Sequence[int], reads: int, width: int
-    ) -> tuple[slots.Queue, int]:
-        """The queue, in shapes of which there are few, and how many of its answers are wanted."""
+    ) -> tuple[np.ndarray, ...]:
+        """The fields of the queue, in shapes of which there are few."""
         wanted = sum(counts)
         ids, lengths = pad_prompts(list(prompts), self.sampling.pad_id)
         rows = reads * _power(-(-len(prompts) // reads))
@@ -142,7 +150,7 @@ class SlotSampler:
         prompt = np.pad(np.repeat(np.arange(len(prompts), dtype=np.int32), counts), room)
         number = np.pad(np.repeat(np.asarray(numbers, np.int32), counts), room)
         sample = np.pad(np.concatenate([np.arange(count, dtype=np.int32) for count in counts]), room)
-        return slots.Queue(ids, lengths, prompt, number, sample, np.int32(wanted)), wanted
+        return ids, lengths, prompt, number, sample, np.asarray(wanted, np.int32)
 
     def _rooms(self, width: int) -> list[int]:
         """What the cache has room for, at first and each time that it grows."""

@@ -20,6 +20,8 @@ from jaxtune.models.model import virtual_tokens
 
 State = dict[str, Any]
 
+_LEAST_WIDTH = 64  # tokens that prompts are read in at least, where the queue has longer ones
+
 
 class Queue(NamedTuple):
     """Answers to be written, in their order.
@@ -30,7 +32,7 @@ class Queue(NamedTuple):
       prompt: `[answers]` int32, which prompt each answers, rising by 0 or 1.
       number: `[answers]` int32, the prompt's number in the data, for its key.
       sample: `[answers]` int32, the answer's number among those to its prompt, for its key.
-      count: int32, how many answers are wanted; the rest of the arrays is padding.
+      wanted: int32, how many answers there are; the rest of the arrays is padding.
     """
 
     prompts: jax.Array
@@ -38,7 +40,7 @@ class Queue(NamedTuple):
     prompt: jax.Array
     number: jax.Array
     sample: jax.Array
-    count: jax.Array
+    wanted: jax.Array
 
 
 class Slots(NamedTuple):
@@ -63,18 +65,17 @@ def answer_keys(root: jax.Array, number: jax.Array, sample: jax.Array) -> jax.Ar
 
 def begin(model: Model, sampling: Sampling, sizes: Slots, params: Any, queue: Queue) -> State:
     """Slots without an answer, and a cache of nothing; pure."""
-    shape = (sizes.slots, sizes.reads)
     width = queue.prompts.shape[1]
     more = sizes.room - width if model.kind == 'decoder' else sizes.room
 
-    def read(count: int, room: int) -> tuple[jax.Array, jax.Array, kv_cache.Cache, jax.Array]:
+    def read(count: int, room: int) -> tuple[jax.Array, kv_cache.Cache, jax.Array]:
         return _read(model, params, jnp.zeros((count, width), jnp.int32), jnp.ones(count, jnp.int32), room)
 
     def empty(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
-    logits, _, ahead, first = empty(jax.eval_shape(lambda: read(shape[1], 1)))
-    _, _, cache, _ = jax.eval_shape(lambda: read(shape[0], more))
+    logits, ahead, first = empty(jax.eval_shape(lambda: read(sizes.reads, 1)))
+    _, cache, _ = jax.eval_shape(lambda: read(sizes.slots, more))
     answers, limit = len(queue.prompt), sampling.max_new_tokens
     none = jnp.zeros(sizes.slots, jnp.int32)
     return {
@@ -100,7 +101,7 @@ def begin(model: Model, sampling: Sampling, sizes: Slots, params: Any, queue: Qu
 
 def finished(state: State, queue: Queue) -> jax.Array:
     """Whether every answer of the queue is written; bool."""
-    return (state['next'] >= queue.count) & ~state['slots']['running'].any()
+    return (state['next'] >= queue.wanted) & ~state['slots']['running'].any()
 
 
 def grow(cache: kv_cache.Cache, room: int) -> kv_cache.Cache:
@@ -130,7 +131,7 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
     keys = answer_keys(root, queue.number, queue.sample)
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
     reads = len(state['ahead']['first'])
-    step_params = model.by_layer(params)
+    laid, head = model.decode_layout(params)
 
     def ended(tokens: jax.Array, made: jax.Array) -> jax.Array:
         return jnp.isin(tokens, stops) | (made >= sampling.max_new_tokens)
@@ -150,11 +151,18 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
         low = number // reads * reads
         prompts = jax.lax.dynamic_slice_in_dim(queue.prompts, low, reads)
         lengths = jax.lax.dynamic_slice_in_dim(queue.lengths, low, reads)
-        logits, _, cache, first = _read(model, params, prompts, lengths, 1)
+        widths = _widths(prompts.shape[1]) if model.kind == 'decoder' else [prompts.shape[1]]
+
+        def read(width: int) -> tuple[jax.Array, kv_cache.Cache, jax.Array]:
+            logits, cache, first = _read(model, params, prompts[:, :width], lengths, 1)
+            return logits, grow(cache, prompts.shape[1] - width) if width < prompts.shape[1] else cache, first
+
+        enough = sum((lengths.max() <= width).astype(jnp.int32) for width in widths[1:])
+        logits, cache, first = jax.lax.switch(enough, [lambda width=width: read(width) for width in widths])
         return {'cache': cache, 'logits': logits, 'first': first, 'from': low}
 
     def waits(state: State) -> jax.Array:
-        return (state['next'] < queue.count) & ~state['slots']['running'].all()
+        return (state['next'] < queue.wanted) & ~state['slots']['running'].all()
 
     def take(state: State) -> State:
         """Gives a free slot the next answer, and draws its first token."""
@@ -184,8 +192,8 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
             prompt = queue.prompt[answer]
             return join_row(queue.prompts[prompt], queue.lengths[prompt], done.tokens[answer], count)
 
-        hidden, cache = model.step(step_params, state['cache'], slots['now'], slots['place'], running, row_tokens)
-        logits = model.logits(params, hidden)
+        hidden, cache = model.step(laid, state['cache'], slots['now'], slots['place'], running, row_tokens)
+        logits = head.logits(hidden)
         own = jax.vmap(jax.random.fold_in)(keys.at[slots['answer']].get(mode='clip'), slots['made'])
         now, made = draw(logits, own, sampling), slots['made'] + running
         at = jnp.where(running, slots['answer'], len(queue.prompt))
@@ -222,11 +230,19 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
     return jax.lax.while_loop(more, fill_and_step, state)
 
 
+def _widths(width: int) -> list[int]:
+    """In what widths prompts are read, the widest first: those of the whole queue, and halves for shorter ones."""
+    widths = [width]
+    while widths[-1] >= 2 * _LEAST_WIDTH and len(widths) < 4:
+        widths.append(-(-widths[-1] // 64) * 32)
+    return widths
+
+
 def _read(
     model: Model, params: Any, prompts: jax.Array, lengths: jax.Array, room: int
-) -> tuple[jax.Array, jax.Array, kv_cache.Cache, jax.Array]:
+) -> tuple[jax.Array, kv_cache.Cache, jax.Array]:
     hidden, cache, first = model.prefill(params, prompts, lengths, room)
-    return model.logits(params, hidden), hidden, cache, first
+    return model.logits(params, hidden), cache, first
 
 
 def _copy_row(source: kv_cache.Cache, row: jax.Array, target: kv_cache.Cache, slot: jax.Array) -> kv_cache.Cache:
@@ -237,6 +253,8 @@ def _copy_row(source: kv_cache.Cache, row: jax.Array, target: kv_cache.Cache, sl
         return jax.lax.dynamic_update_slice_in_dim(y, own, slot, axis)
 
     return {
-        name: jax.tree.map(lambda x, y, axis=int(name not in kv_cache.OF_ALL_LAYERS): copy(x, y, axis), part, target[name])
+        name: jax.tree.map(
+            lambda x, y, axis=int(name not in kv_cache.OF_ALL_LAYERS): copy(x, y, axis), part, target[name]
+        )
         for name, part in source.items()
     }
