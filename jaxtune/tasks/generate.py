@@ -84,7 +84,11 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict:
     info.write(workdir)
     result = report.finish(workdir, 'generate', 0, metrics)
     _show(workdir / 'samples.jsonl')
-    console.note(f'made {workdir}/samples.jsonl: {metrics["generate/completions"]} completions, {tokens:,} tokens')
+    console.note(
+        f'made {workdir}/samples.jsonl: {metrics["generate/completions"]} completions, {tokens:,} tokens, '
+        f'{metrics["generate/tokens_per_second"]:,.0f} a second; '
+        f'{metrics["generate/occupancy"]:.0%} of the steps of {complete.batch_size} slots wrote one'
+    )
     return result
 
 
