@@ -145,7 +145,7 @@ def test_answers_are_those_of_a_batch_with_the_same_keys(llama):
     prompts, numbers = [[5, 9, 3], [7], [11, 12, 13]], [0, 1, 2]
     tokens, lengths = pad_prompts(prompts, 60)
     keys = answer_keys(ROOT, jnp.asarray(numbers), jnp.zeros(3, jnp.int32))
-    expected = jax.jit(lambda p: sample(model, SAMPLING, p, tokens, lengths, keys))(params)
+    expected = jax.jit(lambda p: sample(model, SAMPLING, p, jnp.asarray(tokens), jnp.asarray(lengths), keys))(params)
     with jax.set_mesh(mesh_of()):
         done = SlotSampler(model, SAMPLING, mesh_of(), 2, ROOT)([params], prompts)
     np.testing.assert_array_equal(done.tokens, expected.tokens)
