@@ -167,8 +167,9 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
     def take(state: State) -> State:
         """Gives a free slot the next answer, and draws its first token."""
         answer, slots, prompt = state['next'], state['slots'], queue.prompt[state['next']]
-        # A loop of no or one pass: a `cond` would copy what it leaves as it is.
-        ahead = jax.lax.while_loop(lambda ahead: missing(ahead, prompt), lambda _: read_ahead(prompt), state['ahead'])
+        # No loop of one pass or none: XLA would lay out weights for it before it, in every pass of this one.
+        old = state['ahead']
+        ahead = jax.lax.cond(missing(old, prompt), lambda: read_ahead(prompt), lambda: old)
         row, slot = prompt - ahead['from'], jnp.argmin(slots['running'])
         logits = jax.lax.dynamic_slice_in_dim(ahead['logits'], row, 1)
         tokens = draw(logits, jax.random.fold_in(keys[answer], 0)[None], sampling)
