@@ -328,7 +328,9 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     ),
     'generate.beams': Key(1, integer(1, high=2**10), 'beam search: number of beams; 1 = off'),
     'generate.length_penalty': Key(1.0, number(), 'beam search: log-probabilities are divided by length to this power'),
-    'generate.batch_size': Key(8, integer(1, high=_WIDE), 'prompts per batch'),
+    'generate.batch_size': Key(
+        8, integer(1, high=_WIDE), 'completions written at a time: slots that are refilled; prompts per batch of beams'
+    ),
     'generate.bleu_tokenize': Key(
         '13a', one_of('13a', 'zh', 'intl', 'char', 'none'), 'tokenizer of BLEU; zh for Chinese'
     ),

@@ -6,7 +6,6 @@ Everything after the module's name is the harness's own command line; scores equ
 exported folder.
 """
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from jaxtune.common import console
 from jaxtune.common.settings import Settings
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.errors import UserError
-from jaxtune.generation.sampling import Sampling, pad_prompts, sample
-from jaxtune.models import Model
+from jaxtune.generation.sampling import Sampling
+from jaxtune.generation.slot_sampler import SlotSampler
 from jaxtune.parallel import batch_shards, make_mesh, place_all
 from jaxtune.pretrained.load import load_model
 from jaxtune.recipe import recipes
@@ -215,29 +214,19 @@ class JaxtuneLM(TemplateLM):
                     stop_ids=self.stop_ids,
                     pad_id=pad if pad < self.model.config.vocab_size else 0,
                 )
-                for chosen in self._batches([len(prompt) for prompt in prompts]):
-                    texts = self._complete([prompts[i] for i in chosen], sampling)
-                    for i, text in zip(chosen, texts, strict=True):
-                        answers[numbers[i]] = postprocess_generated_text(text, until, None)
-                    bar.advance(len(chosen))
+                texts = self._complete(prompts, sampling)
+                for i, text in zip(numbers, texts, strict=True):
+                    answers[i] = postprocess_generated_text(text, until, None)
+                bar.advance(len(numbers))
         return answers
 
     def _complete(self, prompts: list[list[int]], sampling: Sampling) -> list[str]:
-        filled = prompts + [prompts[-1]] * (self.batch_size - len(prompts))
-        tokens, lengths = pad_prompts(filled, sampling.pad_id, _MULTIPLE)
         self.key, key = jax.random.split(self.key)
         with jax.set_mesh(self.mesh):
-            batch = place_all({'tokens': tokens, 'lengths': lengths}, self.mesh)
-            keys = jax.random.split(key, self.batch_size)
-            done = _sampler(self.model, sampling)(self.params, batch['tokens'], batch['lengths'], keys)
-        new, sizes = np.asarray(done.tokens), np.asarray(done.lengths)
-        rows = (new[i, : sizes[i]].tolist() for i in range(len(prompts)))
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-
-@functools.lru_cache(maxsize=8)
-def _sampler(model: Model, sampling: Sampling) -> Any:
-    return jax.jit(functools.partial(sample, model, sampling))
+            sampler = SlotSampler(self.model, sampling, self.mesh, self.batch_size, key)
+            done = sampler([self.params], prompts)
+        rows = zip(done.tokens, done.lengths, strict=True)
+        return [self.tokenizer.decode(tokens[:length].tolist(), skip_special_tokens=True) for tokens, length in rows]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Completions of prompts by one compiled function, batch by batch."""
+"""Completions of prompts as texts."""
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from jaxtune.data.chat_encoder import end_of_turn
 from jaxtune.data.templates import open_template
 from jaxtune.generation.beam import beam_search
 from jaxtune.generation.prompts import Prompt
-from jaxtune.generation.sampling import Completions, from_settings, pad_prompts, sample
+from jaxtune.generation.sampling import Completions, from_settings, pad_prompts
+from jaxtune.generation.slot_sampler import SlotSampler, Usage
 from jaxtune.generation.text_metrics import exact
 from jaxtune.parallel import place_all
 from jaxtune.pretrained.load import ModelBundle
@@ -25,10 +27,11 @@ class Generator:
 
     Args:
       settings: the recipe's `generate` subtree.
-      mesh: where the batches go.
+      mesh: where it runs.
       bundle: model and tokenizer; its parameters are not used.
-      batch_size: rows of a batch, a multiple of the mesh's `data` times `fsdp`.
-      seed: of what is drawn.
+      batch_size: completions that are written at a time, a multiple of the mesh's `data` times `fsdp`.
+      seed: of what is drawn; a completion is a function of it, of its prompt's number, and of its own among that
+        prompt's.
       greedy: takes the likeliest token always, whatever the settings say.
     """
 
@@ -47,29 +50,52 @@ class Generator:
         sampling = from_settings(settings, bundle.tokenizer, stops, bundle.model.config.vocab_size)
         sampling = dataclasses.replace(sampling, temperature=0.0) if greedy else sampling
         beams = 1 if greedy else settings.beams
-        self.pad_id, root, model = sampling.pad_id, jax.random.key(seed), bundle.model
+        self.pad_id, self.usage, model = sampling.pad_id, Usage(batch_size), bundle.model
+        self._sampler = None
+        if beams == 1:
+            self._sampler = SlotSampler(model, sampling, mesh, batch_size, jax.random.key(seed))
+            self.usage = self._sampler.usage
 
-        def run(params: Any, batch: Mapping[str, jax.Array]) -> Completions:
+        def search(params: Any, batch: Mapping[str, jax.Array]) -> Completions:
             prompts = (batch['prompts'], batch['lengths'])
-            if beams > 1:
-                return beam_search(model, sampling, params, *prompts, beams, settings.length_penalty)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch['number'])
-            return sample(model, sampling, params, *prompts, keys)
+            return beam_search(model, sampling, params, *prompts, beams, settings.length_penalty)
 
-        self._run = jax.jit(run, out_shardings=NamedSharding(mesh, P()))
+        self._search = jax.jit(search, out_shardings=NamedSharding(mesh, P()))
 
-    def __call__(self, params: Any, prompts: Sequence[Prompt], first: int = 0) -> list[tuple[str, int]]:
-        """Texts and their numbers of tokens, of at most a batch of prompts; `first` is the number of the first one."""
-        size = self.batch_size
-        filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
-        ids, lengths = pad_prompts([prompt.ids for prompt in filled], self.pad_id)
-        arrays = {'prompts': ids, 'lengths': lengths, 'number': np.arange(first, first + size, dtype=np.int32)}
-        completions = jax.tree.map(np.asarray, self._run(params, place_all(arrays, self.mesh)))
+    def __call__(
+        self, params: Any, prompts: Sequence[Prompt], first: int = 0, samples: int = 1
+    ) -> list[tuple[str, int]]:
+        """Texts and their numbers of tokens, those of one prompt together.
+
+        Args:
+          params: the model's parameters.
+          prompts: any number of them.
+          first: the number of the first one.
+          samples: completions of each; 1 of beam search.
+        """
+        if self._sampler:
+            ids = [prompt.ids for prompt in prompts]
+            numbers = range(first, first + len(prompts))
+            done = self._sampler([params], ids, [samples] * len(prompts), numbers)
+        else:
+            size = self.batch_size
+            parts = [self._beams(params, prompts[low : low + size]) for low in range(0, len(prompts), size)]
+            done = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
         texts = []
-        for row, prompt in enumerate(prompts):
-            new = completions.tokens[row, : completions.lengths[row]].tolist()
-            texts.append((decode_continuation(self.tokenizer, [] if self.answers else prompt.ids, new), len(new)))
+        for row, (tokens, length) in enumerate(zip(done.tokens, done.lengths, strict=True)):
+            before = [] if self.answers else prompts[row // samples].ids
+            texts.append((decode_continuation(self.tokenizer, before, tokens[:length].tolist()), int(length)))
         return texts
+
+    def _beams(self, params: Any, prompts: Sequence[Prompt]) -> Completions:
+        """Completions of at most a batch of prompts."""
+        started, filled = time.perf_counter(), [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]
+        ids, lengths = pad_prompts([prompt.ids for prompt in filled], self.pad_id)
+        batch = place_all({'prompts': ids, 'lengths': lengths}, self.mesh)
+        done = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], self._search(params, batch))
+        self.usage.tokens += int(done.lengths.sum())
+        self.usage.seconds += time.perf_counter() - started
+        return done
 
 
 def sample_record(prompt: Prompt, completion: str, step: int) -> dict[str, Any]:

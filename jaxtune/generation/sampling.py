@@ -95,6 +95,12 @@ def _largest(x: jax.Array) -> jax.Array:
     return jnp.minimum(first, x.shape[-1] - 1)  # among NaNs there is no largest
 
 
+def logprob_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities `[batch]` of tokens `[batch]` under float32 logits `[batch, vocab]`."""
+    below = logits - logits.max(-1, keepdims=True)
+    return jnp.take_along_axis(below, tokens[:, None], axis=-1)[:, 0] - jnp.log(jnp.exp(below).sum(-1))
+
+
 def sample(
     model: Model, sampling: Sampling, params: Any, prompts: jax.Array, lengths: jax.Array, keys: jax.Array
 ) -> Completions:
@@ -111,12 +117,13 @@ def sample(
     batch, limit = len(prompts), sampling.max_new_tokens
     stops = jnp.asarray(sampling.stop_ids, jnp.int32)
     hidden, cache, first = model.prefill(params, prompts, lengths, limit)
+    laid, head = model.decode_layout(params)
 
     def take(state: dict[str, Any], hidden: jax.Array, t: jax.Array) -> dict[str, Any]:
         """Draws token `t` from the hidden states `[batch, d_model]` before it."""
-        logits = model.logits(params, hidden)
+        logits = head.logits(hidden)
         now = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), now[:, None], axis=-1)[:, 0]
+        logprob = logprob_of(logits, now)
         running = ~state['done']
         return {
             **state,
@@ -136,7 +143,7 @@ def sample(
             return join_row(jnp.asarray(prompts)[row], jnp.asarray(lengths)[row], state['tokens'][row], count)
 
         places = first + state['t'] - 1
-        hidden, cache = model.step(params, state['cache'], state['now'], places, ~state['done'], row_tokens)
+        hidden, cache = model.step(laid, state['cache'], state['now'], places, ~state['done'], row_tokens)
         return take({**state, 'cache': cache}, hidden, state['t'])
 
     state = {

@@ -18,7 +18,7 @@ from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.decoder_config import IGNORED, DecoderConfig, Run, decoder_config
 from jaxtune.models.latent import project_latent
 from jaxtune.models.layers import ACTIVATIONS, LayerNorm, Part, RMSNorm, bottleneck, normal, parameter
-from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths, virtual_tokens
+from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, layer_of, leaf_paths, virtual_tokens
 from jaxtune.models.moe import MoE
 from jaxtune.models.prompts import places_before, prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.remat import layer_input, named, recomputed
@@ -329,7 +329,7 @@ class Decoder(_Part):
         def layer(number: int, carry: tuple[jax.Array, kv_cache.Cache]) -> tuple[jax.Array, kv_cache.Cache]:
             run, place = places[number]
             block = Block(*self.same(), sparse=run.sparse, parent=None)
-            own = jax.tree.map(lambda leaf: leaf[place], self.get_variable('params', run.name))
+            own = layer_of(self.get_variable('params', run.name), place)
             told = jax.tree.map(lambda leaf: leaf[0], self._layers([number]))._replace(cached=jnp.int32(0))
             return cast(Any, block.apply({'params': own}, carry, told, context))[0]
 

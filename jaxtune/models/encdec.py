@@ -26,7 +26,7 @@ from jaxtune.models import Family, kv_cache
 from jaxtune.models.attention import KernelLog, visible_softmax
 from jaxtune.models.encdec_families import EncDecConfig, encdec_config
 from jaxtune.models.layers import ACTIVATIONS, Dense, Embed, RMSNorm, bottleneck, parameter
-from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, leaf_paths
+from jaxtune.models.model import Flops, Head, Model, Outputs, Tensor, Tie, layer_of, leaf_paths
 from jaxtune.models.prompts import prefix_of, prepend, put_before, without_prompt
 from jaxtune.models.remat import layer_input, named, rematerialised
 from jaxtune.parallel import constrain
@@ -257,7 +257,7 @@ class Stack(_Part):
             params = self.get_variable('params', 'layers')
 
             def one(i: int, carry: tuple[jax.Array, kv_cache.Cache]) -> tuple[jax.Array, kv_cache.Cache]:
-                own = jax.tree.map(lambda leaf: leaf[i], params)
+                own = layer_of(params, i)
                 return cast(Any, block.apply({'params': own}, carry, jnp.int32(0), context))[0]
 
             x, cache = kv_cache.each_layer(one, x, cache)

@@ -13,6 +13,7 @@ from jaxtune.models import kv_cache
 from jaxtune.models.attention import KernelLog
 from jaxtune.models.rope import border
 from jaxtune.models.routing import Routing
+from jaxtune.parallel import platform
 from jaxtune.weights import NewRows, Weight, expand, materialise, put_rows
 
 Params = Any
@@ -56,8 +57,26 @@ def virtual_tokens(params: Params) -> int:
     """How many trained tokens a decoder's tree puts before what the model reads (`models.prompts`)."""
     if 'prompt' in params:
         return params['prompt']['embedding'].shape[0]
-    prefix = params.get('layers', {}).get('self_attn', {}).get('prefix')
+    layers = params.get('layers', {})
+    prefix = (layers[0] if isinstance(layers, tuple) else layers).get('self_attn', {}).get('prefix')
     return 0 if prefix is None else prefix['k'].shape[-3]
+
+
+def _cut_layers(params: Params) -> Params:
+    """The tree with a tuple of one tree a layer in place of each stack that a step goes through."""
+
+    def cut(stack: Params) -> tuple[Params, ...]:
+        count = jax.tree.leaves(stack)[0].shape[0]
+        return tuple(jax.tree.map(lambda leaf, place=i: leaf[place], stack) for i in range(count))
+
+    if 'decoder' in params:
+        return {**params, 'decoder': _cut_layers(params['decoder'])}
+    return {name: cut(part) if name in ('layers', 'dense_layers') else part for name, part in params.items()}
+
+
+def layer_of(stack: Params | tuple[Params, ...], place: int) -> Params:
+    """The parameters of one layer of a stack, cut out already (`Model.decode_layout`) or not."""
+    return stack[place] if isinstance(stack, tuple) else jax.tree.map(lambda leaf: leaf[place], stack)
 
 
 @functools.partial(
@@ -94,6 +113,20 @@ class Head:
         if isinstance(weight, NewRows):
             return cls(materialise(weight.base), rows=weight.rows, ids=weight.ids, **fields)
         return cls(materialise(weight), **fields)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """All logits `[..., vocab]` of states `[..., d_model]`, in float32."""
+        kernel = self.kernel.astype(hidden.dtype)
+        dims = (((hidden.ndim - 1,), (1 if self.vocab_major else 0,)), ((), ()))
+        logits = jax.lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32)
+        if self.rows is not None:
+            dims = (((hidden.ndim - 1,), (1,)), ((), ()))
+            new = jax.lax.dot_general(hidden, self.rows.astype(hidden.dtype), dims, preferred_element_type=jnp.float32)
+            logits = put_rows(logits, new, self.ids, -1)
+        logits = logits * self.scale
+        if self.bias is not None:
+            logits = logits + self.bias.astype(jnp.float32)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,18 +250,7 @@ class Model:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """All logits `[..., vocab]` in float32: for sampling; losses go through `objectives.cross_entropy`."""
-        head = self.head(params)
-        kernel = head.kernel.astype(hidden.dtype)
-        dims = (((hidden.ndim - 1,), (1 if head.vocab_major else 0,)), ((), ()))
-        logits = jax.lax.dot_general(hidden, kernel, dims, preferred_element_type=jnp.float32)
-        if head.rows is not None:
-            dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-            new = jax.lax.dot_general(hidden, head.rows.astype(hidden.dtype), dims, preferred_element_type=jnp.float32)
-            logits = put_rows(logits, new, head.ids, -1)
-        logits = logits * head.scale
-        if head.bias is not None:
-            logits = logits + head.bias.astype(jnp.float32)
-        return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
+        return self.head(params).logits(hidden)
 
     def init_cache(self, batch: int, max_length: int) -> kv_cache.Cache:
         """An empty cache: `k` and `v`, each `[layers, batch, kv_heads, max_length, head_dim]`."""
@@ -264,6 +286,20 @@ class Model:
         last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return last, kv_cache.divided(outputs.cache, room), lengths
 
+    def decode_layout(self, params: Params) -> tuple[Params, Head]:
+        """Parameters and projection as they lie best for many calls of `step` in one program: made once, before them.
+
+        XLA:CPU would cut each layer's kernels out of their stacks, and so copy them, in every step, and multiplies few
+        rows with a table by the vocabulary four times as slowly as with its transpose. Elsewhere products read both
+        where they lie: nothing is copied. Nor are the layers where `step` may have to read whole rows again.
+        """
+        head = self.head(params)
+        if platform() != 'cpu':
+            return params, head
+        if head.vocab_major:
+            head = dataclasses.replace(head, kernel=head.kernel.T, vocab_major=False)
+        return params if self.border is not None else _cut_layers(expand(params)), head
+
     @property
     def border(self) -> int | None:
         """The position whose token changes the keys of all tokens before it (LongRoPE's first long one), or None."""
@@ -281,7 +317,7 @@ class Model:
         """Reads one token more a row.
 
         Args:
-          params: the parameter tree.
+          params: the parameter tree, or what `decode_layout` makes of it.
           cache: from `prefill` or the last step.
           tokens: `[batch]` int32.
           positions: `[batch]` int32, of those tokens.

@@ -1,20 +1,20 @@
 """Rollouts: answers that a policy writes, as texts to be scored and as rows to learn from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from jaxtune.common.settings import Settings
 from jaxtune.generation.generator import decode_continuation, end_of_answer
 from jaxtune.generation.prompts import Prompt
-from jaxtune.generation.sampling import Completions, from_settings, pad_prompts, sample
+from jaxtune.generation.sampling import Completions, from_settings
+from jaxtune.generation.slot_sampler import SlotSampler
 from jaxtune.models import value_head
-from jaxtune.parallel import compiler_options, place_all
 from jaxtune.pretrained.load import ModelBundle
 from jaxtune.weights import eval_mode
 from jaxtune.weights.tree import combine
@@ -44,7 +44,7 @@ class Rollouts:
 
 
 class Sampler:
-    """Answers prompts as a recipe's `generate` says, `generate.batch_size` at a time; one compile.
+    """Answers prompts as a recipe's `generate` says, in `generate.batch_size` slots; a prompt's group reads it once.
 
     Args:
       settings: the recipe's `generate` subtree.
@@ -68,34 +68,24 @@ class Sampler:
         self.batch_size, self.longest = settings.batch_size, max(len(prompt.ids) for prompt in prompts)
         stops = (*bundle.end_ids, *end_of_answer(bundle.tokenizer))
         self.sampling = sampling = from_settings(settings, bundle.tokenizer, stops, bundle.model.config.vocab_size)
-        root, model = jax.random.key(seed), bundle.model
 
-        def run(trainable: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> Completions:
-            params = eval_mode(value_head.policy(combine(trainable, frozen)))
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(root, batch['number'])
-            return sample(model, sampling, params, batch['prompts'], batch['lengths'], keys)
+        def policy(trainable: Any, frozen: Any) -> Any:
+            return eval_mode(value_head.policy(combine(trainable, frozen)))
 
-        self._run = jax.jit(run, out_shardings=NamedSharding(mesh, P()), compiler_options=compiler_options())
+        self._sample = SlotSampler(bundle.model, sampling, mesh, self.batch_size, jax.random.key(seed), policy)
+        self.usage = self._sample.usage
 
     def __call__(self, trainable: Any, frozen: Any, prompts: Sequence[Prompt], first: int) -> Rollouts:
-        """Answers to prompts; the randomness of each is a function of the seed and its number, `first` and on."""
-        size, count = self.batch_size, len(prompts)
-        filled = [*prompts, *[prompts[-1]] * (-count % size)]
-        ids, lengths = self._padded(filled)
-        numbers = np.arange(first, first + len(filled), dtype=np.int32)
-        arrays = {'prompts': ids, 'lengths': lengths, 'number': numbers}
-        parts = []
-        for low in range(0, len(filled), size):
-            part = {name: array[low : low + size] for name, array in arrays.items()}
-            parts.append(self._run(trainable, frozen, place_all(part, self.mesh)))
-        whole = jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs])[:count], *parts)
-        return self._rollouts(prompts, whole)
+        """Answers to prompts; equal ones that follow each other are a group.
 
-    def _padded(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of prompts, all as wide as the longest there is."""
-        ids, lengths = pad_prompts([prompt.ids for prompt in prompts], self.sampling.pad_id)
-        width = -(-self.longest // 32) * 32
-        return np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=self.sampling.pad_id), lengths
+        The randomness of each answer is a function of the seed, of its group's number (`first` and the number of
+        answers before the group), and of its own number in the group.
+        """
+        groups = [list(group) for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.ids)]
+        counts = [len(group) for group in groups]
+        numbers = [first + before for before in itertools.accumulate(counts[:-1], initial=0)]
+        ids = [group[0].ids for group in groups]
+        return self._rollouts(prompts, self._sample([trainable, frozen], ids, counts, numbers, self.longest))
 
     def _rollouts(self, prompts: Sequence[Prompt], completions: Completions) -> Rollouts:
         new, counts = completions.tokens, completions.lengths

@@ -26,6 +26,7 @@ from jaxtune.tasks import present, setup, specs
 from jaxtune.training.run_info import RunInfo
 
 SHOWN = 2  # completions printed at the end
+BATCHES = 16  # that are written in one go, and saved; slots stand empty at the end of each
 
 
 def check(config: Settings, mesh: Mesh) -> None:
@@ -49,7 +50,7 @@ def check_writes(config: Settings, bundle: ModelBundle) -> None:
 
 
 def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict:
-    """Completes every prompt; returns `result.json`'s content. A stopped run goes on after its last whole batch.
+    """Completes every prompt; returns `result.json`'s content. A stopped run goes on after what it saved last.
 
     Raises:
       UserError: the recipe, the prompts or the model is wrong.
@@ -73,6 +74,7 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict:
         'generate/completions': len(prompts) * config.generate.samples * max(1, len(bundle.adapters)),
         'generate/tokens': tokens,
         'generate/tokens_per_second': (tokens - before) / seconds,
+        'generate/occupancy': complete.usage.occupancy,
         'memory/peak_bytes': peak_memory_bytes(),
     }
     if not console.is_primary():
@@ -85,7 +87,11 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict:
     _show(workdir / 'samples.jsonl')
     if line := bundle.model.kernels.products_line:
         console.note(f'products: {line}')
-    console.note(f'made {workdir}/samples.jsonl: {metrics["generate/completions"]} completions, {tokens:,} tokens')
+    console.note(
+        f'made {workdir}/samples.jsonl: {metrics["generate/completions"]} completions, {tokens:,} tokens, '
+        f'{metrics["generate/tokens_per_second"]:,.0f} a second; '
+        f'{metrics["generate/occupancy"]:.0%} of the steps of {complete.batch_size} slots wrote one'
+    )
     return result
 
 
@@ -94,7 +100,7 @@ def _partial(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _finished_lines(path: pathlib.Path, ends: Iterable[int]) -> list[dict]:
-    """Samples of whole batches that an earlier run left; a torn or surplus end is cut off the file."""
+    """Samples that an earlier run saved, as far as they are whole parts; a torn or surplus end is cut off the file."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b'\n')[:-1]
@@ -116,13 +122,13 @@ def _complete(
     prompts: list[Prompt],
     info: RunInfo,
 ) -> tuple[int, int]:
-    """Samples batch by batch, appending to the partial file; returns all sampled tokens, and those of earlier runs."""
-    size = complete.batch_size
-    work = [prompt for prompt in prompts for _ in range(config.generate.samples)]
-    # Batches as (adapter, first prompt, one after the last): adapters follow each other.
-    bounds = [(first, min(first + size, len(work))) for first in range(0, len(work), size)]
+    """Samples part by part, appending to the partial file; returns all sampled tokens, and those of earlier runs."""
+    samples = config.generate.samples
+    size = max(1, BATCHES * complete.batch_size // samples)
+    # What is saved together as (adapter, first prompt, one after the last): adapters follow each other.
+    bounds = [(first, min(first + size, len(prompts))) for first in range(0, len(prompts), size)]
     batches = [(name, *bound) for name in bundle.adapters or ('',) for bound in bounds]
-    ends = list(itertools.accumulate(last - first for _, first, last in batches))
+    ends = list(itertools.accumulate((last - first) * samples for _, first, last in batches))
     done = _finished_lines(_partial(workdir), ends)
     before = tokens = sum(line['tokens'] for line in done)
     with (
@@ -132,9 +138,9 @@ def _complete(
         for (name, first, last), end in zip(batches, ends, strict=True):
             if end <= len(done):
                 continue
-            chosen = work[first:last]
             with info.timed('generate'):
-                completions = complete(bundle.adapters.get(name, bundle.params), chosen, first)
+                completions = complete(bundle.adapters.get(name, bundle.params), prompts[first:last], first, samples)
+            chosen = [prompt for prompt in prompts[first:last] for _ in range(samples)]
             for prompt, (completion, count) in zip(chosen, completions, strict=True):
                 tokens += count
                 line = sample_record(prompt, completion, 0) | {'tokens': count} | ({'adapter': name} if name else {})

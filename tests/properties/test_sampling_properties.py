@@ -23,7 +23,8 @@ from drawing import (
     random_of,
 )
 
-from jaxtune.generation.sampling import Sampling, sample
+from jaxtune.generation.sampling import Sampling
+from jaxtune.generation.slot_sampler import SlotSampler
 from jaxtune.objectives.cross_entropy import token_logprobs
 from jaxtune.rl import RolloutBatch
 from jaxtune.rl.reward_task import RewardTask
@@ -43,22 +44,13 @@ ALGORITHMS = draw(23, 4, [(family, name) for family in DECODERS for name in REWA
 
 @functools.cache
 def sampler(model, how):
-    sampling = Sampling(NEW, stop_ids=(2,), **dict(how))
-
-    def run(params, tokens, lengths, keys):
-        return sample(model, sampling, params, tokens, lengths, keys)
-
-    return jax.jit(run)
+    return SlotSampler(model, Sampling(NEW, stop_ids=(2,), **dict(how)), mesh_of(ONE), 2, jax.random.key(3))
 
 
 def answers(c, how, rows):
-    model = model_of(c)
-    tokens = np.zeros((len(rows), 8), np.int32)
-    for at, row in enumerate(rows):
-        tokens[at, : len(PROMPTS[row])] = PROMPTS[row]
-    lengths = np.asarray([len(PROMPTS[row]) for row in rows], np.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.asarray(rows))
-    return jax.tree.map(np.asarray, sampler(model, tuple(how.items()))(random_of(c), tokens, lengths, keys))
+    """Answers to these prompts in two slots."""
+    with jax.set_mesh(mesh_of(ONE)):
+        return sampler(model_of(c), tuple(how.items()))([random_of(c)], [PROMPTS[row] for row in rows], numbers=rows)
 
 
 @pytest.mark.parametrize(('c', 'how'), SAMPLED, ids=str)
