@@ -102,7 +102,7 @@ def dot(x: jax.Array, kernel: jax.Array | Weight, rng: jax.Array | None = None, 
     """
     chex.assert_equal(kernel.shape[:-1], x.shape[-1:], custom_message='kernel: [in, out] for x [..., in]')
     if isinstance(kernel, Weight):
-        return kernel.dot(x, rng, matmul)
+        return kernel.dot(x, rng, matmul) if matmul else kernel.dot(x, rng)  # a leaf of one's own may know no `matmul`
     kernel = kernel.astype(x.dtype)
     return low_dot(x, kernel, matmul) if matmul else _dot(x, kernel)
 

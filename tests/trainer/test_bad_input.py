@@ -304,4 +304,4 @@ def test_a_recipe_that_is_no_recipe(tmp_path, capsys):
         assert error.count('\n') == 1
         assert expected in error
     assert main.main(['jaxtune', '--config', str(tmp_path / 'none.py')]) == 2
-    assert main.main(['jaxtune']) == 2
+    assert main.main(['jaxtune', '--workdir', str(tmp_path)]) == 2
