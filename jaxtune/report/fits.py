@@ -43,16 +43,21 @@ def table(source: Source) -> list[Row]:
 def _row(cell: Mapping[str, Any]) -> Row:
     speed = f'{_rate(cell)}, {cell["mfu"]:.0%} of the peak' if cell['tokens_per_second'] else ''
     update = short_time(cell['seconds']) if cell['seconds'] else ''
-    advice, found = '', cell.get('advice')
-    if found:
-        settings = ' '.join(f'{key}={value}' for key, value in found['changes'].items())
-        advice = f'{settings}: {_memory(found)}' + (f', {_rate(found)}' if found['tokens_per_second'] else '')
+    advice = advised(cell) if cell.get('advice') else ''
     hardware, share = cell['topology'] or 'this machine', cell['peak_bytes'] / cell['limit']
     length = f'{cell["seq_len"]:,}'
-    return Row(hardware, cell['method'], length, _memory(cell), share, cell['fits'], speed, update, advice)
+    return Row(hardware, cell['method'], length, memory(cell), share, cell['fits'], speed, update, advice)
 
 
-def _memory(cell: Mapping[str, Any]) -> str:
+def advised(cell: Mapping[str, Any]) -> str:
+    """The advice of a cell in words: settings, memory, speed."""
+    found = cell['advice']
+    settings = ' '.join(f'{key}={value}' for key, value in found['changes'].items())
+    return f'{settings}: {memory(found)}' + (f', {_rate(found)}' if found['tokens_per_second'] else '')
+
+
+def memory(cell: Mapping[str, Any]) -> str:
+    """What a device needs of what it has, in words; at least, where it was not compiled."""
     return f'{"" if cell["compiled"] else "at least "}{size(cell["peak_bytes"])} of {size(cell["limit"])}'
 
 

@@ -2,7 +2,7 @@
 
 | `rl.advantage` | an answer is measured by | source |
 |---|---|---|
-| `gae` | what a value head foresaw, token by token; whitened over the step | Schulman et al. 2015, arXiv:1506.02438 |
+| `gae` | what a value head predicted, token by token; whitened over the step | Schulman et al. 2015, arXiv:1506.02438 |
 | `group` | the mean of its group, over the standard deviation | GRPO, Shao et al. 2024, arXiv:2402.03300 |
 | `group_mean` | the mean of its group | Dr. GRPO, Liu et al. 2025, arXiv:2503.20783 |
 | `leave_one_out` | the mean of the others of its group | RLOO, Ahmadian et al. 2024, arXiv:2402.14740 |
@@ -42,7 +42,7 @@ def compute_advantages(chosen: Choices, settings: Settings, rollouts: RolloutBat
 
 
 def _by_values(chosen: Choices, settings: Settings, rollouts: RolloutBatch) -> tuple[Fields, Fields]:
-    """Advantages, whitened over all tokens, and returns; with how well the value head foresaw these."""
+    """Advantages, whitened over all tokens, and returns; with how well the value head predicted these."""
     mask = rollouts.mask
     last = mask * (1.0 - jnp.pad(mask[:, 1:], ((0, 0), (0, 1))))
     rewards = last * rollouts.scores[:, None]

@@ -17,7 +17,7 @@ import jax
 
 from jaxtune import report
 from jaxtune.common import console
-from jaxtune.common.formatting import amount, short_time, size
+from jaxtune.common.formatting import short_time
 from jaxtune.common.io import read_mapping, write_json
 from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
@@ -26,6 +26,7 @@ from jaxtune.parallel import hardware
 from jaxtune.pretrained.load import announce_config
 from jaxtune.recipe import recipes
 from jaxtune.recipe.flags import Command
+from jaxtune.report import fits
 from jaxtune.tasks import advice, ahead, mesh_choice, setup, specs
 from jaxtune.tasks.advice import Changes, Outcome
 
@@ -174,19 +175,9 @@ def _named(row: Mapping[str, Any]) -> str:
 def _verdict(row: Mapping[str, Any]) -> str:
     if row['problem']:
         return row['problem']
-    least = '' if row['compiled'] else 'at least '
-    words = f'{least}{size(row["peak_bytes"])} of {size(row["limit"])}'
     if row['fits']:
-        return f'fits, {words}'
-    return f'does not fit, {words}' + (f'; fits with {_advised(row)}' if row.get('advice') else '')
-
-
-def _advised(row: Mapping[str, Any]) -> str:
-    """The advice of a row: settings, memory, speed."""
-    found = row['advice']
-    settings = ' '.join(f'{key}={value}' for key, value in found['changes'].items())
-    speed = f', {amount(found["tokens_per_second"])} tokens/s' if found['tokens_per_second'] else ''
-    return f'{settings}: {size(found["peak_bytes"])} of {size(found["limit"])}{speed}'
+        return f'fits, {fits.memory(row)}'
+    return f'does not fit, {fits.memory(row)}' + (f'; fits with {fits.advised(row)}' if row.get('advice') else '')
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -210,5 +201,5 @@ def _show(rows: list[dict[str, Any]]) -> None:
     console.table(table)
     for row in rows:
         if not row['fits']:
-            advised = f'fits with {_advised(row)}' if row['advice'] else 'nothing was found that fits'
+            advised = f'fits with {fits.advised(row)}' if row['advice'] else 'nothing was found that fits'
             console.note(f'{_named(row)}: {advised}')
