@@ -4,6 +4,8 @@ import os
 import pathlib
 import sys
 
+from jaxtune.common.deferred import defer
+
 __version__ = '0.1.0'
 
 if sys.argv[:1] == ['-m'] and not sys.flags.safe_path and sys.path[0] == os.getcwd():
@@ -14,3 +16,6 @@ if sys.argv[:1] == ['-m'] and not sys.flags.safe_path and sys.path[0] == os.getc
     _root = str(pathlib.Path(__file__).resolve().parents[1])
     if _root == os.getcwd() and _root not in sys.path:
         sys.path.append(_root)
+
+# transformers imports PyTorch wherever it is installed, for seconds; nothing here uses it.
+defer('torch')
