@@ -41,11 +41,12 @@ class _Deferred(types.ModuleType):
 
 def _execute(module: _Deferred) -> None:
     spec = module.__spec__
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None  # `defer` has looked
     module.__path__ = spec.submodule_search_locations or []
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del module.__path__
         raise
-    module.__class__ = types.ModuleType
+    object.__setattr__(module, '__class__', types.ModuleType)
