@@ -1,7 +1,6 @@
 """`report.html`: a self-contained page about a run, which needs no network and works without scripts."""
 
 import dataclasses
-import importlib.resources
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 from jaxtune.common import console
 from jaxtune.common.formatting import duration
 from jaxtune.common.io import read_mapping, write_text
-from jaxtune.config import trains
 from jaxtune.recipe.workdir import make_result, write_result
 from jaxtune.report import by_position, costs, fits, mixture, sections
 from jaxtune.report.preparation import preparation
-from jaxtune.report.source import Source, read
+from jaxtune.report.source import Source, main_stage, read
+from jaxtune.report.templates import fill_in
 
 __all__ = ['finish', 'write_report']
 
@@ -41,24 +40,7 @@ def write_report(workdir: pathlib.Path, result: Mapping[str, Any] | None = None)
 
 def render(workdir: pathlib.Path, result: Mapping[str, Any] | None = None) -> str:
     """The page as text."""
-    # Not needed by the first line of a run, and slow to import.
-    import jinja2  # slow to import
-
-    files = importlib.resources.files(__name__)
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: files.joinpath(name).read_text(encoding='utf-8')),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.policies['json.dumps_kwargs'] = {}  # keys in their order
-    return environment.get_template('page.html.j2').render(
-        _contents(workdir, result),
-        style=files.joinpath('style.css').read_text(encoding='utf-8'),
-        script=files.joinpath('hover.js').read_text(encoding='utf-8'),
-    )
+    return fill_in('page.html.j2', _contents(workdir, result))
 
 
 def _contents(workdir: pathlib.Path, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -75,7 +57,7 @@ def _contents(workdir: pathlib.Path, given: Mapping[str, Any] | None) -> dict[st
             'tiles': sections.tiles(source),
             'stages': [],
         }
-    main = _main(stages)
+    main = main_stage(stages)
     times = [stage.run['seconds'] for stage in stages if 'seconds' in stage.run]
     return contents | {
         'what': f'{len(stages)} stages',
@@ -85,13 +67,6 @@ def _contents(workdir: pathlib.Path, given: Mapping[str, Any] | None) -> dict[st
         # The stage in the page's head is not summarised again.
         'stages': [_run(stage) | {'in_head': stage is main} for stage in stages],
     }
-
-
-def _main(stages: list[Source]) -> Source:
-    """The stage in the page's head: the last that trained, else the last with a loss, else the last."""
-    trained = [stage for stage in stages if trains(stage.task)]
-    scored = [stage for stage in stages if stage.metric('eval/loss') is not None]
-    return (trained or scored or stages)[-1]
 
 
 def _run(source: Source) -> dict[str, Any]:

@@ -40,10 +40,10 @@ _PHASES = {
 }
 
 # Charts of these come first, in this order; then the others by name.
-_FIRST = ('reward', 'accuracy', 'kl', 'entropy', 'length', 'eos_rate', 'ended')
-_FIRST += ('learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'peak_bytes')
+FIRST = ('reward', 'accuracy', 'kl', 'entropy', 'length', 'eos_rate', 'ended')
+FIRST += ('learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'peak_bytes')
 # Shown by another chart, or constant.
-_NO_CHART = ('step_seconds', 'perplexity', 'bits_per_byte', 'gzip_bits_per_byte', 'tokens', 'pairs', 'answers')
+NO_CHART = ('step_seconds', 'perplexity', 'bits_per_byte', 'gzip_bits_per_byte', 'tokens', 'pairs', 'answers')
 
 
 def number(value: float) -> str:
@@ -263,11 +263,10 @@ def charts(source: Source) -> list[Figure]:
     if not source.rewarded:
         drawn += [_loss_chart(source), _source_chart(source)]
         by_name.pop('loss', None)
-    last_parts = [name for name in _FIRST if name in by_name]
-    last_parts += [name for name in sorted(by_name) if name not in last_parts and name not in _NO_CHART]
+    last_parts = [name for name in FIRST if name in by_name]
+    last_parts += [name for name in sorted(by_name) if name not in last_parts and name not in NO_CHART]
     for name in last_parts:
         metrics = [metric for metric in by_name[name] if len(source.curves[metric]) > 1]
-        unit = names.unit(name)
         series = [
             Series(
                 metric.split('/')[0] if len(metrics) > 1 else metric,
@@ -277,11 +276,16 @@ def charts(source: Source) -> list[Figure]:
             )
             for metric in metrics
         ]
-        kind = 'zero' if unit or name in ('learning_rate', 'tokens_per_second') else ''
         large = source.rewarded and name == 'reward'
-        title = names.title(name, source.titles)
-        drawn.append(chart(title, series, _SHOW[unit], _SHOW_AXIS[unit], unit=unit, kind=kind, large=large))
+        drawn.append(metric_chart(names.title(name, source.titles), series, name, large))
     return [figure for figure in drawn if figure is not None]
+
+
+def metric_chart(title: str, series: list[Series], name: str, large: bool = False) -> Figure | None:
+    """Curves of one metric, `name` being the last part of its name."""
+    unit = names.unit(name)
+    kind = 'log' if name == 'loss' else 'zero' if unit or name in ('learning_rate', 'tokens_per_second') else ''
+    return chart(title, series, _SHOW[unit], _SHOW_AXIS[unit], unit=unit, kind=kind, large=large)
 
 
 def _loss_chart(source: Source) -> Figure | None:
@@ -365,7 +369,7 @@ def samples(source: Source) -> Samples | None:
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
-    prompt, completion = _plain(row.get('prompt')), _plain(row.get('completion'))
+    prompt, completion = plain(row.get('prompt')), plain(row.get('completion'))
     cut = max(0, len(completion) - _MOST_CHARS)
     completion = completion[:_MOST_CHARS]
     if len(prompt) > _MOST_CHARS:
@@ -377,11 +381,11 @@ def _sample(row: Mapping[str, Any]) -> Sample:
     answers: list[tuple[str, str]] = []
     if 'before' in row:
         several = [('before', row['before']), ('after', completion), ('expected', row.get('reference'))]
-        answers = [(name, _plain(answer)[:_MOST_CHARS]) for name, answer in several if answer is not None]
+        answers = [(name, plain(answer)[:_MOST_CHARS]) for name, answer in several if answer is not None]
     return Sample(heads, prompt, completion, cut, answers)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A prompt as text: as it is, or a conversation turn by turn."""
     if isinstance(value, list):
         turns = (f'{turn.get("role", "")}: {turn.get("content", "")}' for turn in value if isinstance(turn, dict))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtune.common.io import read_mapping
-from jaxtune.config import SCHEMA, OpenSubtree, is_rewarded
+from jaxtune.config import SCHEMA, OpenSubtree, is_rewarded, trains
 from jaxtune.metrics.samples import read_samples
 from jaxtune.metrics.writer import read_metrics
 
@@ -135,3 +135,10 @@ def read(folder: pathlib.Path, name: str = '') -> Source:
         read_mapping(folder / 'stats.json') or {},
         read_mapping(folder / 'compile.json') or {},
     )
+
+
+def main_stage(stages: Sequence[Source]) -> Source:
+    """The stage that stands for a recipe: the last that trained, else the last with a loss, else the last."""
+    trained = [stage for stage in stages if trains(stage.task)]
+    scored = [stage for stage in stages if stage.metric('eval/loss') is not None]
+    return (trained or scored or stages)[-1]

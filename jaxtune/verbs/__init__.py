@@ -15,7 +15,7 @@ class Verb:
       about: what it does, in a line.
       recipe: name of the shipped recipe that it fills in; '' for a program of its own.
       takes: word of the usage -> the key that it sets (of a program: the flag, or '' for the word itself), in order;
-        those in brackets need not be given.
+        those in brackets need not be given, and one that ends with ... takes all words that are left.
       options: name -> key that it sets and what it is.
       program: `module:function` of a program of its own, which is given the words after the verb.
     """
@@ -60,6 +60,16 @@ VERBS: Mapping[str, Verb] = {
         },
     ),
     'chat': Verb('talk with a model in the terminal', takes={'MODEL': '--model'}, program='jaxtune.chat:cli'),
+    'runs': Verb(
+        'list the runs of a folder: state, best value, command',
+        takes={'[FOLDER]': ''},
+        program='jaxtune.verbs.runs:runs',
+    ),
+    'compare': Verb(
+        'lay runs side by side: curves, recipes, the same prompts',
+        takes={'WORKDIR...': ''},
+        program='jaxtune.verbs.runs:compare',
+    ),
     'recipes': Verb('list the shipped recipes', program='jaxtune.verbs.listing:recipes'),
     'keys': Verb('list the keys of a recipe', takes={'[PART]': ''}, program='jaxtune.verbs.listing:keys'),
 }

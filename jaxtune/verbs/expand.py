@@ -111,15 +111,16 @@ def usage(name: str, verb: Verb) -> str:
 
 def _run(verb: Verb, name: str, words: Sequence[str]) -> None:
     module, _, function = verb.program.partition(':')
-    free, given = iter(verb.takes.values()), []
+    free, given, flags = list(verb.takes.items()), [], any(verb.takes.values())
     for word in words:
-        if word.startswith('-'):
+        if word.startswith('-') and flags:
             given.append(word)
-        elif (flag := next(free, None)) is not None:
+        elif free and not word.startswith('-'):
+            _, flag = free[0] if free[0][0].endswith('...') else free.pop(0)
             given.append(f'{flag}={word}' if flag else word)
         else:
             raise UserError(f'{word!r}: expected nothing more. Usage: {usage(name, verb)}')
-    getattr(importlib.import_module(module), function)([name, *given] if any(verb.takes.values()) else given)
+    getattr(importlib.import_module(module), function)([name, *given] if flags else given)
 
 
 def _help(names: Sequence[str]) -> None:
