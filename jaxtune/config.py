@@ -297,7 +297,9 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
         'added to the root of the second moment (adafactor: to the squared gradient); auto as above',
     ),
     'optimizer.clip_norm': Key(1.0, number(0), 'gradient clipping by global norm; 0 = off'),
-    'optimizer.offload': Key(False, boolean, 'keep optimizer state in pinned host memory'),
+    'optimizer.offload': Key(
+        False, boolean, 'keep optimizer state in pinned host memory: a layer of it on the device at a time'
+    ),
     'eval.every': Key(0, integer(0), 'updates between evaluations; 0 = only at the end'),
     'eval.batches': Key(0, integer(0), 'maximum number of batches per evaluation, of each source; 0 = all'),
     'eval.batch_size': Key(0, integer(0, high=_WIDE), 'sequences per batch; 0 = as in a training micro-batch'),

@@ -110,7 +110,8 @@ def estimate(module: Module, chip: Chip, mesh: Mapping[str, int], attended: floa
       module: the program of one device.
       chip: what it runs on.
       mesh: sizes of the mesh's axes.
-      attended: share of all pairs of queries and keys that attention needs, by its mask; kernels skip the rest.
+      attended: share of all pairs of its queries and keys that the busiest device's attention needs, by its mask;
+        kernels skip the rest.
 
     Returns:
       The estimate; None where a TPU's program holds no cycles.

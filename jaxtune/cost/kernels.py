@@ -17,7 +17,7 @@ class Shares:
     """What kernels skip of the arrays that they are given.
 
     Attributes:
-      attended: share of all pairs of queries and keys that attention needs, by its mask.
+      attended: share of all pairs of its queries and keys that the busiest device's attention needs, by its mask.
       routed: share of the rows of a grouped product that belong to a device's own experts, if all have as much to do.
     """
 

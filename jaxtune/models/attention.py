@@ -1,7 +1,9 @@
 """Attention: picks an implementation, and runs it on each device's own rows and heads of a mesh."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import chex
 import jax
@@ -10,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
-from jaxtune.models import flash, flash_triton
+from jaxtune.models import flash, flash_triton, zigzag
 from jaxtune.models.blockwise import MASK_VALUE, SAVED_NAMES, Pattern, Places, blockwise
 from jaxtune.models.rope import Angles, rotate
 from jaxtune.parallel import BATCH_AXES, auto_axes, axis_size, dividing_axes, platform
@@ -159,15 +161,24 @@ def attention(
     if name != 'xla':
         q, k, angles = rotate(q, angles), rotate(k, angles), None
     places = Places(q_positions, k_positions, q_segment_ids, k_segment_ids, angles, angles, traced)
-    functions = {'xla': blockwise, 'splash': flash.splash, 'triton': _triton, 'cudnn': flash.cudnn}
+    # The plain path has as much to do for every query of a divided row.
+    zigzags = name in ('splash', 'triton') and zigzag.pays(q.shape[1], mesh.shards, pattern.window, causal)
+    triton = functools.partial(_triton, zigzags=zigzags)
+    functions = {'xla': blockwise, 'splash': flash.splash, 'triton': triton, 'cudnn': flash.cudnn}
     function: Callable[..., jax.Array] = functions[name]
     more = ()
     if name == 'splash':
-        more = (flash.splash_kernel(mesh.own_heads, q.shape[1], mesh.shards, pattern, q.shape[3] * q.dtype.itemsize),)
-    return mesh.run(
-        lambda q, k, v, places, sinks, *more: function(q, k, v, places, pattern, sinks, *more),
-        (q, k, v, places, sinks, *more),
-    )
+        row_bytes = q.shape[3] * q.dtype.itemsize
+        more = (flash.splash_kernel(mesh.own_heads, q.shape[1], mesh.shards, pattern, row_bytes, zigzags),)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, sinks: jax.Array | None, *more: Any) -> jax.Array:
+        if not zigzags:
+            return function(q, k, v, places, pattern, sinks, *more)
+        q, ids = zigzag.spread(q, mesh.shards), zigzag.spread(places.q_segment_ids, mesh.shards)
+        out = function(q, k, v, places._replace(q_segment_ids=ids), pattern, sinks, *more)
+        return zigzag.restore(out, mesh.shards)
+
+    return mesh.run(run, (q, k, v, places, sinks, *more))
 
 
 def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
@@ -176,12 +187,15 @@ def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
 
 
 def _triton(
-    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, sinks: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, places: Places, pattern: Pattern, sinks: jax.Array | None, zigzags: bool
 ) -> jax.Array:
     """`flash_triton.triton`, told where this device's queries are."""
-    divided = q.shape[1] != k.shape[1]
-    offset = jax.lax.axis_index('sequence') * q.shape[1] if divided else 0
-    return flash_triton.triton(q, k, v, places, pattern, sinks, offset)
+    length, keys = q.shape[1], k.shape[1]
+    starts: tuple[jax.Array | int, ...] = (0,)
+    if length != keys:
+        own = jax.lax.axis_index('sequence') * length
+        starts = zigzag.starts(keys, keys // length) if zigzags else (own,)
+    return flash_triton.triton(q, k, v, places, pattern, sinks, starts)
 
 
 def _choose(implementation: str, call: flash.Call) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtune.models import zigzag
 from jaxtune.models.blockwise import Pattern, Places
 from jaxtune.models.flash_triton import LARGEST_HEAD
 from jaxtune.models.splash_blocks import SMALLEST, Blocks, choose
@@ -122,6 +123,7 @@ def splash_kernel(
     shards: int,
     pattern: Pattern,
     row_bytes: int = 256,
+    zigzags: bool = False,
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> Any:
@@ -136,6 +138,7 @@ def splash_kernel(
       shards: devices that a row's queries are divided over.
       pattern: who sees whom.
       row_bytes: of one query.
+      zigzags: each device's queries are those of two chunks, as `zigzag` divides them.
       interpret: runs in Pallas' interpreter.
       blocks: sizes of blocks; None = those that take least time.
     """
@@ -149,7 +152,10 @@ def splash_kernel(
         mask = masks.CausalMask(shape)
     else:
         mask = masks.LocalMask(shape, (pattern.window - 1, 0), 0)
-    blocks = blocks or choose(length, shards, row_bytes, pattern.window, pattern.causal)
+    if zigzags and isinstance(mask, (masks.CausalMask, masks.LocalMask)):
+        mask.q_sequence = zigzag.positions(length, shards)  # which its blocks, equality and hash go by
+    parts = 2 * shards if zigzags else shards
+    blocks = blocks or choose(length, parts, row_bytes, pattern.window, pattern.causal)
     return kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=kernels.BlockSizes(**blocks.sizes),

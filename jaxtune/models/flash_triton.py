@@ -87,7 +87,7 @@ def triton(
     places: Places,
     pattern: Pattern,
     sinks: jax.Array | None = None,
-    offset: jax.Array | int = 0,
+    starts: tuple[jax.Array | int, ...] = (0,),
     interpret: bool = False,
 ) -> jax.Array:
     """Attention within one sequence on one GPU's rows, queries and heads; shapes as in `blockwise`.
@@ -99,18 +99,25 @@ def triton(
       places: segments, and a traced window; who comes before whom is told by the order of the tokens.
       pattern: the rest.
       sinks: float32 `[heads]`, or None.
-      offset: the place of the first query among the keys.
+      starts: the places among the keys of the first query, or of the first one of each half.
       interpret: runs in Pallas' interpreter.
     """
     length = q.shape[1]
     window = pattern.window if places.window is None else places.window
     kernel = _Kernel(pattern.scale, pattern.softcap, window is not None, pattern.causal, sinks is not None, interpret)
-    told = jnp.stack([jnp.asarray(x, jnp.int32) for x in (_EVERYTHING if window is None else window, offset)])
+    border = length // len(starts)  # of queries that are not in a row
+    numbers = (_EVERYTHING if window is None else window, starts[0], border, starts[-1] - (length - border))
+    told = jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers])
     q, k, v = (checkpoint_name(x, f'attention_{name}') for x, name in zip((q, k, v), 'qkv', strict=True))
     if sinks is None:
         sinks = jnp.zeros(q.shape[2], jnp.float32)
     padded = [_padded(x) for x in (q, k, v, places.q_segment_ids, places.k_segment_ids)]
     return cast(jax.Array, _attention(kernel, *padded[:3], sinks, *padded[3:], told))[:, :length]
+
+
+def _place(told: jax.Array, start: jax.Array) -> jax.Array:
+    """The place among the keys of the query `start`, with which a block begins."""
+    return start + jnp.where(start < told[2], told[1], told[3])
 
 
 def _padded(x: jax.Array) -> jax.Array:
@@ -137,7 +144,7 @@ def _visits(kernel: _Kernel, tile: Tile, q_ids: jax.Array, k_ids: jax.Array, tol
       tile: sizes of blocks.
       q_ids: `[batch, length]` segments.
       k_ids: `[batch, keys]`.
-      told: the window, and the place of the first query.
+      told: the window, the place of the first query, the query from which on places lie another way, and how.
       axis: 1 = a block of queries visits blocks of keys, 0 = the other way round.
     """
 
@@ -147,7 +154,7 @@ def _visits(kernel: _Kernel, tile: Tile, q_ids: jax.Array, k_ids: jax.Array, tol
 
     (q_least, q_most), (k_least, k_most) = segments(q_ids, tile.queries), segments(k_ids, tile.keys)
     may = (k_most[:, None, :] >= q_least[:, :, None]) & (k_least[:, None, :] <= q_most[:, :, None])
-    first_query = (told[1] + tile.queries * jnp.arange(q_least.shape[1], dtype=jnp.int32))[:, None]
+    first_query = _place(told, tile.queries * jnp.arange(q_least.shape[1], dtype=jnp.int32))[:, None]
     first_key = (tile.keys * jnp.arange(k_least.shape[1], dtype=jnp.int32))[None]
     if kernel.causal:
         may &= first_key <= first_query + tile.queries - 1
@@ -191,7 +198,7 @@ def _forward_kernel(kernel: _Kernel, tile: Tile, head: _Head, *refs: Any) -> Non
 
     told, visits, sinks, q_ids, k_ids, q_ref, k_ref, v_ref, out_ref, lse_ref = refs
     start = pl.program_id(0) * tile.queries
-    rows = told[1] + start + jnp.arange(tile.queries)
+    rows = _place(told, start) + jnp.arange(tile.queries)
     ids = q_ids[pl.ds(start, tile.queries)]
     q = head.load(q_ref, slice(None))
 
@@ -252,7 +259,7 @@ def _keys_kernel(kernel: _Kernel, tile: Tile, head: _Head, *refs: Any) -> None:
         group, block = lax.div(number, count), first + lax.rem(number, count)
         part = pl.ds(block * tile.queries, tile.queries)
         q, d_out = head.load(q_ref, part, group), head.load(d_out_ref, part, group)
-        rows = told[1] + block * tile.queries + jnp.arange(tile.queries)
+        rows = _place(told, block * tile.queries) + jnp.arange(tile.queries)
         seen = kernel.seen(rows, columns, q_ids[part], ids, told[0])
         shares, d_scores = _pull(kernel, head, seen, q, k, v, d_out, lse_ref[group, part], delta_ref[group, part])
         d_v += head.dot(shares.astype(d_out.dtype).T, d_out)
@@ -270,7 +277,7 @@ def _queries_kernel(kernel: _Kernel, tile: Tile, head: _Head, *refs: Any) -> Non
 
     told, visits, q_ids, k_ids, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, d_q_ref = refs
     start = pl.program_id(0) * tile.queries
-    rows, ids = told[1] + start + jnp.arange(tile.queries), q_ids[pl.ds(start, tile.queries)]
+    rows, ids = _place(told, start) + jnp.arange(tile.queries), q_ids[pl.ds(start, tile.queries)]
     q, d_out, lse, delta = (
         head.load(q_ref, slice(None)),
         head.load(d_out_ref, slice(None)),
@@ -295,7 +302,7 @@ class _Specs:
     def __init__(self, size: int, heads: int, width: int, share: int) -> None:
         from jax.experimental import pallas as pl  # slow to import
 
-        self.told = pl.BlockSpec((2,), lambda i, h, b: (0,))
+        self.told = pl.BlockSpec((4,), lambda i, h, b: (0,))
         self.visits = pl.BlockSpec((None, None, 2), lambda i, h, b: (b, i, 0))
         self.sinks = pl.BlockSpec((heads,), lambda i, h, b: (0,))
         # A program's own block of its head, and all tokens of its head, of its key head, or of its query heads.

@@ -1,5 +1,6 @@
 """What the rest of the house knows of a model: pure functions of a parameter tree."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.models import kv_cache
+from jaxtune.models import kv_cache, zigzag
 from jaxtune.models.attention import KernelLog
 from jaxtune.models.rope import border
 from jaxtune.models.routing import Routing
@@ -376,6 +377,20 @@ class Model:
         seen = [min(length, window or length) for window in self.config.windows]
         # The first tokens of a window, or of the row, see fewer keys than it has.
         return sum(keys - keys * (keys - 1) / (2 * length) for keys in seen) / sum(seen)
+
+    def pairs_seen(self, length: int, shards: int = 1) -> float:
+        """Share of all pairs of tokens in a row that its layers' kernels visit; 1 of models that are no decoder.
+
+        Args:
+          length: tokens of a row.
+          shards: devices that its queries are divided over, all of which count as the busiest one does.
+        """
+        if self.kind != 'decoder':
+            return 1.0
+        counted = collections.Counter(self.config.windows)
+        # Windows that differ by layer are not known when a kernel is made.
+        share = {w: zigzag.attended(length, shards, w, len(counted) > 1) for w in counted}
+        return sum(n * share[window] for window, n in counted.items()) / counted.total()
 
     def flops_per_token(self, length: int, *target_length: int) -> float:
         """Training FLOPs a token.

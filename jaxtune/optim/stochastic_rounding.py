@@ -17,13 +17,14 @@ from jax import lax
 from jaxtune.parallel.rules import path_name
 
 
-def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
+def apply_updates(params: Any, updates: Any, key: jax.Array, layer: jax.Array | None = None) -> Any:
     """Adds float32 updates to parameters; sums that are kept in bfloat16 are rounded stochastically.
 
     Args:
       params: tree of arrays.
       updates: the same tree, float32.
       key: of this update. An element's bits are a function of it, of the leaf's path and of the element's place.
+      layer: int32, whose parameters these are where they are one layer of stacks: they get its bits; else None.
     """
 
     def add(path: tuple, param: jax.Array, update: jax.Array) -> jax.Array:
@@ -31,6 +32,8 @@ def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
         if param.dtype != jnp.bfloat16:
             return (param + update).astype(param.dtype)
         number = jax.random.bits(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), (), jnp.uint32)
+        if layer is not None:
+            number = _at(number, layer.astype(jnp.uint32))
         return to_bfloat16(param.astype(jnp.float32) + update, number)
 
     return jax.tree_util.tree_map_with_path(add, params, updates)
@@ -60,7 +63,12 @@ def _noise(shape: tuple[int, ...], number: jax.Array) -> jax.Array:
     stored, and a mesh divides it as it divides the array.
     """
     places = (lax.broadcasted_iota(jnp.uint32, shape, dim) for dim in range(len(shape)))
-    return functools.reduce(lambda mixed, place: _mix(mixed + place * jnp.uint32(0x9E3779B9)), places, number)
+    return functools.reduce(_at, places, number)
+
+
+def _at(mixed: jax.Array, place: jax.Array) -> jax.Array:
+    """The hash of a further dimension's place."""
+    return _mix(mixed + place * jnp.uint32(0x9E3779B9))
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -86,9 +86,9 @@ class Step:
     def least_bytes(self) -> int:
         """What a device holds at least, without compiling: the arguments, and the gradients where all are clipped."""
         state, frozen, batch = self.arguments()
-        on_host = self.config.optimizer.offload
-        held = ({**state, 'opt_state': ()} if on_host else state, frozen, batch)
-        return _bytes_on_a_device(held) + (_bytes_on_a_device(self.trainable) if self.config.optimizer.clip_norm else 0)
+        return _bytes_on_a_device((state, frozen, batch)) + (
+            _bytes_on_a_device(self.trainable) if self.config.optimizer.clip_norm else 0
+        )
 
     def tokens(self) -> int:
         """Of an update, padding included."""
@@ -174,6 +174,10 @@ def open_step(config: Settings, mesh: Mesh, limit: int) -> Step:
             method=method,
             balance=specs.balance(config, mesh, model),
         )
+    if config.optimizer.offload and not any(map(_on_host, jax.tree.leaves(program.placed['opt_state']))):
+        console.note(
+            "optimizer.offload: JAX knows no host memory of this hardware ahead: the state counts as a device's"
+        )
     return Step(config, mesh, limit, model, trainable, frozen, program)
 
 
@@ -226,5 +230,9 @@ def _text(compiled: jax.stages.Compiled) -> str:
 
 
 def _bytes_on_a_device(args: Any) -> int:
-    sizes = (leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(args))
-    return sum(sizes)
+    held = [leaf for leaf in jax.tree.leaves(args) if not _on_host(leaf.sharding)]
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in held)
+
+
+def _on_host(sharding: jax.sharding.Sharding) -> bool:
+    return sharding.memory_kind == 'pinned_host'

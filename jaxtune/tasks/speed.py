@@ -96,7 +96,8 @@ def measure(text: str, mesh: Mesh, model: Model, length: int, tokens: int, flops
     if chip is None:
         console.note(f'speed: not estimated: the figures of {device.device_kind} are not known')
         return None
-    estimated = estimate(hlo.parse(text), chip, dict(mesh.shape), model.attended(length))
+    seen = model.pairs_seen(length, mesh.shape['sequence'])
+    estimated = estimate(hlo.parse(text), chip, dict(mesh.shape), seen)
     if estimated is None:
         console.note("speed: not estimated: the compiler's text holds no cycles")
         return None

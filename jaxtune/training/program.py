@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.common.settings import Settings
 from jaxtune.methods import BoundMethod, apply
 from jaxtune.models import Model
+from jaxtune.optim import offload
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
 from jaxtune.parallel.rules import with_shardings
@@ -105,18 +106,18 @@ class Program:
             clip_norm=self.settings.clip_norm,
             statistics=self.statistics,
             settle=self.balance.settle,
+            update=self._update_layers if self.settings.offload else None,
         )
-        jit = functools.partial(
-            jax.jit, donate_argnums=0, out_shardings=(self.placed, None), compiler_options=compiler_options(self.mesh)
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(self.placed, None),
+            compiler_options=compiler_options(self.mesh),
         )
-        if not self.settings.offload:
-            return jit(step)
-        on_device = jax.tree.map(lambda place: place.with_memory_kind('device'), self.placed['opt_state'])
 
-        def offloaded(state: State, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
-            return step({**state, 'opt_state': jax.device_put(state['opt_state'], on_device)}, frozen, batch)
-
-        return jit(offloaded)
+    def _update_layers(self, *given: Any) -> tuple[Any, Any]:
+        places = (self.placed['trainable'], self.placed['opt_state'])
+        return offload.update_layers(self.optimizer, *given, places=places)
 
     def eval_step(self) -> Callable:
         """The jitted evaluation of one batch `(trainable, frozen, batch) -> sums`."""
@@ -163,7 +164,7 @@ def make_program(
     opt_specs = state_specs(shapes['opt_state'], trainable, specs)
     placed = shardings({'step': P(), 'trainable': specs, 'opt_state': opt_specs}, mesh)
     if optimizer.offload:
-        placed['opt_state'] = jax.tree.map(lambda place: place.with_memory_kind('pinned_host'), placed['opt_state'])
+        placed['opt_state'] = offload.on_host(shapes['opt_state'], placed['opt_state'])
     return Program(mesh, model, learning, optimizer, rule, steps, batch_size, seed, shapes, placed, kept)
 
 

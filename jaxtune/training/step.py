@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from jaxtune.optim.offload import scaled
 from jaxtune.optim.optimizers import clip_factor
 from jaxtune.optim.stochastic_rounding import apply_updates
 from jaxtune.parallel import BATCH_AXES
@@ -112,6 +113,7 @@ def make_train_step(
     clip_norm: float = 0.0,
     statistics: Statistics | None = None,
     settle: Callable[[Any, Any], tuple[Any, dict[str, Any]]] = lambda trainable, sums: (trainable, sums),
+    update: Callable[[Any, jax.Array, Any, Any, jax.Array], tuple[Any, Any]] | None = None,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """One update as a pure function `(state, frozen, batch) -> (state, metrics)`.
 
@@ -124,7 +126,13 @@ def make_train_step(
       clip_norm: global norm of the mean gradient at most; 0 = off.
       statistics: of the objective, or None.
       settle: `(trainable, sums) -> (trainable, sums)`, what follows an update.
+      update: `(grads, factor, opt_state, trainable, key) -> (trainable, opt_state)`, which multiplies gradients
+        by the factor; None = the optimizer's of everything.
     """
+
+    def update_whole(grads: Any, factor: jax.Array, opt_state: Any, trainable: Any, key: jax.Array) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(scaled(grads, factor), opt_state, trainable)
+        return apply_updates(trainable, updates, key), opt_state
 
     def train_step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.key(seed), state['step'])
@@ -133,9 +141,8 @@ def make_train_step(
             scale = 1.0 / jnp.maximum(count, 1.0)
             norm = scale * optax.tree.norm(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads))
             factor = scale * clip_factor(norm, clip_norm)
-            grads = jax.tree.map(lambda grad: (grad.astype(jnp.float32) * factor).astype(grad.dtype), grads)
-            updates, opt_state = optimizer.update(grads, state['opt_state'], state['trainable'])
-            trainable = apply_updates(state['trainable'], updates, jax.random.fold_in(rng, _ROUNDING))
+            key = jax.random.fold_in(rng, _ROUNDING)
+            trainable, opt_state = (update or update_whole)(grads, factor, state['opt_state'], state['trainable'], key)
         trainable, sums = settle(trainable, sums)
         metrics = {
             'loss': total * scale,

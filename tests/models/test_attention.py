@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.errors import UserError
-from jaxtune.models import flash, rope
+from jaxtune.models import flash, rope, zigzag
 from jaxtune.models.attention import KernelLog, attention
 from jaxtune.models.blockwise import Pattern, Places, blockwise
 from jaxtune.models.flash_triton import triton
@@ -267,17 +267,21 @@ def test_splash_kernel_equals_blockwise(window, blocks):
 
 
 @pytest.mark.parametrize(
-    ('sizes', 'kv_heads', 'window'),
+    ('length', 'sizes', 'kv_heads', 'window', 'zigzags'),
     [
-        ((1, 2, 1, 4), 2, None),
-        ((2, 1, 2, 2), 1, 100),
-        pytest.param((1, 1, 1, 4), 4, 100, marks=pytest.mark.exhaustive),
-        pytest.param((2, 1, 2, 2), 1, None, marks=pytest.mark.exhaustive),
+        (512, (2, 1, 2, 2), 1, 100, False),
+        (1024, (1, 2, 1, 4), 2, None, True),
+        (512, (1, 1, 1, 2), 1, 300, True),
+        pytest.param(512, (1, 1, 1, 4), 4, 100, False, marks=pytest.mark.exhaustive),
+        pytest.param(512, (2, 1, 2, 2), 1, None, True, marks=pytest.mark.exhaustive),
+        pytest.param(2048, (1, 1, 1, 8), 2, None, True, marks=pytest.mark.exhaustive),
     ],
 )
-def test_splash_divided_over_the_sequence_equals_blockwise(monkeypatch, sizes, kv_heads, window):
-    """In Pallas' interpreter; every device has its own queries, and all keys."""
-    (q, k, v), places, cotangent = example(7, 2, 512, 4, kv_heads, 16)
+def test_splash_divided_over_the_sequence_equals_blockwise(monkeypatch, length, sizes, kv_heads, window, zigzags):
+    """In Pallas' interpreter; every device has its own queries, contiguous or in zigzag order, and all keys."""
+    (q, k, v), places, cotangent = example(7, 2, length, 4, kv_heads, 16)
+    monkeypatch.setattr(zigzag, '_LEAST', 1)
+    assert zigzag.pays(length, sizes[-1], window) == zigzags
     call = functools.partial(attention, **places, scale=0.3, window=window)
     expected = with_gradients(call, (q, k, v), cotangent)
     monkeypatch.setattr(flash, 'splash_kernel', functools.partial(flash.splash_kernel, interpret=True))
@@ -326,10 +330,21 @@ def test_triton_kernel_equals_blockwise(length, heads, kv_heads, width, softcap,
     assert not np.asarray(got[0])[ids == 0].any()
 
 
-@pytest.mark.parametrize('sizes', [(2, 1, 2, 2), pytest.param((1, 1, 1, 4), marks=pytest.mark.exhaustive)])
-def test_triton_divided_over_the_sequence_equals_blockwise(monkeypatch, sizes):
-    arrays, places, cotangent = example(9, 2, 128, 4, 2, 16)
-    call = functools.partial(attention, **places, scale=0.3, window=50)
+@pytest.mark.parametrize(
+    ('length', 'sizes', 'window'),
+    [
+        (128, (2, 1, 2, 2), 50),
+        (512, (1, 1, 1, 2), None),
+        pytest.param(128, (1, 1, 1, 4), 50, marks=pytest.mark.exhaustive),
+        pytest.param(1024, (1, 1, 1, 4), 400, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_triton_divided_over_the_sequence_equals_blockwise(monkeypatch, length, sizes, window):
+    """In Pallas' interpreter; the longer rows' queries are in zigzag order."""
+    arrays, places, cotangent = example(9, 2, length, 4, 2, 16)
+    monkeypatch.setattr(zigzag, '_LEAST', 1)
+    assert zigzag.pays(length, sizes[-1], window) == (length > 128)
+    call = functools.partial(attention, **places, scale=0.3, window=window)
     expected = with_gradients(call, arrays, cotangent)
     monkeypatch.setattr(attention_module, '_choose', lambda *_: ('triton', 'in a test'))
     kernel = functools.partial(triton, interpret=True)
