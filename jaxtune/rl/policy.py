@@ -15,7 +15,7 @@ from jaxtune.objectives.cross_entropy import token_logprobs
 from jaxtune.objectives.entropy import token_entropies
 from jaxtune.parallel import axis_size
 from jaxtune.rl import Algorithm, Sums
-from jaxtune.rl.packing import scored_count
+from jaxtune.rl.layout import scored_count
 
 
 def batch_spec(seq_len: int, scored: int, token_fields: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:

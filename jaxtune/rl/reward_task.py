@@ -32,7 +32,7 @@ from jaxtune.rl.packing import RolloutPacker
 from jaxtune.rl.policy import BoundAlgorithm
 from jaxtune.rl.resample import resample
 from jaxtune.rl.rollouts import Rollouts, Sampler
-from jaxtune.rl.scoring import Scorer
+from jaxtune.rl.scoring import Scorer, may_share_prompts
 from jaxtune.rl.selection import Selection
 from jaxtune.training.logger import Diagnose, TrainLogger
 from jaxtune.training.program import Program
@@ -138,7 +138,9 @@ class RewardTask:
         self.compiled, self.step = compiled, program.train_step(sizes.accumulate)
         self.unit = sizes.accumulate * batch_shards(program.mesh)
         self.whole = {name: field.shape for name, field in program.batch_shapes().items()}
-        self.scorer = Scorer(algorithm, program, sizes.batch_size // sizes.accumulate, sizes.packing)
+        self.share = sizes.packing and algorithm.group > 1 and may_share_prompts(program.model)
+        micro_batch = sizes.batch_size // sizes.accumulate
+        self.scorer = Scorer(algorithm, program, micro_batch, sizes.packing, self.share)
 
         def compute_advantages(rollouts: RolloutBatch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             return algorithm.algorithm.compute_advantages(algorithm.settings, rollouts)
@@ -241,14 +243,15 @@ class RewardTask:
         """The updates of a step, of the answers that are learnt from; the new state and the means of their metrics."""
         sizes, updates = self.sizes, []
         for epoch in range(sizes.epochs if learnt.any() else 0):
-            order = np.random.default_rng([self.program.seed, t, epoch]).permutation(sizes.rollouts)
+            order = self._order(t, epoch)
             for low in range(0, len(order), sizes.batch_size):
                 chosen = order[low : low + sizes.batch_size]
                 chosen = chosen[learnt[chosen]]
                 if not len(chosen):
                     continue
                 parts = self.program.mesh.shape['sequence']
-                rows = RolloutPacker(answers, chosen, self.algorithm.seq_len, sizes.packing, self.unit, parts)
+                length, divided = self.algorithm.seq_len, (self.unit, parts)
+                rows = RolloutPacker(answers, chosen, length, sizes.packing, *divided, self.share)
                 spread = {name: rows.spread(numbers[chosen]) for name, numbers in fields.items()}
                 batch = place_all(rows.fields() | spread, self.program.mesh)
                 step = self.compiled if {name: x.shape for name, x in batch.items()} == self.whole else self.step
@@ -258,6 +261,16 @@ class RewardTask:
         means = jax.tree.map(lambda *values: float(np.mean([np.float64(value) for value in values])), *updates)
         means.pop('count')
         return state, means
+
+    def _order(self, t: int, epoch: int) -> np.ndarray:
+        """In which order an epoch of step `t` learns the answers; whole groups where an update takes whole ones.
+
+        The answers of a group are measured by each other, and may share their prompt's tokens.
+        """
+        rng, group = np.random.default_rng([self.program.seed, t, epoch]), self.algorithm.group
+        if self.sizes.batch_size % group:
+            return rng.permutation(self.sizes.rollouts)
+        return (rng.permutation(self.asked)[:, None] * group + np.arange(group)).ravel()
 
     def _learnt(
         self, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], rollouts: RolloutBatch, moved: bool

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.models import Model
-from jaxtune.parallel import compiler_options, place_all, platform
+from jaxtune.parallel import batch_shards, compiler_options, place_all, platform
 from jaxtune.rl import RolloutBatch
 from jaxtune.rl.packing import RolloutPacker
 from jaxtune.rl.policy import BoundAlgorithm, per_token_logps, per_token_values
@@ -34,8 +34,21 @@ def samples_as_it_trains(model: Model) -> bool:
     With fewer bits in a product the two differ by what these are worth (0.01 in bfloat16): the same products are summed
     in another order. Accelerators round the factors of float32 products unless told otherwise.
     """
-    full = platform() == 'cpu' or jax.config.read('jax_default_matmul_precision') in _FULL
+    full = platform() == 'cpu' or jax.config.values['jax_default_matmul_precision'] in _FULL
     return full and jnp.dtype(model.compute_dtype) == jnp.float32
+
+
+def may_share_prompts(model: Model) -> bool:
+    """Whether a segment of a row may be seen by the others, and all come out as they do alone.
+
+    Blocks of attention on a CPU allow it; the fused kernels attend within a segment. Windows skip blocks by their place
+    in the row, some rotary frequencies and the losses of experts depend on what else is in it.
+    """
+    config = model.config
+    if platform() != 'cpu' or model.kind != 'decoder' or config.experts is not None:
+        return False
+    turned = [rope for rope in config.ropes if rope is not None]
+    return set(config.windows) <= {None} and all(rope.long_frequencies is None for rope in turned)
 
 
 class Scorer:
@@ -44,12 +57,16 @@ class Scorer:
     Args:
       algorithm: what is needed.
       program: whose model and mesh it is.
-      rows: of a forward pass.
+      rows: of a forward pass, of `seq_len` tokens: at most twice as many tokens.
       packing: answers share rows.
+      share: and prompts; see `RolloutPacker`.
     """
 
-    def __init__(self, algorithm: BoundAlgorithm, program: Program, rows: int, packing: bool) -> None:
-        self.algorithm, self.mesh, self.rows, self.packing = algorithm, program.mesh, rows, packing
+    def __init__(
+        self, algorithm: BoundAlgorithm, program: Program, rows: int, packing: bool, share: bool = False
+    ) -> None:
+        self.algorithm, self.mesh, self.rows = algorithm, program.mesh, rows
+        self.packing, self.share = packing, share
         model, temperature = program.model, algorithm.temperature
         self.values = algorithm.algorithm.value_head
         self.logps = not samples_as_it_trains(model) and (self.values or not algorithm.one_update)
@@ -87,11 +104,15 @@ class Scorer:
         against = None if reference is None else (reference, frozen)
         found: dict[str, Any] = {}
         if policy or against:
-            everything, length = np.arange(len(scores)), self.algorithm.seq_len
-            rows = RolloutPacker(answers, everything, length, self.packing, self.rows, self.mesh.shape['sequence'])
-            fields, parts = rows.fields(), []
-            for low in range(0, rows.used, self.rows):
-                batch = place_all({name: x[low : low + self.rows] for name, x in fields.items()}, self.mesh)
+            everything, length, unit = np.arange(len(scores)), self.algorithm.seq_len, batch_shards(self.mesh)
+            divided = (unit, self.mesh.shape['sequence'])
+            rows = RolloutPacker(answers, everything, length, self.packing, *divided, self.share)
+            passes = -(-rows.layout.places // (2 * self.rows * length))
+            size, parts = -(-rows.shape[0] // (passes * unit)) * unit, []
+            more = -(-rows.shape[0] // size) * size - rows.shape[0]
+            fields = {name: np.pad(x, ((0, more), (0, 0))) for name, x in rows.fields().items()}
+            for low in range(0, rows.used, size):
+                batch = place_all({name: x[low : low + size] for name, x in fields.items()}, self.mesh)
                 parts.append(self.score_rows(policy, against, batch))
             whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *parts)
             found = {name: rows.gather(numbers) for name, numbers in whole.items()}

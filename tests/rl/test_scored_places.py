@@ -15,7 +15,8 @@ from jaxtune.models import value_head
 from jaxtune.parallel import AXES, make_mesh, place_all
 from jaxtune.recipe import recipes
 from jaxtune.rl import policy
-from jaxtune.rl.packing import RolloutPacker, few, row_lengths, scored_count, scored_places
+from jaxtune.rl.layout import few, row_lengths, scored_count, scored_places
+from jaxtune.rl.packing import RolloutPacker
 from jaxtune.rl.rollouts import Rollouts
 from jaxtune.tasks import specs
 
@@ -129,3 +130,41 @@ def test_rows_are_as_short_as_the_answers_allow(longest, shape):
     fields = rows.fields()
     assert fields['tokens'].shape == rows.shape
     assert fields['loss_mask'].sum() == 64
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize('prompt', [1, 20])
+def test_answers_that_share_their_prompt_learn_what_they_do_alone(sizes, prompt):
+    """Three groups of unequal answers, of GSPO, whose ratio is a segment's."""
+    model, params = model_and_params()
+    rng, config = np.random.default_rng(0), recipes.defaults()
+    recipes.apply_overrides(config, {'task': 'grpo', 'data.seq_len': LENGTH, 'rl.ratio': 'sequence', 'rl.clip': 0.5})
+    algorithm = specs.bound_algorithm(config)
+    start = np.full(9, prompt, np.int32)
+    end = start + np.asarray([1, 7, 3, 5, 5, 2, 7, 1, 6], np.int32)
+    prompts = rng.integers(1, 64, (3, prompt)).repeat(3, axis=0)[:, :prompt]
+    tokens = np.concatenate([prompts, rng.integers(1, 64, (9, LENGTH - prompt))], 1).astype(np.int32)
+    empty = np.zeros((9, WIDTH), np.float32)
+    made = Rollouts((None,) * 9, ('',) * 9, tokens * (np.arange(LENGTH) < end[:, None]), start, end, end > 0, empty)
+    mask = np.arange(WIDTH) < (end - start)[:, None]
+    numbers = {name: rng.normal(-4, 0.3, mask.shape) * mask for name in ('old', 'reference')}
+    numbers['advantages'] = rng.normal(size=(9, 1)) * mask
+    chosen = rng.permutation(9)
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=False)), jax.devices()[: int(np.prod(sizes))])
+
+    def loss(params, batch):
+        total, count, sums = algorithm.loss(model, params, batch, None)
+        return total / count, sums
+
+    found, places = [], []
+    for share in (False, True):
+        rows = RolloutPacker(made, chosen, LENGTH, True, sizes[0], sizes[3], share)
+        batch = rows.fields() | {name: rows.spread(x[chosen]) for name, x in numbers.items()}
+        assert rows.gather(rows.spread(numbers['old'][chosen])) == pytest.approx(numbers['old'][chosen], abs=1e-6)
+        places.append((batch['segment_ids'] != 0).sum())
+        with jax.set_mesh(mesh):
+            outcome = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, place_all(batch, mesh))
+            found.append(jax.tree.map(np.asarray, outcome))
+    assert (places[1] < places[0]) == (prompt > 1)
+    assert (batch['segment_ids'] < 0).any() == (prompt > 1)
+    chex.assert_trees_all_close(found[1], found[0], rtol=2e-4, atol=1e-5)
