@@ -56,7 +56,7 @@ def jaxtune(folder: pathlib.Path, method: str, steps: int) -> str:
     keys |= {'data.seq_len': WORDS + NEW, 'rl.reward': folder / 'reward', 'rl.rollouts': BATCH, 'rl.epochs': EPOCHS}
     keys |= {'generate.max_new_tokens': NEW, 'generate.batch_size': BATCH, 'train.batch_size': BATCH}
     keys |= {'train.steps': WARMUP + steps, 'optimizer.lr': LR, 'rl.kl_coef': KL, 'method.name': method}
-    keys |= {'checkpoint.every': 0, 'optimizer.new_lr': 0.0}
+    keys |= {'checkpoint.every': 0}
     root = pathlib.Path(__file__).resolve().parent
     command = [sys.executable, '-m', 'jaxtune.main', f'--config={root.parent}/configs/ppo.py']
     with tempfile.TemporaryDirectory() as workdir:

@@ -165,8 +165,7 @@ class RewardTask:
         steps, written = usage.steps, usage.written
         with self.info.timed('generate'):
             answers = self._sample(state, prompts, t * sizes.rollouts)
-        seconds = time.perf_counter() - began
-        occupancy = (usage.written - written) / max(1, (usage.steps - steps) * usage.slots)
+        seconds, occupancy = time.perf_counter() - began, usage.occupancy_since(steps, written)
         with self.info.timed('reward'):
             scores, by_part = self._scores(answers)
         if not self.shown:
