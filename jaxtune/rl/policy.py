@@ -50,6 +50,30 @@ def per_token_values(model: Model, params: Any, batch: Mapping[str, jax.Array]) 
     return _scored(model, params, batch, None).values(params)
 
 
+@jax.custom_vjp
+def _moved(x: jax.Array, to: jax.Array, back: jax.Array) -> jax.Array:
+    """What of each row is at some places, 0 for one beyond its end; a gather in both directions, never a scattered sum.
+
+    Args:
+      x: `[rows, length, ...]`.
+      to: `[rows, count]` int32, places of `x`, each at most once.
+      back: `[rows, length]` int32, the other way round: where in `to` each place is, or `count`.
+    """
+    return jax.vmap(lambda row, at: row.at[at].get(mode='fill', fill_value=0))(x, to)
+
+
+def _moved_forward(x: jax.Array, to: jax.Array, back: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _moved(x, to, back), (to, back)
+
+
+def _moved_backward(places: tuple[jax.Array, jax.Array], d_moved: jax.Array) -> tuple[jax.Array, None, None]:
+    to, back = places
+    return _moved(d_moved, back, to), None, None
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Scored:
     """The places of rows that are scored: only they go through the vocabulary and the value head.
@@ -57,50 +81,44 @@ class _Scored:
     Attributes:
       hidden: `[rows, scored, d_model]`, at these places.
       targets: `[rows, scored]` int32, the tokens after them.
-      places: `[rows, scored]` int32, where they lie; None: everywhere.
+      places: where they lie, `[rows, scored]`, and each place's number among them, as `_moved` has both; None: all are.
       mask: `[rows, length]`.
     """
 
     hidden: jax.Array
     targets: jax.Array
-    places: jax.Array | None
+    places: tuple[jax.Array, jax.Array] | None
     mask: jax.Array
 
     def logps(self, head: Head) -> jax.Array:
-        return self._back(token_logprobs(self.hidden, head, self.targets))
+        return self._in_rows(token_logprobs(self.hidden, head, self.targets))
 
     def entropies(self, head: Head) -> jax.Array:
-        return self._back(token_entropies(self.hidden, head))
+        return self._in_rows(token_entropies(self.hidden, head))
 
     def values(self, params: Any) -> jax.Array:
         if value_head.NAME not in params:
             return jnp.zeros_like(self.mask)
-        return self._back(value_head.values(params, self.hidden))
+        return self._in_rows(value_head.values(params, self.hidden))
 
-    def _back(self, numbers: jax.Array) -> jax.Array:
-        """Numbers of the scored places in the rows, `[rows, length]`."""
-        if self.places is None:
-            return numbers * self.mask
-
-        def row(zeros: jax.Array, places: jax.Array, numbers: jax.Array) -> jax.Array:
-            return zeros.at[places].set(numbers, mode='drop')
-
-        return jax.vmap(row)(jnp.zeros_like(self.mask), self.places, numbers) * self.mask
+    def _in_rows(self, numbers: jax.Array) -> jax.Array:
+        """Numbers of the scored places as `[rows, length]`."""
+        if self.places is not None:
+            to, back = self.places
+            numbers = _moved(numbers, back, to)
+        return numbers * self.mask
 
 
 def _scored(model: Model, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None) -> _Scored:
     """The forward pass, and of its hidden states those from which something is predicted."""
     inputs = {name: batch[name] for name in ('tokens', 'positions', 'segment_ids')}
     hidden = model.apply(value_head.policy(params), inputs, rng=rng).hidden
-    targets, places = jnp.roll(batch['tokens'], -1, axis=1), batch.get('places')
-    if places is None or places.shape[1] == hidden.shape[1]:
-        return _Scored(hidden, targets, None, batch['loss_mask'])
-
-    def take(x: jax.Array, at: jax.Array) -> jax.Array:
-        return x.at[at].get(mode='fill', fill_value=0)
-
-    hidden, targets = jax.vmap(take)(hidden, places), jax.vmap(take)(targets, places)
-    return _Scored(hidden, targets, places, batch['loss_mask'])
+    targets, to, mask = jnp.roll(batch['tokens'], -1, axis=1), batch.get('places'), batch['loss_mask']
+    if to is None or to.shape[1] == hidden.shape[1]:
+        return _Scored(hidden, targets, None, mask)
+    here = mask != 0
+    places = to, jnp.where(here, jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1, to.shape[1])
+    return _Scored(_moved(hidden, *places), _moved(targets, *places), places, mask)
 
 
 @dataclasses.dataclass(frozen=True)
