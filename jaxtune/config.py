@@ -392,6 +392,11 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'rl.skip_equal': Key(
         False, boolean, 'learn nothing from groups whose rewards are all equal (DAPO), nor count them in the mean'
     ),
+    'rl.resample': Key(
+        0,
+        integer(0, high=100),
+        'rounds, at most, that ask new prompts in the place of those whose rewards are all equal (DAPO); 0 = none',
+    ),
     'rl.overlong': Key(
         '',
         one_of('', 'mask', 'soft'),

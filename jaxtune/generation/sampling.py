@@ -24,6 +24,7 @@ class Sampling:
         arXiv:1904.09751); 1 = all.
       stop_ids: tokens that end a completion; the completion includes them.
       pad_id: fills up a completion after its end.
+      tempered: log-probabilities are those at the temperature.
     """
 
     max_new_tokens: int
@@ -32,6 +33,7 @@ class Sampling:
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    tempered: bool = False
 
 
 def from_settings(config: Settings, tokenizer: Any, stops: Iterable[int], vocab_size: int) -> Sampling:
@@ -53,8 +55,8 @@ class Completions(NamedTuple):
     Attributes:
       tokens: `[batch, max_new_tokens]` int32, padded after the end.
       lengths: `[batch]` int32, tokens of each completion with its stop token.
-      logprobs: `[batch, max_new_tokens]` float32, log-probability of each token under the model itself (temperature 1,
-        no filtering), 0 after the end.
+      logprobs: `[batch, max_new_tokens]` float32, log-probability of each token under the model itself (no
+        filtering; temperature 1 but where `Sampling.tempered`), 0 after the end.
     """
 
     tokens: jax.Array
@@ -95,8 +97,10 @@ def _largest(x: jax.Array) -> jax.Array:
     return jnp.minimum(first, x.shape[-1] - 1)  # among NaNs there is no largest
 
 
-def logprob_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def logprob_of(logits: jax.Array, tokens: jax.Array, sampling: Sampling) -> jax.Array:
     """Log-probabilities `[batch]` of tokens `[batch]` under float32 logits `[batch, vocab]`."""
+    if sampling.tempered and sampling.temperature:
+        logits = logits / sampling.temperature
     below = logits - logits.max(-1, keepdims=True)
     return jnp.take_along_axis(below, tokens[:, None], axis=-1)[:, 0] - jnp.log(jnp.exp(below).sum(-1))
 
@@ -123,7 +127,7 @@ def sample(
         """Draws token `t` from the hidden states `[batch, d_model]` before it."""
         logits = head.logits(hidden)
         now = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)
-        logprob = logprob_of(logits, now)
+        logprob = logprob_of(logits, now, sampling)
         running = ~state['done']
         return {
             **state,

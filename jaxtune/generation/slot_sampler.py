@@ -40,7 +40,12 @@ class Usage:
     @property
     def occupancy(self) -> float:
         """Share of the slots' steps that wrote a token; 1 before any step."""
-        return self.written / (self.steps * self.slots) if self.steps else 1.0
+        return self.occupancy_since(0, 0)
+
+    def occupancy_since(self, steps: int, written: int) -> float:
+        """The same since there were so many steps and tokens written in them."""
+        steps = self.steps - steps
+        return (self.written - written) / (steps * self.slots) if steps else 1.0
 
     @property
     def tokens_per_second(self) -> float:

@@ -180,7 +180,9 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
             'cache': _copy_row(ahead['cache'], row, state['cache'], slot),
             'ahead': ahead,
             'slots': {name: x.at[slot].set(own[name]) for name, x in slots.items()},
-            'done': put(state['done'], answer[None], jnp.zeros(1, jnp.int32), tokens, logprob_of(logits, tokens)),
+            'done': put(
+                state['done'], answer[None], jnp.zeros(1, jnp.int32), tokens, logprob_of(logits, tokens, sampling)
+            ),
             'next': answer + 1,
         }
 
@@ -208,7 +210,7 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
                 'now': now,
                 'running': running & ~ended(now, made),
             },
-            'done': put(done, at, slots['made'], now, logprob_of(logits, now)),
+            'done': put(done, at, slots['made'], now, logprob_of(logits, now, sampling)),
             'steps': state['steps'] + 1,
             'written': state['written'] + running.sum(dtype=jnp.int32),
         }

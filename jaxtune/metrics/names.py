@@ -24,6 +24,9 @@ TITLES: Mapping[str, str] = {
     'explained_variance': 'Share of the returns foreseen',
     'frac_reward_zero_std': 'Groups with nothing to tell apart',
     'learnt_share': 'Answers that were learnt from',
+    'occupancy': 'Slots that wrote a token, of all in the steps of sampling',
+    'sampled_tokens_per_second': 'Tokens sampled a second',
+    'resampled': 'Prompts asked in the place of those without signal',
     'busiest_expert': 'Load of the busiest expert, 1 = even',
     'router_entropy': 'Entropy of the load of experts, 1 = even',
     'router_aux_loss': 'Load-balancing loss',
@@ -35,6 +38,7 @@ TITLES: Mapping[str, str] = {
 }
 
 _SHARES = ('mfu', 'goodput', 'accuracy', 'exact_match', 'fraction', 'share', 'longer_is_better', 'eos_rate', 'zero_std')
+_SHARES += ('occupancy',)
 _SHARES += ('ended', 'alike')  # of earlier versions
 
 # Parts of the names of metrics of which a higher value is better.

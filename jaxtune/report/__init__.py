@@ -9,7 +9,7 @@ from jaxtune.common import console
 from jaxtune.common.formatting import duration
 from jaxtune.common.io import read_mapping, write_text
 from jaxtune.recipe.workdir import make_result, write_result
-from jaxtune.report import by_position, costs, fits, mixture, sections
+from jaxtune.report import by_position, costs, fits, mixture, samples, sections
 from jaxtune.report.preparation import preparation
 from jaxtune.report.source import Source, main_stage, read
 from jaxtune.report.templates import fill_in
@@ -85,7 +85,7 @@ def _run(source: Source) -> dict[str, Any]:
         'costs': costs.of(source),
         'fits': fits.table(source),
         'example': source.run.get('example') or (),
-        'samples': sections.samples(source),
+        'samples': samples.samples(source),
         'phases': sections.time_spent(source),
         'results': sections.results(source),
         'results_open': source.task in ('evaluate', 'compile', 'export'),

@@ -10,7 +10,7 @@ from jaxtune.common.io import read_mapping
 from jaxtune.errors import UserError
 from jaxtune.metrics import names
 from jaxtune.recipe.ownership import is_workdir
-from jaxtune.report import sections
+from jaxtune.report import samples, sections
 from jaxtune.report.charts import Figure, Series, smooth
 from jaxtune.report.source import Source, main_stage, read
 from jaxtune.report.state import state_of
@@ -191,7 +191,7 @@ def prompts(runs: Sequence[Run]) -> list[tuple[str, list[tuple[Run, str, str]]]]
         newest = max((row.get('step') or 0 for row in run.source.samples), default=0)
         for row in run.source.samples:
             if (row.get('step') or 0) == newest:
-                answers.setdefault(sections.plain(row.get('prompt')), {}).setdefault(run.name, row)
+                answers.setdefault(samples.plain(row.get('prompt')), {}).setdefault(run.name, row)
     shared = [(prompt, given) for prompt, given in answers.items() if len(given) > 1]
     return [
         (
@@ -205,4 +205,4 @@ def prompts(runs: Sequence[Run]) -> list[tuple[str, list[tuple[Run, str, str]]]]
 def _answer(row: Mapping[str, Any]) -> tuple[str, str]:
     score = row.get('score')
     shown = f'score {sections.number(score)}' if isinstance(score, int | float) and score == score else ''
-    return sections.plain(row.get('completion'))[:_MOST_CHARS], shown
+    return samples.plain(row.get('completion'))[:_MOST_CHARS], shown

@@ -1,7 +1,6 @@
 """The parts of a report: functions from a run's files to the values of a template, empty if there are none."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +11,6 @@ from jaxtune.report import mixture
 from jaxtune.report.charts import Figure, Series, chart, smooth
 from jaxtune.report.source import Source
 from jaxtune.report.stack import Slice, cut, percent
-
-_SHOWN_SAMPLES, _MOST_SAMPLES, _MOST_CHARS = 6, 40, 2000
 
 # The order and the words of the phases that `RunInfo.timed` is given.
 _PHASES = {
@@ -40,7 +37,8 @@ _PHASES = {
 }
 
 # Charts of these come first, in this order; then the others by name.
-FIRST = ('reward', 'accuracy', 'kl', 'entropy', 'length', 'eos_rate', 'ended')
+FIRST = ('reward', 'accuracy', 'kl', 'approx_kl', 'entropy', 'length', 'eos_rate', 'ended')
+FIRST += ('clip_fraction', 'clip_low_fraction', 'clip_high_fraction', 'occupancy')
 FIRST += ('learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'peak_bytes')
 # Shown by another chart, or constant.
 NO_CHART = ('step_seconds', 'perplexity', 'bits_per_byte', 'gzip_bits_per_byte', 'tokens', 'pairs', 'answers')
@@ -226,6 +224,8 @@ def _reward_tiles(source: Source) -> list[Tile]:
             shown.append(Tile(words, number(curve[-1][1]), f'{number(curve[0][1])} at step {curve[0][0]:,.0f}'))
     if (kl := source.metric(f'{source.algorithm}/kl')) is not None:
         shown.append(Tile(names.title('kl', source.titles), f'{number(kl)} nats', 'an answer, at the last step'))
+    if (occupied := source.metric(f'{source.algorithm}/occupancy')) is not None:
+        shown.append(Tile('Slots that wrote', percent(occupied), 'of all, while it sampled'))
     return shown
 
 
@@ -263,7 +263,8 @@ def charts(source: Source) -> list[Figure]:
     if not source.rewarded:
         drawn += [_loss_chart(source), _source_chart(source)]
         by_name.pop('loss', None)
-    last_parts = [name for name in FIRST if name in by_name]
+    kinds = tuple(name for name in sorted(by_name) if name.startswith('reward/'))
+    last_parts = [name for name in (FIRST[0], *kinds, *FIRST[1:]) if name in by_name]
     last_parts += [name for name in sorted(by_name) if name not in last_parts and name not in NO_CHART]
     for name in last_parts:
         metrics = [metric for metric in by_name[name] if len(source.curves[metric]) > 1]
@@ -321,76 +322,6 @@ def time_spent(source: Source) -> list[Slice]:
     if rest > 0.005 * total:
         rows.append(('everything else', 'other', rest))
     return [cut(words, color, duration(s), s / total) for words, color, s in rows]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A prompt and what was answered.
-
-    Attributes:
-      heads: lines above it.
-      prompt: the text.
-      completion: what follows it, at most so many characters.
-      cut: how many characters more there are.
-      answers: `(name, text)` of several answers, where there are; `completion` is one of them.
-    """
-
-    heads: list[str]
-    prompt: str
-    completion: str
-    cut: int
-    answers: list[tuple[str, str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Samples:
-    """Samples of a run: a title, those that are shown and those that are folded, and how many are left out."""
-
-    title: str
-    first: list[Sample]
-    more: list[Sample]
-    left_out: int
-
-
-def samples(source: Source) -> Samples | None:
-    """The samples of the newest step; where there are several steps, beside those of the first one."""
-    rows = source.samples
-    if not rows:
-        return None
-    steps = [row.get('step') or 0 for row in rows]
-    newest, oldest = max(steps), min(steps)
-    before = [row for row, step in zip(rows, steps, strict=True) if step == oldest < newest]
-    rows = [row for row, step in zip(rows, steps, strict=True) if step == newest]
-    if len(before) == len(rows):
-        rows = [{**row, 'before': first.get('completion')} for row, first in zip(rows, before, strict=True)]
-    shown = [_sample(row) for row in rows[:_MOST_SAMPLES]]
-    title = 'Before training and after' if any('before' in row for row in rows) else 'Samples, each after its prompt'
-    return Samples(title, shown[:_SHOWN_SAMPLES], shown[_SHOWN_SAMPLES:], len(rows) - len(shown))
-
-
-def _sample(row: Mapping[str, Any]) -> Sample:
-    prompt, completion = plain(row.get('prompt')), plain(row.get('completion'))
-    cut = max(0, len(completion) - _MOST_CHARS)
-    completion = completion[:_MOST_CHARS]
-    if len(prompt) > _MOST_CHARS:
-        prompt = '… ' + prompt[-_MOST_CHARS:]
-    heads = [str(row['adapter'])] if 'adapter' in row else []
-    score = row.get('score')
-    if isinstance(score, int | float) and math.isfinite(score):
-        heads.append(f'score {number(score)}')
-    answers: list[tuple[str, str]] = []
-    if 'before' in row:
-        several = [('before', row['before']), ('after', completion), ('expected', row.get('reference'))]
-        answers = [(name, plain(answer)[:_MOST_CHARS]) for name, answer in several if answer is not None]
-    return Sample(heads, prompt, completion, cut, answers)
-
-
-def plain(value: Any) -> str:
-    """A prompt as text: as it is, or a conversation turn by turn."""
-    if isinstance(value, list):
-        turns = (f'{turn.get("role", "")}: {turn.get("content", "")}' for turn in value if isinstance(turn, dict))
-        return '\n'.join(turns) + '\n'
-    return '' if value is None else str(value)
 
 
 def results(source: Source) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ class RolloutBatch(NamedTuple):
 
     Attributes:
       old: `[answers, width]` float32, the policy's log-probability of each token of an answer; 0 after its end.
-      reference: `[answers, width]`, the reference's.
+      reference: `[answers, width]`, the reference's; `old` for an algorithm that asks none.
       values: `[answers, width]`, the value head's before each token was written; 0 without a head.
       mask: `[answers, width]`, 1 where the answer has a token, else 0.
       scores: `[answers]` float32, the reward of each.
@@ -66,6 +66,7 @@ class Algorithm:
       loss: of a batch of rows.
       group: how many answers each prompt gets; those of one prompt follow each other.
       value_head: whether its model has one.
+      reference: whether it asks what the policy of the start says; if not, none is held.
       titles: of its own metrics, for the report.
       higher_is_better: those of its own metrics of which a higher value is better.
       adapted: which of the attributes above are others for a recipe's `rl`, `{name: value}`.
@@ -77,6 +78,7 @@ class Algorithm:
     loss: LossOf
     group: Callable[[Settings], int] = lambda settings: 1
     value_head: bool = False
+    reference: bool = True
     titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     higher_is_better: tuple[str, ...] = ()
     adapted: Callable[[Settings], Mapping[str, Any]] = lambda settings: {}

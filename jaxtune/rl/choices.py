@@ -24,7 +24,7 @@ class Choices:
       normalise: what counts the same in the loss: each `answer`, each `token`, or each token over a `constant`, which
         is `generate.max_new_tokens`.
       kl: the estimator of the divergence from the reference.
-      kl_in: whether the divergence is taken off the `reward` or added to the `loss`.
+      kl_in: whether the divergence is taken off the `reward` or added to the `loss`; '' where `rl.kl_coef` is 0.
     """
 
     advantage: str
@@ -65,7 +65,7 @@ def choose(settings: Settings, task: Choices) -> Choices:
     normalise = pick('normalise', 'answer' if ratio == 'sequence' else task.normalise)
     chosen = Choices(advantage, ratio, normalise, pick('kl', 'k1' if kl_in == 'reward' else 'k3'), kl_in)
     _check(settings, chosen)
-    return chosen
+    return chosen if settings.kl_coef else dataclasses.replace(chosen, kl_in='')
 
 
 def _check(settings: Settings, chosen: Choices) -> None:
@@ -79,8 +79,10 @@ def _check(settings: Settings, chosen: Choices) -> None:
         )
     if chosen.kl == 'k1' and chosen.kl_in == 'loss':
         raise UserError('rl.kl=k1: expected k2 or k3 with rl.kl_in=loss, for the gradient of k1 is zero on average')
-    if settings.skip_equal and not chosen.grouped:
-        raise UserError('rl.skip_equal=True: expected False with rl.advantage=gae, which asks each prompt once')
+    for key, off in (('skip_equal', False), ('resample', 0)):
+        value = getattr(settings, key)
+        if value != off and not chosen.grouped:
+            raise UserError(f'rl.{key}={value}: expected {off} with rl.advantage=gae, which asks each prompt once')
     least = 1.0 + clip_high(settings)
     if 0 < settings.dual_clip <= least:
         raise UserError(

@@ -57,4 +57,5 @@ def _group(task: Choices, settings: Settings) -> int:
 
 def _adapted(task: Choices, settings: Settings) -> dict[str, Any]:
     chosen = choose(settings, task)
-    return {'token_fields': chosen.token_fields, 'value_head': not chosen.grouped}
+    asked = {'token_fields': chosen.token_fields, 'value_head': not chosen.grouped}
+    return asked | {'reference': bool(chosen.kl_in)}

@@ -1,8 +1,9 @@
-"""Answers in rows: several with their prompts share one, each a segment that sees itself alone."""
+"""Answers in rows: several with their prompts share one, each a segment that sees itself alone, or its prompt too."""
 
 import numpy as np
 
-from jaxtune.data.packing import pack
+from jaxtune.models.prompts import SHARED
+from jaxtune.rl.layout import scored_places, separate_rows, shared_rows, spans
 from jaxtune.rl.rollouts import Rollouts
 
 
@@ -12,54 +13,69 @@ class RolloutPacker:
     A number of a token stands at the place before it, where it is predicted.
 
     Attributes:
-      shape: rows and their length.
+      shape: rows and their length, of which there are few, so that few shapes are compiled.
       used: how many rows are not empty.
 
     Args:
       rollouts: the answers.
       chosen: the numbers of those to pack.
-      length: of a row.
+      length: of a row at most, but where prompts are shared.
       packing: several share a row; else each has its own.
-      unit: the number of rows is this times 1, 2, 3, 4, 6, 8, 12 …, so that few shapes are compiled; or what all
-        answers alone would need, where that is less.
+      unit: the number of rows is this times 1, 2, 3, 4, 6, 8, 12 …; or what all answers alone would need, where that
+        is less.
+      parts: devices that divide a row's length.
+      share: answers to one prompt may share its tokens, which needs fewer places the longer it is.
     """
 
-    def __init__(self, rollouts: Rollouts, chosen: np.ndarray, length: int, packing: bool, unit: int = 1) -> None:
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        chosen: np.ndarray,
+        length: int,
+        packing: bool,
+        unit: int = 1,
+        parts: int = 1,
+        share: bool = False,
+    ) -> None:
         self.start, self.end = rollouts.start[chosen], rollouts.end[chosen]
-        self.tokens = rollouts.tokens[chosen]
+        self.tokens, self.parts = rollouts.tokens[chosen], parts
         self.width = rollouts.logprobs.shape[1]
-        row = pack(self.end, length) if packing else np.arange(len(chosen))
-        self.used = int(row.max()) + 1
-        needed = -(-self.used // unit)
-        power = 1 << (needed - 1).bit_length()
-        rows = unit * min(power * 3 // 4 if needed <= power * 3 // 4 else power, -(-len(chosen) // unit))
-        self.shape = (rows, length)
-        order = np.argsort(row, kind='stable')
-        before = np.concatenate([[0], np.cumsum(self.end[order])[:-1]])
-        first = np.searchsorted(row[order], row[order])  # where each one's row begins in the order
-        at, segment = np.empty_like(before), np.empty_like(before)
-        at[order], segment[order] = before - before[first], np.arange(len(order)) - first + 1
-        self.row, self.at, self.segment = row, at, segment
-        self._answers = _spans(self.end - self.start)  # (answer, token) of every token of the answers
+        self.layout = separate_rows(self.end, length, packing, unit, parts)
+        if packing and share:
+            prompts = [row[:start].tobytes() for row, start in zip(self.tokens, self.start, strict=True)]
+            shared = shared_rows(prompts, self.start, self.end, unit, parts)
+            if shared.places < 0.9 * self.layout.places:  # they attend to more
+                self.layout = shared
+        self.shape, self.row, self.at = self.layout.shape, self.layout.row, self.layout.at
+        self.used = int(self.row.max()) + 1
+        self._answers = spans(self.end - self.start)  # (answer, token) of every token of the answers
         of, token = self._answers
-        self._places = (row[of], at[of] + self.start[of] - 1 + token)
+        self._places = (self.row[of], self.at[of] + self.start[of] - 1 + token)
 
     def fields(self) -> dict[str, np.ndarray]:
         """The rows, `{field: [rows, length]}`.
 
         `tokens`, `positions` and `segment_ids` for `Model.apply`; `loss_mask`, 1 where a token of an answer is
-        predicted; `shares`, the same over the length of the answer.
+        predicted; `shares`, the same over the length of the answer; `places`, as `scored_places` says.
         """
-        of, token = _spans(self.end)
-        places = (self.row[of], self.at[of] + token)
         fields = {name: np.zeros(self.shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
-        fields['tokens'][places], fields['positions'][places] = self.tokens[of, token], token
-        fields['segment_ids'][places] = self.segment[of]
+
+        def put(row: np.ndarray, place: np.ndarray, of: np.ndarray, token: np.ndarray, segment: np.ndarray) -> None:
+            fields['tokens'][row, place], fields['positions'][row, place] = self.tokens[of, token], token
+            fields['segment_ids'][row, place] = segment
+
+        first = self.layout.first
+        of, token = spans(self.end - first)
+        token = token + first[of]
+        put(self.row[of], self.at[of] + token, of, token, self.layout.segment[of])
+        rows, answers = self.layout.shared
+        number, token = spans(first[answers])
+        put(rows[number], token, answers[number], token, np.full(len(token), SHARED))
         of, _ = self._answers
         fields |= {name: np.zeros(self.shape, np.float32) for name in ('loss_mask', 'shares')}
         fields['loss_mask'][self._places] = 1.0
         fields['shares'][self._places] = (1.0 / (self.end - self.start))[of]
-        return fields
+        return fields | {'places': scored_places(fields['loss_mask'], self.parts)}
 
     def spread(self, numbers: np.ndarray) -> np.ndarray:
         """Numbers of each token of the answers, `[answers, width]`, as `[rows, length]`."""
@@ -72,9 +88,3 @@ class RolloutPacker:
         gathered = np.zeros((len(self.end), self.width), np.float32)
         gathered[self._answers] = numbers[self._places]
         return gathered
-
-
-def _spans(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(which, place)` of everything in spans of these sizes, one after the other."""
-    of = np.repeat(np.arange(len(sizes)), sizes)
-    return of, np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)

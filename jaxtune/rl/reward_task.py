@@ -2,7 +2,7 @@
 
 Answers, order and updates of step `t` are functions of the seed and `t`, so that a stopped run resumes bit for bit. The
 reference is the trained half of the tree as it was at the start, beside the same frozen half: with an added method it
-costs that method's weights alone.
+costs that method's weights alone; where `rl.kl_coef` is 0 there is none.
 """
 
 import contextlib
@@ -29,17 +29,18 @@ from jaxtune.metrics.writer import MetricsWriter
 from jaxtune.parallel import batch_shards, compiler_options, place_all
 from jaxtune.rl import Reward, RolloutBatch
 from jaxtune.rl.packing import RolloutPacker
-from jaxtune.rl.policy import BoundAlgorithm, per_token_logps
+from jaxtune.rl.policy import BoundAlgorithm
+from jaxtune.rl.resample import resample
 from jaxtune.rl.rollouts import Rollouts, Sampler
+from jaxtune.rl.scoring import Scorer, may_share_prompts
 from jaxtune.rl.selection import Selection
 from jaxtune.training.logger import Diagnose, TrainLogger
 from jaxtune.training.program import Program
 from jaxtune.training.run_info import RunInfo
 from jaxtune.training.step import State
-from jaxtune.weights import eval_mode
-from jaxtune.weights.tree import combine
 
 _STEPS_TO_ADVISE = 3  # without a signal
+_HELD_OUT, _RESAMPLED = 2**30, 3 * 2**29  # from where on the answers to such prompts are numbered, for their keys
 _OF_UPDATES = ('loss', 'grad_norm', 'learning_rate')  # metrics that every update has, whatever it learns
 
 
@@ -53,6 +54,7 @@ class StepSizes:
       batch_size: answers of an update.
       accumulate: micro-batches of an update.
       packing: answers share rows.
+      resample: rounds in which groups without a signal are replaced, at most.
     """
 
     rollouts: int
@@ -60,6 +62,7 @@ class StepSizes:
     batch_size: int
     accumulate: int
     packing: bool
+    resample: int = 0
 
 
 class PromptNumbers:
@@ -127,30 +130,26 @@ class RewardTask:
         self.evaluation_batches = min(batches, evaluation_batches) if evaluation_batches else batches
         self.asked = sizes.rollouts // algorithm.group
         self.loader = Loader(order, self.asked, program.seed, shuffle=True)
-        self.reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state['trainable'])
+        self.others = Loader(order, self.asked, program.seed + 1, shuffle=True)  # to ask in the place of equal groups
+        self.reference = None
+        if algorithm.algorithm.reference:
+            self.reference = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state['trainable'])
         # Packed, the answers of an update are fewer rows, a multiple of this.
         self.compiled, self.step = compiled, program.train_step(sizes.accumulate)
         self.unit = sizes.accumulate * batch_shards(program.mesh)
-        self.score_rows, self.compute_advantages = self._functions()
-        self.without_signal = 0  # steps in a row whose answers were all worth the same
-        self.shown = False  # what a prompt and its answer look like
-
-    def _functions(self) -> tuple[Callable, Callable]:
-        """The log-probabilities of policy and reference, and what the algorithm makes of them; compiled."""
-        model, temperature = self.program.model, self.algorithm.temperature
-
-        def score_rows(trainable: Any, frozen: Any, reference: Any, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
-            policy = eval_mode(combine(trainable, frozen))
-            old, values = per_token_logps(model, policy, batch, temperature)
-            reference_logps, _ = per_token_logps(model, eval_mode(combine(reference, frozen)), batch, temperature)
-            return {'old': old, 'reference': reference_logps, 'values': values, 'mask': batch['loss_mask']}
+        self.whole = {name: field.shape for name, field in program.batch_shapes().items()}
+        self.share = sizes.packing and algorithm.group > 1 and may_share_prompts(program.model)
+        micro_batch = sizes.batch_size // sizes.accumulate
+        self.scorer = Scorer(algorithm, program, micro_batch, sizes.packing, self.share)
 
         def compute_advantages(rollouts: RolloutBatch) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-            return self.algorithm.algorithm.compute_advantages(self.algorithm.settings, rollouts)
+            return algorithm.algorithm.compute_advantages(algorithm.settings, rollouts)
 
-        whole = NamedSharding(self.program.mesh, P())
-        options = {'out_shardings': whole, 'compiler_options': compiler_options()}
-        return jax.jit(score_rows, **options), jax.jit(compute_advantages, **options)
+        everywhere = NamedSharding(program.mesh, P())
+        options = {'out_shardings': everywhere, 'compiler_options': compiler_options()}
+        self.compute_advantages = jax.jit(compute_advantages, **options)
+        self.without_signal = 0  # steps in a row whose answers were all worth the same
+        self.shown = False  # what a prompt and its answer look like
 
     @contextlib.contextmanager
     def batches(self, start: int, steps: int) -> Iterator[Iterator[int]]:
@@ -160,35 +159,65 @@ class RewardTask:
     def update(self, state: State, batch: int) -> tuple[State, dict[str, float]]:
         """Samples, scores, learns: step `batch` of the run."""
         t, sizes = batch, self.sizes
-        numbers = self.loader.rows(t, 0, self.asked)['number'].repeat(self.algorithm.group)
-        prompts = [self.prompts[number] for number in numbers]
+        prompts = self._prompts(self.loader, t, self.asked)
         began = time.perf_counter()
+        usage = self.sampler.usage
+        steps, written = usage.steps, usage.written
         with self.info.timed('generate'):
             answers = self._sample(state, prompts, t * sizes.rollouts)
-        seconds = time.perf_counter() - began
+        seconds, occupancy = time.perf_counter() - began, usage.occupancy_since(steps, written)
         with self.info.timed('reward'):
             scores, by_part = self._scores(answers)
         if not self.shown:
             self._show(answers, scores)
+        drawn, asked = scores, 0
+        if sizes.resample:
+            answers, scores, asked = self._resampled(state, t, answers, scores)
         with self.info.timed('step'):
-            rollouts = self._score_rows(state, answers, scores)
+            moved = int(state['step']) > 0  # the policy is no longer the reference
+            reference = self.reference if moved else None
+            rollouts = self.scorer(state['trainable'], self.frozen, reference, answers, scores)
             fields, metrics = jax.tree.map(np.asarray, self.compute_advantages(rollouts))
-            learnt = self._learnt(t, answers, fields, rollouts)
+            learnt = self._learnt(t, answers, fields, rollouts, moved)
             state, sums = self._learn(state, t, answers, fields, learnt)
+            if self.reference is not None:
+                sums['kl'] = float((rollouts.old - rollouts.reference).sum() / len(prompts))
         return state, {
             **sums,
             **jax.tree.map(float, metrics),
-            'reward': float(scores.mean()),
+            'reward': float(drawn.mean()),
             **{f'reward/{name}': float(values.mean()) for name, values in by_part.items()},
             'learnt_share': float(learnt.mean()),
-            'reward_std': float(scores.std()),
-            'kl': float((rollouts.old - rollouts.reference).sum() / len(prompts)),
+            'reward_std': float(drawn.std()),
+            **({'resampled': float(asked)} if sizes.resample else {}),
             'entropy': float(-rollouts.old.sum() / rollouts.mask.sum()),
             'length': float((answers.end - answers.start).mean()),
             'eos_rate': float(answers.ended.mean()),
             'tokens': int(answers.end.sum()) * sizes.epochs,
+            'occupancy': occupancy,
             'sampled_tokens_per_second': float((answers.end - answers.start).sum() / seconds),
         }
+
+    def _prompts(self, loader: Loader, batch: int, count: int) -> list[Prompt]:
+        """The first prompts of a loader's batch, each as often as it is answered."""
+        numbers = loader.rows(batch, 0, self.asked)['number'][:count].repeat(self.algorithm.group)
+        return [self.prompts[number] for number in numbers]
+
+    def _resampled(
+        self, state: State, t: int, answers: Rollouts, scores: np.ndarray
+    ) -> tuple[Rollouts, np.ndarray, int]:
+        """See `resample`; what is asked in a round is a function of the seed, the step and the round."""
+        rounds = self.sizes.resample
+
+        def draw(number: int, groups: int) -> tuple[Rollouts, np.ndarray]:
+            batch = t * rounds + number
+            with self.info.timed('generate'):
+                prompts = self._prompts(self.others, batch, groups)
+                others = self._sample(state, prompts, _RESAMPLED + batch * self.sizes.rollouts)
+            with self.info.timed('reward'):
+                return others, self._scores(others)[0]
+
+        return resample(answers, scores, self.selection, rounds, draw)
 
     def _show(self, answers: Rollouts, scores: np.ndarray) -> None:
         """Prints the first prompt as the model sees it, its answer, and what that is worth."""
@@ -207,35 +236,24 @@ class RewardTask:
         scores, by_part = self.reward.scores(answers.prompts, answers.texts)
         return scores - self.selection.penalties(answers.end - answers.start, answers.ended), by_part
 
-    def _score_rows(self, state: State, answers: Rollouts, scores: np.ndarray) -> RolloutBatch:
-        """What policy and reference say of answers, as many rows at a time as a micro-batch has at most."""
-        size = self.sizes.batch_size // self.sizes.accumulate
-        rows = RolloutPacker(answers, np.arange(len(scores)), self.algorithm.seq_len, self.sizes.packing, size)
-        fields, parts = rows.fields(), []
-        for low in range(0, rows.used, size):
-            batch = place_all({name: x[low : low + size] for name, x in fields.items()}, self.program.mesh)
-            parts.append(self.score_rows(state['trainable'], self.frozen, self.reference, batch))
-        whole = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *parts)
-        # On the host; the compiled functions that take them make them arrays of JAX.
-        numbers_of: dict[str, Any] = {name: rows.gather(value) for name, value in whole.items()} | {'scores': scores}
-        return RolloutBatch(**numbers_of)
-
     def _learn(
         self, state: State, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], learnt: np.ndarray
     ) -> tuple[State, dict[str, float]]:
         """The updates of a step, of the answers that are learnt from; the new state and the means of their metrics."""
         sizes, updates = self.sizes, []
         for epoch in range(sizes.epochs if learnt.any() else 0):
-            order = np.random.default_rng([self.program.seed, t, epoch]).permutation(sizes.rollouts)
+            order = self._order(t, epoch)
             for low in range(0, len(order), sizes.batch_size):
                 chosen = order[low : low + sizes.batch_size]
                 chosen = chosen[learnt[chosen]]
                 if not len(chosen):
                     continue
-                rows = RolloutPacker(answers, chosen, self.algorithm.seq_len, sizes.packing, self.unit)
+                parts = self.program.mesh.shape['sequence']
+                length, divided = self.algorithm.seq_len, (self.unit, parts)
+                rows = RolloutPacker(answers, chosen, length, sizes.packing, *divided, self.share)
                 spread = {name: rows.spread(numbers[chosen]) for name, numbers in fields.items()}
                 batch = place_all(rows.fields() | spread, self.program.mesh)
-                step = self.compiled if rows.shape[0] == sizes.batch_size else self.step
+                step = self.compiled if {name: x.shape for name, x in batch.items()} == self.whole else self.step
                 state, metrics = step(state, self.frozen, batch)
                 updates.append(metrics)
         updates = updates or [self._no_update]
@@ -243,8 +261,18 @@ class RewardTask:
         means.pop('count')
         return state, means
 
+    def _order(self, t: int, epoch: int) -> np.ndarray:
+        """In which order an epoch of step `t` learns the answers; whole groups where an update takes whole ones.
+
+        The answers of a group are measured by each other, and may share their prompt's tokens.
+        """
+        rng, group = np.random.default_rng([self.program.seed, t, epoch]), self.algorithm.group
+        if self.sizes.batch_size % group:
+            return rng.permutation(self.sizes.rollouts)
+        return (rng.permutation(self.asked)[:, None] * group + np.arange(group)).ravel()
+
     def _learnt(
-        self, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], rollouts: RolloutBatch
+        self, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], rollouts: RolloutBatch, moved: bool
     ) -> np.ndarray:
         """Which answers step `t` learns from, `[answers]` bool; says so where no answer is better than another.
 
@@ -257,8 +285,7 @@ class RewardTask:
         if self.algorithm.algorithm.value_head or fields['advantages'][learnt].any() or settings.entropy_coef:
             return learnt
         in_loss = settings.kl_coef > 0 and 'reference' in fields
-        away = in_loss and not np.array_equal(rollouts.old, rollouts.reference)
-        return learnt if away else np.zeros_like(learnt)
+        return learnt if in_loss and moved else np.zeros_like(learnt)
 
     def _say_signal(self, t: int, scores: np.ndarray, learnt: np.ndarray) -> None:
         """Says where a step has no signal, the first few times in a row."""
@@ -297,7 +324,7 @@ class RewardTask:
         size, parts, scores, by_part = self.sampler.batch_size, [], [], []
         for batch in range(self.evaluation_batches):
             prompts = self.held_out[batch * size : (batch + 1) * size]
-            answers = self._sample(state, prompts, 2**30 + batch * size)
+            answers = self._sample(state, prompts, _HELD_OUT + batch * size)
             parts.append(answers)
             own, own_parts = self._scores(answers)
             scores.append(own)

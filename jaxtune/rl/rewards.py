@@ -28,7 +28,7 @@ from jaxtune.rl.reward_process import RewardProcess, shown_text
 from jaxtune.rl.shipped import SHIPPED
 
 _PROCESSES = min(8, os.cpu_count() or 1)  # of a reward that can be divided
-_MULTIPLE = 64  # rows of the reward model are filled up to it, so that few shapes are compiled
+_MULTIPLE = 32  # rows of the reward model are filled up to it, so that few shapes are compiled
 
 
 def open_reward(

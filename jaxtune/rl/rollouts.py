@@ -31,7 +31,7 @@ class Rollouts:
       start: `[rows]` int32, where the answer begins.
       end: `[rows]` int32, where it ends.
       ended: `[rows]` bool, whether it came to its end before `generate.max_new_tokens`.
-      logprobs: `[rows, max_new_tokens]` float32, the sampler's.
+      logprobs: `[rows, max_new_tokens]` float32, the sampler's, at the temperature; 0 after the end.
     """
 
     prompts: Sequence[Prompt]
@@ -67,7 +67,8 @@ class Sampler:
         self.seq_len, self.mesh, self.tokenizer = seq_len, mesh, bundle.tokenizer
         self.batch_size, self.longest = settings.batch_size, max(len(prompt.ids) for prompt in prompts)
         stops = (*bundle.end_ids, *end_of_answer(bundle.tokenizer))
-        self.sampling = sampling = from_settings(settings, bundle.tokenizer, stops, bundle.model.config.vocab_size)
+        sampling = from_settings(settings, bundle.tokenizer, stops, bundle.model.config.vocab_size)
+        self.sampling = sampling = dataclasses.replace(sampling, tempered=True)
 
         def policy(trainable: Any, frozen: Any) -> Any:
             return eval_mode(value_head.policy(combine(trainable, frozen)))

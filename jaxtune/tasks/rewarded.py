@@ -68,8 +68,11 @@ def check(config: Settings, mesh: Mesh) -> None:
         raise UserError(f'{rollouts} train.batch_size={config.train.batch_size}')
     if config.rl.rollouts % algorithm.group:
         raise UserError(f'{rollouts} rl.group={algorithm.group}')
-    if config.rl.skip_equal and algorithm.group == 1:
-        raise UserError(f'rl.skip_equal=True: expected False with task={config.task}, which asks each prompt once')
+    for key, off in (('skip_equal', False), ('resample', 0)):
+        if config.rl[key] != off and algorithm.group == 1:
+            raise UserError(
+                f'rl.{key}={config.rl[key]}: expected {off} with task={config.task}, which asks each prompt once'
+            )
     if config.rl.overlong_buffer > config.generate.max_new_tokens:
         raise UserError(
             f'rl.overlong_buffer={config.rl.overlong_buffer}: expected at most generate.max_new_tokens='
@@ -224,7 +227,7 @@ def open_trainer(
         prompts,
         order,
         held_out,
-        StepSizes(rl.rollouts, rl.epochs, config.train.batch_size, accumulate, config.data.packing),
+        StepSizes(rl.rollouts, rl.epochs, config.train.batch_size, accumulate, config.data.packing, rl.resample),
         selection(config, algorithm.group),
         info,
         workdir,

@@ -70,7 +70,10 @@ def method(config: Settings) -> BoundMethod:
 
 def bound_algorithm(config: Settings) -> BoundAlgorithm:
     """The recipe's algorithm."""
-    return BoundAlgorithm(algorithm(config), config.rl, config.data.seq_len, config.generate.temperature)
+    rl, generate = config.rl, config.generate
+    one_update = rl.epochs == 1 and rl.rollouts == config.train.batch_size
+    sizes = (config.data.seq_len, generate.temperature, generate.max_new_tokens)
+    return BoundAlgorithm(algorithm(config), rl, *sizes, one_update)
 
 
 def balance(config: Settings, mesh: Mesh, model: Model) -> Balance:

@@ -27,7 +27,7 @@ from jaxtune.generation.sampling import Sampling
 from jaxtune.generation.slot_sampler import SlotSampler
 from jaxtune.objectives.cross_entropy import token_logprobs
 from jaxtune.rl import RolloutBatch
-from jaxtune.rl.reward_task import RewardTask
+from jaxtune.rl.scoring import Scorer
 from jaxtune.weights import eval_mode
 
 NEW, PROMPTS = 6, [[5, 9, 3], [7], [11, 12, 13, 14, 15, 16, 17], [4, 4]]
@@ -100,17 +100,18 @@ def test_an_answer_does_not_depend_on_the_rest_of_its_batch(c, how):
 def test_nothing_has_left_the_reference_before_the_first_update(c):
     algorithm, model = learning_of(c), model_of(c)
     trainable, frozen = halves_of(c, random_of(c))
-    batch = random_batch(algorithm.batch_spec(), np.random.default_rng(5))
+    spec = {name: field for name, field in algorithm.batch_spec().items() if name != 'places'}
+    batch = random_batch(spec, np.random.default_rng(5))
     with jax.set_mesh(mesh_of(ONE)):
-        # The functions of a task alone: without prompts, a reward or a workdir.
-        program = types.SimpleNamespace(model=model, mesh=mesh_of(ONE))
-        task = types.SimpleNamespace(program=program, algorithm=algorithm)
-        score_rows, compute_advantages = RewardTask._functions(task)
-        scored = score_rows(trainable, frozen, jax.tree.map(jnp.copy, trainable), batch)
+        scorer = Scorer(algorithm, types.SimpleNamespace(model=model, mesh=mesh_of(ONE)), 8, False)
+        scorer.logps = True
+        scored = scorer.score_rows((trainable, frozen), (jax.tree.map(jnp.copy, trainable), frozen), batch)
         chex.assert_trees_all_equal(scored['old'], scored['reference'])
         assert float(jnp.abs(scored['old']).sum()) > 0
         scores = np.random.default_rng(6).normal(size=len(batch['tokens'])).astype(np.float32)
-        fields, _ = compute_advantages(RolloutBatch(**scored, scores=scores))
+        rollouts = RolloutBatch(**scored, mask=batch['loss_mask'], scores=scores)
+        compute_advantages = algorithm.algorithm.compute_advantages
+        fields, _ = jax.jit(lambda rollouts: compute_advantages(algorithm.settings, rollouts))(rollouts)
         loss = jax.jit(lambda params, batch: algorithm.loss(model, eval_mode(params), batch, None))
         _, count, sums = loss(random_of(c), batch | fields)
     assert sums['clip_fraction'] == 0

@@ -154,12 +154,38 @@ def test_answers_before_training_stand_beside_those_after(tmp_path):
     assert after.index('gibberish') < after.index('an answer') < after.index('the truth')
 
 
+def test_a_few_prompts_are_followed_through_training(tmp_path):
+    trained(tmp_path / 'run')
+    with (tmp_path / 'run' / 'samples.jsonl').open('w') as file:
+        for step in range(0, 1200, 100):
+            for prompt in range(6):
+                line = {
+                    'prompt': f'ask {prompt} {EVIL}',
+                    'completion': f'answer {prompt} of {step}',
+                    'score': step / 100,
+                }
+                file.write(json.dumps(line | {'step': step}) + '\n')
+    read, _ = page(tmp_path / 'run')
+    part = read.text[
+        read.text.index('The same prompts through training') : read.text.index('Before training and after')
+    ]
+    assert re.findall(r'step ([\d,]+), score ([\d.]+)', part)[:5] == [
+        ('0', '0'), ('300', '3.000'), ('600', '6.000'), ('800', '8.000'), ('1,100', '11.00'),
+    ]  # fmt: skip
+    assert [f'answer {prompt} of 600' in part for prompt in range(6)] == [True] * 4 + [False] * 2
+    # Two steps stand beside each other as before and after.
+    lines = (tmp_path / 'run' / 'samples.jsonl').read_text().splitlines()
+    (tmp_path / 'run' / 'samples.jsonl').write_text('\n'.join(lines[:12]) + '\n')
+    assert 'The same prompts through training' not in page(tmp_path / 'run')[0].text
+
+
 def test_a_run_that_learnt_from_rewards(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(recipe('ppo') | {'rl': {'reward': 'mine:right', 'rollouts': 64}}))
     with (tmp_path / 'metrics.jsonl').open('w') as file:
         for step in range(5):
             file.write(json.dumps({'step': step, 'eval/reward': 0.5 + step}) + '\n')
             line = {'ppo/reward': step / 4, 'ppo/kl': 3.25, 'ppo/ended': 0.75, 'train/loss': -0.5 + step}
+            line |= {'ppo/reward/math': step / 8, 'ppo/occupancy': 0.875, 'ppo/clip_fraction': 0.125}
             file.write(json.dumps({'step': step, **line}) + '\n')
     read, _ = page(tmp_path)
     for part in ('Held-out reward', '4.500', '0.5000 at step 0', '3.250 nats', 'by PPO for', 'scored by mine:right'):
@@ -170,6 +196,9 @@ def test_a_run_that_learnt_from_rewards(tmp_path):
     assert charts[0] == [4.5, 1.0]
     assert [3.5] in charts
     assert 'Answers that came to an end' in read.text
+    places = [read.text.index(title) for title in ('Reward: math', 'Answers that came', 'Slots that wrote a token')]
+    assert places == sorted(places)
+    assert 'Slots that wrote 8' in read.text
 
 
 def test_what_a_plug_in_brings(tmp_path):

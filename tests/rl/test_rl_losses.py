@@ -262,4 +262,7 @@ def test_todays_ppo_and_grpo_are_the_same_to_the_last_bit(task):
     )
     jax.tree.map(np.testing.assert_array_equal, new, old)
     algorithm = TASKS[task].ALGORITHM
-    assert algorithm.adapted(s) == {'token_fields': algorithm.token_fields, 'value_head': task == 'ppo'}
+    asked = {'token_fields': algorithm.token_fields, 'value_head': task == 'ppo', 'reference': True}
+    assert algorithm.adapted(s) == asked
+    asked['token_fields'] = tuple(name for name in algorithm.token_fields if name != 'reference')
+    assert algorithm.adapted(rl(kl_coef=0.0)) == asked | {'reference': False}

@@ -125,6 +125,55 @@ def test_equal_groups_are_left_out_of_the_updates(corpus, tmp_path):
     assert norms['skip'] * shares['skip'][0] == pytest.approx(norms['all'], rel=1e-3)
 
 
+@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), pytest.param((2, 2, 1, 1), marks=pytest.mark.exhaustive)], ids=str)
+def test_equal_groups_are_replaced_by_answers_to_other_prompts(corpus, tmp_path, sizes):
+    """At most so many rounds, and as well when the run stops between steps."""
+    keys = rl_recipe(corpus, 'grpo', rl__reward='scores:common', train__steps=2, data__eval='', rl__skip_equal=True)
+    lacking, learnt = {}, {}
+    for rounds in (0, 1, 8):
+        go(keys | {'rl.resample': rounds}, tmp_path / str(rounds), sizes)
+        lacking[rounds] = metrics(tmp_path / str(rounds), 'grpo/frac_reward_zero_std')
+        learnt[rounds] = metrics(tmp_path / str(rounds), 'grpo/learnt_share')
+    assert lacking[0][0] > 0
+    assert lacking[8] == [0.0, 0.0]
+    assert lacking[8][0] <= lacking[1][0] <= lacking[0][0]
+    assert learnt[8] == [1.0, 1.0]
+    asked = metrics(tmp_path / '8', 'grpo/resampled')
+    assert asked[0] >= round(4 * lacking[0][0])
+    assert metrics(tmp_path / '1', 'grpo/resampled')[0] == round(4 * lacking[0][0])
+    # The reward is that of the prompts as they were drawn.
+    assert metrics(tmp_path / '8', 'grpo/reward')[0] == metrics(tmp_path / '0', 'grpo/reward')[0]
+    go(keys | {'rl.resample': 8, 'train.steps': 1}, tmp_path / 'cut', sizes)
+    go(keys | {'rl.resample': 8}, tmp_path / 'cut', sizes)
+    assert exported(tmp_path / 'cut') == exported(tmp_path / '8')
+
+
+def test_without_a_penalty_there_is_no_reference_and_one_update_needs_no_scores(corpus, tmp_path):
+    """A step of one update learns the same whether its answers are scored before or not."""
+    keys = rl_recipe(corpus, 'grpo', train__steps=2, data__eval='', rl__kl_coef=0.0)
+    keys |= {'rl.epochs': 1, 'train.batch_size': 16}
+    _, run = go(keys, tmp_path / 'grpo')
+    assert run.task.reference is None
+    assert run.task.algorithm.one_update
+    assert not metrics(tmp_path / 'grpo', 'grpo/kl')
+    assert metrics(tmp_path / 'grpo', 'grpo/clip_fraction') == [0.0, 0.0]
+    assert metrics(tmp_path / 'grpo', 'grpo/approx_kl') == [0.0, 0.0]
+    occupancy = metrics(tmp_path / 'grpo', 'grpo/occupancy')
+    assert all(0 < share <= 1 for share in occupancy)
+
+
+@pytest.mark.parametrize('task', ['grpo', 'ppo'])
+def test_the_samplers_log_probabilities_serve_as_well_as_scores(corpus, tmp_path, monkeypatch, task):
+    """With a temperature; accelerators, which round factors, score the answers: the run is the same."""
+    keys = rl_recipe(corpus, task, train__steps=2, data__eval='', generate__temperature=0.7)
+    go(keys, tmp_path / 'sampled')
+    monkeypatch.setattr('jaxtune.rl.scoring.samples_as_it_trains', lambda model: False)
+    go(keys, tmp_path / 'scored')
+    for name in ('train/loss', 'train/grad_norm', f'{task}/entropy', f'{task}/clip_fraction'):
+        found = [metrics(tmp_path / which, name) for which in ('sampled', 'scored')]
+        np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
 def test_several_rewards_are_summed_and_logged_apart(corpus, tmp_path):
     keys = rl_recipe(corpus, 'grpo', train__steps=2, eval__every=2)
     keys['rl.reward'] = 'scores:letters:2.0,length:0.5,exact'
