@@ -14,6 +14,7 @@ from jaxtune import main
 from jaxtune.data import tokenizer as tokenizers
 from jaxtune.parallel import make_mesh
 from jaxtune.pretrained.load import load_model
+from jaxtune.recipe import recipes
 from jaxtune.recipe.flags import Command
 from jaxtune.tasks import ahead, evaluate, specs
 
@@ -133,3 +134,8 @@ def test_what_is_compiled_ahead_holds_the_teacher(corpus):
     sizes = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     assert found['distill'][0] - found['causal_lm'][0] == sum(sizes)
     assert found['distill'][1] > found['causal_lm'][1]
+
+
+def test_an_earlier_stage_may_be_the_teacher(corpus):
+    config = full_config({**recipe(corpus, 'distill'), 'distill.teacher': '@large'})
+    assert recipes.references(config) == {'large'}
