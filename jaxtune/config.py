@@ -132,6 +132,20 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'dpo.gamma': Key(0.5, number(0), 'simpo: reward margin'),
     'dpo.chosen_weight': Key(1.0, number(0), 'kto: weight of desirable answers'),
     'dpo.rejected_weight': Key(1.0, number(0), 'kto: weight of undesirable answers'),
+    'distill.teacher': Key('', path, "distill: teacher: folder, workdir, hub id, @STAGE; with the student's tokenizer"),
+    'distill.beta': Key(
+        0.0,
+        number(0, 1),
+        'distill: divergence from the teacher: 0 = forward KL, 1 = reverse KL, between = generalised Jensen-Shannon',
+    ),
+    'distill.temperature': Key(
+        1.0, number(above=0), "distill: both sides' logits are divided by it in the divergence, which is not rescaled"
+    ),
+    'distill.weight': Key(
+        0.5,
+        number(0, 1),
+        "distill: the loss is (1 - weight) x the data's cross-entropy + weight x the divergence; 1 = the teacher alone",
+    ),
     'custom': OpenSubtree('settings of your own objective, named as module:NAME'),
     'method.name': Key('full', plugin('jaxtune.methods:METHODS'), 'tuning method'),
     'method.rank': Key(16, integer(1, high=_WIDE), 'LoRA: rank of the update'),

@@ -90,6 +90,25 @@ class Reference:
     logps: Callable[[Model, Any, Batch, tuple[str, ...]], jax.Array]
 
 
+# Name under which a batch holds the teacher, a `models.frozen.FrozenModel`.
+TEACHER = 'teacher'
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen model that the loss asks in every step, and finds in its batch as `TEACHER`.
+
+    It has the tokenizer of the model that learns; whatever else it is, it is a decoder where that is one.
+
+    Attributes:
+      path: of the settings: the model's folder, workdir or hub id.
+      key: of the recipe, that names it.
+    """
+
+    path: Callable[[Settings], str]
+    key: str
+
+
 def _no_statistics(settings: Settings) -> None:
     return None
 
@@ -115,6 +134,7 @@ class Objective:
         before it, `(model, params, batch) -> {name: (sum, count)}`, or None; the loss finds the means in its batch by
         these names, and no gradient goes through them.
       reference: what it must know of a reference model.
+      teacher: what it asks in every step.
       summarise: `(sums, count) -> metrics` of an evaluation, where not the means.
       preview: `(rows, tokenizer) -> [(text, trained)]`, an example as the model will see it.
       rows_per_example: rows of the model that one row of a batch is.
@@ -139,6 +159,7 @@ class Objective:
     extra_vocab: Callable[[Settings, DataSpec, Any], int] = _no_extra_vocab
     statistics: Callable[[Settings], Callable[[Model, Any, Batch], dict[str, Any]] | None] = _no_statistics
     reference: Reference | None = None
+    teacher: Teacher | None = None
     summarise: Callable[[dict[str, float], float], dict[str, float]] | None = None
     preview: Callable[[Any, Any], Sequence[tuple[str, bool]]] | None = None
     rows_per_example: int = 1
@@ -163,6 +184,7 @@ OBJECTIVES = Registry(
         'sft': 'jaxtune.objectives.sft:OBJECTIVE',
         'reward': 'jaxtune.objectives.reward:OBJECTIVE',
         'dpo': 'jaxtune.objectives.dpo:OBJECTIVE',
+        'distill': 'jaxtune.objectives.distill:OBJECTIVE',
     },
 )
 

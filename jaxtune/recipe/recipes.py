@@ -26,7 +26,7 @@ MAY_CHANGE = ('log.', 'checkpoint.', 'mesh.', 'data.engine', 'data.workers', 'da
 
 
 # Groups of keys whose names stages may have: `sft.system` is the key, `sft.train.steps` the stage's.
-STAGES_TOO = ('sft', 'reward', 'dpo')
+STAGES_TOO = ('sft', 'reward', 'dpo', 'distill')
 
 
 def _unknown(path: str, prefix: str = '') -> UserError:
@@ -271,6 +271,7 @@ REFERENCES = (
     'data.eval',
     'sft.demonstrations',
     'dpo.reference',
+    'distill.teacher',
     'rl.reward',
 )
 

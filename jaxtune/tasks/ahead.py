@@ -24,7 +24,7 @@ from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.rules import with_shardings
 from jaxtune.parallel.topology import topology_devices, usable_bytes
 from jaxtune.pretrained.load import open_model, open_with_added, plan_tokens, with_new_tokens
-from jaxtune.tasks import specs
+from jaxtune.tasks import specs, teacher
 from jaxtune.tasks.speed import Speed, measure
 from jaxtune.training.flops import causal_flops_per_token, flops_per_token
 from jaxtune.training.program import Program, abstract_params, make_program
@@ -106,7 +106,8 @@ class Step:
 
     def _costed(self) -> tuple:
         spec = specs.objective(self.config).batch_spec()
-        return self.model, specs.method(self.config).method, self.config.data.seq_len, spec
+        asked = [frozen.model for frozen in self.program.shared.values()]
+        return self.model, specs.method(self.config).method, self.config.data.seq_len, spec, asked
 
     def attempts(self) -> Iterator[Attempt]:
         """Compiles with each number of micro-batches until one fits.
@@ -173,6 +174,7 @@ def open_step(config: Settings, mesh: Mesh, limit: int) -> Step:
             seed=config.seed,
             method=method,
             balance=specs.balance(config, mesh, model),
+            shared=teacher.shapes(config, mesh),
         )
     if config.optimizer.offload and not any(map(_on_host, jax.tree.leaves(program.placed['opt_state']))):
         console.note(

@@ -39,7 +39,7 @@ def run(config: Settings, workdir: pathlib.Path, command: Command) -> dict[str, 
     step = ahead.open_step(config, mesh, limit)
     opt_state = with_shardings(step.program.shapes['opt_state'], step.program.placed['opt_state'])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        info.flops_per_token = setup.training_flops(config, step.model, specs.objective(config))
+        info.flops_per_token = setup.training_flops(config, step.model, specs.objective(config), step.program.shared)
         info.describe_model(step.model, (step.trainable, step.frozen), step.trainable, opt_state)
         copied = copied_bytes((step.trainable, step.frozen, opt_state))
     attempt = None

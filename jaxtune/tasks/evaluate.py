@@ -17,7 +17,7 @@ from jaxtune.parallel import compiler_options, make_mesh
 from jaxtune.parallel.batches import check_batch
 from jaxtune.pretrained.load import ModelBundle, load_model
 from jaxtune.recipe.flags import Command
-from jaxtune.tasks import present, setup, specs
+from jaxtune.tasks import present, setup, specs, teacher
 from jaxtune.training.evaluator import Evaluator, make_evaluator
 from jaxtune.training.step import make_eval_step
 
@@ -51,7 +51,10 @@ def open_evaluator(config: Settings, workdir: pathlib.Path, mesh: Mesh, bundle: 
     step = jax.jit(step, compiler_options=compiler_options())
     statistics = objective.statistics(model)
     bounds = setup.position_bounds(config)
-    return make_evaluator(objective.objective, mesh, rows, step, batch_size, statistics, config.eval.batches, bounds)
+    shared = teacher.load(config, mesh)
+    return make_evaluator(
+        objective.objective, mesh, rows, step, batch_size, statistics, config.eval.batches, bounds, shared
+    )
 
 
 def score(evaluator: Evaluator, params: Any) -> dict[str, float]:

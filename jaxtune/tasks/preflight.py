@@ -6,7 +6,7 @@ Of weights only the headers are read, so that a large model takes no more memory
 import contextlib
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -23,6 +23,7 @@ from jaxtune.data.records import open_records
 from jaxtune.errors import UserError
 from jaxtune.generation.generator import Generator
 from jaxtune.generation.prompts import read_prompts
+from jaxtune.models.frozen import FrozenModel
 from jaxtune.parallel import make_mesh
 from jaxtune.pretrained import load
 from jaxtune.pretrained.save import merged
@@ -41,6 +42,7 @@ from jaxtune.tasks import (
     rewarded,
     setup,
     specs,
+    teacher,
     train,
 )
 from jaxtune.training.program import Learning
@@ -114,7 +116,10 @@ def _without_stages(config: Settings) -> list[str]:
                 next(iter(open_records(source.path, key)), None)
     if ':' in given.get('rl.reward', ''):
         rewarded.reward(config, mesh, weights=False)
-    return ['keys', *(key for key in given if key not in ('model.path', 'method.path', 'dpo.reference'))]
+    return [
+        'keys',
+        *(key for key in given if key not in ('model.path', 'method.path', 'dpo.reference', 'distill.teacher')),
+    ]
 
 
 def _described(bundle: load.ModelBundle) -> list[str]:
@@ -134,7 +139,7 @@ def _train(config: Settings, cache: pathlib.Path) -> list[str]:
         reference = objective.objective.reference
         if reference and (path := reference.path(objective.settings)):
             load.load_model(specs.other_model_spec(config, reference.key, path), mesh, weights=False)
-        _trace(config, mesh, bundle, objective)
+        _trace(config, mesh, bundle, objective, teacher.load(config, mesh, weights=False))
     return [*_described(bundle), *rows]
 
 
@@ -149,10 +154,16 @@ def _rows(config: Settings, bundle: load.ModelBundle, cache: pathlib.Path, split
     return facts
 
 
-def _trace(config: Settings, mesh: Mesh, bundle: load.ModelBundle, learning: Learning) -> None:
+def _trace(
+    config: Settings,
+    mesh: Mesh,
+    bundle: load.ModelBundle,
+    learning: Learning,
+    shared: Mapping[str, FrozenModel] | None = None,
+) -> None:
     """Traces an update: shapes that do not go together fail here. Nothing is compiled."""
     trainable, frozen = setup.split(config, bundle)
-    program = setup.program(config, mesh, bundle, trainable, learning, max(1, config.train.steps))
+    program = setup.program(config, mesh, bundle, trainable, learning, max(1, config.train.steps), shared)
     jax.eval_shape(
         program.train_step(specs.accumulate_at_least(config)), program.shapes, frozen, program.batch_shapes()
     )

@@ -10,7 +10,7 @@ from jaxtune.errors import UserError
 from jaxtune.pretrained.load import model_folder
 from jaxtune.recipe.recipes import config_get
 from jaxtune.rl import rewards
-from jaxtune.tasks import specs
+from jaxtune.tasks import specs, teacher
 
 
 def check(config: Settings) -> None:
@@ -26,6 +26,8 @@ def check(config: Settings) -> None:
     reference = objective.objective.reference if config.task == 'train' else None
     if reference and _is_given(path := reference.path(objective.settings) or ''):
         hub.resolve(model_folder(path, reference.key), reference.key)
+    if config.task in ('train', 'evaluate'):
+        teacher.check(config)
     if is_rewarded(config.task) and not config.rl.reward.startswith('@'):
         rewards.check(config.rl)
 

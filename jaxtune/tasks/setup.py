@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jaxtune.generation.generator import Generator
 from jaxtune.generation.prompts import read_prompts
 from jaxtune.methods import apply, reach
 from jaxtune.metrics import names
+from jaxtune.models.frozen import FrozenModel
 from jaxtune.objectives import OBJECTIVES, Objective, by_position
 from jaxtune.parallel import batch_shards, hosts
 from jaxtune.parallel.aot import compile_step
@@ -52,17 +54,26 @@ def run_info(config: Settings, command: Command, mesh: Mesh | None) -> RunInfo:
     return RunInfo(name, command.argv, str(command.recipe), mesh, tokens)
 
 
-def training_flops(config: Settings, bundle_model: Any, learning: Learning) -> float | None:
-    """FLOPs a token of training, None for a model without a formula."""
+def training_flops(
+    config: Settings, bundle_model: Any, learning: Learning, shared: Mapping[str, FrozenModel] | None = None
+) -> float | None:
+    """FLOPs a token of training, with those of what is asked; None for a model without a formula."""
     try:
         method = specs.method(config).method
-        return flops_per_token(bundle_model, method, config.data.seq_len, learning.batch_spec())
+        asked = [frozen.model for frozen in (shared or {}).values()]
+        return flops_per_token(bundle_model, method, config.data.seq_len, learning.batch_spec(), asked)
     except NotImplementedError:
         return None
 
 
 def program(
-    config: Settings, mesh: Mesh, bundle: ModelBundle, trainable: Any, learning: Learning, steps: int
+    config: Settings,
+    mesh: Mesh,
+    bundle: ModelBundle,
+    trainable: Any,
+    learning: Learning,
+    steps: int,
+    shared: Mapping[str, FrozenModel] | None = None,
 ) -> Program:
     """The update of a recipe over a model."""
     return make_program(
@@ -77,6 +88,7 @@ def program(
         method=specs.method(config),
         newly_initialized=bundle.newly_initialized,
         balance=specs.balance(config, mesh, bundle.model),
+        shared=shared,
     )
 
 

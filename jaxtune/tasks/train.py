@@ -15,13 +15,14 @@ from jaxtune.data.loader import Loader
 from jaxtune.data.mixture import Mixture
 from jaxtune.errors import UserError
 from jaxtune.metrics.writer import MetricsWriter
+from jaxtune.models.frozen import FrozenModel
 from jaxtune.objectives import OBJECTIVES, Objective
 from jaxtune.parallel import place
 from jaxtune.parallel.batches import check_batch
 from jaxtune.pretrained.load import load_model
 from jaxtune.pretrained.save import save_tuned
 from jaxtune.recipe.flags import Command
-from jaxtune.tasks import mesh_choice, present, setup, specs
+from jaxtune.tasks import mesh_choice, present, setup, specs, teacher
 from jaxtune.training import announce, divergence
 from jaxtune.training.evaluator import Evaluator, make_evaluator
 from jaxtune.training.logger import Diagnose, TrainLogger
@@ -82,6 +83,7 @@ class TrainTask:
       export: writes the model.
       counted: what the loss is a mean over.
       diagnose: what a loss that is not finite comes from.
+      shared: what the loss finds in every batch beside its rows.
     """
 
     title = 'train'
@@ -99,10 +101,11 @@ class TrainTask:
         export: Callable[[Any], None],
         counted: str,
         diagnose: Diagnose,
+        shared: Mapping[str, FrozenModel],
     ) -> None:
         self.step, self.frozen, self.loader, self.batch_size, self.mesh = step, frozen, loader, batch_size, mesh
         self.info, self.evaluator, self.samples, self._export = info, evaluator, samples, export
-        self.counted, self.diagnose = counted, diagnose
+        self.counted, self.diagnose, self.shared = counted, diagnose, shared
         self.evaluation_batches = len(evaluator) if evaluator else 0
 
     def batches(self, start: int, steps: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
@@ -112,7 +115,7 @@ class TrainTask:
     def update(self, state: State, batch: Any) -> tuple[State, Mapping[str, Any]]:
         """One update, begun: its metrics are still being computed."""
         with self.info.timed('step'):
-            return self.step(state, self.frozen, batch)
+            return self.step(state, self.frozen, batch | self.shared)
 
     def evaluate(self, state: State, step: int, advance: Callable[[], None]) -> dict[str, float]:
         """Metrics of the held-out rows."""
@@ -169,6 +172,7 @@ def open_trainer(
     objective, method, cache = specs.objective(config), specs.method(config), workdir / 'cache'
     with info.timed('load'):
         bundle = load_model(specs.model_spec(config), mesh)
+        shared = teacher.load(config, mesh)
     reference = setup.reference_logps(config, mesh, bundle, cache)
     vocab_size = bundle.model.config.vocab_size
     with info.timed('data'):
@@ -182,9 +186,9 @@ def open_trainer(
 
     reached = setup.reached(config, bundle)
     trainable, frozen = setup.split(config, bundle)
-    program = setup.program(config, mesh, bundle, trainable, objective, steps)
+    program = setup.program(config, mesh, bundle, trainable, objective, steps, shared)
     state = program.init_state(trainable)
-    info.flops_per_token = setup.training_flops(config, bundle.model, objective)
+    info.flops_per_token = setup.training_flops(config, bundle.model, objective, shared)
     info.describe_model(bundle.model, bundle.params, trainable, state['opt_state'])
     with info.timed('compile'):
         accumulate, step = setup.compiled_step(config, mesh, program, state, frozen)
@@ -204,6 +208,7 @@ def open_trainer(
             program.statistics,
             config.eval.batches,
             setup.position_bounds(config),
+            shared,
         )
     samples = setup.sample_callback(config, mesh, bundle, workdir)
     metric = config.eval.metric
@@ -227,6 +232,7 @@ def open_trainer(
         lambda params: save_tuned(workdir, method, bundle, params, config.export.dtype),
         objective.objective.counted,
         diagnose,
+        shared,
     )
     trainer = Trainer(
         task,

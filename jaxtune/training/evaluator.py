@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtune.data.loader import Loader
 from jaxtune.data.mixture import Mixture
 from jaxtune.errors import UserError
+from jaxtune.models.frozen import FrozenModel
 from jaxtune.objectives import Objective, by_position
 from jaxtune.parallel import compiler_options, place
 from jaxtune.parallel.batches import check_rows
@@ -42,6 +43,7 @@ class Evaluator:
       counted: what the loss is a mean over.
       summarise: makes metrics of the sums that the step gives beside the loss, and their count.
       constants: further metrics, which need no model.
+      shared: what the loss finds in every batch beside its rows.
     """
 
     step: Callable
@@ -55,6 +57,7 @@ class Evaluator:
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     statistics: Callable | None = None
     bounds: np.ndarray | None = None
+    shared: Mapping[str, FrozenModel] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(map(self._count, self.loaders.values()))
@@ -72,12 +75,12 @@ class Evaluator:
         Raises:
           UserError: there is nothing that could be scored.
         """
-        added: dict[str, Any] = {}
+        added: dict[str, Any] = dict(self.shared)
         if self.bounds is not None:
             added[by_position.EDGES] = self.bounds[:-1].astype(np.int32)
         statistics = self.statistics
         if statistics is not None:
-            sums = self._sums(lambda batch: statistics(trainable, frozen, batch))
+            sums = self._sums(lambda batch: statistics(trainable, frozen, batch | self.shared))
             sums = functools.reduce(_added_sums, sums.values())
             added |= {name: np.float32(total / max(count, 1.0)) for name, (total, count) in sums.items()}
         sums = self._sums(lambda batch: self.step(trainable, frozen, batch | added), advance)
@@ -151,6 +154,7 @@ def make_evaluator(
     statistics: Statistics | None = None,
     batches: int = 0,
     bounds: np.ndarray | None = None,
+    shared: Mapping[str, FrozenModel] | None = None,
 ) -> Evaluator:
     """An `Evaluator` over held-out rows.
 
@@ -163,6 +167,7 @@ def make_evaluator(
       statistics: what the loss must know of all rows before it.
       batches: at most so many, of each source; 0 = all.
       bounds: of buckets of positions, as for `Evaluator`.
+      shared: what the loss finds in every batch beside its rows.
 
     Raises:
       UserError: the mesh does not divide the batch.
@@ -185,5 +190,6 @@ def make_evaluator(
         summarise=objective.summarise,
         constants=getattr(rows, 'baselines', {}),  # means, which a mixture's sources do not add up to
         bounds=bounds,
+        shared=shared or {},
         statistics=statistics and jax.jit(make_statistics(statistics), compiler_options=compiler_options()),
     )

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtune.common.settings import Settings
 from jaxtune.methods import BoundMethod, apply
 from jaxtune.models import Model
+from jaxtune.models.frozen import FrozenModel
 from jaxtune.optim import offload
 from jaxtune.optim.optimizers import make_optimizer, schedule
 from jaxtune.parallel import batch_sharding, compiler_options, match_rules, shardings, state_specs
@@ -57,6 +58,7 @@ class Program:
       shapes: the state as `jax.ShapeDtypeStruct`s.
       placed: the state's shardings.
       balance: how experts are kept evenly used.
+      shared: what the loss finds in every batch beside its rows: a frozen model that it asks, arrays or shapes.
     """
 
     mesh: Mesh
@@ -70,6 +72,7 @@ class Program:
     shapes: Any
     placed: Any
     balance: Balance
+    shared: Mapping[str, FrozenModel] = dataclasses.field(default_factory=dict)
 
     def loss(self, params: Any, batch: Mapping[str, jax.Array], rng: jax.Array | None) -> Sums:
         """The loss of this model, as sums."""
@@ -86,14 +89,15 @@ class Program:
         step = jax.device_put(np.zeros((), np.int32), self.placed['step'])
         return {'step': step, 'trainable': trainable, 'opt_state': opt_state}
 
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The global batch of an update, with where it lies."""
-        return {
+    def batch_shapes(self) -> dict[str, Any]:
+        """The global batch of an update, with where it lies, and what is shared."""
+        rows = {
             name: jax.ShapeDtypeStruct(
                 (self.batch_size, *field.shape), field.dtype, sharding=batch_sharding(self.mesh, 1 + len(field.shape))
             )
             for name, field in self.learning.batch_spec().items()
         }
+        return {**rows, **self.shared}
 
     def train_step(self, accumulate: int) -> Any:
         """The jitted update `(state, frozen, batch) -> (state, metrics)`; the state is donated."""
@@ -137,6 +141,7 @@ def make_program(
     method: BoundMethod | None = None,
     newly_initialized: frozenset[str] = frozenset(),
     balance: Balance | None = None,
+    shared: Mapping[str, FrozenModel] | None = None,
 ) -> Program:
     """The program of a run.
 
@@ -152,6 +157,7 @@ def make_program(
       method: which may have learning rates of its own.
       newly_initialized: paths of parameters that the loaded model lacked.
       balance: how experts are kept evenly used; None = left alone.
+      shared: what the loss finds in every batch beside its rows.
 
     Raises:
       UserError: an optimizer or sharding that cannot be.
@@ -165,7 +171,7 @@ def make_program(
     placed = shardings({'step': P(), 'trainable': specs, 'opt_state': opt_specs}, mesh)
     if optimizer.offload:
         placed['opt_state'] = offload.on_host(shapes['opt_state'], placed['opt_state'])
-    return Program(mesh, model, learning, optimizer, rule, steps, batch_size, seed, shapes, placed, kept)
+    return Program(mesh, model, learning, optimizer, rule, steps, batch_size, seed, shapes, placed, kept, shared or {})
 
 
 def abstract_params(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from jaxtune.models.frozen import FrozenModel
 from jaxtune.optim.offload import scaled
 from jaxtune.optim.optimizers import clip_factor
 from jaxtune.optim.stochastic_rounding import apply_updates
@@ -18,7 +19,8 @@ from jaxtune.weights.tree import combine
 
 # {'step': int32, 'trainable': tree, 'opt_state': tree}: what an update changes, and so what a checkpoint holds.
 State = dict[str, Any]
-Batch = Mapping[str, jax.Array]
+# Rows, and what is the same for all of them: a `FrozenModel` that the loss asks.
+Batch = Mapping[str, Any]
 Sums = tuple[jax.Array, jax.Array, dict[str, Any]]
 Loss = Callable[[Any, Batch, jax.Array | None], Sums]
 # `(params, batch) -> {name: (sum, count)}`; see `objectives`.
@@ -55,13 +57,16 @@ def mean(value: Any, count: jax.Array) -> jax.Array:
     return total / count
 
 
-def _whole_means(statistics: Statistics, params: Any, batches: Batch, accumulate: int) -> dict[str, jax.Array]:
-    """Means over all micro-batches, which no gradient goes through."""
+def _whole_means(
+    statistics: Statistics, params: Any, batches: Batch, whole: Batch, accumulate: int
+) -> dict[str, jax.Array]:
+    """Means over all micro-batches, which no gradient goes through; `whole` is the same for all of them."""
     params = jax.lax.stop_gradient(eval_mode(params))
     if accumulate == 1:
-        sums = statistics(params, batches)
+        sums = statistics(params, {**batches, **whole})
     else:
-        sums = jax.tree.map(lambda x: x.sum(0), jax.lax.map(lambda batch: statistics(params, batch), batches))
+        asked = jax.lax.map(lambda batch: statistics(params, {**batch, **whole}), batches)
+        sums = jax.tree.map(lambda x: x.sum(0), asked)
     return {name: total / jnp.maximum(count, 1.0) for name, (total, count) in sums.items()}
 
 
@@ -86,18 +91,21 @@ def gradients(
         return total, (total, count, metrics)
 
     grad = jax.grad(summed, has_aux=True)
-    micro = batch if accumulate == 1 else _micro_batches(batch, accumulate)
-    means = _whole_means(statistics, combine(trainable, frozen), micro, accumulate) if statistics else {}
+    whole = {name: value for name, value in batch.items() if isinstance(value, FrozenModel)}
+    rows = {name: value for name, value in batch.items() if name not in whole}
+    micro = rows if accumulate == 1 else _micro_batches(rows, accumulate)
+    if statistics is not None:
+        whole |= _whole_means(statistics, combine(trainable, frozen), micro, whole, accumulate)
     if accumulate == 1:
-        return grad(trainable, {**batch, **means}, rng)
+        return grad(trainable, {**rows, **whole}, rng)
     rngs = jax.random.split(rng, accumulate)
-    shapes = jax.eval_shape(grad, trainable, {**jax.tree.map(lambda x: x[0], micro), **means}, rng)
+    shapes = jax.eval_shape(grad, trainable, {**jax.tree.map(lambda x: x[0], micro), **whole}, rng)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes)
 
     def add(sums: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         batch, rng = xs
         return jax.tree.map(
-            lambda total, part: total + part.astype(total.dtype), sums, grad(trainable, {**batch, **means}, rng)
+            lambda total, part: total + part.astype(total.dtype), sums, grad(trainable, {**batch, **whole}, rng)
         ), None
 
     return jax.lax.scan(add, zeros, (micro, rngs))[0]

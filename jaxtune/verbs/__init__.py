@@ -37,6 +37,11 @@ VERBS: Mapping[str, Verb] = {
     'qlora': Verb('the same beside a model of four bits a weight', 'qlora', _TUNED),
     'reward': Verb('train a reward model on pairs of answers', 'reward_model', _TUNED),
     'dpo': Verb('let a model prefer the better of two answers', 'dpo', _TUNED),
+    'distill': Verb(
+        'let a model learn what a larger one says of every token',
+        'distill',
+        {'MODEL': 'model.path', 'DATA': 'data.train', 'TEACHER': 'distill.teacher', '[HELD_OUT]': 'data.eval'},
+    ),
     'ppo': Verb(
         'let a model write what a reward model prefers',
         'ppo',

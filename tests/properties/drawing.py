@@ -12,8 +12,9 @@ from jaxtune import models
 from jaxtune.methods import apply
 from jaxtune.methods.new_tokens import NewTokens, grow
 from jaxtune.models import value_head
+from jaxtune.models.frozen import FrozenModel
 from jaxtune.models.model import leaf_paths
-from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives import OBJECTIVES, TEACHER
 from jaxtune.parallel import AXES, make_mesh, match_rules, place_all, shardings
 from jaxtune.recipe import recipes
 from jaxtune.tasks import specs
@@ -81,6 +82,7 @@ LEARNING = {
     'kto': (DECODERS, {'objective': 'dpo', 'dpo.loss': 'kto'}),
     'orpo': (DECODERS, {'objective': 'dpo', 'dpo.loss': 'orpo'}),
     'simpo': (DECODERS, {'objective': 'dpo', 'dpo.loss': 'simpo'}),
+    'distill': (DECODERS, {'objective': 'distill', 'distill.beta': 0.3, 'distill.temperature': 1.5}),
     'masked_lm': (ENCODERS, {'objective': 'masked_lm'}),
     'classification': (ENCODERS, {'objective': 'classification'}),
     'seq2seq': (ENCDECS, {'objective': 'seq2seq', 'data.target_len': 8}),
@@ -91,7 +93,7 @@ LEARNING = {
 REWARDED = ('ppo', 'grpo')
 CASES = tuple((family, name) for name, (families, _) in LEARNING.items() for family in families)
 # Several segments may share a row.
-PACKED = ('causal_lm', 'sft', 'masked_lm', 'seq2seq', 'span_corruption', 'ppo', 'grpo')
+PACKED = ('causal_lm', 'sft', 'distill', 'masked_lm', 'seq2seq', 'span_corruption', 'ppo', 'grpo')
 
 METHODS = {
     'full': {},
@@ -165,6 +167,17 @@ def learning_of(c):
     """The bound objective or algorithm."""
     config = config_of(c)
     return specs.bound_algorithm(config) if c.learning in REWARDED else specs.objective(config)
+
+
+@functools.cache
+def shared_of(c, sizes=ONE):
+    """What a batch holds beside its rows: the teacher, wider and shallower than the students, on a mesh."""
+    if c.learning != 'distill':
+        return {}
+    fields = FAMILIES['qwen3'] | {'hidden_size': 24, 'num_hidden_layers': 1}
+    model, mesh = models.build(models.read_config(fields)), mesh_of(sizes)
+    params = _initialise(model)
+    return {TEACHER: FrozenModel(model, jax.device_put(params, shardings(match_rules(params, mesh), mesh)))}
 
 
 def method_of(c):
@@ -283,6 +296,7 @@ class Run:
             self.program = make_program(
                 self.mesh, model_of(c), trainable, learning_of(c), optimizer=config_of(c).optimizer, steps=4,
                 batch_size=ROWS, seed=0, method=method_of(c), newly_initialized=fresh_of(c),
+                shared=shared_of(c, c.mesh),
             )  # fmt: skip
             self.step = self.program.train_step(accumulate)
 
@@ -300,7 +314,8 @@ class Run:
         found = []
         with jax.set_mesh(self.mesh):
             for number in numbers:
-                state, metrics = self.step(state, self.frozen, place_all(batch_of(self.c, number), self.mesh))
+                batch = place_all(batch_of(self.c, number), self.mesh) | shared_of(self.c, self.c.mesh)
+                state, metrics = self.step(state, self.frozen, batch)
                 found.append(jax.tree.map(float, metrics))
         return state, found
 

@@ -27,6 +27,7 @@ from drawing import (
     run_of,
     segment,
     shapes_of,
+    shared_of,
     to_numpy,
 )
 
@@ -44,10 +45,13 @@ DIVIDED += [
     Combination('deepseek_v3', 'causal_lm', 'lora', (1, 1, 1, 1, 4)),
     Combination('qwen3_moe', 'sft', 'qlora', (1, 2, 2, 1, 2)),
     Combination('deepseek_v3', 'dpo', 'full', (1, 2, 1, 1, 4)),
+    Combination('gpt2', 'distill', 'full', (2, 2, 2, 1)),
+    Combination('llama', 'distill', 'qlora', (1, 4, 1, 2)),
 ]
 UPDATED = [*DIVIDED, *draw(1, 2, optimizers=OPTIMIZERS)]
 # An encoder's prompt sees the text, and serves one segment alone.
 PACKABLE = [
+    Combination('llama', 'distill', 'lora'),
     *draw(5, 2, [case for case in CASES if case[1] in PACKED and case[0] in DECODERS]),
     *draw(
         6, 3, [case for case in CASES if case[1] in PACKED and case[0] not in DECODERS], sorted({*METHODS} - {'prompt'})
@@ -77,7 +81,7 @@ def test_loss_accepts_what_batch_spec_promises(c):
             means = {}
             if statistics is not None:
                 means = {name: total / count for name, (total, count) in statistics(params, batch).items()}
-            return learning_of(c).loss(model, params, batch | means, rng)
+            return learning_of(c).loss(model, params, batch | means | shared_of(c), rng)
 
         total, count, sums = jax.eval_shape(loss, shapes_of(c), batch)
         for value in jax.tree.leaves((total, count, sums)):
@@ -102,7 +106,9 @@ def test_gradients_are_of_the_trainable_leaves_alone(c):
 
     def found(trainable, frozen, batch):
         loss = lambda params, batch, rng: learning.loss(model, params, batch, rng)  # noqa: E731
-        return gradients(loss, trainable, frozen, batch, jax.random.key(0), 1, learning.statistics(model))[0]
+        return gradients(
+            loss, trainable, frozen, batch | shared_of(c), jax.random.key(0), 1, learning.statistics(model)
+        )[0]
 
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(found, trainable, frozen, batch_of(c, 0)), trainable)
 
@@ -174,7 +180,7 @@ def test_packed_rows_are_rows_of_their_own(c):
     segments = [segment(spec, rng, LENGTH // 2) for _ in range(ROWS)]
     packed = lay_out(spec, [segments[at : at + 2] for at in range(0, ROWS, 2)])  # and as many empty rows
     apart = lay_out(spec, [[one] for one in segments])
-    loss = jax.jit(lambda params, batch: learning.loss(model, eval_mode(params), batch, None))
+    loss = jax.jit(lambda params, batch: learning.loss(model, eval_mode(params), batch | shared_of(c), None))
     found, expected = loss(random_of(c), packed), loss(random_of(c), apart)
     # T5 adds its biases of positions to scores that it does not scale: a little more rounding.
     chex.assert_trees_all_close(found, expected, rtol=1e-4 if c.family in ENCDECS else 2e-5, atol=1e-4)

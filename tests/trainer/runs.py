@@ -7,6 +7,9 @@ import jax
 from child import Child
 from ml_collections import ConfigDict
 
+from jaxtune import models
+from jaxtune.data import tokenizer as tokenizers
+from jaxtune.models import hf
 from jaxtune.models.safetensors import read_header
 from jaxtune.parallel import AXES, make_mesh
 from jaxtune.recipe import recipes
@@ -45,6 +48,7 @@ MODELS = {
     'sft': _LLAMA,
     'reward': _LLAMA,
     'dpo': _LLAMA,
+    'distill': _LLAMA,
 }
 # The keys it needs beside those that all have.
 KEYS = {
@@ -56,6 +60,16 @@ KEYS = {
     'seq2seq': {'data.source_key': 'text', 'data.target_key': 'text', 'data.target_len': 48, 'optimizer.lr': 5e-3},
 }
 OBJECTIVES = tuple(MODELS)
+
+
+def teacher(folder: pathlib.Path, name: str = 'teacher', **fields) -> pathlib.Path:
+    """A model folder in a folder, made once: of another family than the students, wider, with their tokenizer."""
+    if not (folder / name / 'model.safetensors').is_file():
+        fields = {'model_type': 'qwen3', 'hidden_size': 48, 'head_dim': 16, 'num_hidden_layers': 1} | fields
+        model = models.build(models.read_config({**_LLAMA, 'vocab_size': 320, 'initializer_range': 0.3, **fields}))
+        hf.save(folder / name, model, jax.jit(model.init)(jax.random.key(1)))
+        tokenizers.load('bytes').save_pretrained(str(folder / name))
+    return folder / name
 
 
 def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dict:
@@ -76,6 +90,7 @@ def recipe(corpus: pathlib.Path, objective: str = 'causal_lm', **changes) -> dic
         'optimizer.warmup_steps': 3,
         'log.every': 1,
         **KEYS.get(objective, {}),
+        **({'distill.teacher': str(teacher(corpus))} if objective == 'distill' else {}),
         **{name.replace('__', '.'): value for name, value in changes.items()},
     }
 
