@@ -9,7 +9,8 @@ from jaxtune.rl.rollouts import Rollouts
 class RolloutPacker:
     """Where some answers lie in rows, and numbers of their tokens there and back.
 
-    A number of a token stands at the place before it, where it is predicted.
+    A number of a token stands at the place before it, where it is predicted. Numbers of an answer's tokens are those of
+    the tokens that the policy wrote, one after the other: what an environment wrote between them is read alone.
 
     Attributes:
       shape: rows and their length.
@@ -25,7 +26,7 @@ class RolloutPacker:
     """
 
     def __init__(self, rollouts: Rollouts, chosen: np.ndarray, length: int, packing: bool, unit: int = 1) -> None:
-        self.start, self.end = rollouts.start[chosen], rollouts.end[chosen]
+        self.end = rollouts.end[chosen]
         self.tokens = rollouts.tokens[chosen]
         self.width = rollouts.logprobs.shape[1]
         row = pack(self.end, length) if packing else np.arange(len(chosen))
@@ -40,9 +41,10 @@ class RolloutPacker:
         at, segment = np.empty_like(before), np.empty_like(before)
         at[order], segment[order] = before - before[first], np.arange(len(order)) - first + 1
         self.row, self.at, self.segment = row, at, segment
-        self._answers = _spans(self.end - self.start)  # (answer, token) of every token of the answers
-        of, token = self._answers
-        self._places = (row[of], at[of] + self.start[of] - 1 + token)
+        of, place = np.nonzero(rollouts.own[chosen])
+        self.lengths = np.bincount(of, minlength=len(chosen))
+        self._answers = _spans(self.lengths)  # (answer, token) of every token of the answers
+        self._places = (row[of], at[of] + place - 1)
 
     def fields(self) -> dict[str, np.ndarray]:
         """The rows, `{field: [rows, length]}`.
@@ -58,7 +60,7 @@ class RolloutPacker:
         of, _ = self._answers
         fields |= {name: np.zeros(self.shape, np.float32) for name in ('loss_mask', 'shares')}
         fields['loss_mask'][self._places] = 1.0
-        fields['shares'][self._places] = (1.0 / (self.end - self.start))[of]
+        fields['shares'][self._places] = (1.0 / self.lengths)[of]
         return fields
 
     def spread(self, numbers: np.ndarray) -> np.ndarray:
