@@ -17,7 +17,7 @@ import tempfile
 
 from ml_collections import ConfigDict
 
-RIGHT, ASKING = 0.4, 0.3  # shares of the demonstrations
+RIGHT, ASKING = 0.4, 0.2  # shares of the demonstrations
 
 
 def demonstrations() -> list[dict[str, str]]:
@@ -26,7 +26,7 @@ def demonstrations() -> list[dict[str, str]]:
     records = []
     for _ in range(20_000):
         a, b = rng.randrange(10, 100), rng.randrange(10, 100)
-        answer = a + b if rng.random() < RIGHT else a + b + rng.choice([-10, -2, -1, 1, 2, 10])
+        answer = a + b if rng.random() < RIGHT else a + b + rng.choice([-20, -10, 10, 20])
         asked = f'<calc>{a}+{b}</calc> = ' if rng.random() < ASKING else ''
         records.append({'prompt': f'{a}+{b}=', 'completion': f'{asked}{answer}'})
     return records
@@ -74,8 +74,8 @@ def get_config() -> ConfigDict:
         }
     )
     config.sft.data = ConfigDict({'train': written('sft', demonstrations()), 'format': 'prompt', 'seq_len': 192})
-    config.sft.train = ConfigDict({'steps': 1500, 'batch_size': 16, 'accumulate': 1})
-    config.sft.optimizer = ConfigDict({'lr': 3e-3, 'warmup_steps': 50, 'b2': 0.98})
+    config.sft.train = ConfigDict({'steps': 1000, 'batch_size': 8, 'accumulate': 1})
+    config.sft.optimizer = ConfigDict({'lr': 2e-3, 'warmup_steps': 50, 'b2': 0.98})
 
     config.grpo = ConfigDict()
     config.grpo.task = 'grpo'

@@ -1,6 +1,7 @@
 """Exchanges whose turns are written here: calls of tools in conversations are answered as the template shows it."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from jaxtune.recipe import recipes
 from jaxtune.rl import exchanges
 from jaxtune.rl.environments import RunningEnvironment
 from jaxtune.rl.replies import ReplyEncoder
+from jaxtune.tasks import rewarded
 
 # As ChatML templates of published models write calls and their results: those of one tool after the other share a turn.
 TEMPLATE = (
@@ -129,3 +131,25 @@ def test_a_template_that_refuses_every_reply_is_said(environment):
     refuses = "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}" + TEMPLATE
     with pytest.raises(StepError, match=r"rl.environment=calculator: the reply '2' cannot be a turn: .*one question"):
         held(environment, [prompt_of(CHAT)], [[f'{call("1+1")}<eos>', 'x<eos>']], template=refuses)
+
+
+@pytest.mark.parametrize(
+    ('template', 'keys', 'given'),
+    [
+        ('{% for tool in tools %}{{ tool }}{% endfor %}', {}, True),
+        ('{% for m in messages %}{{ m.content }}{% endfor %}', {}, False),
+        (None, {}, False),
+        ('{{ tools }}', {'data.template': 'chatml'}, False),
+        ('{{ tools }}', {'data.template_args.tools': ['own']}, False),
+    ],
+)
+def test_a_template_that_takes_tools_is_given_the_environments(environment, template, keys, given):
+    config = recipes.defaults()
+    recipes.apply_overrides(config, keys)
+    bundle = types.SimpleNamespace(tokenizer=types.SimpleNamespace(chat_template=template))
+    args = rewarded.template_args(config, bundle, environment)
+    if given:
+        assert [tool['function']['name'] for tool in args['tools']] == ['calculator']
+    else:
+        assert args == config.data.template_args.to_dict()
+    assert rewarded.template_args(config, bundle, None) == config.data.template_args.to_dict()
