@@ -356,7 +356,9 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
         'reward: a reward model (workdir, folder, @STAGE), module:function, file.py:function, math, format, exact, '
         'length, code; or several with weights, NAME:WEIGHT,NAME:WEIGHT',
     ),
-    'rl.reward_timeout': Key(600.0, number(above=0), 'time limit of a reward function per step, in seconds'),
+    'rl.reward_timeout': Key(
+        600.0, number(above=0), 'time limit of a reward function, or an environment, per call, in seconds'
+    ),
     'rl.format_pattern': Key(
         'think', pattern, 'format: tags in their order, such as think,answer; or a regular expression of whole answers'
     ),
@@ -368,6 +370,13 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'rl.code_unsafe': Key(
         False, boolean, 'code: run programs without namespaces where the system has none: they can read and send files'
     ),
+    'rl.environment': Key(
+        '',
+        plugin('', 'jaxtune.rl:ENVIRONMENTS'),
+        'what answers the turns of a completion: calculator, python, guess, module:NAME or file.py:NAME; its rewards '
+        "are added to rl.reward, which may then be ''",
+    ),
+    'rl.max_turns': Key(8, integer(1, high=1024), 'environment: turns of the model at most'),
     'rl.rollouts': Key(64, integer(1, high=_WIDE), 'completions sampled per step'),
     'rl.group': Key(8, integer(2, high=_WIDE), 'completions per prompt, but with rl.advantage=gae'),
     'rl.advantage': Key(

@@ -79,7 +79,8 @@ def plugin(*choices: str) -> Check:
             place, _, attribute = value.rpartition(':')
             if value in names or (place and attribute.isidentifier() and path(place)):
                 return value
-        raise ExpectedError(f'one of {", ".join(names)}, or module:NAME of your own{_nearest(value, names)}')
+        shown = ', '.join(name or '(empty)' for name in names)
+        raise ExpectedError(f'one of {shown}, or module:NAME of your own{_nearest(value, names)}')
 
     return check
 
@@ -229,7 +230,9 @@ def names(value: Any) -> str | tuple[str, ...]:
 
 def names_if_any(value: Any) -> str | tuple[str, ...]:
     """As `names`, or none of them."""
-    return names(value) if value else ''
+    if value is None or (isinstance(value, str | tuple | list) and not value):
+        return ''
+    return names(value)
 
 
 def counts(value: Any) -> tuple[int, ...]:

@@ -64,6 +64,7 @@ class SlotSampler:
       root: the key that those of the answers are made of.
       policy: the parameters, of the trees that a call gets; default: the one tree.
       least_room: tokens that the cache begins with; it doubles where they are too few.
+      watch: the automaton of texts that end an answer too, `stop_texts.automaton`.
     """
 
     def __init__(
@@ -75,16 +76,20 @@ class SlotSampler:
         root: jax.Array,
         policy: Callable[..., Any] = lambda params: params,
         least_room: int = _LEAST_ROOM,
+        watch: np.ndarray | None = None,
     ) -> None:
         self.model, self.sampling, self.mesh, self.count = model, sampling, mesh, count
         self.root, self.policy, self.least_room = root, policy, least_room
         self.usage = Usage(count)
+        self.watch = None if watch is None else self._whole(watch)
 
         def begin(sizes: slots.Slots, trees: Sequence[Any], queue: slots.Queue) -> slots.State:
             return self._placed(slots.begin(model, sampling, sizes, policy(*trees), queue))
 
-        def advance(trees: Sequence[Any], queue: slots.Queue, state: slots.State) -> tuple[slots.State, jax.Array]:
-            state = slots.advance(model, sampling, policy(*trees), root, queue, state)
+        def advance(
+            trees: Sequence[Any], queue: slots.Queue, state: slots.State, watch: jax.Array | None
+        ) -> tuple[slots.State, jax.Array]:
+            state = slots.advance(model, sampling, policy(*trees), root, queue, state, watch)
             return self._placed(state), slots.finished(state, queue)
 
         def grow(room: int, state: slots.State) -> slots.State:
@@ -102,6 +107,8 @@ class SlotSampler:
         counts: Sequence[int] | None = None,
         numbers: Sequence[int] | None = None,
         width: int = 0,
+        firsts: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> Completions:
         """Answers `[answers]` in the prompts' order, those to one prompt together, as NumPy arrays.
 
@@ -111,6 +118,8 @@ class SlotSampler:
           counts: how many answers each gets, at least 1; default: one.
           numbers: of the prompts, for the answers' keys; default: 0, 1, …
           width: tokens that prompts are padded to at least, so that several calls have one shape.
+          firsts: of each prompt, the number of its first answer, for the answers' keys; default: 0.
+          limits: tokens of an answer to each prompt at most; default: as many as the sampling has.
         """
         started = time.perf_counter()
         # Prompts that are read together have similar lengths, and the longest answers do not begin last.
@@ -118,15 +127,16 @@ class SlotSampler:
         prompts = [prompts[i] for i in order]
         counts = [counts[i] if counts else 1 for i in order]
         numbers = [numbers[i] if numbers else i for i in order]
+        firsts = [firsts[i] if firsts else 0 for i in order]
+        limits = [limits[i] if limits else self.sampling.max_new_tokens for i in order]
         shards = batch_shards(self.mesh)
         reads = -(-min(self.count, -(-self.count // max(counts))) // shards) * shards
-        queue = self._queue(prompts, counts, numbers, reads, width)
-        whole = NamedSharding(self.mesh, P())
-        placed = slots.Queue(*(jax.make_array_from_process_local_data(whole, x, x.shape) for x in queue))
+        queue = self._queue(prompts, counts, numbers, firsts, limits, reads, width)
+        placed = slots.Queue(*map(self._whole, queue))
         rooms = self._rooms(placed.prompts.shape[1])
         state = self._begin(slots.Slots(self.count, reads, rooms[0]), trees, placed)
         for room, following in zip(rooms, [*rooms[1:], None], strict=True):
-            state, done = self._advance(trees, placed, state)
+            state, done = self._advance(trees, placed, state, self.watch)
             if bool(done):
                 break
             assert following is not None  # as the last room is enough for the longest answer
@@ -142,7 +152,14 @@ class SlotSampler:
         return found
 
     def _queue(
-        self, prompts: Sequence[list[int]], counts: Sequence[int], numbers: Sequence[int], reads: int, width: int
+        self,
+        prompts: Sequence[list[int]],
+        counts: Sequence[int],
+        numbers: Sequence[int],
+        firsts: Sequence[int],
+        limits: Sequence[int],
+        reads: int,
+        width: int,
     ) -> tuple[np.ndarray, ...]:
         """The fields of the queue, in shapes of which there are few."""
         wanted = sum(counts)
@@ -154,8 +171,14 @@ class SlotSampler:
         room = (0, self.count * _power(-(-wanted // self.count)) - wanted)
         prompt = np.pad(np.repeat(np.arange(len(prompts), dtype=np.int32), counts), room)
         number = np.pad(np.repeat(np.asarray(numbers, np.int32), counts), room)
-        sample = np.pad(np.concatenate([np.arange(count, dtype=np.int32) for count in counts]), room)
-        return ids, lengths, prompt, number, sample, np.asarray(wanted, np.int32)
+        own = [np.arange(first, first + count, dtype=np.int32) for first, count in zip(firsts, counts, strict=True)]
+        sample = np.pad(np.concatenate(own), room)
+        limit = np.pad(np.repeat(np.asarray(limits, np.int32), counts), room, constant_values=1)
+        return ids, lengths, prompt, number, sample, limit, np.asarray(wanted, np.int32)
+
+    def _whole(self, x: np.ndarray) -> jax.Array:
+        """An array that every device holds."""
+        return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P()), x, x.shape)
 
     def _rooms(self, width: int) -> list[int]:
         """What the cache has room for, at first and each time that it grows."""

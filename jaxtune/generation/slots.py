@@ -32,6 +32,7 @@ class Queue(NamedTuple):
       prompt: `[answers]` int32, which prompt each answers, rising by 0 or 1.
       number: `[answers]` int32, the prompt's number in the data, for its key.
       sample: `[answers]` int32, the answer's number among those to its prompt, for its key.
+      limit: `[answers]` int32, tokens that each may have, at least 1.
       wanted: int32, how many answers there are; the rest of the arrays is padding.
     """
 
@@ -40,6 +41,7 @@ class Queue(NamedTuple):
     prompt: jax.Array
     number: jax.Array
     sample: jax.Array
+    limit: jax.Array
     wanted: jax.Array
 
 
@@ -87,6 +89,7 @@ def begin(model: Model, sampling: Sampling, sizes: Slots, params: Any, queue: Qu
             'made': none,
             'now': none + sampling.pad_id,
             'running': none.astype(bool),
+            'match': none,
         },
         'done': Completions(
             jnp.full((answers, limit), sampling.pad_id, jnp.int32),
@@ -113,7 +116,15 @@ def grow(cache: kv_cache.Cache, room: int) -> kv_cache.Cache:
     return {**cache, **{name: jax.tree.map(padded, cache[name]) for name in ('k', 'v')}}
 
 
-def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queue: Queue, state: State) -> State:
+def advance(
+    model: Model,
+    sampling: Sampling,
+    params: Any,
+    root: jax.Array,
+    queue: Queue,
+    state: State,
+    watch: jax.Array | None = None,
+) -> State:
     """Writes answers until all are written, or one needs more room than the cache has; pure.
 
     Args:
@@ -123,6 +134,7 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
       root: the key that those of the answers are made of.
       queue: what is to be written.
       state: from `begin`, or the last call's.
+      watch: `[states, vocab]`, the automaton of texts that end an answer too (`stop_texts.automaton`).
 
     Returns:
       The state: `done` has the answers, `finished` tells whether they are all; `steps` counts the steps of the loop,
@@ -133,8 +145,12 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
     reads = len(state['ahead']['first'])
     laid, head = model.decode_layout(params)
 
-    def ended(tokens: jax.Array, made: jax.Array) -> jax.Array:
-        return jnp.isin(tokens, stops) | (made >= sampling.max_new_tokens)
+    def ended(tokens: jax.Array, made: jax.Array, answer: jax.Array, match: jax.Array) -> jax.Array:
+        over = jnp.isin(tokens, stops) | (made >= queue.limit.at[answer].get(mode='clip'))
+        return over if watch is None else over | (match == len(watch) - 1)
+
+    def matched(match: jax.Array, tokens: jax.Array) -> jax.Array:
+        return match if watch is None else watch[match, tokens].astype(jnp.int32)
 
     def put(done: Completions, at: jax.Array, t: jax.Array, tokens: jax.Array, logprobs: jax.Array) -> Completions:
         """The answers with one token more; nothing is written at those beyond the last."""
@@ -173,8 +189,10 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
         row, slot = prompt - ahead['from'], jnp.argmin(slots['running'])
         logits = jax.lax.dynamic_slice_in_dim(ahead['logits'], row, 1)
         tokens = draw(logits, jax.random.fold_in(keys[answer], 0)[None], sampling)
-        over = ended(tokens[0], jnp.int32(1))
+        match = matched(jnp.int32(0), tokens[0])
+        over = ended(tokens[0], jnp.int32(1), answer, match)
         own = {'answer': answer, 'place': ahead['first'][row], 'made': 1, 'now': tokens[0], 'running': ~over}
+        own['match'] = match
         return {
             **state,
             'cache': _copy_row(ahead['cache'], row, state['cache'], slot),
@@ -200,6 +218,7 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
         own = jax.vmap(jax.random.fold_in)(keys.at[slots['answer']].get(mode='clip'), slots['made'])
         now, made = draw(logits, own, sampling), slots['made'] + running
         at = jnp.where(running, slots['answer'], len(queue.prompt))
+        match = matched(slots['match'], now)
         return {
             **state,
             'cache': cache,
@@ -208,7 +227,8 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
                 'place': slots['place'] + running,
                 'made': made,
                 'now': now,
-                'running': running & ~ended(now, made),
+                'running': running & ~ended(now, made, slots['answer'], match),
+                'match': match,
             },
             'done': put(done, at, slots['made'], now, logprob_of(logits, now, sampling)),
             'steps': state['steps'] + 1,

@@ -20,6 +20,7 @@ TITLES: Mapping[str, str] = {
     'approx_kl': 'KL from the policy that answered',
     'eos_rate': 'Answers that came to an end',
     'length': 'Tokens an answer',
+    'turns': 'Turns an answer',
     'reward_std': 'Spread of the rewards',
     'explained_variance': 'Share of the returns foreseen',
     'frac_reward_zero_std': 'Groups with nothing to tell apart',

@@ -93,7 +93,8 @@ def lead(source: Source) -> str:
     words.append(f'on {_named(key("data.train", "its data"))}')
     if source.rewarded:
         words.append(f'by {source.algorithm.upper()} for {steps or 0:,} steps of {key("rl.rollouts", "some")} answers,')
-        words.append(f'each scored by {_short(key("rl.reward"))},')
+        judges = [_short(key(name)) for name in ('rl.reward', 'rl.environment') if key(name, '')]
+        words.append(f'each scored by {" and ".join(judges)},')
     elif steps:
         words.append(f'for {steps:,} updates')
         if tokens := source.run.get('tokens_per_step'):

@@ -1,7 +1,7 @@
 """Reinforcement learning: a policy answers prompts, a reward scores the answers, and losses learn from both.
 
 A new algorithm is a module here with an `Algorithm`, and a line in `ALGORITHMS`; a recipe may name another as its task,
-`module:NAME`.
+`module:NAME`. So is an `Environment`, which a recipe names by `rl.environment`.
 """
 
 from __future__ import annotations
@@ -90,6 +90,61 @@ ALGORITHMS = Registry(
     {
         'ppo': 'jaxtune.rl.ppo:ALGORITHM',
         'grpo': 'jaxtune.rl.grpo:ALGORITHM',
+    },
+)
+
+
+class Problem(NamedTuple):
+    """What an environment begins with.
+
+    Attributes:
+      prompt: a text, or the turns of a conversation, `{"role", "content"}`.
+      reference: the text that the record holds as its answer, or None.
+    """
+
+    prompt: Any
+    reference: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What answers the turns of a policy: a tool, a game. Its functions run in a process of their own.
+
+    A turn of the policy ends with one of the `stops`, after which the reply goes on in the same turn, or with what ends
+    an answer, after which the reply is a turn of its own, as the chat template of a conversation writes one. Nothing
+    that it writes is learnt.
+
+    Attributes:
+      name: for messages.
+      reset: `(problem) -> state`, of JSON values, in which an exchange begins.
+      step: `(state, text, **options) -> (state, reply, reward, done)`, of the text of a turn. A reply of None adds
+        nothing: after a stop the policy goes on, else the exchange is over. One that is `done` adds nothing either.
+      stops: texts that end a turn.
+      role: of the turn that a reply is: `tool` or `user`.
+      tools: JSON schemas of what may be called, for chat templates that take tools.
+      options: what of the recipe's `rl` a step is given, by name.
+      references: whether it needs the answers of the records.
+      parallel: steps may run several at a time, in threads.
+    """
+
+    name: str
+    reset: Callable[[Problem], Any]
+    step: Callable[..., tuple[Any, str | None, float, bool]]
+    stops: tuple[str, ...] = ()
+    role: str = 'tool'
+    tools: tuple[Mapping[str, Any], ...] = ()
+    options: Callable[[Settings], Mapping[str, Any]] = lambda settings: {}
+    references: bool = False
+    parallel: bool = False
+
+
+ENVIRONMENTS = Registry(
+    'rl.environment',
+    Environment,
+    {
+        'calculator': 'jaxtune.rl.calculator:ENVIRONMENT',
+        'python': 'jaxtune.rl.python_tool:ENVIRONMENT',
+        'guess': 'jaxtune.rl.guess:ENVIRONMENT',
     },
 )
 

@@ -10,7 +10,8 @@ from jaxtune.rl.rollouts import Rollouts
 class RolloutPacker:
     """Where some answers lie in rows, and numbers of their tokens there and back.
 
-    A number of a token stands at the place before it, where it is predicted.
+    A number of a token stands at the place before it, where it is predicted. Numbers of an answer's tokens are those of
+    the tokens that the policy wrote, one after the other: what an environment wrote between them is read alone.
 
     Attributes:
       shape: rows and their length, of which there are few, so that few shapes are compiled.
@@ -37,20 +38,21 @@ class RolloutPacker:
         parts: int = 1,
         share: bool = False,
     ) -> None:
-        self.start, self.end = rollouts.start[chosen], rollouts.end[chosen]
+        start, self.end = rollouts.start[chosen], rollouts.end[chosen]
         self.tokens, self.parts = rollouts.tokens[chosen], parts
         self.width = rollouts.logprobs.shape[1]
         self.layout = separate_rows(self.end, length, packing, unit, parts)
         if packing and share:
-            prompts = [row[:start].tobytes() for row, start in zip(self.tokens, self.start, strict=True)]
-            shared = shared_rows(prompts, self.start, self.end, unit, parts)
+            prompts = [row[:start].tobytes() for row, start in zip(self.tokens, start, strict=True)]
+            shared = shared_rows(prompts, start, self.end, unit, parts)
             if shared.places < 0.9 * self.layout.places:  # they attend to more
                 self.layout = shared
         self.shape, self.row, self.at = self.layout.shape, self.layout.row, self.layout.at
         self.used = int(self.row.max()) + 1
-        self._answers = spans(self.end - self.start)  # (answer, token) of every token of the answers
-        of, token = self._answers
-        self._places = (self.row[of], self.at[of] + self.start[of] - 1 + token)
+        of, place = np.nonzero(rollouts.own[chosen])
+        self.lengths = np.bincount(of, minlength=len(chosen))
+        self._answers = spans(self.lengths)  # (answer, token) of every token of the answers
+        self._places = (self.row[of], self.at[of] + place - 1)
 
     def fields(self) -> dict[str, np.ndarray]:
         """The rows, `{field: [rows, length]}`.
@@ -74,7 +76,7 @@ class RolloutPacker:
         of, _ = self._answers
         fields |= {name: np.zeros(self.shape, np.float32) for name in ('loss_mask', 'shares')}
         fields['loss_mask'][self._places] = 1.0
-        fields['shares'][self._places] = (1.0 / (self.end - self.start))[of]
+        fields['shares'][self._places] = (1.0 / self.lengths)[of]
         return fields | {'places': scored_places(fields['loss_mask'], self.parts)}
 
     def spread(self, numbers: np.ndarray) -> np.ndarray:

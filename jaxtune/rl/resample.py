@@ -50,6 +50,8 @@ def replaced(answers: Rollouts, places: np.ndarray, others: Rollouts, chosen: np
     """Answers with those of `others` that are chosen in some of their places."""
 
     def put(own: Any, new: Any) -> Any:
+        if own is None or not len(own):  # there was no environment
+            return own
         if isinstance(own, np.ndarray):
             changed = own.copy()
             changed[places] = new[chosen]

@@ -1,42 +1,27 @@
-"""A person's reward function in a process of its own, which can be ended where the function never returns.
+"""A person's reward function in a process of its own.
 
 Imports little: the child starts with it.
 """
 
 import contextlib
-import ctypes
+import functools
 import inspect
 import itertools
-import json
-import os
-import signal
-import subprocess
 import sys
 import time
 import traceback
-import weakref
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from jaxtune.common import imports, preemption
-from jaxtune.errors import UserError, reason, shown
+from jaxtune.common import imports
+from jaxtune.errors import reason, shown
+from jaxtune.rl.user_process import UserProcess, answer_parent, shown_text
 
-_START = (
-    'import json, sys; sys.path[:] = json.loads(sys.argv[1]); '
-    'from jaxtune.rl import reward_process; reward_process.serve()'
-)
-_PR_SET_PDEATHSIG = 1
-_POLL_SECONDS = 0.1
 _SEARCH_SECONDS = 5.0  # for the sample that a function fails on
-_SHOWN = 60  # characters of it
-_GRACE_SECONDS = 3.0  # that a function has to return after SIGTERM, so that the step can be ended
 
 
-class RewardProcess:
+class RewardProcess(UserProcess):
     """The function that `rl.reward` names, in a child of this process.
-
-    It sees no accelerator, which this process holds. What it prints goes where this process prints.
 
     Args:
       name: `module:function` or `file.py:function`.
@@ -48,23 +33,8 @@ class RewardProcess:
     """
 
     def __init__(self, name: str, seconds: float, called: str = '') -> None:
-        self.name, self.seconds = f'rl.reward={called or name}', seconds
-        self._deadline = time.monotonic() + seconds
-        self._sample = ''
-        self._connection, theirs = Pipe()
-        with theirs:
-            words = [sys.executable, '-P', '-c', _START, json.dumps(sys.path), str(theirs.fileno()), name]
-            words.append(called or name)
-            # In a session of its own: Ctrl-C is for this process to answer.
-            self._child = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-                start_new_session=True,
-            )
-        weakref.finalize(self, _end, self._child)
-        self._answer()
+        words = (name, called or name)
+        super().__init__(f'rl.reward={called or name}', seconds, __name__, words, 'numbers')
 
     def __call__(self, given: Mapping[str, Any]) -> list[float]:
         """What the function returns for what it has names for, as numbers; at most one more than there are completions.
@@ -78,66 +48,21 @@ class RewardProcess:
 
     def send(self, given: Mapping[str, Any], more_seconds: float = 0.0) -> None:
         """Begins a call; other processes may be sent theirs before this one's answer is received."""
-        self._deadline = time.monotonic() + self.seconds + more_seconds
-        texts = given['completions']
-        more = f' and {len(texts) - 1} more' if len(texts) > 1 else ''
-        self._sample = f'; it was asked about {shown_text(texts[0])}{more}' if texts else ''
-        with contextlib.suppress(OSError):  # it has ended: the answer says how
-            self._connection.send(dict(given))
+        self._send(dict(given), given['completions'], more_seconds)
 
     def receive(self) -> list[float]:
         """The answer to what was sent; errors as for a call."""
         return self._answer()
 
-    def _answer(self) -> Any:
-        deadline = self._deadline
-        while not self._connection.poll(_POLL_SECONDS):
-            if preemption.waiting() > _GRACE_SECONDS:
-                raise preemption.Interrupted
-            if time.monotonic() > deadline:
-                _end(self._child)
-                raise UserError(
-                    f'{self.name}: has not returned after {self.seconds:g} seconds; expected it within '
-                    f'rl.reward_timeout{self._sample}'
-                )
-        try:
-            problem, answer = self._connection.recv()
-        except (EOFError, OSError):
-            status = self._child.wait()
-            time.sleep(_POLL_SECONDS)  # who ends it may have told this process to stop, too
-            if preemption.waiting():
-                raise preemption.Interrupted from None
-            how = f'by {signal.Signals(-status).name}' if status < 0 else f'with status {status}'
-            raise UserError(
-                f'{self.name}: its process ended {how}; expected it to return numbers{self._sample}'
-            ) from None
-        if problem:
-            raise UserError(problem)
-        return answer
-
-
-def _end(child: subprocess.Popen) -> None:
-    child.kill()
-    child.wait()
-
 
 def serve() -> None:
-    """The child: imports the function, then answers until the parent is gone."""
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    descriptor, name, called = int(sys.argv[2]), *sys.argv[3:5]
-    sys.argv[1:] = []
-    connection = Connection(descriptor)
-    try:
-        function = imports.function('rl.reward', name)
-    except UserError as error:
-        connection.send((str(error), None))
-        return
-    connection.send(('', None))
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            given = connection.recv()
-            connection.send(_ask(function, f'rl.reward={called}', given))
+    """The child."""
+    answer_parent(_begin)
+
+
+def _begin(name: str, called: str) -> tuple[None, Callable[[Mapping[str, Any]], tuple[str, list[float]]]]:
+    function = imports.function('rl.reward', name)
+    return None, functools.partial(_ask, function, f'rl.reward={called}')
 
 
 def _ask(function: Callable, name: str, given: Mapping[str, Any]) -> tuple[str, list[float]]:
@@ -180,11 +105,6 @@ def _culprit(function: Callable, given: Mapping[str, Any], kind: type[BaseExcept
         if time.monotonic() > until:
             return None
     return None
-
-
-def shown_text(text: str) -> str:
-    """The beginning of a completion, for a message."""
-    return repr(text if len(text) <= _SHOWN else f'{text[:_SHOWN]}…')
 
 
 def call(function: Callable, given: Mapping[str, Any]) -> Any:

@@ -191,11 +191,12 @@ class RewardTask:
             'reward_std': float(drawn.std()),
             **({'resampled': float(asked)} if sizes.resample else {}),
             'entropy': float(-rollouts.old.sum() / rollouts.mask.sum()),
-            'length': float((answers.end - answers.start).mean()),
+            **({} if answers.turns is None else {'turns': float(answers.turns.mean())}),
+            'length': float(answers.lengths.mean()),
             'eos_rate': float(answers.ended.mean()),
             'tokens': int(answers.end.sum()) * sizes.epochs,
             'occupancy': occupancy,
-            'sampled_tokens_per_second': float((answers.end - answers.start).sum() / seconds),
+            'sampled_tokens_per_second': float(answers.lengths.sum() / seconds),
         }
 
     def _prompts(self, loader: Loader, batch: int, count: int) -> list[Prompt]:
@@ -234,7 +235,9 @@ class RewardTask:
     def _scores(self, answers: Rollouts) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rewards of answers, those that were cut off or are too long less; and what these are the sums of."""
         scores, by_part = self.reward.scores(answers.prompts, answers.texts)
-        return scores - self.selection.penalties(answers.end - answers.start, answers.ended), by_part
+        if answers.rewards is not None:
+            scores, by_part = scores + answers.rewards, {**by_part, 'environment': answers.rewards}
+        return scores - self.selection.penalties(answers.lengths, answers.ended), by_part
 
     def _learn(
         self, state: State, t: int, answers: Rollouts, fields: Mapping[str, np.ndarray], learnt: np.ndarray
@@ -332,11 +335,15 @@ class RewardTask:
             advance()
         rewards = np.concatenate(scores)
         of_parts = {name: np.concatenate([each[name] for each in by_part]) for name in by_part[0]}
-        lengths = np.concatenate([answers.end - answers.start for answers in parts])
+        lengths = np.concatenate([answers.lengths for answers in parts])
         ended = np.concatenate([answers.ended for answers in parts])
+        turns = [answers.turns for answers in parts if answers.turns is not None]
         if console.is_primary():
             pairs = [pair for answers in parts for pair in zip(answers.prompts, answers.texts, strict=True)]
             samples = [sample_record(prompt, text, step) for prompt, text in pairs]
+            exchanges = [one for answers in parts for one in answers.parts]  # none without an environment
+            for sample, exchange in zip(samples, exchanges, strict=False):
+                sample['exchange'] = [{'from': part.who, 'text': part.text} for part in exchange]
             scored: list[dict[str, Any]] = [{'score': score} for score in rewards.tolist()]
             if of_parts:
                 apart = zip(*(values.tolist() for values in of_parts.values()), strict=True)
@@ -348,6 +355,7 @@ class RewardTask:
         return {
             'eval/reward': float(rewards.mean()),
             **{f'eval/reward/{name}': float(values.mean()) for name, values in of_parts.items()},
+            **({'eval/turns': float(np.concatenate(turns).mean())} if turns else {}),
             'eval/length': float(lengths.mean()),
             'eval/eos_rate': float(ended.mean()),
             'eval/answers': len(rewards),

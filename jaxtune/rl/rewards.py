@@ -24,8 +24,9 @@ from jaxtune.objectives import completion_mask, reward
 from jaxtune.parallel import compiler_options, hosts, place_all
 from jaxtune.pretrained.load import ModelSpec, load_model, model_folder
 from jaxtune.rl import Reward, RewardPart, code_reward, sandbox
-from jaxtune.rl.reward_process import RewardProcess, shown_text
+from jaxtune.rl.reward_process import RewardProcess
 from jaxtune.rl.shipped import SHIPPED
+from jaxtune.rl.user_process import shown_text
 
 _PROCESSES = min(8, os.cpu_count() or 1)  # of a reward that can be divided
 _MULTIPLE = 32  # rows of the reward model are filled up to it, so that few shapes are compiled
@@ -161,17 +162,26 @@ def _by_function(name: str, settings: Settings, few: bool = False) -> 'ByFunctio
     if shipped is None:
         return ByFunction(name, settings.reward_timeout)
     if name == 'code':
-        _check_sandbox(settings)
+        check_sandbox(settings, 'rl.reward=code')
     count = _PROCESSES if shipped.parallel and not few else 1
     each = (settings.code_seconds + 1) / code_reward.at_once() if name == 'code' else 0.0
     return ByFunction(shipped.place, settings.reward_timeout, name, shipped.options(settings), count, each)
 
 
-def _check_sandbox(settings: Settings) -> None:
+def check_sandbox(settings: Settings, label: str) -> None:
+    """Refuses to run programs where they cannot be kept apart.
+
+    Args:
+      settings: the recipe's `rl`.
+      label: what would run them, for the message.
+
+    Raises:
+      UserError: so it is.
+    """
     limits = sandbox.Limits(settings.code_seconds, settings.code_memory, settings.code_unsafe)
     if why := hosts.from_primary(lambda: sandbox.unavailable(limits)):
         raise UserError(
-            f'rl.reward=code: programs cannot be run apart here: {why}; expected Linux with user namespaces, or '
+            f'{label}: programs cannot be run apart here: {why}; expected Linux with user namespaces, or '
             'rl.code_unsafe=True, with which they can read and write what you can'
         )
 

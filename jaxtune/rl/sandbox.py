@@ -52,13 +52,15 @@ class Outcome:
     Attributes:
       passed: every test passed, and the program came to its end.
       reason: else what happened, in a line; '' if it passed.
+      printed: the beginning of what it wrote to stdout and stderr, where that was asked for.
     """
 
     passed: bool
     reason: str = ''
+    printed: str = ''
 
 
-def run(code: str, tests: list[dict[str, Any]], limits: Limits) -> Outcome:
+def run(code: str, tests: list[dict[str, Any]], limits: Limits, keep: int = 0) -> Outcome:
     """Runs a Python program and what tests it.
 
     Args:
@@ -66,6 +68,7 @@ def run(code: str, tests: list[dict[str, Any]], limits: Limits) -> Outcome:
       tests: `{"code": text}`, run after the program with its names, or `{"input": text, "output": text}`: the program
         is run with this on stdin and must print that.
       limits: that hold for all of them together.
+      keep: bytes of what is printed to give back at most.
 
     Returns:
       Whether all passed. It takes at most the limit's seconds and a second more, and leaves nothing behind.
@@ -89,9 +92,22 @@ def run(code: str, tests: list[dict[str, Any]], limits: Limits) -> Outcome:
             finally:
                 os.close(write)
             try:
-                return _outcome(child, results, json.dumps(job).encode(), token, limits)
+                printed = bytearray()
+                outcome = _outcome(child, results, json.dumps(job).encode(), token, limits, printed)
+                if keep:
+                    printed += _rest(child.stdout)
+                return dataclasses.replace(outcome, printed=printed[:keep].decode(errors='replace'))
             finally:
                 _end(child)
+
+
+def _rest(pipe: Any) -> bytes:
+    """What is still in the pipe of a program that has ended, 64 KiB at most."""
+    os.set_blocking(pipe.fileno(), False)
+    try:
+        return os.read(pipe.fileno(), 1 << 16)
+    except OSError:  # nothing, though something holds it open
+        return b''
 
 
 def _end(child: subprocess.Popen) -> None:
@@ -106,11 +122,13 @@ def _end(child: subprocess.Popen) -> None:
                 pipe.close()
 
 
-def _outcome(child: subprocess.Popen, results: Any, job: bytes, token: str, limits: Limits) -> Outcome:
+def _outcome(
+    child: subprocess.Popen, results: Any, job: bytes, token: str, limits: Limits, printed: bytearray
+) -> Outcome:
     assert child.stdin is not None
     assert child.stdout is not None
     deadline = time.monotonic() + limits.seconds + _GRACE_SECONDS
-    written, answer, sent = 0, b'', 0
+    answer, sent = b'', 0
     with selectors.DefaultSelector() as selector:
         os.set_blocking(child.stdin.fileno(), False)
         selector.register(child.stdin, selectors.EVENT_WRITE)
@@ -138,8 +156,8 @@ def _outcome(child: subprocess.Popen, results: Any, job: bytes, token: str, limi
                 elif key.fileobj is results:
                     answer += some[: 4096 - len(answer)]
                 else:
-                    written += len(some)
-                if written > _OUTPUT_BYTES:
+                    printed += some
+                if len(printed) > _OUTPUT_BYTES:
                     return Outcome(False, f'wrote more than {_OUTPUT_BYTES >> 20} MiB')
     return _read(answer, token)
 

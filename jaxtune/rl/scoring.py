@@ -119,6 +119,5 @@ class Scorer:
         old = found.setdefault('old', answers.logprobs)
         found.setdefault('reference', old)
         found.setdefault('values', np.zeros_like(old))
-        sizes = answers.end - answers.start
-        mask = (np.arange(old.shape[1]) < sizes[:, None]).astype(np.float32)
+        mask = (np.arange(old.shape[1]) < answers.lengths[:, None]).astype(np.float32)
         return RolloutBatch(**found | {'mask': mask, 'scores': scores})

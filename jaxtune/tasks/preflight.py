@@ -29,6 +29,7 @@ from jaxtune.pretrained import load
 from jaxtune.pretrained.save import merged
 from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
 from jaxtune.recipe.flags import Command
+from jaxtune.rl.environments import check_references as check_answers
 from jaxtune.rl.rewards import check_references
 from jaxtune.tasks import (
     ahead,
@@ -175,12 +176,14 @@ def _learn_from_rewards(config: Settings, cache: pathlib.Path) -> list[str]:
     with jax.set_mesh(mesh):
         bundle = load.load_model(specs.model_spec(config), mesh, weights=False)
         rewarded.check_policy(config, bundle)
-        reward = rewarded.reward(config, mesh, weights=False)
-        prompts, held_out = rewarded.all_prompts(config, bundle)
+        reward, environment = rewarded.reward(config, mesh, weights=False), rewarded.environment(config)
+        prompts, held_out = rewarded.all_prompts(config, bundle, environment)
         for some, key in ((prompts.values(), 'data.train'), ((held_out,), 'data.eval')):
             check_references(reward, [prompt for each in some for prompt in each], key)
+            check_answers(environment, [prompt for each in some for prompt in each])
         _trace(config, mesh, bundle, specs.bound_algorithm(config))
-    facts = [f'{sum(map(len, prompts.values())):,} prompts of data.train', f'rl.reward={config.rl.reward}']
+    facts = [f'{sum(map(len, prompts.values())):,} prompts of data.train']
+    facts += [f'rl.{key}={config.rl[key]}' for key in ('reward', 'environment') if config.rl[key]]
     return [*_described(bundle), *facts, *([f'{len(held_out):,} of data.eval'] if held_out else [])]
 
 

@@ -9,12 +9,12 @@ from jaxtune.data.templates import check_wanted
 from jaxtune.errors import UserError
 from jaxtune.pretrained.load import model_folder
 from jaxtune.recipe.recipes import config_get
-from jaxtune.rl import rewards
+from jaxtune.rl import environments, rewards
 from jaxtune.tasks import specs, teacher
 
 
 def check(config: Settings) -> None:
-    """Looks up the data, the template and the other models of a recipe, and imports the user's reward function.
+    """Looks up the data, the template and the other models of a recipe, and imports its reward and its environment.
 
     Raises:
       UserError: one of them is not there; names its key.
@@ -28,8 +28,10 @@ def check(config: Settings) -> None:
         hub.resolve(model_folder(path, reference.key), reference.key)
     if config.task in ('train', 'evaluate'):
         teacher.check(config)
-    if is_rewarded(config.task) and not config.rl.reward.startswith('@'):
-        rewards.check(config.rl)
+    if is_rewarded(config.task):
+        environments.check(config.rl)
+        if not config.rl.reward.startswith('@') and (config.rl.reward or not config.rl.environment):
+            rewards.check(config.rl)
 
 
 def check_sources(config: Settings, key: str) -> None:

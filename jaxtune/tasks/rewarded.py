@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxtune.common.settings import Settings
 from jaxtune.common.sources import AUTO
 from jaxtune.data.holdout import Holdout, words
 from jaxtune.data.mixture import Mixture
+from jaxtune.data.templates import Template, open_template
 from jaxtune.errors import UserError
 from jaxtune.generation.prompts import Prompt, prompts_by_source, read_prompts
 from jaxtune.models import value_head
@@ -26,7 +27,8 @@ from jaxtune.pretrained.heads import folder_head
 from jaxtune.pretrained.load import ModelBundle, load_model
 from jaxtune.pretrained.save import save_tuned
 from jaxtune.recipe.flags import Command
-from jaxtune.rl import Reward
+from jaxtune.rl import Reward, environments
+from jaxtune.rl.environments import RunningEnvironment
 from jaxtune.rl.reward_task import PromptNumbers, RewardTask, StepSizes
 from jaxtune.rl.rewards import check_references, open_reward
 from jaxtune.rl.rollouts import Sampler
@@ -113,19 +115,32 @@ def check_policy(config: Settings, bundle: ModelBundle) -> None:
         )
 
 
-def all_prompts(config: Settings, bundle: ModelBundle) -> tuple[dict[str, list[Prompt]], list[Prompt]]:
+def all_prompts(
+    config: Settings, bundle: ModelBundle, environment: RunningEnvironment | None = None
+) -> tuple[dict[str, list[Prompt]], list[Prompt]]:
     """The prompts to train on, by source, and those held out, of each what leaves room for an answer.
+
+    Conversations without tools are rendered with those of the environment where the tokenizer's template takes tools.
 
     Raises:
       UserError: there are none to train on.
     """
-    limit, data = config.data.seq_len, specs.data_spec(config, holdout=None)
+    args = template_args(config, bundle, environment)
+    limit, data = config.data.seq_len, specs.data_spec(config, holdout=None, template_args=args)
     spec = specs.prompt_spec(config, count=0, limit=limit, data=data)
     train = prompts_by_source(spec, bundle, fitting=True, split='train')
     if config.data.eval == AUTO:
         return _held_out(train, Holdout(config.data.eval_fraction, config.seed), config.generate.prompts)
-    held_out = read_prompts(specs.prompt_spec(config, limit=limit), bundle, fitting=True) if config.data.eval else []
-    return train, held_out
+    spec = specs.prompt_spec(config, limit=limit, data=specs.data_spec(config, template_args=args))
+    return train, read_prompts(spec, bundle, fitting=True) if config.data.eval else []
+
+
+def template_args(config: Settings, bundle: ModelBundle, environment: RunningEnvironment | None) -> dict[str, Any]:
+    """What the chat template is given: `data.template_args`, and the environment's tools where it takes some."""
+    args = config.data.template_args.to_dict()
+    takes = config.data.template == AUTO and 'tools' in str(bundle.tokenizer.chat_template or '')
+    tools = list(environment.tools) if environment and takes else []
+    return {'tools': tools, **args} if tools else args
 
 
 def _held_out(
@@ -155,8 +170,32 @@ def prompt_order(config: Settings, prompts: dict[str, list[Prompt]]) -> PromptNu
     return Mixture(parts, {source.label: source.weight for source in sources})
 
 
+def environment(config: Settings) -> RunningEnvironment | None:
+    """What answers turns; None where a completion is one turn.
+
+    Raises:
+      UserError: there is no such thing, or it cannot run here.
+    """
+    return RunningEnvironment(config.rl) if config.rl.environment else None
+
+
+def exchanging(
+    config: Settings, bundle: ModelBundle, environment: RunningEnvironment | None, prompts: Sequence[Prompt]
+) -> tuple[RunningEnvironment, int, Template | None] | None:
+    """What a `Sampler` is given of an environment: with it, the turns at most, and the template of conversations."""
+    if environment is None:
+        return None
+    chats = any(not isinstance(prompt.text, str) for prompt in prompts)
+    data = config.data
+    args = template_args(config, bundle, environment)
+    template = open_template(data.template, bundle.tokenizer, data.format, args=args) if chats else None
+    return environment, config.rl.max_turns, template
+
+
 def reward(config: Settings, mesh: Mesh, *, weights: bool = True) -> Reward:
     """What scores answers; without weights, a reward model's are not read."""
+    if not config.rl.reward and config.rl.environment:
+        return Reward('', lambda prompts, completions: np.zeros(len(completions), np.float32))
     model = functools.partial(specs.reward_model_spec, config)
     return open_reward(config.rl, model, mesh, config.generate.batch_size, weights=weights)
 
@@ -177,12 +216,13 @@ def open_trainer(
     with info.timed('load'):
         bundle = load_model(specs.model_spec(config), mesh)
         check_policy(config, bundle)
-        scorer = reward(config, mesh)
+        scorer, answering = reward(config, mesh), environment(config)
     with info.timed('data'):
-        by_source, held_out = all_prompts(config, bundle)
+        by_source, held_out = all_prompts(config, bundle, answering)
         prompts = [prompt for some in by_source.values() for prompt in some]
         check_references(scorer, prompts, 'data.train')
         check_references(scorer, held_out, 'data.eval')
+        environments.check_references(answering, [*prompts, *held_out])
         order = prompt_order(config, by_source)
     asked = config.rl.rollouts // algorithm.group
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(prompts) / asked))
@@ -197,7 +237,9 @@ def open_trainer(
     info.describe_model(bundle.model, bundle.params, trainable, state['opt_state'])
     with info.timed('compile'):
         accumulate, step = setup.compiled_step(config, mesh, program, state, frozen)
-    sampler = Sampler(config.generate, mesh, bundle, [*prompts, *held_out], config.data.seq_len, config.seed)
+    asked_for = [*prompts, *held_out]
+    exchange = exchanging(config, bundle, answering, asked_for)
+    sampler = Sampler(config.generate, mesh, bundle, asked_for, config.data.seq_len, config.seed, exchange)
     metric = 'eval/reward' if config.eval.metric == 'eval/loss' else config.eval.metric
     checkpoints = setup.checkpoints(config, workdir, metric)
 
