@@ -177,7 +177,7 @@ def advance(model: Model, sampling: Sampling, params: Any, root: jax.Array, queu
         own = {'answer': answer, 'place': ahead['first'][row], 'made': 1, 'now': tokens[0], 'running': ~over}
         return {
             **state,
-            'cache': _copy_row(ahead['cache'], row, state['cache'], slot),
+            'cache': copy_row(ahead['cache'], row, state['cache'], slot),
             'ahead': ahead,
             'slots': {name: x.at[slot].set(own[name]) for name, x in slots.items()},
             'done': put(state['done'], answer[None], jnp.zeros(1, jnp.int32), tokens, logprob_of(logits, tokens)),
@@ -246,7 +246,7 @@ def _read(
     return model.logits(params, hidden), cache, first
 
 
-def _copy_row(source: kv_cache.Cache, row: jax.Array, target: kv_cache.Cache, slot: jax.Array) -> kv_cache.Cache:
+def copy_row(source: kv_cache.Cache, row: jax.Array, target: kv_cache.Cache, slot: jax.Array) -> kv_cache.Cache:
     """`target` with a row of `source`, which has as much room or less; what lies after it is never seen."""
 
     def copy(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
