@@ -128,7 +128,7 @@ class Engine:
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._owners: list[Ticket | None] = [None] * programs.slots
         self._state: State | None = None
-        self._read: tuple[Any, Read, jax.Array] | None = None
+        self._read: tuple[tuple[int, ...], Read, jax.Array] | None = None
         self._closed = False
         self.tokens = 0  # written so far
         self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
@@ -151,8 +151,9 @@ class Engine:
                     ticket.tell(End('failed', 'the server is stopping'))
                 return tickets
             waiting = sum(not ticket.cancelled for ticket in self._waiting)
-            # Where nobody waits, one of more answers than there is room for is taken: it would be refused for ever.
-            if waiting and waiting + len(tickets) > self.max_queue + self._owners.count(None):
+            room = self.max_queue + self._owners.count(None) - waiting
+            # Where nothing is to be done, any number is taken: a large request would be refused for ever.
+            if len(tickets) > room and (waiting or self.running):
                 raise Full
             self._waiting.extend(tickets)
             self._wake.notify_all()
@@ -249,8 +250,7 @@ class Engine:
 
     def _read_prompt(self, ask: Ask) -> tuple[Read, jax.Array, bool]:
         """A prompt that was read, padded to `[1, width]`, and whether it was read just now."""
-        key = ask.prompt, ask.scored
-        if self._read is not None and self._read[0] == key:
+        if self._read is not None and self._read[0] == ask.prompt and (self._read[1].scores or not ask.scored):
             return *self._read[1:], False
         self._read = None
         width = min(max(_LEAST_WIDTH, _power(len(ask.prompt))), self.context)
@@ -259,7 +259,7 @@ class Engine:
         prompt = jax.numpy.asarray(tokens)
         read = self._programs.read(self._laid, prompt, np.asarray([len(ask.prompt)], np.int32), scored=ask.scored)
         read.logits.block_until_ready()  # what fails, fails here
-        self._read = key, read, prompt
+        self._read = ask.prompt, read, prompt
         return read, prompt, True
 
     def _tell_scores(self, ticket: Ticket, read: Read) -> None:

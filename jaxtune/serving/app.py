@@ -268,7 +268,7 @@ async def _unless_gone(work: Coroutine[Any, Any, Any], receive: Receive) -> Any:
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        if not task.done() or task.cancelled():  # cancelled: its time was over while the client read nothing
             raise ClientDisconnect
         return task.result()
     finally:

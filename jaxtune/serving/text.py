@@ -79,25 +79,35 @@ class Writer:
         elif ended:
             tokens = self._tokens
         else:
-            ends = [token.start for token in self._tokens[1:]] + [len(self._text)]
             complete = len(self._tokens) - (len(self._ids) - self._old)
             tokens = [
-                token for token, end in zip(self._tokens[:complete], ends[:complete], strict=True) if end <= until
+                token
+                for token, end in zip(self._tokens[:complete], self._ends()[:complete], strict=True)
+                if end <= until
             ]
         self._tokens = self._tokens[len(tokens) :]
         return text, tokens
 
+    def _ends(self) -> list[int]:
+        """Where the text of each token ends that was not handed out; of parts of a character, where that ends."""
+        ends, end, following = [], len(self._text), len(self._text)
+        for token in reversed(self._tokens):
+            end = following if following > token.start else end
+            following = token.start
+            ends.append(end)
+        return ends[::-1]
+
     def _take(self, new: str) -> None:
-        """Puts text after that so far, up to the first stop text in it."""
+        """Puts text after that so far, up to the stop text in it that ends first."""
         seen = len(self._text)
         self._text += new
-        found = [
-            (at, stop)
-            for stop in self._stops
-            if (at := self._text.find(stop, max(self._given, seen - len(stop) + 1))) >= 0
-        ]
+        found = []
+        for stop in self._stops:
+            at = self._text.find(stop, max(self._given, seen - len(stop) + 1))
+            if at >= 0:
+                found.append((at + len(stop), at))
         if found:
-            self._text, self.stopped = self._text[: min(found)[0]], True
+            self._text, self.stopped = self._text[: min(found)[1]], True
 
     def _begun(self) -> int:
         """Characters at the end of the text that a stop text may begin with."""
