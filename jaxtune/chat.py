@@ -7,13 +7,21 @@ Answers are streamed. `/reset` clears the conversation, `/system TEXT` starts a 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import app, flags
 from ml_collections import ConfigDict
 
 from jaxtune.common.settings import Settings
 from jaxtune.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxtune.data.chat_encoder import ChatEncoder
+    from jaxtune.data.templates import Template
+    from jaxtune.pretrained.load import ModelBundle
 
 FLAGS = {
     'model': ('', 'a model folder, a hub id, or the workdir of a run'),
@@ -31,6 +39,52 @@ FLAGS = {
 }
 
 
+class Loaded(NamedTuple):
+    """What writes answers to conversations.
+
+    Attributes:
+      bundle: model, parameters and tokenizer.
+      template: makes texts of conversations.
+      encode: makes ids of those.
+      stops: tokens that end an answer.
+    """
+
+    bundle: 'ModelBundle'
+    template: 'Template'
+    encode: 'ChatEncoder'
+    stops: tuple[int, ...]
+
+
+def load(config: Settings, mesh: 'Mesh') -> Loaded:
+    """A model to talk with.
+
+    Args:
+      config: a full recipe; `model.path`, `method.path`, and of `data` the template are read.
+      mesh: where its parameters are put.
+
+    Raises:
+      UserError: no such model, one that cannot write, or a template that fails.
+    """
+    import jax  # slow to import
+
+    from jaxtune.data import templates  # slow to import
+    from jaxtune.data.chat_encoder import ChatEncoder, end_of_turn  # slow to import
+    from jaxtune.pretrained.load import load_model  # slow to import
+    from jaxtune.tasks import specs  # slow to import
+
+    if not config.model.path:
+        raise UserError("--model='': expected a model folder, a hub id or a workdir")
+    with jax.set_mesh(mesh):
+        bundle = load_model(specs.model_spec(config, '--model'), mesh)
+    if bundle.model.kind != 'decoder' or 'score' in bundle.params:
+        raise UserError(f'--model={config.model.path}: {bundle.model.architecture} does not chat; expected a decoder')
+    args, rows = config.data.template_args.to_dict(), bundle.model.config.vocab_size
+    template = templates.open_template(config.data.template, bundle.tokenizer, args=args)
+    end = end_of_turn(template, bundle.tokenizer)
+    stops = bundle.end_ids + (() if end is None else (end,))
+    return Loaded(bundle, template, ChatEncoder(template, bundle.tokenizer, vocab_size=rows), stops)
+
+
 class Chat:
     """A conversation with a model.
 
@@ -44,29 +98,12 @@ class Chat:
     def __init__(self, config: Settings) -> None:
         import jax  # slow to import
 
-        from jaxtune.data import templates  # slow to import
-        from jaxtune.data.chat_encoder import ChatEncoder, end_of_turn  # slow to import
         from jaxtune.generation.sampling import Stream, from_settings  # slow to import
         from jaxtune.parallel import make_mesh  # slow to import
-        from jaxtune.pretrained.load import load_model  # slow to import
-        from jaxtune.tasks import specs  # slow to import
 
-        if not config.model.path:
-            raise UserError("--model='': expected a model folder, a hub id or a workdir")
-        mesh = make_mesh(config.mesh, jax.devices()[:1])
-        with jax.set_mesh(mesh):
-            bundle = load_model(specs.model_spec(config, '--model'), mesh)
-        if bundle.model.kind != 'decoder' or 'score' in bundle.params:
-            raise UserError(
-                f'--model={config.model.path}: {bundle.model.architecture} does not chat; expected a decoder'
-            )
+        bundle, self.template, self.encode, stops = load(config, make_mesh(config.mesh, jax.devices()[:1]))
         self.tokenizer = bundle.tokenizer
-        args, rows = config.data.template_args.to_dict(), bundle.model.config.vocab_size
-        self.template = templates.open_template(config.data.template, self.tokenizer, args=args)
-        self.encode = ChatEncoder(self.template, self.tokenizer, vocab_size=rows)
-        end = end_of_turn(self.template, self.tokenizer)
-        stops = bundle.end_ids + (() if end is None else (end,))
-        sampling = from_settings(config.generate, self.tokenizer, stops, rows)
+        sampling = from_settings(config.generate, self.tokenizer, stops, bundle.model.config.vocab_size)
         self.limit = bundle.model.config.max_positions
         self.room, self.stops = sampling.max_new_tokens, set(sampling.stop_ids)
         self.stream = Stream(bundle.model, sampling, bundle.params)
@@ -173,7 +210,12 @@ def _typed() -> Iterator[str]:
             return
 
 
-def _config(values: flags.FlagValues) -> ConfigDict:
+def recipe_of(values: flags.FlagValues) -> ConfigDict:
+    """The full recipe that the flags of a conversation stand for.
+
+    Raises:
+      UserError: one of them is wrong.
+    """
     from jaxtune.recipe import recipes  # slow to import
 
     config = recipes.defaults()
@@ -185,7 +227,7 @@ def _config(values: flags.FlagValues) -> ConfigDict:
         'seed': 'seed',
     }
     names |= {name: f'generate.{name}' for name in ('temperature', 'top_p', 'top_k', 'max_new_tokens')}
-    keys = {key: getattr(values, name) for name, key in names.items()}
+    keys = {key: getattr(values, name) for name, key in names.items() if hasattr(values, name)}
     keys |= {'task': 'generate', 'model.param_dtype': values.dtype, 'model.compute_dtype': values.dtype}
     for flag, key in (('template_args', 'data.template_args'), ('model_config', 'model.config')):
         if value := getattr(values, flag):
@@ -205,7 +247,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if len(argv) > 1:
             raise UserError(f'{argv[1]}: expected flags only, such as --model=WORKDIR')
-        chat = Chat(_config(flags.FLAGS))
+        chat = Chat(recipe_of(flags.FLAGS))
         if sys.stdin.isatty():
             switch = f', /adapter {"|".join(chat.adapters)}' if chat.adapters else ''
             console.note(f'template {chat.template.name}; /reset, /system TEXT{switch}, /exit')
@@ -221,9 +263,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _define() -> None:
+def define(wanted: Mapping[str, tuple[Any, str]]) -> None:
+    """Defines flags: name -> default and what it is."""
     kinds = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    for name, (default, comment) in FLAGS.items():
+    for name, (default, comment) in wanted.items():
         kinds[type(default)](name, default, comment)
 
 
@@ -234,7 +277,7 @@ def cli(argv: list[str] | None = None) -> None:
       SystemExit: with the exit status.
     """
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
-    _define()
+    define(FLAGS)
     app.run(lambda argv: sys.exit(main(argv)), argv)
 
 

@@ -25,6 +25,7 @@ _received: signal.Signals | None = None
 _since = 0.0
 _deferred = False
 _pod = False
+_doing = ''
 _pipe: tuple[int, int] | None = None
 
 
@@ -105,7 +106,7 @@ def _receive(number: signal.Signals) -> None:
         _say(f'jaxtune: stopped by {_NAMES[number]}; the same command continues')
         os._exit(_STATUS[number])
     if number is signal.SIGINT:
-        _say('jaxtune: Ctrl-C: saving after this update; once more leaves at once')
+        _say(f'jaxtune: Ctrl-C: {_doing}; once more leaves at once')
         if _pod:  # which agrees on a step by JAX's preemption service
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -119,13 +120,17 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Inside, signals only set what `received` returns: the loop saves first."""
-    global _deferred, _pod
+def deferred(doing: str = 'saving after this update') -> Iterator[None]:
+    """Inside, signals only set what `received` returns: the loop saves first.
+
+    Args:
+      doing: what a person who presses Ctrl-C is told that happens now.
+    """
+    global _deferred, _pod, _doing
     import jax  # slow to import; loaded by then
 
     _pod = jax.process_count() > 1
-    _deferred = True
+    _deferred, _doing = True, doing
     try:
         yield
     finally:

@@ -87,6 +87,39 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return _largest(logits + noise)
 
 
+def draw_each(
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
+) -> jax.Array:
+    """What `draw` gives, for settings `[batch]` of each row: one compilation for all of them.
+
+    What a row gets is a function of its own logits, key and settings. The vocabulary is sorted only where a row asks
+    for it.
+    """
+    greedy = temperature <= 0
+
+    def drawn() -> jax.Array:
+        scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+        filters = ~greedy & (((top_k > 0) & (top_k < logits.shape[-1])) | (top_p < 1.0))
+        left = jax.lax.cond(filters.any(), lambda: _filter_each(scaled, top_k, top_p), lambda: scaled)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+        return jnp.where(greedy, _largest(logits), _largest(left + noise))
+
+    return jax.lax.cond(greedy.all(), lambda: _largest(logits), drawn)
+
+
+def _filter_each(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """What `filter_logits` gives, for `top_k` and `top_p` of each row."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    places = jnp.clip(top_k, 1, logits.shape[-1])[:, None] - 1
+    least = jnp.where(top_k[:, None] > 0, jnp.take_along_axis(ordered, places, axis=-1), -jnp.inf)
+    ordered = jnp.where(ordered < least, -jnp.inf, ordered)
+    chances = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(chances, axis=-1) - chances
+    within = (before < top_p[:, None]) | (top_p[:, None] >= 1.0)
+    least = jnp.maximum(least, jnp.min(jnp.where(within, ordered, jnp.inf), axis=-1, keepdims=True))
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
 def _largest(x: jax.Array) -> jax.Array:
     """Index `[batch]` of the largest value of each row of `[batch, vocab]`, the first of equal ones.
 

@@ -195,7 +195,7 @@ def advance(
         own['match'] = match
         return {
             **state,
-            'cache': _copy_row(ahead['cache'], row, state['cache'], slot),
+            'cache': copy_row(ahead['cache'], row, state['cache'], slot),
             'ahead': ahead,
             'slots': {name: x.at[slot].set(own[name]) for name, x in slots.items()},
             'done': put(
@@ -268,7 +268,7 @@ def _read(
     return model.logits(params, hidden), cache, first
 
 
-def _copy_row(source: kv_cache.Cache, row: jax.Array, target: kv_cache.Cache, slot: jax.Array) -> kv_cache.Cache:
+def copy_row(source: kv_cache.Cache, row: jax.Array, target: kv_cache.Cache, slot: jax.Array) -> kv_cache.Cache:
     """`target` with a row of `source`, which has as much room or less; what lies after it is never seen."""
 
     def copy(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:

@@ -51,8 +51,8 @@ def _t5_like(fields: Fields, *, tied: bool, scaled: bool, bias_per_layer: bool =
     start = fields.get('decoder_start_token_id')
     if start is None:
         start = fields.get('pad_token_id')
-    if start is None:
-        raise FieldError('decoder_start_token_id', 'expected a token id')
+    if not isinstance(start, int):
+        raise FieldError('decoder_start_token_id', 'expected one token id')
     return EncDecConfig(
         vocab_size=fields['vocab_size'],
         d_model=fields['d_model'],

@@ -18,6 +18,8 @@ from jaxtune.parallel import platform
 from jaxtune.weights import NewRows, Weight, expand, materialise, put_rows
 
 Params = Any
+# Arrays and what was made of them: (id of one, which part) -> the two.
+Made = dict[tuple[int, Any], tuple[jax.Array, jax.Array]]
 
 
 def leaf_paths(tree: Params) -> dict[str, Any]:
@@ -63,16 +65,27 @@ def virtual_tokens(params: Params) -> int:
     return 0 if prefix is None else prefix['k'].shape[-3]
 
 
-def _cut_layers(params: Params) -> Params:
+def _cut_layers(params: Params, made: Made) -> Params:
     """The tree with a tuple of one tree a layer in place of each stack that a step goes through."""
 
     def cut(stack: Params) -> tuple[Params, ...]:
         count = jax.tree.leaves(stack)[0].shape[0]
-        return tuple(jax.tree.map(lambda leaf, place=i: leaf[place], stack) for i in range(count))
+        return tuple(
+            jax.tree.map(lambda leaf, place=i: _once(made, leaf, place, lambda: leaf[place]), stack)
+            for i in range(count)
+        )
 
     if 'decoder' in params:
-        return {**params, 'decoder': _cut_layers(params['decoder'])}
+        return {**params, 'decoder': _cut_layers(params['decoder'], made)}
     return {name: cut(part) if name in ('layers', 'dense_layers') else part for name, part in params.items()}
+
+
+def _once(made: Made, leaf: jax.Array, part: Any, make: Callable[[], jax.Array]) -> jax.Array:
+    """A part of a leaf: what is made, or was made before."""
+    key = id(leaf), part
+    if key not in made:
+        made[key] = leaf, make()  # the leaf too, or another might get its id
+    return made[key][1]
 
 
 def layer_of(stack: Params | tuple[Params, ...], place: int) -> Params:
@@ -287,19 +300,25 @@ class Model:
         last = jnp.take_along_axis(outputs.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return last, kv_cache.divided(outputs.cache, room), lengths
 
-    def decode_layout(self, params: Params) -> tuple[Params, Head]:
+    def decode_layout(self, params: Params, made: Made | None = None) -> tuple[Params, Head]:
         """Parameters and projection as they lie best for many calls of `step` in one program: made once, before them.
 
         XLA:CPU would cut each layer's kernels out of their stacks, and so copy them, in every step, and multiplies few
         rows with a table by the vocabulary four times as slowly as with its transpose. Elsewhere products read both
         where they lie: nothing is copied. Nor are the layers where `step` may have to read whole rows again.
+
+        Args:
+          params: the parameter tree.
+          made: copies that other trees got, which arrays that are in both share.
         """
+        made = {} if made is None else made
         head = self.head(params)
         if platform() != 'cpu':
             return params, head
         if head.vocab_major:
-            head = dataclasses.replace(head, kernel=head.kernel.T, vocab_major=False)
-        return params if self.border is not None else _cut_layers(expand(params)), head
+            kernel = _once(made, head.kernel, 'transposed', lambda: head.kernel.T)
+            head = dataclasses.replace(head, kernel=kernel, vocab_major=False)
+        return params if self.border is not None else _cut_layers(expand(params), made), head
 
     @property
     def border(self) -> int | None:

@@ -79,6 +79,8 @@ class ModelBundle:
       newly_initialized: paths of parameters that the folder lacked.
       folder: where it was read; '' = from scratch.
       adapters: where several are read, the parameters with each of them by its name; they share the base's arrays.
+      base: where several may be read and some are, the parameters without any; None where the adapters' tokens have no
+        rows there.
       end_ids: tokens that end a text that it writes.
       brought: paths of the model's own leaves that came with the adapter.
       overrides: config fields that are others than the folder's.
@@ -92,6 +94,7 @@ class ModelBundle:
     newly_initialized: frozenset[str]
     folder: str
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base: Any = None
     end_ids: tuple[int, ...] = ()
     brought: frozenset[str] = frozenset()
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -359,6 +362,7 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
     else:
         # A plain array keeps initialisation independent of how the mesh divides it.
         params = jax.jit(lambda key: apply.encoded(stored.init(key), codecs), out_shardings=placed)(rng)
+    base = params if chosen and spec.several and model is stored else None
     adapters, wholes = {}, []
     for name, adapter in chosen.items():
         init, arrays = peft.reader(adapter, model, own, stored.config.vocab_size)
@@ -383,7 +387,7 @@ def load_model(spec: ModelSpec, mesh: Mesh, *, weights: bool = True) -> ModelBun
         fresh |= value_head.PATHS
     several = adapters if len(adapters) > 1 else {}
     ends = companions.end_ids(tokenizer, model, folder)
-    return ModelBundle(model, params, specs, tokenizer, fresh, folder, several, ends, brought, changes, also)
+    return ModelBundle(model, params, specs, tokenizer, fresh, folder, several, base, ends, brought, changes, also)
 
 
 def _note_images(folder: str, model: models.Model) -> None:

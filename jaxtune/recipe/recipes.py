@@ -83,7 +83,8 @@ def apply_overrides(config: Settings, changes: Mapping[str, Any], prefix: str = 
     Raises:
       UserError: an unknown key or an impossible value.
     """
-    for path, value in changes.items():
+    for path, given in changes.items():
+        value = given.tolist() if getattr(given, 'ndim', 0) and hasattr(given, 'tolist') else given  # of NumPy or JAX
         subtree, sources = _open_subtree(path), sources_key(path)
         key = SCHEMA.get(subtree or sources or path)
         if key is None:

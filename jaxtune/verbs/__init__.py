@@ -18,6 +18,7 @@ class Verb:
         those in brackets need not be given, and one that ends with ... takes all words that are left.
       options: name -> key that it sets and what it is.
       program: `module:function` of a program of its own, which is given the words after the verb.
+      flags: `module:NAME` of that program's flags: name -> default and what it is.
     """
 
     about: str
@@ -25,6 +26,7 @@ class Verb:
     takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     options: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     program: str = ''
+    flags: str = ''
 
 
 _TUNED = {'MODEL': 'model.path', 'DATA': 'data.train', '[HELD_OUT]': 'data.eval'}
@@ -64,7 +66,18 @@ VERBS: Mapping[str, Verb] = {
             'seq-len': ('compile.seq_lens', 'lengths of a row, such as 2048,8192'),
         },
     ),
-    'chat': Verb('talk with a model in the terminal', takes={'MODEL': '--model'}, program='jaxtune.chat:cli'),
+    'chat': Verb(
+        'talk with a model in the terminal',
+        takes={'MODEL': '--model'},
+        program='jaxtune.chat:cli',
+        flags='jaxtune.chat:FLAGS',
+    ),
+    'serve': Verb(
+        "serve a model by OpenAI's HTTP API, with a page to chat on",
+        takes={'MODEL': '--model'},
+        program='jaxtune.serve:cli',
+        flags='jaxtune.serve:FLAGS',
+    ),
     'runs': Verb(
         'list the runs of a folder: state, best value, command',
         takes={'[FOLDER]': ''},

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from jaxtune.common import streams
 from jaxtune.errors import UserError
@@ -105,22 +106,39 @@ def _is_set(flags: Sequence[str], key: str) -> bool:
 def usage(name: str, verb: Verb) -> str:
     """What to type."""
     options = [f'[--{option} …]' for option in verb.options]
-    more = ['[KEY=VALUE ...]'] if verb.recipe else []
+    more = ['[KEY=VALUE ...]'] if verb.recipe else ['[--FLAG VALUE ...]'] if verb.flags else []
     return ' '.join(['jaxtune', name, *verb.takes, *options, *more])
 
 
+def _named(name: str) -> Any:
+    """What `module:name` names."""
+    module, _, attribute = name.partition(':')
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _flags(verb: Verb) -> dict[str, str]:
+    """What a program's flags are for, by name, but for those that its words stand for."""
+    flags = _named(verb.flags) if verb.flags else {}
+    taken = {flag.removeprefix('--') for flag in verb.takes.values()}
+    return {name: about for name, (_, about) in flags.items() if name not in taken}
+
+
 def _run(verb: Verb, name: str, words: Sequence[str]) -> None:
-    module, _, function = verb.program.partition(':')
-    free, given, flags = list(verb.takes.items()), [], any(verb.takes.values())
-    for word in words:
-        if word.startswith('-') and flags:
+    free, given, known, flags = list(verb.takes.items()), [], _flags(verb), any(verb.takes.values())
+    waiting = iter(words)
+    for word in waiting:
+        if word.startswith('--') and word[2:] in known:
+            if (value := next(waiting, None)) is None:
+                raise UserError(f'{word}: expected a value after it: {known[word[2:]]}')
+            given.append(f'{word}={value}')
+        elif word.startswith('-') and flags:
             given.append(word)
         elif free and not word.startswith('-'):
             _, flag = free[0] if free[0][0].endswith('...') else free.pop(0)
             given.append(f'{flag}={word}' if flag else word)
         else:
             raise UserError(f'{word!r}: expected nothing more. Usage: {usage(name, verb)}')
-    getattr(importlib.import_module(module), function)([name, *given] if flags else given)
+    _named(verb.program)([name, *given] if flags else given)
 
 
 def _help(names: Sequence[str]) -> None:
@@ -141,6 +159,11 @@ def _help(names: Sequence[str]) -> None:
         print()
         for option, (key, about) in verb.options.items():
             print(columns(f'--{option}', f'{about} ({key})', indent))
+    if flags := _flags(verb):
+        indent = max(map(len, flags)) + 4
+        print()
+        for name, about in flags.items():
+            print(columns(f'--{name}', about, indent))
     if verb.recipe:
         print(f'\nFills in {shipped.find(verb.recipe)}:')
         print(columns('', shipped.about(verb.recipe), 2))

@@ -287,3 +287,10 @@ def test_impossible_choices_are_named():
     }.items():
         with pytest.raises(UserError, match=f'model.config.{name}'):
             models.read_config(CASES[0].fields | {name: value})
+
+
+@pytest.mark.parametrize('start', [[0], [0, 1]])
+def test_decoding_starts_with_one_token(start):
+    fields = {'model_type': 't5', **_SMALL, 'decoder_start_token_id': start}
+    with pytest.raises(UserError, match=r'decoder_start_token_id.*expected one token id'):
+        models.read_config(fields)

@@ -5,9 +5,11 @@ import json
 import pathlib
 import shlex
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from jaxtune.errors import UserError
 from jaxtune.recipe import flags, recipes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -85,3 +87,10 @@ def test_another_mesh_is_another_result_of_compile_alone():
 
     assert differences('train') == []
     assert differences('compile') == ['mesh.fsdp']
+
+
+@pytest.mark.parametrize('key', ['method.also_train', 'log.profile', 'eval.metric', 'mesh.data'])
+def test_an_array_is_refused_as_a_list_is(key):
+    config = recipes.defaults()
+    with pytest.raises(UserError, match=rf'{key}=\[0\.0, 0\.0\]: expected '):
+        recipes.apply_overrides(config, {key: np.zeros(2)})

@@ -78,10 +78,10 @@ def test_the_template_is_given_what_the_command_names(folder):
     talk.turns.append({'role': 'user', 'content': 'Hi'})
     assert talk.tokenizer.decode(talk._prompt()) == 'calm: Hi>'
     flags = {name: default for name, (default, _) in chat.FLAGS.items()} | {'model': str(folder)}
-    config = chat._config(types.SimpleNamespace(**flags | {'template_args': '{"mood": "calm"}'}))
+    config = chat.recipe_of(types.SimpleNamespace(**flags | {'template_args': '{"mood": "calm"}'}))
     assert config.data.template_args.mood == 'calm'
     with pytest.raises(UserError, match='--template_args=x: expected JSON'):
-        chat._config(types.SimpleNamespace(**flags | {'template_args': 'x'}))
+        chat.recipe_of(types.SimpleNamespace(**flags | {'template_args': 'x'}))
 
 
 def test_old_turns_are_forgotten_where_a_conversation_grows_too_long(folder):

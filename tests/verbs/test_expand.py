@@ -57,6 +57,7 @@ def test_the_long_command_passes_through():
         (['fit', 'm', 'n'], "'n': expected KEY=VALUE here"),
         (['fit', 'm', '--onn', 'x'], '--onn: expected one of --on, --methods, --seq-len'),
         (['fit', 'm', '--on'], '--on: expected a value after it'),
+        (['serve', 'm', '--port'], '--port: expected a value after it: the port to listen at'),
         (['recipes', 'x'], "'x': expected nothing more"),
         (['keys', 'learnin_rate'], 'no key has this in its name; nearest: optimizer.lr'),
     ],
@@ -68,15 +69,24 @@ def test_wrong_words_are_refused_by_name(words, said, capsys):
     assert capsys.readouterr().err.count('\n') == 1
 
 
+def test_a_programs_flags_take_their_value_either_way(monkeypatch):
+    given = []
+    monkeypatch.setattr('jaxtune.serve.cli', given.extend)
+    assert long('serve', '--port', '1', 'm', '--slots=2') is None
+    assert given == ['serve', '--port=1', '--model=m', '--slots=2']
+
+
 def test_a_key_given_by_its_name_needs_no_place(capsys):
     assert long('sft', 'm', 'data.train=d')[-1] == '--config.data.train=d'
 
 
-@pytest.mark.parametrize('words', [[], ['--help'], ['help'], ['--help', 'fit'], ['fit', '--help'], ['fit', '-h']])
+@pytest.mark.parametrize(
+    'words', [[], ['--help'], ['help'], ['--help', 'fit'], ['fit', '--help'], ['fit', '-h'], ['serve', '--help']]
+)
 def test_help_is_80_columns_wide(words, capsys):
     assert main(['jaxtune', *words]) == 0
     out = capsys.readouterr().out
-    assert 'jaxtune fit' in out or 'VERB' in out
+    assert 'jaxtune fit' in out or 'VERB' in out or '--max_queue' in out
     assert max(map(len, out.splitlines())) <= 80
 
 

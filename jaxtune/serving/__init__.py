@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's requests and answers over the engine of `generation`."""
