@@ -57,6 +57,7 @@ def _of_width(layers: int) -> Callable[[DecoderConfig], bool]:
 
 
 _GEMMA: dict[str, Any] = {'activation': 'gelu_pytorch_tanh', 'ropes': ('default',), 'norm_offset': 1.0, 'tied': True}
+_GEMMA3: dict[str, Any] = _GEMMA | {'ropes': ('default', 'linear')}
 _LLAMA = Architecture('LLAMA', ropes=('default', 'linear', 'yarn', 'llama3'), biased=True, pairs_turn=True)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -67,9 +68,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     'qwen3_moe': Architecture('QWEN3MOE'),
     'gemma': Architecture('GEMMA', **_GEMMA),
     'gemma2': Architecture('GEMMA2', **_GEMMA, windows=(2, 1), scaled=_of_width(46)),
-    'gemma3_text': Architecture(
-        'GEMMA3', **(_GEMMA | {'ropes': ('default', 'linear')}), windows=(6, 5), scaled=_of_width(62)
-    ),
+    'gemma3_text': Architecture('GEMMA3', **_GEMMA3, windows=(6, 5), scaled=_of_width(62)),
     'phi3': Architecture('PHI3', ropes=('default', 'longrope')),
     'gpt2': Architecture('GPT2', activation='gelu_new', ropes=(), biased=True, conv=True),
 }

@@ -168,3 +168,27 @@ def test_task_export_tells_the_loss_of_the_file(tmp_path, tokenizer):
     metrics = json.loads((tmp_path / 'w' / 'result.json').read_text())['metrics']
     assert metrics['eval/loss_gguf'] == pytest.approx(metrics['eval/loss'], abs=0.01)
     assert (tmp_path / 'w' / 'export' / 'model.gguf').stat().st_size == metrics['export/gguf_bytes']
+
+
+@pytest.mark.parametrize('model_type', ['mistral', 'qwen3', 'qwen3_moe', 'gemma2', 'gemma3_text', 'phi3', 'gpt2'])
+def test_every_family_comes_back(tmp_path, tokenizer, model_type):
+    fields = {'model_type': model_type, 'head_dim': 64, 'query_pre_attn_scalar': 64, 'pad_token_id': 0}
+    fields |= {'gpt2': {'n_embd': 64, 'n_layer': 2, 'n_head': 4, 'n_positions': 64}}.get(model_type, {})
+    fields |= (
+        {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 64} if model_type == 'qwen3_moe' else {}
+    )
+    fields |= {'norm_topk_prob': True} if model_type == 'qwen3_moe' else {}
+    fields |= {'tie_word_embeddings': True} if model_type.startswith('gem') or model_type == 'gpt2' else {}
+    made = {**_SIZES, **fields}
+    if model_type == 'gpt2':
+        made = {name: value for name, value in fields.items() if name[:4] not in ('head', 'quer')} | {'vocab_size': 320}
+    elif not model_type.startswith('gem'):
+        made.pop('query_pre_attn_scalar')
+    if model_type == 'phi3':
+        made.pop('head_dim')
+    model = models.build(models.read_config(made))
+    params = jax.jit(model.init)(jax.random.key(0))
+    save(tmp_path / 'out', model, params, tokenizer, '', 'float32', '')
+    read = leaf_paths(gguf_file.load(tmp_path / 'out' / 'model.gguf', model))
+    for leaf, value in leaf_paths(params).items():
+        np.testing.assert_allclose(np.asarray(read[leaf]), np.asarray(value), atol=1e-6, err_msg=leaf)
