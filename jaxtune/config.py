@@ -464,6 +464,12 @@ SCHEMA: dict[str, Key | OpenSubtree] = {
     'export.dtype': Key(
         'auto', one_of('auto', 'float32', 'bfloat16'), 'dtype of exported weights; auto = that of model.path'
     ),
+    'export.format': Key(
+        'safetensors', one_of('safetensors', 'gguf'), "export: gguf writes llama.cpp's model.gguf into the folder too"
+    ),
+    'export.quantise': Key(
+        '', one_of('', 'q8_0', 'q4_0', 'q4_k'), 'gguf: format of its matrices: q8_0, q4_0, q4_k; empty = export.dtype'
+    ),
     'export.requantise': Key(False, boolean, 'export: quantise merged kernels to NF4 again, and report the error'),
     'log.every': Key(10, integer(1), 'updates between lines of metrics.jsonl'),
     'log.wandb': Key(False, boolean, 'log metrics to Weights & Biases too'),

@@ -130,9 +130,12 @@ def _largest(x: jax.Array) -> jax.Array:
     return jnp.minimum(first, x.shape[-1] - 1)  # among NaNs there is no largest
 
 
-def logprob_of(logits: jax.Array, tokens: jax.Array, sampling: Sampling) -> jax.Array:
-    """Log-probabilities `[batch]` of tokens `[batch]` under float32 logits `[batch, vocab]`."""
-    if sampling.tempered and sampling.temperature:
+def logprob_of(logits: jax.Array, tokens: jax.Array, sampling: Sampling | None = None) -> jax.Array:
+    """Log-probabilities `[batch]` of tokens `[batch]` under float32 logits `[batch, vocab]`.
+
+    Those of the model itself, but where a `sampling` wants them at its temperature.
+    """
+    if sampling is not None and sampling.tempered and sampling.temperature:
         logits = logits / sampling.temperature
     below = logits - logits.max(-1, keepdims=True)
     return jnp.take_along_axis(below, tokens[:, None], axis=-1)[:, 0] - jnp.log(jnp.exp(below).sum(-1))

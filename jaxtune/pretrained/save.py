@@ -11,12 +11,20 @@ from jaxtune.errors import UserError
 from jaxtune.methods import BoundMethod, apply, peft_tokens
 from jaxtune.models import Model, hf, value_head
 from jaxtune.models.model import leaf_paths
-from jaxtune.pretrained import companions, overrides
+from jaxtune.pretrained import companions, gguf_file, overrides
 from jaxtune.pretrained.load import ModelBundle
 from jaxtune.weights import is_weight, materialise, merge_weights, tree
 
 
-def save(path: pathlib.Path, model: Model, params: Any, tokenizer: Any, folder: str, dtype: str = 'auto') -> None:
+def save(
+    path: pathlib.Path,
+    model: Model,
+    params: Any,
+    tokenizer: Any,
+    folder: str,
+    dtype: str = 'auto',
+    gguf: str | None = None,
+) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer, and what the folder it came from had beside them.
 
     Args:
@@ -26,8 +34,15 @@ def save(path: pathlib.Path, model: Model, params: Any, tokenizer: Any, folder: 
       tokenizer: what it was trained with.
       folder: where it began; '' = from scratch.
       dtype: of the weights; `auto` = as that folder keeps them, and never wider than they are here.
+      gguf: how `model.gguf` beside them is quantised, '' = not at all; None = there is none.
     """
     leaves = leaf_paths(params)
+
+    def add_files(new: pathlib.Path) -> None:
+        companions.write(new, tokenizer, folder)
+        if gguf is not None:
+            gguf_file.write(new, model, tokenizer, gguf, pathlib.Path(folder).name)
+
     if dtype != 'auto':
         dtypes = dict.fromkeys(leaves, np.dtype(dtype))
     else:
@@ -36,7 +51,7 @@ def save(path: pathlib.Path, model: Model, params: Any, tokenizer: Any, folder: 
             path for path, stored_dtype in stored.items() if stored_dtype.itemsize < leaves[path].dtype.itemsize
         }
         dtypes = {path: stored[path] for path in narrower}
-    hf.save(path, model, params, add_files=lambda new: companions.write(new, tokenizer, folder), dtypes=dtypes)
+    hf.save(path, model, params, add_files=add_files, dtypes=dtypes)
 
 
 def save_tuned(workdir: pathlib.Path, method: BoundMethod, bundle: ModelBundle, params: Any, dtype: str) -> None:

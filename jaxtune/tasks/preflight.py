@@ -25,7 +25,7 @@ from jaxtune.generation.generator import Generator
 from jaxtune.generation.prompts import read_prompts
 from jaxtune.models.frozen import FrozenModel
 from jaxtune.parallel import make_mesh
-from jaxtune.pretrained import load
+from jaxtune.pretrained import gguf_file, load
 from jaxtune.pretrained.save import merged
 from jaxtune.recipe import ownership, recipes, workdir  # fmt: skip
 from jaxtune.recipe.flags import Command
@@ -216,7 +216,9 @@ def _export(config: Settings, cache: pathlib.Path) -> list[str]:
         else:
             bundle = load.load_model(specs.model_spec(config), mesh, weights=False)
         jax.eval_shape(lambda params: merged(params, f'model.path={source}'), bundle.params)
-        return [*_described(bundle), *(_rows(config, bundle, cache, ('eval',)) if config.export.requantise else [])]
+        if config.export.format == 'gguf':
+            gguf_file.check(bundle.model, bundle.tokenizer)
+        return [*_described(bundle), *(_rows(config, bundle, cache, ('eval',)) if specs.scores_export(config) else [])]
 
 
 def _compile(config: Settings, cache: pathlib.Path) -> list[str]:

@@ -134,6 +134,19 @@ def schedule(config: Settings, steps: int, metric: str) -> Schedule:
     )
 
 
+def check_export(config: Settings) -> None:
+    """Refuses formats that a run does not export to by itself.
+
+    Raises:
+      UserError: names the key.
+    """
+    if config.export.format != 'safetensors':
+        raise UserError(
+            f'export.format={config.export.format}: expected safetensors with task={config.task}; task=export then '
+            'makes the other of its workdir'
+        )
+
+
 def profiled(config: Settings, steps: int) -> tuple[int, int] | None:
     """The first and the last update to profile in a run of so many, 0 where that is not known yet; None for none.
 

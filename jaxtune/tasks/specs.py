@@ -97,12 +97,17 @@ def balance(config: Settings, mesh: Mesh, model: Model) -> Balance:
     return Balance(aux_loss, moe.z_loss, moe.bias_rate)
 
 
+def scores_export(config: Settings) -> bool:
+    """Whether `task=export` tells what its format costs in held-out loss."""
+    return config.export.requantise or (config.export.format == 'gguf' and bool(config.data.eval))
+
+
 def model_spec(config: Settings, key: str = 'model.path') -> ModelSpec:
     """The recipe's model."""
     task, rows = config.task, None
     if is_rewarded(task):
         rows = objective(config, 'causal_lm')
-    elif task in ('train', 'evaluate', 'compile') or (task == 'export' and config.export.requantise):
+    elif task in ('train', 'evaluate', 'compile') or (task == 'export' and scores_export(config)):
         rows = objective(config)
     return ModelSpec(
         path=config.model.path,

@@ -64,6 +64,7 @@ def check(config: Settings, mesh: Mesh) -> None:
     if not config.data.train:
         raise UserError("data.train='': expected a path, a glob, a folder, a dataset id, python-stdlib or @STAGE")
     setup.position_bounds(config)
+    setup.check_export(config)
     setup.profiled(config, config.train.steps)
     present.check(config)
 

@@ -56,6 +56,15 @@ VERBS: Mapping[str, Verb] = {
     ),
     'evaluate': Verb('score a model on held-out text', 'evaluate', {'MODEL': 'model.path', 'DATA': 'data.eval'}),
     'generate': Verb('let a model continue prompts', 'generate', {'MODEL': 'model.path', 'DATA': 'data.eval'}),
+    'export': Verb(
+        "write a model's folder, its adapter merged, and llama.cpp's model.gguf",
+        'export',
+        {'MODEL': 'model.path', '[HELD_OUT]': 'data.eval'},
+        {
+            'format': ('export.format', 'safetensors or gguf'),
+            'quantise': ('export.quantise', 'of gguf: q8_0, q4_0 or q4_k'),
+        },
+    ),
     'fit': Verb(
         'what fits on which hardware, and how fast, without having it',
         'fit',
