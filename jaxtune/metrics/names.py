@@ -22,7 +22,7 @@ TITLES: Mapping[str, str] = {
     'length': 'Tokens an answer',
     'turns': 'Turns an answer',
     'reward_std': 'Spread of the rewards',
-    'explained_variance': 'Share of the returns foreseen',
+    'explained_variance': 'Explained variance of the returns',
     'frac_reward_zero_std': 'Groups with nothing to tell apart',
     'learnt_share': 'Answers that were learnt from',
     'occupancy': 'Slots that wrote a token, of all in the steps of sampling',
@@ -34,7 +34,7 @@ TITLES: Mapping[str, str] = {
     'router_z_loss': 'Z-loss of the router',
     # Names in the files of earlier versions.
     'ended': 'Answers that came to an end',
-    'value_explained': 'Share of the returns foreseen',
+    'value_explained': 'Explained variance of the returns',
     'groups_alike': 'Groups with nothing to tell apart',
 }
 

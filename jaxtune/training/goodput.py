@@ -1,8 +1,8 @@
 """Goodput: the share of a run's time that went into the updates that its weights are made of.
 
 The time is that since the first start in the workdir, over all restarts, also while no process ran: a run that was
-killed or preempted waits for its next start, and that costs as much as slow updates do. What it waits after a person
-has stopped it (Ctrl-C), or after it was done and before it is asked for more steps, is not counted.
+killed or preempted waits for its next start, and that costs as much as slow updates do. The time after Ctrl-C,
+and after the end of a run that is later asked for more steps, is not counted.
 
 What counts is the time in updates: computing, and in reinforcement learning sampling and scoring too. What does not is
 compiling, loading, evaluating, saving, exporting, waiting for data, and updates whose result was lost: those after the
