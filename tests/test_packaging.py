@@ -17,6 +17,7 @@ EXTRAS = {
     'data': ('data/prepare/',),
     'eval': ('lm_eval.py', 'generation/text_metrics.py'),
     'fasttext': ('data/prepare/language.py',),
+    'gguf': ('pretrained/gguf_', 'pretrained/q4_k.py'),
     'serve': ('serving/',),
     'ray': ('data/prepare/engines.py',),
     'wandb': ('metrics/writer.py',),
