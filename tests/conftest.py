@@ -1,12 +1,14 @@
 """Eight virtual CPU devices for every test, set before JAX is imported."""
 
 import atexit
+import collections
 import os
 import pathlib
 import shutil
 import tempfile
 
 import pytest
+import rarely
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Tests compile a lot and compute little: XLA's own passes all run, but machine code is made the quick way and in one
@@ -26,6 +28,20 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TORCHDYNAMO_DISABLE', '1')  # a reference that compiles itself, in C++, computes the same
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not ask for
+def pytest_collection_modifyitems(items):
+    """Marks as `exhaustive` what `rarely` names."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker('exhaustive') is None:
+            path = pathlib.Path(item.path).relative_to(pathlib.Path(__file__).parent).as_posix()
+            cases[f'{path}::{item.originalname}'].append(item)
+    for name, found in cases.items():
+        for number, item in enumerate(found):
+            if name in rarely.NEVER or number % rarely.EVERY.get(name, 1):
+                item.add_marker('exhaustive')
 
 
 @pytest.fixture(scope='session')

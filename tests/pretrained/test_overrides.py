@@ -193,10 +193,10 @@ def test_other_models_of_a_recipe_stay_as_they_are(folder):
 
 def test_chat_takes_them_as_json(folder):
     flags = {name: default for name, (default, _) in chat.FLAGS.items()} | {'model': str(folder)}
-    config = chat._config(types.SimpleNamespace(**flags | {'model_config': json.dumps(LONGER)}))
+    config = chat.recipe_of(types.SimpleNamespace(**flags | {'model_config': json.dumps(LONGER)}))
     assert chat.Chat(config).limit == 128
     with pytest.raises(UserError, match='--model_config=x: expected JSON'):
-        chat._config(types.SimpleNamespace(**flags | {'model_config': 'x'}))
+        chat.recipe_of(types.SimpleNamespace(**flags | {'model_config': 'x'}))
 
 
 def test_adapters_of_one_run_have_one_base(tmp_path):
