@@ -54,7 +54,9 @@ def cli() -> None:
     huge_pages.begin()
     preemption.install()
     streams.open_all()
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    preemption.finish()
+    sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -59,6 +59,14 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _STATUS)
 
 
+def finish() -> None:
+    """Lets SIGTERM change nothing any more: what was asked for is done, or refused, and the process is leaving.
+
+    Python gives signals back to the system while it leaves, which would then kill the process.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
     """`install` while a command runs; afterwards signals do what they did before."""

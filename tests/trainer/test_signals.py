@@ -4,6 +4,9 @@ import contextlib
 import json
 import random
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
@@ -77,3 +80,17 @@ def test_what_has_nothing_to_save_ends_at_once(corpus, tmp_path, task, number, s
     if (task, number) == ('prepare', signal.SIGTERM):
         ended(start(path, run), 0)
         assert json.loads((run / 'result.json').read_text())['status'] == 'done'
+
+
+def test_sigterm_after_the_end_takes_nothing_back():
+    code = """
+        import atexit, os, signal, sys, time
+        atexit.register(time.sleep, 1)  # run last: the signal has its time
+        atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+        sys.argv = ['jaxtune', 'recipes']
+        from jaxtune.main import cli
+        cli()
+    """
+    made = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True)
+    assert (made.returncode, made.stderr) == (0, '')
+    assert 'sft' in made.stdout
