@@ -3,6 +3,7 @@
 from jaxtune.common import hub, sources
 from jaxtune.common.settings import Settings
 from jaxtune.config import is_rewarded, trains
+from jaxtune.data.cache import prepared_tokens
 from jaxtune.data.mixture import whole_weights
 from jaxtune.data.records import check_path, check_tables
 from jaxtune.data.templates import check_wanted
@@ -50,7 +51,9 @@ def check_sources(config: Settings, key: str) -> None:
     for source in found:
         if _is_given(source.path):
             check_path(source.path, key)
-            if trains(config.task) and (source.format or config.data.format) == 'auto':
+            guessed = trains(config.task) and (source.format or config.data.format) == 'auto'
+            prepared = prepared_tokens(source.path, key) if key in ('data.train', 'data.eval') else None
+            if guessed and prepared is None:
                 check_tables(source.path, key)
 
 
