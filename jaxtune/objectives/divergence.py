@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxtune.objectives import cross_entropy as ce
+from jaxtune.objectives import projection
 from jaxtune.objectives.vocabulary import (
     Plan,
     chunks,
@@ -112,10 +112,10 @@ def distillation(
     Returns:
       The sums; `loss` is differentiable in the student's `hidden`, `kernel`, `bias` and `rows`.
     """
-    kernel, rows = ce._parts(head, hidden.dtype)
+    kernel, rows = projection.kernel_and_rows(head, hidden.dtype)
     plan = make_plan(hidden, head, kernel, chunk)
     vocab = vocab_of(head, kernel)
-    theirs, _ = ce._parts(teacher_head, teacher_hidden.dtype)
+    theirs, _ = projection.kernel_and_rows(teacher_head, teacher_hidden.dtype)
     common = min(vocab, vocab_of(teacher_head, theirs))
     theirs = _resized(theirs, vocab, 0 if teacher_head.vocab_major else 1)
     their_bias = None if teacher_head.bias is None else _resized(teacher_head.bias, vocab, 0)
@@ -211,34 +211,38 @@ def _sums_and_gradients(
         targets: jax.Array,
         weights: jax.Array,
     ) -> tuple[Any, Any]:
-        kernel, across, bias = ce._readied(plan, hidden.dtype, kernel, bias)
+        kernel, across, bias = projection.readied(plan, hidden.dtype, kernel, bias)
         their_hidden, theirs, their_bias = frozen
-        _, theirs, their_bias = ce._readied(terms.teacher, their_hidden.dtype, theirs, their_bias)
+        _, theirs, their_bias = projection.readied(terms.teacher, their_hidden.dtype, theirs, their_bias)
 
         def step(carry: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             totals, sums = carry
             hidden, their_hidden, targets, weights = gathered(plan, *chunk)
-            targets = ce._local_targets(plan, targets, kernel)
-            logits = ce._logits(plan, hidden, across, bias)
-            largest, exps, total, picked = ce._score(plan, logits, targets)
-            divergence, pull = _divergence(terms, logits, ce._logits(terms.teacher, their_hidden, theirs, their_bias))
+            targets = projection.local_targets(plan, targets, kernel)
+            logits = projection.logits_of(plan, hidden, across, bias)
+            largest, exps, total, picked = projection.score(plan, logits, targets)
+            divergence, pull = _divergence(
+                terms, logits, projection.logits_of(terms.teacher, their_hidden, theirs, their_bias)
+            )
             d_hidden = None
             if any(wanted):
                 grad = pull * (share * weights[:, None])
-                own_grad = ce._logit_gradient(plan, logits, exps / total, targets, (1 - share) * weights)
-                d_hidden, sums = ce._pull(plan, _through(plan, logits, grad, own_grad), hidden, kernel, sums, wanted)
+                own_grad = projection.logit_gradient(plan, logits, exps / total, targets, (1 - share) * weights)
+                d_hidden, sums = projection.pull(
+                    plan, _through(plan, logits, grad, own_grad), hidden, kernel, sums, wanted
+                )
             nll = jnp.log(total) + largest - picked
             values = (own(plan, weights * x[:, 0]).sum() for x in (nll, divergence, picked >= largest))
             return (tuple(a + b for a, b in zip(totals, values, strict=True)), sums), d_hidden
 
         zero = jnp.zeros((), jnp.float32)
-        carry = ((zero,) * 3, ce._zeros(plan, kernel, bias, wanted))
+        carry = ((zero,) * 3, projection.zeros(plan, kernel, bias, wanted))
         (totals, sums), d_hidden = lax.scan(step, carry, chunks(plan, hidden, their_hidden, targets, weights))
         if plan.token_axes:
             totals = lax.psum(totals, plan.token_axes)
         nll, divergence, correct = totals
         loss = (1 - share) * nll + share * divergence
-        return (loss, nll, divergence, correct), ce._collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
+        return (loss, nll, divergence, correct), projection.collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
 
     hidden_spec, kernel_spec, bias_spec, token_spec = specs_of(plan, bias)
     gradient_specs = (hidden_spec, plan.gradient_spec, bias_spec, P())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxtune.objectives import cross_entropy as ce
+from jaxtune.objectives import projection
 from jaxtune.objectives.vocabulary import Plan, chunks, gathered, make_plan, own, per_device, specs_of, uncut
 
 
@@ -24,7 +24,7 @@ def token_entropies(hidden: jax.Array, head: Any, *, chunk: int | None = None) -
       `[batch, length]` float32, in nats. Differentiable in `hidden`, `kernel`, `bias` and `rows`; the backward pass
       computes the logits again, chunk by chunk.
     """
-    kernel, rows = ce._parts(head, hidden.dtype)
+    kernel, rows = projection.kernel_and_rows(head, hidden.dtype)
     return _entropies(make_plan(hidden, head, kernel, chunk), hidden, kernel, head.bias, rows)
 
 
@@ -48,11 +48,11 @@ def _entropies(
     plan: Plan, hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, rows: jax.Array | None
 ) -> jax.Array:
     def device(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-        _, across, bias = ce._readied(plan, hidden.dtype, kernel, bias)
+        _, across, bias = projection.readied(plan, hidden.dtype, kernel, bias)
 
         def step(_: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             (hidden,) = gathered(plan, *chunk)
-            return None, own(plan, _log_probabilities(plan, ce._logits(plan, hidden, across, bias))[2][:, 0])
+            return None, own(plan, _log_probabilities(plan, projection.logits_of(plan, hidden, across, bias))[2][:, 0])
 
         return uncut(lax.scan(step, None, chunks(plan, hidden))[1], *hidden.shape[:2])
 
@@ -75,22 +75,22 @@ def _backward(plan: Plan, residuals: Any, cotangent: Any) -> tuple[jax.Array | N
     wanted = tuple(mark is not None for mark in marks)
 
     def device(hidden: jax.Array, kernel: jax.Array, bias: jax.Array | None, cotangent: jax.Array) -> tuple[Any, ...]:
-        kernel, across, bias = ce._readied(plan, hidden.dtype, kernel, bias)
+        kernel, across, bias = projection.readied(plan, hidden.dtype, kernel, bias)
 
         def step(sums: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             hidden, cotangent = gathered(plan, *chunk)
-            logits = ce._logits(plan, hidden, across, bias)
+            logits = projection.logits_of(plan, hidden, across, bias)
             probabilities, logs, entropy = _log_probabilities(plan, logits)
             # d entropy / d logit = -p (log p + entropy)
             grad = -probabilities * (logs + entropy) * cotangent[:, None]
             if plan.softcap is not None:
                 grad = grad * (1.0 - jnp.square(logits / plan.softcap))
-            d_hidden, sums = ce._pull(plan, (grad * plan.scale, grad), hidden, kernel, sums, wanted)
+            d_hidden, sums = projection.pull(plan, (grad * plan.scale, grad), hidden, kernel, sums, wanted)
             return sums, d_hidden
 
-        zeros = ce._zeros(plan, kernel, bias, wanted)
+        zeros = projection.zeros(plan, kernel, bias, wanted)
         sums, d_hidden = lax.scan(step, zeros, chunks(plan, hidden, cotangent))
-        return ce._collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
+        return projection.collect(plan, d_hidden, sums, hidden.shape[:2], wanted)
 
     specs = specs_of(plan, bias)
     out_specs = (specs[0], plan.gradient_spec, specs[2], jax.sharding.PartitionSpec())
