@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 
 from train_step import CONFIG, print_ratios, run
 
@@ -142,8 +143,17 @@ def trl(folder: pathlib.Path, method: str, steps: int) -> str:
     return line('trl', method, seconds, tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def beside_trl(about: str | None, script: str, inputs: Callable, measures: Mapping[str, Callable], rate: str) -> None:
+    """The command: measures `jaxtune` and `trl`, each in a process of its own, and prints the ratios of their means.
+
+    Args:
+      about: the help's text.
+      script: the file that is the command.
+      inputs: writes into a folder what both read.
+      measures: `jaxtune` and `trl` -> `(folder, method, steps) -> line`.
+      rate: name in the lines of what a second brings.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('method', nargs='?', default='full', choices=['full', 'lora'])
     parser.add_argument('--steps', type=int, default=3)
     parser.add_argument('--rounds', type=int, default=1)
@@ -153,17 +163,16 @@ def main() -> None:
     if args.rounds < 1:
         parser.error(f'--rounds={args.rounds}: expected 1 or more')
     if args.inside:
-        who, folder = args.inside
+        who, folder = args.inside[0], pathlib.Path(args.inside[1])
         if who == 'inputs':
-            make_inputs(pathlib.Path(folder))
+            inputs(folder)
             return
-        measure = {'jaxtune': jaxtune, 'trl': trl}[who]
-        print(measure(pathlib.Path(folder), args.method, args.steps), flush=True)
+        print(measures[who](folder, args.method, args.steps), flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
 
         def command(who: str) -> list[str]:
-            return [sys.executable, __file__, args.method, f'--steps={args.steps}', '--inside', who, folder]
+            return [sys.executable, script, args.method, f'--steps={args.steps}', '--inside', who, folder]
 
         subprocess.run(command('inputs'), check=True)
         theirs, mine = [] if args.without_trl else run(command('trl')), []
@@ -171,8 +180,8 @@ def main() -> None:
             mine += run(command('jaxtune'))
             theirs += [] if args.without_trl else run(command('trl'))
     if theirs:
-        print_ratios(args.method, mine, theirs, 'sampled_tokens_per_second', 'peak_rss_mib')
+        print_ratios(args.method, mine, theirs, rate, 'peak_rss_mib')
 
 
 if __name__ == '__main__':
-    main()
+    beside_trl(__doc__, __file__, make_inputs, {'jaxtune': jaxtune, 'trl': trl}, 'sampled_tokens_per_second')

@@ -12,7 +12,6 @@ over TRL's). TRL runs before and after every round.
 Needs the `test` extra (torch, trl, peft).
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -24,8 +23,8 @@ import sys
 import tempfile
 import time
 
-from grpo_step import NEW, WORDS, make_inputs
-from train_step import CONFIG, print_ratios, run
+from grpo_step import NEW, WORDS, beside_trl, make_inputs
+from train_step import CONFIG
 
 BATCH, EPOCHS, LR, KL = 16, 4, 3e-6, 0.05
 WARMUP = 1
@@ -42,6 +41,12 @@ def make_reward(folder: pathlib.Path) -> None:
     model = LlamaForSequenceClassification(LlamaConfig(**CONFIG, **ends, num_labels=1))
     model.save_pretrained(folder / 'reward')
     tokenizer.save_pretrained(folder / 'reward')
+
+
+def inputs(folder: pathlib.Path) -> None:
+    """What both read: policy, prompts, reward model."""
+    make_inputs(folder)
+    make_reward(folder)
 
 
 def line(peer: str, method: str, seconds: list[float], memory: int) -> str:
@@ -141,37 +146,5 @@ def trl(folder: pathlib.Path, method: str, steps: int) -> str:
     return line('trl', method, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('method', nargs='?', default='full', choices=['full', 'lora'])
-    parser.add_argument('--steps', type=int, default=3)
-    parser.add_argument('--rounds', type=int, default=1)
-    parser.add_argument('--without-trl', action='store_true')
-    parser.add_argument('--inside', nargs=2, metavar=('WHO', 'FOLDER'), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error(f'--rounds={args.rounds}: expected 1 or more')
-    if args.inside:
-        who, folder = args.inside[0], pathlib.Path(args.inside[1])
-        if who == 'inputs':
-            make_inputs(folder)
-            make_reward(folder)
-            return
-        print({'jaxtune': jaxtune, 'trl': trl}[who](folder, args.method, args.steps), flush=True)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-
-        def command(who: str) -> list[str]:
-            return [sys.executable, __file__, args.method, f'--steps={args.steps}', '--inside', who, folder]
-
-        subprocess.run(command('inputs'), check=True)
-        theirs, mine = [] if args.without_trl else run(command('trl')), []
-        for _ in range(args.rounds):
-            mine += run(command('jaxtune'))
-            theirs += [] if args.without_trl else run(command('trl'))
-    if theirs:
-        print_ratios(args.method, mine, theirs, 'samples_per_second', 'peak_rss_mib')
-
-
 if __name__ == '__main__':
-    main()
+    beside_trl(__doc__, __file__, inputs, {'jaxtune': jaxtune, 'trl': trl}, 'samples_per_second')

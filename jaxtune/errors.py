@@ -57,6 +57,11 @@ def out_of_memory(error: BaseException) -> str:
     return ''
 
 
+def line_of(error: Exception) -> str:
+    """The one line of an error that a person can mend: a `UserError`, or too little memory; '' for other errors."""
+    return ' '.join(str(error).split()) if isinstance(error, UserError) else out_of_memory(error)
+
+
 def place(error: BaseException, path: str) -> str:
     """`file:line` of a file's own last frame in a traceback, or of its syntax error; else the file alone."""
     line, trace = getattr(error, 'lineno', None), error.__traceback__

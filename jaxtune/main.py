@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxtune.common import huge_pages, preemption, streams
-from jaxtune.errors import UserError, out_of_memory
+from jaxtune.errors import line_of
 
 # Threads of the tokenizers library are started before data threads fork nothing; without this it warns on every run.
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
@@ -37,11 +37,8 @@ def main(argv: Sequence[str]) -> int:
                 from jaxtune.tasks import pipeline  # slow to import
 
                 pipeline.run(command)
-        except UserError as error:
-            streams.tell(f'jaxtune: {" ".join(str(error).split())}')
-            return 2
         except Exception as error:
-            if not (said := out_of_memory(error)):
+            if not (said := line_of(error)):
                 raise
             streams.tell(f'jaxtune: {said}')
             return 2

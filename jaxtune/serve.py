@@ -20,7 +20,7 @@ from absl import app, flags
 from jaxtune import chat
 from jaxtune.common import formatting, preemption, streams
 from jaxtune.common.settings import Settings
-from jaxtune.errors import UserError, out_of_memory
+from jaxtune.errors import UserError, line_of
 
 if TYPE_CHECKING:
     from jaxtune.pretrained.load import ModelBundle
@@ -197,11 +197,8 @@ def main(argv: Sequence[str]) -> int:
                 service = open_service(chat.recipe_of(values), values)
                 with preemption.deferred('ending the answers'):
                     server.run(service, bound, values.host, key, lambda: preemption.received(0))
-        except UserError as error:
-            streams.tell(f'jaxtune: {" ".join(str(error).split())}')
-            return 2
         except Exception as error:
-            if not (said := out_of_memory(error)):
+            if not (said := line_of(error)):
                 raise
             streams.tell(f'jaxtune: {said}')
             return 2

@@ -132,7 +132,7 @@ def deferred(doing: str = 'saving after this update') -> Iterator[None]:
     """Inside, signals only set what `received` returns: the loop saves first.
 
     Args:
-      doing: what a person who presses Ctrl-C is told that happens now.
+      doing: said at Ctrl-C: what happens now.
     """
     global _deferred, _pod, _doing
     import jax  # slow to import; loaded by then

@@ -81,7 +81,7 @@ def _cut_layers(params: Params, made: Made) -> Params:
 
 
 def _once(made: Made, leaf: jax.Array, part: Any, make: Callable[[], jax.Array]) -> jax.Array:
-    """A part of a leaf: what is made, or was made before."""
+    """A part of a leaf: the cached one if there is one, else made now."""
     key = id(leaf), part
     if key not in made:
         made[key] = leaf, make()  # the leaf too, or another might get its id

@@ -1,4 +1,4 @@
-"""A person's reward function in a process of its own.
+"""A user's reward function in a process of its own.
 
 Imports little: the child starts with it.
 """

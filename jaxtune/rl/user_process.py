@@ -1,4 +1,4 @@
-"""A person's code in a process of its own, which can be ended where that code never returns.
+"""User code in a process of its own, which can be ended where that code never returns.
 
 Imports little: the child starts with it.
 """
